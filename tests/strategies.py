@@ -1,0 +1,57 @@
+"""Hypothesis strategies for segment tables and the ways to cut them, shared by the tests of layout and plan."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from engine.layout import ARENA_ALIGNMENT, DTYPES, ROLES, Layout, TensorSpec, align_up, lay_out
+from engine.plan import ALIGNMENT
+
+# Any name that layout takes: `_check_specs` refuses these two kinds.
+NAMES = st.text(max_size=12).filter(lambda name: name.isprintable() and name != "__metadata__")
+
+# Around every boundary that the code rounds to, and past 32 and 40 bits.
+EDGES = [0, 1, *(edge + step for edge in (ARENA_ALIGNMENT, ALIGNMENT) for step in (-1, 0, 1))]
+FAR_EDGES = [2**32 - 1, 2**32 + 1, 2**40 + 1]
+
+SMALL_SHAPES = st.lists(st.integers(0, 5), max_size=3) | st.sampled_from(EDGES).map(lambda extent: [extent])
+ANY_SHAPES = SMALL_SHAPES | st.sampled_from(FAR_EDGES).map(lambda extent: [extent]) | st.just([2**20, 2**21])
+
+
+@st.composite
+def specs(draw: st.DrawFn, shapes: st.SearchStrategy[list[int]], max_count: int = 12) -> list[TensorSpec]:
+    """A table of tensors with distinct names."""
+    names = draw(st.lists(NAMES, unique=True, max_size=max_count))
+    return [
+        TensorSpec(
+            name,
+            draw(st.sampled_from(sorted(DTYPES))),
+            tuple(draw(shapes)),
+            draw(st.sampled_from(ROLES)),
+            name.rpartition(".")[0],
+        )
+        for name in names
+    ]
+
+
+@st.composite
+def places(draw: st.DrawFn, layout: Layout) -> list[tuple[int, int]]:
+    """Where the segments lie: all in one arena (adopted), or each in a source of its own (wrapped)."""
+    first = len(layout.files)
+    if draw(st.booleans()):
+        return [(first, segment.arena_offset) for segment in layout.segments]
+    offsets = st.sampled_from([0, 1, 4095, 2**33])
+    return [(first + index, draw(offsets)) for index in range(len(layout.segments))]
+
+
+@st.composite
+def planned(
+    draw: st.DrawFn, shapes: st.SearchStrategy[list[int]], max_count: int = 12
+) -> tuple[Layout, list[tuple[int, int]], int, int]:
+    """The arguments of `make_plan`: a layout, its places, and sizes of blocks and chunks that cut it a few times."""
+    layout = lay_out(draw(specs(shapes, max_count)))
+    # At most a few dozen pieces, however large the file: a plan has as many rows as blocks.
+    least = align_up(max(file.nbytes for file in layout.files) // 16 + 1, ALIGNMENT)
+    sizes = st.sampled_from([ALIGNMENT, 2 * ALIGNMENT, 3 * ALIGNMENT, 7 * ALIGNMENT]).map(lambda size: max(size, least))
+    multiples = st.integers(1, 5)
+    return layout, draw(places(layout)), draw(sizes) * draw(multiples), draw(sizes) * draw(multiples)
