@@ -1,0 +1,177 @@
+/*
+ * engine_native.h: the C interface of the native pipeline, read by the C compiler and by cffi alike.
+ * (cffi drops the lines that begin with '#', so constants are enumerators.)
+ *
+ * What it is.  A pipeline is one POSIX thread that owns one io_uring and a fixed set of staging slots.  A job
+ * is one save (ENG_WRITE) or one restore (ENG_READ): arrays of blocks and extents that the thread works through.
+ * A write copies each block's extents from their sources into a slot, hashes it, and writes the slot at the
+ * block's file offset.  A read does the reverse, and lets no block out of its slot that does not verify.
+ *
+ * Threads.  eng_submit, eng_attach, eng_abort and eng_wait may be called from any thread.  eng_open and
+ * eng_close are called once each, and no other call may be under way during eng_close.  Only the pipeline's own
+ * thread touches the ring (IORING_SETUP_SINGLE_ISSUER demands it).
+ *
+ * Ownership.  The caller owns the eng_job and everything it points to, and keeps all of it, the sources' memory
+ * and the file descriptors unchanged and alive until ENG_DONE has been reached.  The pipeline owns the slots.
+ * It allocates nothing after eng_open.
+ *
+ * Errors.  Functions return 0 or a negative errno.  A job's first failure is latched in `failure`, `error` and
+ * `failed_block`; the rest of the job is dropped, what is in flight is drained, and then ENG_DONE is reached.
+ */
+#ifndef ENGINE_NATIVE_H
+#define ENGINE_NATIVE_H
+
+#include <stdint.h>
+
+enum {
+    ENG_ALIGNMENT = 4096,    /* of slots, block offsets and written lengths; plan.ALIGNMENT is the same number */
+    ENG_JOBS_MAX = 64,       /* jobs in one pipeline at a time: max_async is at most 32, and restores come on top */
+    ENG_JOB_FILES_MAX = 8,   /* files of one job: model and optimizer today */
+    ENG_DIMS_MAX = 8         /* dimensions of a strided source, after merging those that continue each other */
+};
+
+/* Directions of a job. */
+enum { ENG_WRITE = 0, ENG_READ = 1 };
+
+/* States of a block, as in eng_job.states.  A block that was read, verified and copied out is ENG_WRITTEN. */
+enum { ENG_PENDING = 0, ENG_STAGED = 1, ENG_WRITTEN = 2, ENG_FAILED = 3 };
+
+/* Milestones of a job, to wait for; bits of eng_job.milestones.  A failed job reaches the first two at once,
+ * because it will not look at its sources again. */
+enum { ENG_URGENT = 1, ENG_ALL_STAGED = 2, ENG_DONE = 4 };
+
+/* Kinds of failure. */
+enum {
+    ENG_NO_FAILURE = 0,
+    ENG_IO_FAILURE = 1,      /* the kernel refused a read or write: `error` is the errno */
+    ENG_SHORT_FAILURE = 2,   /* a read or write moved no bytes: the file ends early */
+    ENG_CHECKSUM_FAILURE = 3,/* a block read is not the block that was written */
+    ENG_TORN_FAILURE = 4,    /* a source changed while it was being staged */
+    ENG_INVALID_FAILURE = 5, /* the job contradicts itself */
+    ENG_ABORTED_FAILURE = 6  /* eng_abort was called: `error` is what it was given */
+};
+
+/* Where bytes come from or go to.  ndim 0: plain memory.  Otherwise a strided tensor, which is serialised in
+ * row-major order; strides are in elements. */
+typedef struct {
+    uint64_t address;
+    uint32_t itemsize;
+    uint32_t ndim;
+    int64_t shape[8];
+    int64_t stride[8];
+} eng_source;
+
+/* A run contiguous in its source and in its block. */
+typedef struct {
+    uint64_t source_offset;
+    uint32_t block_offset;
+    uint32_t nbytes;
+    uint32_t source;
+    uint32_t reserved;
+} eng_extent;
+
+/* One write or read.  nbytes are the stored bytes, at most the slot size. */
+typedef struct {
+    uint64_t file_offset;
+    uint32_t nbytes;
+    uint32_t file;
+    uint32_t extent_start;
+    uint32_t extent_count;
+} eng_block;
+
+typedef struct {
+    /* Set by the caller before eng_submit. */
+    uint32_t direction;
+    uint32_t checked;         /* hash every source again once all is staged, and fail if one changed */
+    uint32_t source_count;
+    uint32_t extent_count;
+    uint32_t block_count;
+    uint32_t urgent_count;    /* the first so many of `order` are staged before ENG_URGENT */
+    uint32_t file_count;
+    uint32_t reserved;
+    uint64_t seed;            /* of this checkpoint; mixed with file and offset for each block's checksum */
+    const eng_source *sources;
+    const eng_extent *extents;
+    const eng_block *blocks;
+    const uint32_t *order;    /* block indices in the order to work through them */
+    uint64_t *checksums;      /* one a block: result of a write, expectation of a read */
+    uint8_t *states;          /* one a block, all ENG_PENDING at first; may be read at any time */
+
+    /* Set by the pipeline.  Stable once ENG_DONE is reached, save for `milestones` itself. */
+    uint32_t milestones;
+    uint32_t failure;
+    int32_t error;
+    uint32_t failed_block;
+    uint64_t submitted_ns;    /* CLOCK_MONOTONIC, as Python's time.monotonic_ns() */
+    uint64_t staged_ns;
+    uint64_t done_ns;
+    uint64_t staging_ns;      /* time spent copying and hashing */
+    uint64_t io_bytes;        /* bytes that completions reported */
+    uint32_t retry_count;     /* short, interrupted or refused operations that were tried again */
+    uint32_t reserved_end;
+} eng_job;
+
+/* The seam for faults and simulation: every read and write goes through this table, whose functions are called
+ * on the pipeline's thread only. */
+typedef struct {
+    uint32_t slot;            /* comes back in the completion; at most one operation a slot is under way */
+    uint32_t direction;
+    uint32_t file;            /* index given to set_file */
+    uint32_t nbytes;
+    uint64_t file_offset;
+    uint8_t *address;
+} eng_io;
+
+typedef struct {
+    uint32_t slot;
+    int32_t result;           /* bytes moved, or a negative errno */
+} eng_completion;
+
+typedef struct {
+    void *context;
+    int (*set_file)(void *context, uint32_t file, int32_t fd);      /* fd -1 takes the file out again */
+    int (*start)(void *context, const eng_io *io);                  /* queue one operation */
+    /* Hand over what is queued; with wait, block until something completes or the pipeline is woken.  Returns
+     * how many completions were stored, or a negative errno. */
+    int (*reap)(void *context, eng_completion *completions, uint32_t capacity, uint32_t wait);
+} eng_io_table;
+
+typedef struct {
+    uint32_t slot_count;
+    uint32_t slot_bytes;      /* a multiple of ENG_ALIGNMENT */
+    const eng_io_table *io;   /* NULL: io_uring */
+    /* Set by eng_open: what the kernel granted. */
+    uint32_t registered_buffers;
+    uint32_t registered_files;
+    uint32_t setup_flags;     /* of io_uring_setup(2) */
+    uint32_t reserved;
+} eng_config;
+
+typedef struct eng_pipeline eng_pipeline;
+
+/* Map the slots, start the thread, set up the ring.  Blocks until the thread runs or has failed. */
+int eng_open(eng_config *config, eng_pipeline **pipeline);
+
+/* Drain every job, stop the thread and free everything. */
+void eng_close(eng_pipeline *pipeline);
+
+/* In a forked child only: close the child's copies of the descriptors.  The thread does not exist there, and
+ * the slots were never mapped there. */
+void eng_abandon(eng_pipeline *pipeline);
+
+/* Queue a job.  Staging of a write begins at once; nothing is written or read before eng_attach. */
+int eng_submit(eng_pipeline *pipeline, eng_job *job);
+
+/* Give a job its `file_count` files. */
+int eng_attach(eng_pipeline *pipeline, eng_job *job, const int32_t *fds);
+
+/* Fail a job that has not been attached, or has: what is in flight is drained. */
+int eng_abort(eng_pipeline *pipeline, eng_job *job, int32_t error);
+
+/* Wait until a milestone is reached: 1 if it is, 0 if timeout_ns passed first.  0 ns only looks. */
+int eng_wait(eng_pipeline *pipeline, const eng_job *job, uint32_t milestone, uint64_t timeout_ns);
+
+/* The checksum of a block: XXH3-64 of its bytes under a seed made of the checkpoint's and the block's place. */
+uint64_t eng_block_checksum(const void *bytes, uint64_t nbytes, uint64_t seed, uint32_t file, uint64_t file_offset);
+
+#endif

@@ -1,0 +1,135 @@
+/*
+ * host.c: staging between host memory and slots (host.h says what; this is how).
+ *
+ * A block is copied in pieces small enough to stay in the second-level cache, and each piece is hashed right
+ * after it was copied, so the hash reads cache and not memory.
+ */
+#include "host.h"
+
+#include <string.h>
+
+#include "checksum.h"
+
+/* Half of the smallest second-level cache of a current server core (512 KiB on Zen, 1 to 2 MiB on Xeon), so that
+ * a piece and its source fit together. */
+enum { PIECE_BYTES = 128 << 10 };
+
+uint64_t host_block_seed(uint64_t seed, uint32_t file, uint64_t file_offset)
+{
+    const uint64_t place[3] = {seed, file, file_offset};
+    return checksum_table_baseline.whole(place, sizeof place, 0);
+}
+
+/* Copy `count` elements between a strided row and packed bytes.  A size known to the compiler makes the copy of
+ * one element one move. */
+#define COPY_ROW(size)                                                              \
+    for (uint64_t i = 0; i < count; i++, row += step, packed += (size))              \
+        if (scatter)                                                                \
+            memcpy(row, packed, (size));                                            \
+        else                                                                        \
+            memcpy(packed, row, (size))
+
+static void copy_row(uint8_t *row, int64_t step, uint8_t *packed, uint64_t count, uint32_t itemsize, int scatter)
+{
+    switch (itemsize) {
+    case 1: COPY_ROW(1); break;
+    case 2: COPY_ROW(2); break;
+    case 4: COPY_ROW(4); break;
+    case 8: COPY_ROW(8); break;
+    default: COPY_ROW(16); break;
+    }
+}
+
+/* Copy a range of a strided tensor's row-major serialisation, to or from packed bytes. */
+static void copy_strided(const eng_source *source, uint64_t offset, uint8_t *packed, uint64_t nbytes, int scatter)
+{
+    const int64_t itemsize = source->itemsize;
+    const uint32_t last = source->ndim - 1;
+    int64_t index[ENG_DIMS_MAX];
+    uint64_t element = offset / source->itemsize;
+    uint64_t left = nbytes / source->itemsize;
+    uint8_t *at = (uint8_t *)(uintptr_t)source->address;
+
+    for (uint32_t d = source->ndim; d-- > 0; element /= (uint64_t)source->shape[d]) {
+        index[d] = (int64_t)(element % (uint64_t)source->shape[d]);
+        at += index[d] * source->stride[d] * itemsize;
+    }
+    while (left > 0) {
+        uint64_t count = (uint64_t)(source->shape[last] - index[last]);
+        if (count > left)
+            count = left;
+        copy_row(at, source->stride[last] * itemsize, packed, count, source->itemsize, scatter);
+        packed += count * source->itemsize;
+        left -= count;
+        index[last] += (int64_t)count;
+        at += (int64_t)count * source->stride[last] * itemsize;
+        for (uint32_t d = last; d > 0 && index[d] == source->shape[d]; d--) {
+            at += (source->stride[d - 1] - source->shape[d] * source->stride[d]) * itemsize;
+            index[d] = 0;
+            index[d - 1]++;
+        }
+    }
+}
+
+static void copy_extent(const eng_source *source, uint64_t offset, uint8_t *slot, uint64_t nbytes, int scatter)
+{
+    if (source->ndim > 0) {
+        copy_strided(source, offset, slot, nbytes, scatter);
+        return;
+    }
+    uint8_t *memory = (uint8_t *)(uintptr_t)source->address + offset;
+    if (scatter)
+        memcpy(memory, slot, nbytes);
+    else
+        memcpy(slot, memory, nbytes);
+}
+
+uint64_t host_gather(const eng_job *job, const eng_block *block, uint8_t *slot)
+{
+    const checksum_table *checksum = checksum_variant();
+    const eng_extent *extents = job->extents + block->extent_start;
+    checksum_state state;
+    uint64_t hashed = 0, filled = 0;
+
+    checksum->begin(&state, host_block_seed(job->seed, block->file, block->file_offset));
+    for (uint32_t i = 0; i < block->extent_count; i++) {
+        const eng_extent *extent = &extents[i];
+        for (uint64_t done = 0; done < extent->nbytes;) {
+            uint64_t nbytes = extent->nbytes - done;
+            if (nbytes > PIECE_BYTES)
+                nbytes = PIECE_BYTES;
+            copy_extent(&job->sources[extent->source], extent->source_offset + done, slot + filled, nbytes, 0);
+            done += nbytes;
+            filled += nbytes;
+            if (filled - hashed >= PIECE_BYTES) {
+                checksum->update(&state, slot + hashed, filled - hashed);
+                hashed = filled;
+            }
+        }
+    }
+    checksum->update(&state, slot + hashed, filled - hashed);
+    memset(slot + filled, 0, (size_t)(-filled & (ENG_ALIGNMENT - 1)));
+    return checksum->end(&state);
+}
+
+uint64_t host_checksum(const eng_job *job, const eng_block *block, const uint8_t *slot)
+{
+    const uint64_t seed = host_block_seed(job->seed, block->file, block->file_offset);
+    return checksum_variant()->whole(slot, block->nbytes, seed);
+}
+
+void host_scatter(const eng_job *job, const eng_block *block, const uint8_t *slot)
+{
+    const eng_extent *extents = job->extents + block->extent_start;
+    for (uint32_t i = 0; i < block->extent_count; i++) {
+        const eng_extent *extent = &extents[i];
+        /* copy_extent does not write to the slot when it scatters. */
+        copy_extent(&job->sources[extent->source], extent->source_offset, (uint8_t *)slot + extent->block_offset,
+                    extent->nbytes, 1);
+    }
+}
+
+uint64_t eng_block_checksum(const void *bytes, uint64_t nbytes, uint64_t seed, uint32_t file, uint64_t file_offset)
+{
+    return checksum_variant()->whole(bytes, nbytes, host_block_seed(seed, file, file_offset));
+}

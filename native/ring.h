@@ -1,0 +1,23 @@
+/*
+ * ring.h: the io_uring behind a pipeline, as an eng_io_table.
+ *
+ * Opened, used and closed on the pipeline's thread.  user_data of every operation is a slot index, never a
+ * pointer, so no completion, however wrong, can make us follow one.
+ */
+#ifndef RING_H
+#define RING_H
+
+#include "engine_native.h"
+
+typedef struct ring ring;
+
+/* Set up a ring over `slot_count` slots of config->slot_bytes each, at `slots`.  Records in `config` what the
+ * kernel granted.  `wake_fd` is an eventfd: when it becomes readable, reap() returns. */
+int ring_open(eng_config *config, uint8_t *slots, int wake_fd, ring **ring, eng_io_table *table);
+
+void ring_close(ring *ring);
+
+/* The ring's descriptor, for a forked child to close. */
+int ring_fd(const ring *ring);
+
+#endif

@@ -1,0 +1,252 @@
+/*
+ * service.c: the pipeline's thread, and the calls that other threads make to it.
+ *
+ * One turn of the thread: take what callers left in the inbox, stage a few blocks into free slots, hand their
+ * writes to the ring in one submission, and reap what has completed; sleep only when none of that moved.
+ */
+#include <errno.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "pipeline.h"
+
+/* ---- the thread ---- */
+
+static void accept_inbox(eng_pipeline *p)
+{
+    uint64_t wakes;
+    if (!__atomic_exchange_n(&p->dirty, 0, __ATOMIC_ACQ_REL))
+        return;
+    /* Nonblocking: the writer may not have come to its write yet, which then wakes us once for nothing. */
+    if (read(p->wake_fd, &wakes, sizeof wakes) < 0 && errno != EAGAIN)
+        abort();
+    for (uint32_t i = 0; i < ENG_JOBS_MAX; i++)
+        pipeline_accept(p, i);
+}
+
+static void wake(eng_pipeline *p)
+{
+    const uint64_t one = 1;
+    __atomic_store_n(&p->dirty, 1, __ATOMIC_RELEASE);
+    if (write(p->wake_fd, &one, sizeof one) != sizeof one)
+        abort(); /* an eventfd takes 2^64 - 2 wakes before it refuses one */
+}
+
+static void sleep_until_woken(eng_pipeline *p)
+{
+    struct pollfd readable = {.fd = p->wake_fd, .events = POLLIN};
+    poll(&readable, 1, -1); /* an error is a wake for nothing */
+}
+
+static int open_ring(eng_pipeline *p)
+{
+    if (p->config.io != NULL) {
+        p->io = *p->config.io;
+        return 0;
+    }
+    const int result = ring_open(&p->config, p->memory, p->wake_fd, &p->ring, &p->io);
+    if (result == 0)
+        p->ring_fd = ring_fd(p->ring);
+    return result;
+}
+
+static void *run(void *argument)
+{
+    eng_pipeline *p = argument;
+    const int result = open_ring(p);
+    pthread_mutex_lock(&p->mutex);
+    p->opened = result < 0 ? result : 1;
+    pthread_cond_broadcast(&p->changed);
+    pthread_mutex_unlock(&p->mutex);
+
+    while (result == 0) {
+        accept_inbox(p);
+        const uint32_t begun = pipeline_fill(p);
+        if (p->moving_count > 0)
+            pipeline_reap(p, begun == 0);
+        else if (begun == 0 && p->queue_count == 0 && __atomic_load_n(&p->stopping, __ATOMIC_ACQUIRE))
+            break;
+        else if (begun == 0)
+            sleep_until_woken(p);
+    }
+    if (p->ring != NULL)
+        ring_close(p->ring);
+    return NULL;
+}
+
+/* ---- called by others ---- */
+
+static void release(eng_pipeline *p)
+{
+    if (p->memory != MAP_FAILED)
+        munmap(p->memory, (size_t)p->config.slot_count * p->config.slot_bytes);
+    if (p->wake_fd >= 0)
+        close(p->wake_fd);
+    pthread_cond_destroy(&p->changed);
+    pthread_mutex_destroy(&p->mutex);
+    free(p->free_slots);
+    free(p->slots);
+    free(p);
+}
+
+static int start_thread(eng_pipeline *p)
+{
+    /* Signals belong to the program's own threads: a handler must not run here, nor EINTR the ring. */
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    const int result = pthread_create(&p->thread, NULL, run, p);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (result != 0)
+        return -result;
+    pthread_setname_np(p->thread, "engine-io");
+    pthread_mutex_lock(&p->mutex);
+    while (p->opened == 0)
+        pthread_cond_wait(&p->changed, &p->mutex);
+    pthread_mutex_unlock(&p->mutex);
+    if (p->opened < 0)
+        pthread_join(p->thread, NULL);
+    return p->opened < 0 ? p->opened : 0;
+}
+
+static int map_slots(eng_pipeline *p)
+{
+    const size_t nbytes = (size_t)p->config.slot_count * p->config.slot_bytes;
+    p->slots = calloc(p->config.slot_count, sizeof *p->slots);
+    p->free_slots = calloc(p->config.slot_count, sizeof *p->free_slots);
+    p->memory = mmap(NULL, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p->slots == NULL || p->free_slots == NULL || p->memory == MAP_FAILED)
+        return -ENOMEM;
+    /* Huge pages make pinning and copying cheaper where the host gives them; a fork must not copy slots that
+     * the kernel is writing from. */
+    madvise(p->memory, nbytes, MADV_HUGEPAGE);
+    madvise(p->memory, nbytes, MADV_DONTFORK);
+    while (p->free_count < p->config.slot_count) {
+        p->free_slots[p->free_count] = p->config.slot_count - 1 - p->free_count;
+        p->free_count++;
+    }
+    return 0;
+}
+
+int eng_open(eng_config *config, eng_pipeline **pipeline)
+{
+    if (config->slot_count == 0 || config->slot_bytes == 0 || config->slot_bytes % ENG_ALIGNMENT != 0)
+        return -EINVAL;
+    eng_pipeline *p = calloc(1, sizeof *p);
+    if (p == NULL)
+        return -ENOMEM;
+    p->config = *config;
+    p->memory = MAP_FAILED;
+    p->ring_fd = -1;
+    pthread_mutex_init(&p->mutex, NULL);
+    pthread_condattr_t monotonic;
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_cond_init(&p->changed, &monotonic);
+    pthread_condattr_destroy(&monotonic);
+    p->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    int result = p->wake_fd < 0 ? -errno : map_slots(p);
+    if (result == 0)
+        result = start_thread(p);
+    if (result < 0) {
+        release(p);
+        return result;
+    }
+    *config = p->config;
+    *pipeline = p;
+    return 0;
+}
+
+void eng_close(eng_pipeline *p)
+{
+    __atomic_store_n(&p->stopping, 1, __ATOMIC_RELEASE);
+    wake(p);
+    pthread_join(p->thread, NULL);
+    release(p);
+}
+
+void eng_abandon(eng_pipeline *p)
+{
+    if (p->ring_fd >= 0)
+        close(p->ring_fd);
+    close(p->wake_fd);
+}
+
+int eng_submit(eng_pipeline *p, eng_job *job)
+{
+    int result = -EBUSY;
+    job->submitted_ns = pipeline_now_ns();
+    pthread_mutex_lock(&p->mutex);
+    for (uint32_t i = 0; i < ENG_JOBS_MAX && result != 0; i++) {
+        if (p->entries[i].job != NULL)
+            continue;
+        p->entries[i].job = job;
+        p->entries[i].submitted = 1;
+        result = 0;
+    }
+    pthread_mutex_unlock(&p->mutex);
+    if (result == 0)
+        wake(p);
+    return result;
+}
+
+/* The entry of a job, or NULL if it has ended.  The mutex is held. */
+static entry *find(eng_pipeline *p, const eng_job *job)
+{
+    for (uint32_t i = 0; i < ENG_JOBS_MAX; i++)
+        if (p->entries[i].job == job)
+            return &p->entries[i];
+    return NULL;
+}
+
+int eng_attach(eng_pipeline *p, eng_job *job, const int32_t *fds)
+{
+    pthread_mutex_lock(&p->mutex);
+    entry *e = find(p, job);
+    /* A job that failed its validation may name any number of files: it is never attached. */
+    const int usable = e != NULL && job->file_count <= ENG_JOB_FILES_MAX;
+    if (usable) {
+        memcpy(e->fds, fds, job->file_count * sizeof *fds);
+        e->attached = 1;
+    }
+    pthread_mutex_unlock(&p->mutex);
+    if (usable)
+        wake(p);
+    return usable ? 0 : -ESRCH;
+}
+
+int eng_abort(eng_pipeline *p, eng_job *job, int32_t error)
+{
+    pthread_mutex_lock(&p->mutex);
+    entry *e = find(p, job);
+    if (e != NULL) {
+        e->abort_error = error;
+        e->aborted = 1;
+    }
+    pthread_mutex_unlock(&p->mutex);
+    if (e != NULL)
+        wake(p);
+    return e != NULL ? 0 : -ESRCH;
+}
+
+int eng_wait(eng_pipeline *p, const eng_job *job, uint32_t milestone, uint64_t timeout_ns)
+{
+    if (__atomic_load_n(&job->milestones, __ATOMIC_ACQUIRE) & milestone)
+        return 1;
+    if (timeout_ns == 0)
+        return 0;
+    const uint64_t until_ns = pipeline_now_ns() + timeout_ns;
+    const struct timespec until = {(time_t)(until_ns / 1000000000u), (long)(until_ns % 1000000000u)};
+    int timed_out = 0;
+    pthread_mutex_lock(&p->mutex);
+    while (!(__atomic_load_n(&job->milestones, __ATOMIC_ACQUIRE) & milestone) && !timed_out)
+        timed_out = pthread_cond_timedwait(&p->changed, &p->mutex, &until) == ETIMEDOUT;
+    pthread_mutex_unlock(&p->mutex);
+    return (__atomic_load_n(&job->milestones, __ATOMIC_ACQUIRE) & milestone) != 0;
+}
