@@ -1,0 +1,76 @@
+"""engine: checkpoint storage for PyTorch training on Linux.
+
+    arena = engine.Arena.adopt(model, optimizer)
+    save = engine.checkpoint(arena, "runs/exp1", step=100)    # returns at once; training goes on
+    save.result()                                             # durable
+
+`Arena` holds the tensors, `Engine` owns a directory of checkpoints, `Save` is one in flight.  The functions
+`checkpoint` and `restore` use one default Engine for each directory.  See docs/architecture.md for the rooms.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+
+if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
+    raise ImportError(
+        f"engine needs Linux on x86-64 or aarch64, because it is built on io_uring; this is {sys.platform} on "
+        f"{platform.machine()}"
+    )
+
+from engine.arena import Arena
+from engine.defaults import checkpoint, restore
+from engine.engine import Engine
+from engine.errors import (
+    ArenaError,
+    ArgumentError,
+    BusyError,
+    CheckpointError,
+    ClosedError,
+    CorruptError,
+    EngineError,
+    EngineWarning,
+    ExtraError,
+    ForkedError,
+    LockedError,
+    MismatchError,
+    NotFoundError,
+    PlatformError,
+    StepError,
+    StorageError,
+    TornSnapshot,
+    UsageError,
+)
+from engine.reader import PassedOver, RestoreInfo
+from engine.writer import CheckpointInfo, ChunkStatus, Save
+
+__all__ = [
+    "Arena",
+    "ArenaError",
+    "ArgumentError",
+    "BusyError",
+    "CheckpointError",
+    "CheckpointInfo",
+    "ChunkStatus",
+    "ClosedError",
+    "CorruptError",
+    "Engine",
+    "EngineError",
+    "EngineWarning",
+    "ExtraError",
+    "ForkedError",
+    "LockedError",
+    "MismatchError",
+    "NotFoundError",
+    "PassedOver",
+    "PlatformError",
+    "RestoreInfo",
+    "Save",
+    "StepError",
+    "StorageError",
+    "TornSnapshot",
+    "UsageError",
+    "checkpoint",
+    "restore",
+]

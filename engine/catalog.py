@@ -1,0 +1,283 @@
+"""Catalog: what lies in a directory of checkpoints.  Lock, list, begin, publish, retire, recycle.
+
+Theory of operation.  A checkpoint's directory is in exactly one of three places, and moves by rename only:
+
+    step-N.partial/   a save is writing it          begin()
+    step-N/           committed                     publish()
+    .engine/spare/K/  retired, kept for its extents retire()
+
+Overwriting extents that are already written is several times faster than writing fresh ones, so a save begins by
+taking a spare directory, files and all, and a retired checkpoint becomes a spare.  What makes that safe is an
+order: `retire` makes its renames durable before anything may take the spare, and `begin` makes its own durable
+before the new checkpoint can be published (docs/durability.md, I4 and I5).
+
+One engine at a time: `.engine/lock` is held by flock(2) on a descriptor that the ring never sees, and that a
+forked child closes, so that neither can hold the lock on after the engine has gone.
+
+A reader pins the step it reads, and a pinned step is not retired.  All methods may be called from any thread.
+Called by `commit`, `writer`, `reader` and `engine`.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from engine.errors import CorruptError, LockedError, NotFoundError, StorageError
+from engine.filesystem import Filesystem
+from engine.manifest import MANIFEST_BYTES_MAX, MANIFEST_NAME, Manifest, decode
+
+_STEP_NAME = re.compile(r"step-(\d{8,19})")
+_PARTIAL_NAME = re.compile(r"step-\d{8,19}\.partial")
+
+
+def step_name(step: int) -> str:
+    """The directory name of a step: at least eight digits, so that names sort as numbers for a long time."""
+    return f"step-{step:08d}"
+
+
+class Catalog:
+    """The checkpoints of one directory, owned by one engine.
+
+    Args:
+        root: the directory; created, with its parents, if it is not there.
+        filesystem: how to reach it.
+        spare_max: how many spare directories to keep; more are deleted.
+
+    Raises:
+        LockedError: another engine has the directory.
+        StorageError: the directory cannot be made, read or synced.
+    """
+
+    def __init__(self, root: str, filesystem: Filesystem, spare_max: int) -> None:
+        self.root = os.path.abspath(root)
+        self.filesystem = filesystem
+        self._spare_max = spare_max
+        self._private = os.path.join(self.root, ".engine")
+        self._spare = os.path.join(self._private, "spare")
+        self._mutex = threading.RLock()
+        self._pins: Counter[int] = Counter()
+        self._make_directories()
+        self._lock: int | None = _take_lock(os.path.join(self._private, "lock"), self.root)
+        try:
+            self._steps = self._recover()
+        except BaseException:
+            self.close()
+            raise
+        _open_catalogs.add(self)
+
+    # -- what is there ----------------------------------------------------------------------------------------
+
+    def steps(self) -> list[int]:
+        """Committed steps, oldest first."""
+        with self._mutex:
+            return list(self._steps)
+
+    def path(self, step: int) -> str:
+        """Where a committed step lies."""
+        return os.path.join(self.root, step_name(step))
+
+    def partial_path(self, step: int) -> str:
+        """Where a step lies while it is being written."""
+        return self.path(step) + ".partial"
+
+    def manifest(self, step: int) -> tuple[Manifest, int]:
+        """The manifest of a committed step, and its length in bytes.
+
+        Raises:
+            CorruptError: it is missing, malformed, or another step's.
+        """
+        path = os.path.join(self.path(step), MANIFEST_NAME)
+        try:
+            raw = self.filesystem.read_file(path, MANIFEST_BYTES_MAX)
+        except StorageError as error:
+            if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR):
+                raise CorruptError(f"{path} is missing") from None
+            raise
+        manifest = decode(raw)
+        if manifest.step != step:
+            raise CorruptError(f"{path} is the manifest of step {manifest.step}")
+        return manifest, len(raw)
+
+    @contextmanager
+    def pinned(self, step: int) -> Iterator[None]:
+        """Keep a step from being retired while it is read.
+
+        Raises:
+            NotFoundError: the step is not committed.
+        """
+        with self._mutex:
+            if step not in self._steps:
+                known = ", ".join(map(str, self._steps)) or "none"
+                raise NotFoundError(f"{self.root} holds no step {step}; committed steps: {known}")
+            self._pins[step] += 1
+        try:
+            yield
+        finally:
+            with self._mutex:
+                self._pins[step] -= 1
+
+    # -- a save's way through the directory -------------------------------------------------------------------
+
+    def begin(self, step: int, names: Sequence[str]) -> str:
+        """Make `step-N.partial` and return its path: a spare, with those of its files that are wanted, or new."""
+        partial = self.partial_path(step)
+        self._remove(partial)  # there only if an earlier save of this step failed and could not be deleted
+        with self._mutex:
+            spares = self.filesystem.list_directory(self._spare)
+            if not spares:
+                self.filesystem.make_directory(partial)
+                return partial
+            self.filesystem.rename(os.path.join(self._spare, spares[0]), partial)
+            self.filesystem.sync_directory(self._spare)
+        for name in self.filesystem.list_directory(partial):
+            path = os.path.join(partial, name)
+            # A file with a second name is somebody's copy (cp --link): it must not be overwritten.
+            if name not in names or self.filesystem.link_count(path) != 1:
+                self.filesystem.unlink(path)
+        return partial
+
+    def publish(self, step: int) -> str:
+        """The commit point: rename to `step-N`, and make that durable."""
+        with self._mutex:
+            assert step not in self._steps, f"step {step} is committed already"
+            self.filesystem.rename(self.partial_path(step), self.path(step))
+            try:
+                self.filesystem.sync_directory(self.root)
+            except StorageError:
+                # Visible but not known to be durable is not committed: take it back.
+                with suppress(StorageError):
+                    self.filesystem.rename(self.path(step), self.partial_path(step))
+                raise
+            self._steps = sorted([*self._steps, step])
+        return self.path(step)
+
+    def discard(self, step: int) -> None:
+        """Delete what a failed save has left.  Best effort: what stays is found by the next open."""
+        with suppress(StorageError):
+            self._remove(self.partial_path(step))
+
+    def retire(self, keep: int) -> None:
+        """Take all but the newest `keep` steps out of service, save those that are being read.
+
+        Called only once a newer step is durable.  Deletes the spares that are too many.
+        """
+        assert keep >= 1
+        with self._mutex:
+            self._retire([step for step in self._steps[:-keep] if not self._pins[step]])
+
+    def retire_after(self, step: int) -> list[int]:
+        """Take every step later than this one out of service, newest first, and return them."""
+        with self._mutex:
+            later = [s for s in reversed(self._steps) if s > step]
+            self._retire(later)
+            return later
+
+    def set_aside(self, step: int) -> str:
+        """Rename a damaged step to `step-N.damaged`, out of the way of a new one, and leave it to the user."""
+        with self._mutex:
+            names = self.filesystem.list_directory(self.root)
+            aside = step_name(step) + ".damaged"
+            while aside in names:
+                aside += "-again"
+            self.filesystem.rename(self.path(step), os.path.join(self.root, aside))
+            self.filesystem.sync_directory(self.root)
+            self._steps.remove(step)
+        return os.path.join(self.root, aside)
+
+    def close(self) -> None:
+        """Give the directory back."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    # -- how --------------------------------------------------------------------------------------------------
+
+    def _make_directories(self) -> None:
+        """Create what is missing of the root and our own directories, each made durable in its parent."""
+        missing = []
+        path = self._spare
+        while not os.path.isdir(path):
+            missing.append(path)
+            path = os.path.dirname(path)
+        for path in reversed(missing):
+            with suppress(FileExistsError):
+                self.filesystem.make_directory(path)
+            self.filesystem.sync_directory(os.path.dirname(path))
+
+    def _recover(self) -> list[int]:
+        """Make durable what an earlier process left, move what it did not finish to spare, and list the steps."""
+        names = self.filesystem.list_directory(self.root)
+        # A process killed between rename and fsync leaves a step that is visible but could still vanish, and
+        # older ones must not be retired on its word.
+        self._sync_moves()
+        for name in names:
+            if _PARTIAL_NAME.fullmatch(name):
+                self._make_spare(os.path.join(self.root, name))
+        self._sync_moves()
+        self._trim_spares()
+        steps = [int(match.group(1)) for match in map(_STEP_NAME.fullmatch, names) if match]
+        return sorted(s for s in steps if step_name(s) in names and self.filesystem.is_directory(self.path(s)))
+
+    def _retire(self, steps: Sequence[int]) -> None:
+        for step in steps:
+            self._make_spare(self.path(step))
+            self._steps.remove(step)
+        if steps:
+            self._sync_moves()
+        self._trim_spares()
+
+    def _make_spare(self, path: str) -> None:
+        """Move a directory to spare, as the last in line."""
+        taken = [int(name) for name in self.filesystem.list_directory(self._spare) if name.isdecimal()]
+        self.filesystem.rename(path, os.path.join(self._spare, f"{max(taken, default=0) + 1:08d}"))
+
+    def _sync_moves(self) -> None:
+        """Make renames to spare durable: where it arrived before where it left, so that nothing is nowhere."""
+        self.filesystem.sync_directory(self._spare)
+        self.filesystem.sync_directory(self.root)
+
+    def _trim_spares(self) -> None:
+        for name in self.filesystem.list_directory(self._spare)[: -self._spare_max]:
+            self._remove(os.path.join(self._spare, name))
+
+    def _remove(self, path: str) -> None:
+        if not self.filesystem.is_directory(path):
+            return
+        for name in self.filesystem.list_directory(path):
+            self.filesystem.unlink(os.path.join(path, name))
+        self.filesystem.remove_directory(path)
+
+
+def _take_lock(path: str, root: str) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+        os.close(descriptor)
+        raise LockedError(
+            f"{root} is in use by another Engine (process {owner}); close that one, or use another directory"
+        ) from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    return descriptor
+
+
+_open_catalogs: weakref.WeakSet[Catalog] = weakref.WeakSet()
+
+
+def _close_all_in_child() -> None:
+    """A forked child shares the lock's open file, and would hold the lock after its parent has died."""
+    for catalog in tuple(_open_catalogs):
+        catalog.close()
+
+
+os.register_at_fork(after_in_child=_close_all_in_child)

@@ -1,0 +1,42 @@
+"""Defaults: `engine.checkpoint` and `engine.restore`, on one Engine for each directory.
+
+Theory of operation.  A script with one run directory should not need to name an Engine.  The first call for a
+directory opens an Engine with the default configuration; later calls find it by the directory's real path, so
+that two spellings of one path share it.  It lives until the interpreter exits, which drains it.  A forked child
+starts with no default Engines: its parent's are not its own.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+from engine.arena import Arena
+from engine.engine import Engine
+from engine.reader import RestoreInfo, Select
+from engine.writer import Save
+
+_engines: dict[tuple[int, str], Engine] = {}
+_mutex = threading.Lock()
+
+
+def checkpoint(arena: Arena, directory: str | os.PathLike[str], step: int | None = None, **options: Any) -> Save:
+    """`Engine.checkpoint` on the directory's default Engine; the same arguments and errors."""
+    return _engine(directory).checkpoint(arena, step, **options)
+
+
+def restore(
+    arena: Arena, directory: str | os.PathLike[str], step: int | None = None, *, select: Select = None
+) -> RestoreInfo:
+    """`Engine.restore` on the directory's default Engine; the same arguments and errors."""
+    return _engine(directory).restore(arena, step, select=select)
+
+
+def _engine(directory: str | os.PathLike[str]) -> Engine:
+    key = (os.getpid(), os.path.realpath(os.fspath(directory)))
+    with _mutex:
+        found = _engines.get(key)
+        if found is None or not found.is_open:
+            found = _engines[key] = Engine(directory)
+        return found

@@ -1,0 +1,347 @@
+"""Engine: configuration, what is in flight, backpressure, close.
+
+Theory of operation.  An Engine owns one directory (through its lock), one native pipeline (one thread, one ring,
+a fixed set of slots) and a few commit threads that sleep in native code.  `checkpoint()` does in the caller's
+time only what must be done there: see that the arena is what it was, encode `extra`, hand over the job, and wait
+for what must be staged before the caller goes on.  The rest is `writer`'s and `reader`'s.
+
+Steps go forward.  A save's step must be after every committed one, so that "the newest" is always the line of
+training that goes on; `rollback()` takes later steps out of service first.  Steps that a restore has found
+damaged are set aside by themselves when training comes past them again.
+
+Rules: methods may be called from several threads, but one arena only from one at a time; a forked child gets
+`ForkedError`; close drains, and so do leaving the context manager and the interpreter's exit.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Literal
+
+from torch import Tensor
+
+from engine.arena import Arena
+from engine.catalog import Catalog
+from engine.errors import ArenaError, ArgumentError, BusyError, ClosedError, EngineWarning, ForkedError, StepError
+from engine.extra import encode as encode_extra
+from engine.filesystem import Filesystem
+from engine.layout import Layout
+from engine.manifest import BLOCK_BYTES_MAX
+from engine.native import Milestone, Packed, Pipeline
+from engine.plan import ALIGNMENT, chunk_size
+from engine.reader import Reader, RestoreInfo, Select
+from engine.writer import PackedPlan, Save, Writer, pack_plan, pack_sources
+
+Snapshot = Literal["eager", "lazy", "checked"]
+OnBusy = Literal["wait", "skip", "raise"]
+Backend = Literal["auto", "io_uring"]
+
+# Half of the pipeline's room for jobs (ENG_JOBS_MAX), so that restores always find a place.
+MAX_ASYNC_MAX = 32
+
+
+@dataclass(slots=True)
+class _Packs:
+    """What is kept of an arena between saves: its plans by chunk size, and its sources as they last lay."""
+
+    layout: Layout
+    plans: dict[int, PackedPlan] = field(default_factory=dict)
+    places: object = None
+    sources: Packed | None = None
+
+
+class Engine:
+    """Checkpoints of one directory.
+
+    Args:
+        directory: where; created if it is not there.
+        keep: how many committed checkpoints to leave; None for all.
+        max_async: how many saves may be in flight, 1 to 32.
+        staging_bytes: memory for staging slots, allocated now and pinned if the locked-memory limit allows.
+        block_bytes: the size of one write or read, a multiple of 4096; a slot holds one.
+        backend: ``"io_uring"`` insists on what ``"auto"`` prefers.
+        filesystem: how to reach the directory; tests inject faults here.
+
+    Raises:
+        ArgumentError: a number is out of range.
+        LockedError: another Engine has the directory.
+        PlatformError: this host refuses io_uring.
+        StorageError: the directory cannot be made, read or synced.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int | None = 2,
+        max_async: int = 2,
+        staging_bytes: int = 256 << 20,
+        block_bytes: int = 4 << 20,
+        backend: Backend = "auto",
+        filesystem: Filesystem | None = None,
+    ) -> None:
+        _check_range("keep", keep, 1, None)
+        _check_range("max_async", max_async, 1, MAX_ASYNC_MAX)
+        _check_range("block_bytes", block_bytes, ALIGNMENT, BLOCK_BYTES_MAX)
+        _check_range("staging_bytes", staging_bytes, 2 * block_bytes, None)
+        if block_bytes % ALIGNMENT:
+            raise ArgumentError(f"block_bytes is {block_bytes}; it must be a multiple of {ALIGNMENT}")
+        _check_choice("backend", backend, Backend)
+        self._block_bytes = block_bytes
+        self._catalog = Catalog(os.fspath(directory), filesystem or Filesystem(), spare_max=max_async)
+        try:
+            self._pipeline = Pipeline(staging_bytes // block_bytes, block_bytes)
+        except BaseException:
+            self._catalog.close()
+            raise
+        self._writer = Writer(self._catalog, self._pipeline, keep)
+        self._reader = Reader(self._catalog, self._pipeline)
+        self._places = threading.BoundedSemaphore(max_async)
+        self._mutex = threading.Lock()
+        self._in_flight: set[int] = set()
+        self._damaged: set[int] = set()
+        self._packs: weakref.WeakKeyDictionary[Arena, _Packs] = weakref.WeakKeyDictionary()
+        self._commits = ThreadPoolExecutor(max_async, thread_name_prefix="engine-commit")
+        # Runs at close, at collection or at exit, whichever comes first, and in a forked child does nothing.
+        self._closer = weakref.finalize(self, _shut_down, os.getpid(), self._commits, self._pipeline, self._catalog)
+        if not self._pipeline.registered_buffers:
+            warnings.warn(
+                f"the kernel did not register {staging_bytes} bytes of staging slots (RLIMIT_MEMLOCK, see ulimit -l); "
+                "saves go through io_uring all the same, at the cost of some CPU time",
+                EngineWarning,
+                stacklevel=2,
+            )
+
+    # -- saving -----------------------------------------------------------------------------------------------
+
+    def checkpoint(
+        self,
+        arena: Arena,
+        step: int | None = None,
+        *,
+        extra: Any = None,
+        chunk_count: int | None = None,
+        chunk_bytes: int | None = None,
+        snapshot: Snapshot | None = None,
+        on_busy: OnBusy = "wait",
+    ) -> Save:
+        """Make an arena durable while training goes on.
+
+        Blocks until a place is free (see `on_busy`), and until what may change next has been staged: with
+        ``"lazy"`` the module buffers, with ``"eager"`` everything.  Everything else happens in the background.
+
+        Args:
+            arena: what to save.
+            step: its number, after every committed step; None for the next one.
+            extra: a tree of plain values and small tensors, copied now.
+            chunk_count, chunk_bytes: how to cut the files into chunks (see `engine.plan.chunk_size`).
+            snapshot: ``"lazy"`` returns while staging goes on, and is the default for an arena adopted with its
+                optimizer, whose step it holds back; ``"eager"`` is the default for all others.  ``"checked"`` is
+                that default, and hashes the arena a second time: a writer in between fails the save.
+            on_busy: with `max_async` saves in flight ``"wait"`` for one to end, ``"raise"`` BusyError, or
+                ``"skip"``: the Save returned has failed with BusyError and nothing was done.
+
+        Raises:
+            ArenaError: a tensor of the arena cannot be stored, or a restore of it has failed half-way.
+            ArgumentError, ExtraError, StepError, BusyError, ClosedError, ForkedError: see the messages.
+        """
+        began_ns = time.monotonic_ns()
+        self._check_usable()
+        if snapshot is not None:
+            _check_choice("snapshot", snapshot, Snapshot)
+        _check_choice("on_busy", on_busy, OnBusy)
+        if arena.torn:
+            raise ArenaError("a restore of this arena failed half-way; restore it whole before saving it")
+        if not self._places.acquire(blocking=on_busy == "wait"):
+            with self._mutex:
+                busy = BusyError(f"steps {sorted(self._in_flight)} are in flight; wait for one, or raise max_async")
+                if on_busy == "skip":
+                    return Save.refused(self._next_step() if step is None else step, busy)
+            raise busy
+        try:
+            arena.refresh()
+            meta = {
+                "aliases": dict(arena.aliases),
+                "options": encode_extra(arena.options(), "options"),
+                "extra": encode_extra(extra),
+            }
+            packed, sources = self._pack(arena, chunk_count, chunk_bytes)
+            taken = self._take_step(step)
+        except BaseException:
+            self._places.release()
+            raise
+        save = self._start(arena, packed, sources, taken, meta, snapshot == "checked")
+        arena.hold(save.fence)
+        lazy = snapshot == "lazy" or (snapshot != "eager" and arena.fenced)
+        save.wait_milestone(Milestone.URGENT if lazy else Milestone.STAGED)
+        save.mark_held(began_ns)
+        return save
+
+    def rollback(self, step: int) -> list[int]:
+        """Take every committed step after this one out of service, to train on from it; returns them.
+
+        Blocks until that is durable.
+
+        Raises:
+            NotFoundError: this step is not committed.
+            StepError: a save is in flight.
+        """
+        self._check_usable()
+        with self._mutex:
+            if self._in_flight:
+                raise StepError(f"steps {sorted(self._in_flight)} are in flight; wait for them before rolling back")
+            with self._catalog.pinned(step):
+                return self._catalog.retire_after(step)
+
+    # -- restoring --------------------------------------------------------------------------------------------
+
+    def restore(self, arena: Arena, step: int | None = None, *, select: Select = None) -> RestoreInfo:
+        """Fill an arena from a checkpoint.  Blocks until every byte has been read and verified.
+
+        Args:
+            arena: with the same names, shapes and dtypes as were saved; any chunking.
+            step: which; None for the newest that verifies, passing over damaged ones with a warning.
+            select: patterns of layers or names; only those tensors are read and changed.
+
+        Raises:
+            MismatchError: the arena does not fit the checkpoint; nothing was changed.
+            NotFoundError: there is no such checkpoint.
+            CorruptError, StorageError: the checkpoint asked for, or every one, is damaged or unreadable.  The
+                arena may hold a part of it, and will not be saved until a restore succeeds.
+        """
+        self._check_usable()
+        info = self._reader.restore(arena, step, select)
+        self._damaged.update(bad.step for bad in info.passed_over)
+        return info
+
+    def load(self, step: int | None = None, *, select: Select = None) -> dict[str, Tensor]:
+        """Read a checkpoint's tensors into new memory, by name, tied names included.  Blocks.
+
+        Raises as `restore`; ArgumentError if `select` matches nothing.
+        """
+        self._check_usable()
+        return self._reader.load(step, select)[0]
+
+    def steps(self) -> list[int]:
+        """Committed steps, oldest first."""
+        self._check_usable()
+        return self._catalog.steps()
+
+    # -- ending -----------------------------------------------------------------------------------------------
+
+    @property
+    def is_open(self) -> bool:
+        """Whether `close` has not been called."""
+        return self._closer.alive
+
+    def close(self) -> None:
+        """See every save in flight to its end, stop the native thread, give the directory back.  Blocks."""
+        if os.getpid() == self._pipeline.pid:
+            self._closer()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "open" if self.is_open else "closed"
+        return f"Engine({self._catalog.root!r}, {state}, {len(self._catalog.steps())} checkpoints)"
+
+    # -- how --------------------------------------------------------------------------------------------------
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._pipeline.pid:
+            raise ForkedError(
+                f"this Engine was opened by process {self._pipeline.pid} and this is {os.getpid()}, a fork of it; "
+                "open an Engine after the fork, or use the 'spawn' start method"
+            )
+        if not self.is_open:
+            raise ClosedError(f"the Engine of {self._catalog.root} has been closed; open a new one")
+
+    def _take_step(self, step: int | None) -> int:
+        """Check a step against those committed and in flight, and reserve it."""
+        with self._mutex:
+            for damaged in sorted(self._damaged):
+                if step is not None and damaged >= step:
+                    aside = self._catalog.set_aside(damaged)
+                    self._damaged.discard(damaged)
+                    warnings.warn(f"step {damaged} is damaged and was renamed to {aside}", EngineWarning, stacklevel=4)
+            committed = self._catalog.steps()
+            if step is None:
+                step = self._next_step()
+            _check_range("step", step, 0, (1 << 63) - 1)
+            if step in self._in_flight:
+                raise StepError(f"step {step} is being saved already")
+            later = [s for s in committed if s >= step]
+            if later:
+                raise StepError(
+                    f"step {step} is not after the committed steps {later}; to train on from an earlier step, call "
+                    "rollback(step) with the step you restored, which takes the later ones out of service"
+                )
+            self._in_flight.add(step)
+            return step
+
+    def _next_step(self) -> int:
+        return max([*self._catalog.steps(), *self._in_flight], default=-1) + 1
+
+    def _pack(self, arena: Arena, chunk_count: int | None, chunk_bytes: int | None) -> tuple[PackedPlan, Packed]:
+        """The arena's plan and sources, packed: once per layout and chunk size, and once per move of its tensors."""
+        packs = self._packs.get(arena)
+        if packs is None or packs.layout is not arena.layout:
+            packs = self._packs[arena] = _Packs(arena.layout)
+        if packs.sources is None or packs.places is not arena.sources:
+            packs.places, packs.sources = arena.sources, pack_sources(arena)
+        size = chunk_size(arena.layout, chunk_count, chunk_bytes)
+        if size not in packs.plans:
+            packs.plans[size] = pack_plan(arena, self._block_bytes, size)
+        return packs.plans[size], packs.sources
+
+    def _start(
+        self, arena: Arena, packed: PackedPlan, sources: Packed, step: int, meta: Mapping[str, Any], checked: bool
+    ) -> Save:
+        def done() -> None:
+            with self._mutex:
+                self._in_flight.discard(step)
+            self._places.release()
+
+        try:
+            save = self._writer.begin(arena, packed, sources, step, checked)
+        except BaseException:
+            done()
+            raise
+        self._commits.submit(self._writer.finish, save, meta, done)
+        return save
+
+
+def _shut_down(pid: int, commits: ThreadPoolExecutor, pipeline: Pipeline, catalog: Catalog) -> None:
+    if os.getpid() != pid:
+        return
+    commits.shutdown(wait=True)
+    pipeline.close()
+    catalog.close()
+
+
+def _check_range(name: str, value: int | None, low: int, high: int | None) -> None:
+    if value is None and name == "keep":
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentError(f"{name} is {value!r}; it must be an integer")
+    if value < low or (high is not None and value > high):
+        raise ArgumentError(f"{name} is {value}; it must be at least {low}" + (f" and at most {high}" if high else ""))
+
+
+def _check_choice(name: str, value: object, choices: Any) -> None:
+    if value not in choices.__args__:
+        raise ArgumentError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices.__args__))}")

@@ -1,0 +1,269 @@
+"""Manifest: the commit record of one checkpoint.  Typed, encoded, decoded, validated.  Pure.
+
+Theory of operation.  `manifest.json` says everything that a reader must know before it opens a data file: the
+files and their lengths, the chunks with a checksum for every block, every tensor's place, and the caller's
+`extra`.  On disk it is one JSON object,
+
+    {"sha256":"<64 hex digits>","body":{...}}
+
+whose digest covers the very bytes of the body, so nothing depends on how JSON may be reformatted.
+
+Bytes read from disk are hostile until proven otherwise.  `decode` first checks the digest, then lets msgspec
+check every type, then `_validate` checks every number against every other: after that a reader may trust that
+chunks partition files, blocks partition chunks, and segments partition the data without holes, all within
+63-bit offsets.  Nothing is allocated in proportion to a number in the manifest before that number has been
+checked against the manifest's own length.
+
+Called by `commit` (through `writer`), `catalog` and `reader`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import msgspec
+
+from engine.errors import CorruptError
+from engine.layout import DTYPES, HEADER_ALIGNMENT, ROLES, Layout
+from engine.plan import ALIGNMENT, Chunk, Plan, PlannedFile, ceil_div, plan_geometry
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = "engine.checkpoint"
+VERSION = 1
+
+# 100,000 tensors make about 15 MB; ten times ten million would still be read.  More is not a manifest.
+MANIFEST_BYTES_MAX = 1 << 30
+
+# A block must fit a staging slot of whoever restores; the native pipeline counts a block's bytes in 32 bits.
+BLOCK_BYTES_MAX = 1 << 30
+
+# Offsets are signed 64-bit in the kernel (lseek(2)), and are rounded up to a block.
+FILE_BYTES_MAX = (1 << 63) - 1 - BLOCK_BYTES_MAX
+
+# Tensors named in an error before the rest are counted.
+_NAMES_SHOWN = 4
+
+_FILE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,99}\.safetensors")
+_PREFIX = re.compile(rb'\{"sha256":"([0-9a-f]{64})","body":')
+_SUFFIX = b"}\n"
+
+
+class ChunkRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One chunk: its place, the layers it holds a part of, and one XXH3-64 in hex for every block."""
+
+    file: int
+    index: int
+    offset: int
+    nbytes: int
+    layers: tuple[str, ...]
+    checksums: tuple[str, ...]
+
+
+class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One data file: its name, its exact length, and how much of it is the safetensors header."""
+
+    name: str
+    nbytes: int
+    header_bytes: int
+
+
+class SegmentRecord(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One tensor and its place: an array in JSON, as there may be a hundred thousand."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    role: str
+    layer: str
+    file: int
+    offset: int
+    nbytes: int
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything a reader must know.  `options` and `extra` are in the form of `engine.extra`."""
+
+    format: str
+    version: int
+    step: int
+    checkpoint_id: str
+    created_ns: int
+    block_bytes: int
+    files: tuple[FileRecord, ...]
+    chunks: tuple[ChunkRecord, ...]
+    segments: tuple[SegmentRecord, ...]
+    aliases: dict[str, str]
+    options: Any
+    extra: Any
+
+    @property
+    def seed(self) -> int:
+        """The seed of the block checksums: the first 64 bits of the checkpoint's id."""
+        return int(self.checkpoint_id[:16], 16)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all data files together."""
+        return sum(file.nbytes for file in self.files)
+
+    def geometry(self) -> Plan:
+        """The plan of the files as they were cut, without extents."""
+        files = tuple(PlannedFile(file.name, file.nbytes, file.header_bytes) for file in self.files)
+        chunks = tuple(Chunk(chunk.file, chunk.index, chunk.offset, chunk.nbytes) for chunk in self.chunks)
+        return plan_geometry(files, chunks, self.block_bytes)
+
+    def block_checksums(self) -> list[int]:
+        """One checksum a block, in the order of `geometry().blocks`."""
+        return [int(text, 16) for chunk in self.chunks for text in chunk.checksums]
+
+
+def segment_records(layout: Layout) -> tuple[SegmentRecord, ...]:
+    """The rows of a layout's segments: the same for every save of an arena."""
+    return tuple(
+        SegmentRecord(s.name, s.dtype, s.shape, s.role, s.layer, s.file_index, s.file_offset, s.nbytes)
+        for s in layout.segments
+    )
+
+
+def chunk_layers(plan: Plan, segments: Sequence[SegmentRecord]) -> tuple[tuple[str, ...], ...]:
+    """For each chunk of a plan, the layers it holds a part of, in order."""
+    layers: list[dict[str, None]] = [{} for _ in plan.chunks]
+    cursor = 0
+    for segment in segments:
+        if segment.nbytes == 0:
+            continue
+        while not _touches(plan.chunks[cursor], segment):
+            cursor += 1
+        at = cursor
+        while at < len(plan.chunks) and _touches(plan.chunks[at], segment):
+            layers[at][segment.layer] = None
+            at += 1
+    return tuple(tuple(names) for names in layers)
+
+
+def _touches(chunk: Chunk, segment: SegmentRecord) -> bool:
+    """Whether a chunk holds a byte of a segment."""
+    if chunk.file_index != segment.file:
+        return False
+    return segment.offset < chunk.offset + chunk.nbytes and segment.offset + segment.nbytes > chunk.offset
+
+
+def affected(segments: Iterable[SegmentRecord], file_index: int, offset: int, nbytes: int) -> str:
+    """The tensors that lie in a range of a file, shortened where they are many."""
+    end = offset + nbytes
+    names = [s.name for s in segments if s.file == file_index and s.offset < end and s.offset + s.nbytes > offset]
+    shown = ", ".join(names[:_NAMES_SHOWN]) or "the header"
+    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} tensors more"
+
+
+def chunk_records(plan: Plan, layers: Sequence[tuple[str, ...]], checksums: Sequence[int]) -> tuple[ChunkRecord, ...]:
+    """The rows of a plan's chunks, once its blocks' checksums are known."""
+    assert len(checksums) == len(plan.blocks), (len(checksums), len(plan.blocks))
+    hexes = [f"{checksum:016x}" for checksum in checksums]
+    return tuple(
+        ChunkRecord(chunk.file_index, chunk.index, chunk.offset, chunk.nbytes, names, tuple(hexes[start:end]))
+        for chunk, names, (start, end) in zip(plan.chunks, layers, pairwise(plan.block_starts), strict=True)
+    )
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The bytes of `manifest.json`."""
+    body = msgspec.json.encode(manifest)
+    digest = hashlib.sha256(body).hexdigest()
+    return f'{{"sha256":"{digest}","body":'.encode() + body + _SUFFIX
+
+
+def decode(raw: bytes) -> Manifest:
+    """The manifest in these bytes.
+
+    Raises:
+        CorruptError: the digest, a type or a number is wrong; the message says which.
+    """
+    prefix = _PREFIX.match(raw)
+    if prefix is None or not raw.endswith(_SUFFIX):
+        raise CorruptError("manifest.json does not have the form of a manifest")
+    body = memoryview(raw)[prefix.end() : -len(_SUFFIX)]
+    if hashlib.sha256(body).hexdigest().encode() != prefix.group(1):
+        raise CorruptError("manifest.json does not match its own sha256")
+    try:
+        manifest = msgspec.json.decode(body, type=Manifest)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise CorruptError(f"manifest.json cannot be decoded: {error}") from None
+    _validate(manifest)
+    return manifest
+
+
+def _require(truth: bool, what: str) -> None:
+    if not truth:
+        raise CorruptError(f"manifest.json is inconsistent: {what}")
+
+
+def _validate(manifest: Manifest) -> None:
+    _require(manifest.format == FORMAT, f"format is {manifest.format!r}, not {FORMAT!r}")
+    _require(manifest.version == VERSION, f"version is {manifest.version}; this engine reads {VERSION}")
+    _require(0 <= manifest.step < 1 << 63, f"step is {manifest.step}")
+    _require(re.fullmatch("[0-9a-f]{32}", manifest.checkpoint_id) is not None, "checkpoint_id is not 32 hex digits")
+    aligned = 0 < manifest.block_bytes <= BLOCK_BYTES_MAX and manifest.block_bytes % ALIGNMENT == 0
+    _require(aligned, f"block_bytes is {manifest.block_bytes}")
+    _validate_files(manifest)
+    _validate_chunks(manifest)
+    _validate_segments(manifest)
+
+
+def _validate_files(manifest: Manifest) -> None:
+    _require(len(manifest.files) >= 1, "there are no files")
+    _require(len({file.name for file in manifest.files}) == len(manifest.files), "a file is listed twice")
+    for file in manifest.files:
+        _require(_FILE_NAME.fullmatch(file.name) is not None, f"{file.name!r} cannot be a data file's name")
+        fits = 0 < file.header_bytes <= file.nbytes <= FILE_BYTES_MAX and file.header_bytes % HEADER_ALIGNMENT == 0
+        _require(fits, f"{file.name} has {file.nbytes} bytes, of which {file.header_bytes} header")
+
+
+def _validate_chunks(manifest: Manifest) -> None:
+    position = (0, 0, 0)  # the file, index and offset that the next chunk must have
+    for chunk in manifest.chunks:
+        where = f"chunk {chunk.index} of file {chunk.file}"
+        _require((chunk.file, chunk.index, chunk.offset) == position, f"{where} at {chunk.offset} does not follow")
+        file_bytes = manifest.files[chunk.file].nbytes
+        end = chunk.offset + chunk.nbytes
+        _require(chunk.nbytes > 0 and end <= file_bytes, f"{where} does not lie in its file")
+        _require(end == file_bytes or end % ALIGNMENT == 0, f"{where} ends unaligned")
+        count = ceil_div(chunk.nbytes, manifest.block_bytes)
+        _require(len(chunk.checksums) == count, f"{where} has {len(chunk.checksums)} checksums for {count} blocks")
+        for text in chunk.checksums:
+            _require(re.fullmatch("[0-9a-f]{16}", text) is not None, f"{where} has checksum {text!r}")
+        position = (chunk.file + 1, 0, 0) if end == file_bytes else (chunk.file, chunk.index + 1, end)
+        _require(position[0] < len(manifest.files) or chunk is manifest.chunks[-1], f"{where} is not the last")
+    _require(position == (len(manifest.files), 0, 0), "the chunks do not cover the files")
+
+
+def _validate_segments(manifest: Manifest) -> None:
+    ends = [file.header_bytes for file in manifest.files]
+    names: set[str] = set()
+    for segment in manifest.segments:
+        where = f"tensor {segment.name!r}"
+        _require(segment.name not in names, f"{where} is listed twice")
+        names.add(segment.name)
+        _require(segment.dtype in DTYPES and segment.role in ROLES, f"{where} is {segment.dtype}, {segment.role}")
+        _require(0 <= segment.file < len(ends), f"{where} is in file {segment.file}")
+        _require(_nbytes(segment) == segment.nbytes, f"{where} of shape {segment.shape} has {segment.nbytes} bytes")
+        _require(segment.offset == ends[segment.file], f"{where} at {segment.offset} leaves a hole or overlaps")
+        ends[segment.file] += segment.nbytes
+    for file, end in zip(manifest.files, ends, strict=True):
+        _require(end == file.nbytes, f"the tensors of {file.name} end at {end}, the file at {file.nbytes}")
+    for alias, name in manifest.aliases.items():
+        _require(alias not in names and name in names, f"alias {alias!r} of {name!r} does not fit")
+
+
+def _nbytes(segment: SegmentRecord) -> int | None:
+    """Bytes of a segment by dtype and shape, or None once the product leaves what a file can hold."""
+    nbytes = DTYPES[segment.dtype].itemsize
+    for extent in segment.shape:
+        if extent < 0:
+            return None
+        nbytes = min(nbytes * extent, FILE_BYTES_MAX + 1)
+    return nbytes if nbytes <= FILE_BYTES_MAX else None

@@ -1,0 +1,344 @@
+"""Native: the compiled pipeline, typed.  The only importer of `engine._native`.
+
+Theory of operation.  `native/engine_native.h` is the C interface; this module gives it Python's manners and no
+policy of its own.  A `Pipeline` is one native thread with one io_uring; a `Job` is one save or restore handed to
+it.  The job's arrays live in Python-owned memory that the pipeline reads and writes, so a Job is kept alive by
+its Pipeline until it is done, whatever its owner does.  Every call that waits releases the GIL and comes back
+every `WAIT_SLICE_NS`, so that Ctrl-C works.
+
+A fork has neither the thread nor the slots: a Pipeline touched in a forked child raises `ForkedError`, and the
+child's copies of its descriptors are closed at the fork.
+
+Called by `writer`, `reader` and `engine`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+import weakref
+from collections.abc import Iterable, Sequence
+from enum import IntEnum
+from typing import Any, NamedTuple, Protocol
+
+from engine.errors import ForkedError, PlatformError
+
+try:
+    from engine._native import ffi, lib
+except ImportError as error:
+    raise ImportError(
+        f"the compiled module engine._native is missing; build it with 'pip install .' ({error})"
+    ) from error
+
+# Long enough to cost nothing, short enough that Ctrl-C feels prompt.
+WAIT_SLICE_NS = 50_000_000
+
+# The number of live jobs that a pipeline has room for, and of files in one job (engine_native.h).
+JOBS_MAX: int = lib.ENG_JOBS_MAX
+JOB_FILES_MAX: int = lib.ENG_JOB_FILES_MAX
+DIMS_MAX: int = lib.ENG_DIMS_MAX
+ALIGNMENT: int = lib.ENG_ALIGNMENT
+
+_EXTENT = struct.Struct("=QIIII")
+_BLOCK = struct.Struct("=QIIII")
+_SOURCE = struct.Struct(f"=QII{2 * DIMS_MAX}q")
+assert _EXTENT.size == ffi.sizeof("eng_extent")
+assert _BLOCK.size == ffi.sizeof("eng_block")
+assert _SOURCE.size == ffi.sizeof("eng_source")
+
+
+class Direction(IntEnum):
+    """Which way a job moves bytes."""
+
+    WRITE = lib.ENG_WRITE
+    READ = lib.ENG_READ
+
+
+class BlockState(IntEnum):
+    """How far a block has come.  A block read, verified and copied out is WRITTEN."""
+
+    PENDING = lib.ENG_PENDING
+    STAGED = lib.ENG_STAGED
+    WRITTEN = lib.ENG_WRITTEN
+    FAILED = lib.ENG_FAILED
+
+
+class Milestone(IntEnum):
+    """What a job can be waited for."""
+
+    URGENT = lib.ENG_URGENT
+    STAGED = lib.ENG_ALL_STAGED
+    DONE = lib.ENG_DONE
+
+
+class FailureKind(IntEnum):
+    """Why a job failed."""
+
+    IO = lib.ENG_IO_FAILURE
+    SHORT = lib.ENG_SHORT_FAILURE
+    CHECKSUM = lib.ENG_CHECKSUM_FAILURE
+    TORN = lib.ENG_TORN_FAILURE
+    INVALID = lib.ENG_INVALID_FAILURE
+    ABORTED = lib.ENG_ABORTED_FAILURE
+
+
+class Failure(NamedTuple):
+    """A job's first failure.  `block` is the block it happened on, or None."""
+
+    kind: FailureKind
+    errno: int
+    block: int | None
+
+
+class Source(Protocol):
+    """Where bytes lie: plain memory if `shape` is empty, else a strided tensor (strides in elements)."""
+
+    @property
+    def address(self) -> int: ...
+    @property
+    def itemsize(self) -> int: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def stride(self) -> tuple[int, ...]: ...
+
+
+class Packed(NamedTuple):
+    """Rows as the C structs they stand for: `memory` holds `row_count` of them, `pointer` is cffi's view of it."""
+
+    memory: bytes
+    pointer: Any
+    row_count: int
+
+
+def pack_extents(rows: Iterable[tuple[int, int, int, int]]) -> Packed:
+    """Pack rows of (source_offset, block_offset, nbytes, source)."""
+    return _pack("eng_extent", _EXTENT, b"".join([_EXTENT.pack(*row, 0) for row in rows]))
+
+
+def pack_blocks(rows: Iterable[tuple[int, int, int, int, int]]) -> Packed:
+    """Pack rows of (file_offset, nbytes, file, extent_start, extent_count)."""
+    return _pack("eng_block", _BLOCK, b"".join([_BLOCK.pack(*row) for row in rows]))
+
+
+def pack_sources(sources: Iterable[Source]) -> Packed:
+    """Pack sources; their memory stays the caller's to keep."""
+    rows = []
+    for source in sources:
+        ndim = len(source.shape)
+        assert ndim == len(source.stride) <= DIMS_MAX, source
+        rest = (0,) * (DIMS_MAX - ndim)
+        rows.append(_SOURCE.pack(source.address, source.itemsize, ndim, *source.shape, *rest, *source.stride, *rest))
+    return _pack("eng_source", _SOURCE, b"".join(rows))
+
+
+def address_of(memory: bytes) -> int:
+    """The address of an immutable object's bytes, good as long as the object lives."""
+    return int(ffi.cast("uintptr_t", ffi.from_buffer(memory)))
+
+
+def pack_order(blocks: Sequence[int]) -> Packed:
+    """Pack block indices."""
+    return _pack("uint32_t", struct.Struct("=I"), struct.pack(f"={len(blocks)}I", *blocks))
+
+
+def block_checksum(block: bytes | bytearray | memoryview, seed: int, file_index: int, file_offset: int) -> int:
+    """The checksum that the pipeline gives a block with these stored bytes: XXH3-64, seeded by its place."""
+    view = ffi.from_buffer(block)
+    return int(lib.eng_block_checksum(view, len(view), seed, file_index, file_offset))
+
+
+def _pack(ctype: str, row: struct.Struct, memory: bytes) -> Packed:
+    assert len(memory) % row.size == 0
+    return Packed(memory, ffi.from_buffer(f"{ctype}[]", memory), len(memory) // row.size)
+
+
+class Job:
+    """One save or restore.
+
+    Args:
+        direction: which way.
+        seed: of the checkpoint, 64 bits, mixed into every block's checksum.
+        sources, extents, blocks, order: packed; see `engine_native.h`.
+        file_count: how many files `Pipeline.attach` will be given.
+        urgent_count: the first so many of `order` are staged before `Milestone.URGENT`.
+        checked: hash the sources again once all is staged.
+        checksums: for a read, what each block must verify against.
+        owners: objects to keep alive as long as the pipeline may touch the sources.
+    """
+
+    def __init__(
+        self,
+        direction: Direction,
+        seed: int,
+        sources: Packed,
+        extents: Packed,
+        blocks: Packed,
+        order: Packed,
+        file_count: int,
+        urgent_count: int = 0,
+        checked: bool = False,
+        checksums: Sequence[int] | None = None,
+        owners: object = None,
+    ) -> None:
+        self._kept = (sources, extents, blocks, order, owners)
+        self._states = bytearray(max(blocks.row_count, 1))
+        self._checksums = ffi.new("uint64_t[]", max(blocks.row_count, 1))
+        if checksums is not None:
+            assert len(checksums) == blocks.row_count, (len(checksums), blocks.row_count)
+            self._checksums[0 : blocks.row_count] = checksums
+        self._states_view = ffi.from_buffer("uint8_t[]", self._states)
+        self.block_count = blocks.row_count
+        self.c_job = ffi.new(
+            "eng_job *",
+            {
+                "direction": direction,
+                "checked": checked,
+                "source_count": sources.row_count,
+                "extent_count": extents.row_count,
+                "block_count": blocks.row_count,
+                "urgent_count": urgent_count,
+                "file_count": file_count,
+                "seed": seed,
+                "sources": sources.pointer,
+                "extents": extents.pointer,
+                "blocks": blocks.pointer,
+                "order": order.pointer,
+                "checksums": self._checksums,
+                "states": self._states_view,
+            },
+        )
+
+    def states(self) -> bytes:
+        """One `BlockState` a block, as they are at this moment."""
+        return bytes(self._states[: self.block_count])
+
+    def checksums(self) -> list[int]:
+        """The blocks' checksums; those of a write are final once it is staged."""
+        return list(ffi.unpack(self._checksums, self.block_count)) if self.block_count else []
+
+    @property
+    def failure(self) -> Failure | None:
+        """The first failure, once the job is done; None if there was none."""
+        c_job = self.c_job
+        if c_job.failure == lib.ENG_NO_FAILURE:
+            return None
+        block = int(c_job.failed_block)
+        return Failure(FailureKind(c_job.failure), int(c_job.error), block if block < self.block_count else None)
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What the pipeline measured: times in ns on the clock of time.monotonic_ns(), bytes and retries."""
+        names = ("submitted_ns", "staged_ns", "done_ns", "staging_ns", "io_bytes", "retry_count")
+        return {name: int(getattr(self.c_job, name)) for name in names}
+
+
+class Pipeline:
+    """One native thread with one io_uring and `slot_count` staging slots of `slot_bytes` each.
+
+    Args:
+        slot_count: at least 1.
+        slot_bytes: a multiple of `ALIGNMENT`; no block may be larger.
+        io_table: a cffi ``eng_io_table *`` to use instead of io_uring; the seam for fault injection.
+
+    Raises:
+        PlatformError: the kernel refuses io_uring, or the memory or descriptors for it.
+    """
+
+    def __init__(self, slot_count: int, slot_bytes: int, io_table: Any = None) -> None:
+        config = ffi.new("eng_config *", {"slot_count": slot_count, "slot_bytes": slot_bytes})
+        if io_table is not None:
+            config.io = io_table
+        opened = ffi.new("eng_pipeline **")
+        result = lib.eng_open(config, opened)
+        if result < 0:
+            raise _refusal(-result)
+        self._io_table = io_table
+        self._pipeline = opened[0]
+        self.pid = os.getpid()
+        self._live: set[Job] = set()
+        self.slot_bytes = slot_bytes
+        self.registered_buffers = bool(config.registered_buffers)
+        _open_pipelines.add(self)
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; staging begins at once.  Does not block.  The caller keeps jobs below `JOBS_MAX`."""
+        self._check_owner()
+        self._live.add(job)
+        result = lib.eng_submit(self._pipeline, job.c_job)
+        assert result == 0, f"eng_submit refused a job: {os.strerror(-result)}"
+
+    def attach(self, job: Job, descriptors: Sequence[int]) -> None:
+        """Give a job its files.  A job that has failed meanwhile does not want them any more."""
+        self._check_owner()
+        assert len(descriptors) == job.c_job.file_count
+        result = lib.eng_attach(self._pipeline, job.c_job, ffi.new("int32_t[]", list(descriptors)))
+        assert result in (0, -errno.ESRCH), os.strerror(-result)
+
+    def abort(self, job: Job, error: int) -> None:
+        """Fail a job with an errno; what is in flight is drained, and then it is done."""
+        self._check_owner()
+        result = lib.eng_abort(self._pipeline, job.c_job, error)
+        assert result in (0, -errno.ESRCH), os.strerror(-result)
+
+    def wait(self, job: Job, milestone: Milestone, timeout_ns: int | None = None) -> bool:
+        """Block until a milestone is reached, without the GIL.  False if `timeout_ns` passed first."""
+        self._check_owner()
+        left = timeout_ns
+        while True:
+            slice_ns = WAIT_SLICE_NS if left is None else min(left, WAIT_SLICE_NS)
+            if lib.eng_wait(self._pipeline, job.c_job, milestone, slice_ns):
+                if milestone == Milestone.DONE:
+                    self._live.discard(job)
+                return True
+            if left is not None:
+                left -= slice_ns
+                if left <= 0:
+                    return False
+
+    def close(self) -> None:
+        """Drain every job and stop the thread.  Blocks.  Nothing else may be using the pipeline."""
+        if self._pipeline is None:
+            return
+        self._check_owner()
+        pipeline, self._pipeline = self._pipeline, None
+        lib.eng_close(pipeline)
+        self._live.clear()
+
+    def _check_owner(self) -> None:
+        if os.getpid() != self.pid:
+            raise ForkedError(
+                f"this Engine was opened by process {self.pid} and this is process {os.getpid()}, a fork of it; "
+                "open an Engine of its own after the fork, or use the 'spawn' start method"
+            )
+        assert self._pipeline is not None, "the pipeline is closed"
+
+    def _abandon(self) -> None:
+        if self._pipeline is not None:
+            lib.eng_abandon(self._pipeline)
+
+
+# Weak: a Pipeline is its Engine's, and is only told of forks while it lives.
+_open_pipelines: weakref.WeakSet[Pipeline] = weakref.WeakSet()
+
+
+def _abandon_all() -> None:
+    for pipeline in tuple(_open_pipelines):
+        pipeline._abandon()
+
+
+os.register_at_fork(after_in_child=_abandon_all)
+
+_REMEDIES = {
+    errno.EPERM: "allow it: sysctl kernel.io_uring_disabled=0, or a seccomp profile that lets io_uring_setup pass",
+    errno.ENOSYS: "use a kernel of 5.6 or later that is built with CONFIG_IO_URING, outside gVisor and WSL1",
+    errno.ENOMEM: "raise the locked-memory limit (ulimit -l) or give the Engine a smaller staging_bytes",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "raise the system's limit on open files (sysctl fs.file-max)",
+}
+
+
+def _refusal(error: int) -> PlatformError:
+    remedy = _REMEDIES.get(error, "see io_uring_setup(2) for what this errno means")
+    return PlatformError(f"io_uring could not be set up: {os.strerror(error)} (errno {error})", remedy)

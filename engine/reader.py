@@ -1,0 +1,312 @@
+"""Reader: one restore, from a committed checkpoint to tensors.
+
+Theory of operation.  The manifest says where every tensor lies and what every block must hash to; a restore
+plans only the blocks that the wanted tensors lie in, and the native pipeline reads each into a slot, verifies
+it, and only then copies it out.  Nothing read from disk reaches a tensor unverified.
+
+What can be wrong is told apart.  The caller's fault (names, shapes, dtypes that do not fit) is found before a
+byte of the arena changes, and is never answered by trying another checkpoint.  The disk's fault makes an
+explicit `step=` raise, and makes "the newest" pass over to the next older checkpoint with a warning.  If a
+restore fails half-way the arena is marked torn, and no checkpoint is taken of it until a restore succeeds.
+
+Called by `engine` only.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine import native
+from engine.arena import Arena, Source
+from engine.catalog import Catalog
+from engine.errors import ArgumentError, CorruptError, EngineWarning, MismatchError, NotFoundError, StorageError
+from engine.extra import decode as decode_extra
+from engine.layout import Segment
+from engine.manifest import Manifest, SegmentRecord, affected
+from engine.native import Direction, FailureKind, Job, Milestone, Pipeline
+from engine.plan import Extent, Plan, lay_extents
+
+# Slots of a pipeline opened for one checkpoint whose blocks do not fit the engine's: enough to keep a drive busy.
+_LARGE_SLOT_COUNT = 4
+
+Select = str | Sequence[str] | None
+
+
+class PassedOver(NamedTuple):
+    """A committed checkpoint that a restore could not use, and why."""
+
+    step: int
+    reason: str
+
+
+class RestoreInfo(NamedTuple):
+    """A restored checkpoint.  `nbytes_read` counts what came from disk, the manifest included."""
+
+    step: int
+    checkpoint_id: str
+    path: str
+    extra: Any
+    nbytes_read: int
+    passed_over: tuple[PassedOver, ...]
+
+
+class _Target(NamedTuple):
+    """A wanted tensor of the checkpoint, and where its bytes go: a source of the job and an offset there."""
+
+    record: SegmentRecord
+    source: int
+    offset: int
+
+
+class _Found(NamedTuple):
+    """A checkpoint whose manifest is valid and whose files are open, in the manifest's order."""
+
+    manifest: Manifest
+    path: str
+    descriptors: Sequence[int]
+
+
+class Reader:
+    """Restores from a catalog through a pipeline."""
+
+    def __init__(self, catalog: Catalog, pipeline: Pipeline) -> None:
+        self._catalog = catalog
+        self._pipeline = pipeline
+
+    def restore(self, arena: Arena, step: int | None, select: Select) -> RestoreInfo:
+        """Fill an arena, or the selected part of it, and return what was restored.  Blocks."""
+        arena.fence()
+        arena.refresh()
+        wanted = selector(select)
+
+        def fill(found: _Found) -> int:
+            targets = _match(arena, found.manifest, wanted, whole=select is None)
+            options = _options(found.manifest)
+            if select is None:
+                arena.check_options(options)
+            sources = native.pack_sources(arena.sources)
+            try:
+                nbytes = self._read(found, targets, sources, arena, whole=select is None)
+            except BaseException:
+                arena.mark_torn()
+                raise
+            if select is None:
+                arena.restored(options)
+            return nbytes
+
+        return self._newest(step, fill)
+
+    def load(self, step: int | None, select: Select) -> tuple[dict[str, Tensor], RestoreInfo]:
+        """Read tensors into new memory, without an arena.  Blocks."""
+        wanted = selector(select)
+        tensors: dict[str, Tensor] = {}
+
+        def fill(found: _Found) -> int:
+            tensors.clear()
+            manifest = found.manifest
+            absent = set(_options(manifest).get("absent", ()))
+            targets: list[_Target] = []
+            sources: list[Source] = []
+            for record in manifest.segments:
+                if record.name in absent or not wanted(record):
+                    continue
+                tensor = torch.empty(record.shape, dtype=getattr(torch, record.dtype))
+                tensors[record.name] = tensor
+                targets.append(_Target(record, len(sources), 0))
+                sources.append(Source(tensor.data_ptr(), tensor.element_size(), (), ()))
+            aliases = {alias: tensors[name] for alias, name in manifest.aliases.items() if name in tensors}
+            packed = native.pack_sources(sources)
+            nbytes = self._read(found, targets, packed, list(tensors.values()), whole=select is None)
+            tensors.update(aliases)
+            return nbytes
+
+        info = self._newest(step, fill)
+        if not tensors and select is not None:
+            raise ArgumentError(f"select={select!r} matches no tensor of step {info.step}")
+        return tensors, info
+
+    def _newest(self, step: int | None, fill: Callable[[_Found], int]) -> RestoreInfo:
+        """Run `fill` on the step asked for, or on the newest that it does not find damaged."""
+        passed_over: list[PassedOver] = []
+        candidates = self._catalog.steps()[::-1] if step is None else [step]
+        for candidate in candidates:
+            try:
+                with self._catalog.pinned(candidate):
+                    path = self._catalog.path(candidate)
+                    manifest, manifest_bytes = self._catalog.manifest(candidate)
+                    extra = decode_extra(manifest.extra)
+                    with self._opened(manifest, path) as descriptors:
+                        nbytes = manifest_bytes + fill(_Found(manifest, path, descriptors))
+            except (CorruptError, StorageError) as error:
+                if step is not None:
+                    raise
+                passed_over.append(PassedOver(candidate, str(error)))
+                warnings.warn(f"step {candidate} is passed over: {error}", EngineWarning, stacklevel=4)
+                continue
+            return RestoreInfo(candidate, manifest.checkpoint_id, path, extra, nbytes, tuple(passed_over))
+        if passed_over:
+            reasons = "; ".join(f"step {bad.step}: {bad.reason}" for bad in passed_over)
+            raise CorruptError(f"none of the checkpoints in {self._catalog.root} can be restored: {reasons}")
+        raise NotFoundError(f"{self._catalog.root} holds no committed checkpoint")
+
+    def _read(
+        self,
+        found: _Found,
+        targets: Sequence[_Target],
+        sources: native.Packed,
+        owners: object,
+        whole: bool,
+    ) -> int:
+        """Read the blocks that the targets lie in; returns the bytes read.
+
+        A `whole` read verifies every block, also those that hold nothing but header.
+        """
+        manifest = found.manifest
+        plan = _plan_read(manifest, targets)
+        wanted = [index for index, block in enumerate(plan.blocks) if whole or block.extent_count]
+        if not wanted:
+            return 0
+        checksums = manifest.block_checksums()
+        blocks = [plan.blocks[index] for index in wanted]
+        job = Job(
+            Direction.READ,
+            manifest.seed,
+            sources,
+            native.pack_extents(
+                (e.source_offset, e.file_offset - block.file_offset, e.nbytes, e.source)
+                for block in plan.blocks
+                for e in plan.extents[block.extent_start : block.extent_start + block.extent_count]
+            ),
+            native.pack_blocks((b.file_offset, b.nbytes, b.file_index, *b[3:]) for b in blocks),
+            native.pack_order(range(len(blocks))),
+            len(plan.files),
+            checksums=[checksums[index] for index in wanted],
+            owners=owners,
+        )
+        if manifest.block_bytes <= self._pipeline.slot_bytes:
+            _drive(self._pipeline, job, found.descriptors)
+        else:
+            with closing(Pipeline(_LARGE_SLOT_COUNT, manifest.block_bytes)) as pipeline:
+                _drive(pipeline, job, found.descriptors)
+        if job.failure is not None:
+            block = None if job.failure.block is None else blocks[job.failure.block]
+            raise _explain(job.failure, manifest, found.path, block)
+        return job.counters["io_bytes"]
+
+    @contextmanager
+    def _opened(self, manifest: Manifest, path: str) -> Iterator[list[int]]:
+        """The data files, open and of the length that the manifest says: checked before anything is allocated."""
+        filesystem = self._catalog.filesystem
+        descriptors: list[int] = []
+        try:
+            for file in manifest.files:
+                file_path = os.path.join(path, file.name)
+                descriptors.append(filesystem.open_for_blocks(file_path, write=False))
+                nbytes = filesystem.size(descriptors[-1], file_path)
+                if nbytes != file.nbytes:
+                    raise CorruptError(f"{file_path} has {nbytes} bytes, and its manifest says {file.nbytes}")
+            yield descriptors
+        finally:
+            for descriptor in descriptors:
+                filesystem.close(descriptor)
+
+
+def _drive(pipeline: Pipeline, job: Job, descriptors: Sequence[int]) -> None:
+    pipeline.submit(job)
+    try:
+        pipeline.attach(job, descriptors)
+        pipeline.wait(job, Milestone.DONE)
+    except BaseException:  # Ctrl-C: the kernel must be done with the arena before anyone else is
+        pipeline.abort(job, 0)
+        pipeline.wait(job, Milestone.DONE)
+        raise
+
+
+def _options(manifest: Manifest) -> dict[str, Any]:
+    """What the optimizer kept besides tensors, in the shape that `Arena.options` gives it."""
+    options = decode_extra(manifest.options, "options")
+    shape = {"param_groups": list, "state": dict, "absent": list}
+    if not isinstance(options, dict) or (options and {k: type(v) for k, v in options.items()} != shape):
+        raise CorruptError("the manifest's options are not an optimizer's")
+    return options
+
+
+def _plan_read(manifest: Manifest, targets: Sequence[_Target]) -> Plan:
+    runs: list[list[Extent]] = [[] for _ in manifest.files]
+    for record, source, offset in targets:
+        runs[record.file].append(Extent(source, offset, record.offset, record.nbytes))
+    return lay_extents(manifest.geometry(), runs)
+
+
+def selector(select: Select) -> Callable[[SegmentRecord | Segment], bool]:
+    """The predicate behind `select=`.
+
+    A pattern (fnmatch(3), case-sensitive) picks a tensor if it matches its name, its layer, or the name of a
+    member of its layer: ``"layers.3.*"`` picks everything under layers.3, the optimizer's state of it included;
+    ``"layers.3"`` only what belongs to that very module; ``"*.exp_avg"`` one kind of state.
+    """
+    if select is None:
+        return lambda _: True
+    patterns = (select,) if isinstance(select, str) else tuple(select)
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ArgumentError(f"select is {select!r}; it must be a pattern or a list of patterns")
+
+    def wanted(segment: SegmentRecord | Segment) -> bool:
+        names = (segment.name, segment.layer, f"{segment.layer}.")
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns for name in names)
+
+    return wanted
+
+
+def _match(
+    arena: Arena, manifest: Manifest, wanted: Callable[[SegmentRecord | Segment], bool], whole: bool
+) -> list[_Target]:
+    """Pair the checkpoint's tensors with the arena's, or say everything that does not fit.
+
+    Raises:
+        MismatchError: listing every name, shape and dtype that differs.
+    """
+    stored = {record.name: record for record in manifest.segments if wanted(record)}
+    here = {s.name: (s, place) for s, place in zip(arena.segments, arena.places, strict=True) if wanted(s)}
+    problems = [f"{name}: not in the checkpoint" for name in here if name not in stored]
+    problems += [f"{name}: not in the arena" for name in stored if name not in here]
+    for name in stored.keys() & here.keys():
+        record, segment = stored[name], here[name][0]
+        if (record.dtype, record.shape) != (segment.dtype, segment.shape):
+            problems.append(
+                f"{name}: {record.dtype}{list(record.shape)} in the checkpoint, "
+                f"{segment.dtype}{list(segment.shape)} in the arena"
+            )
+    if problems:
+        lines = "\n  ".join(sorted(problems))
+        raise MismatchError(f"step {manifest.step} does not fit the arena; nothing was changed:\n  {lines}")
+    if not stored and not whole:
+        raise MismatchError(f"the selection matches no tensor of step {manifest.step}; nothing was changed")
+    return [_Target(record, *here[name][1]) for name, record in stored.items()]
+
+
+def _explain(failure: native.Failure, manifest: Manifest, path: str, block: Any) -> Exception:
+    """The native failure as the error that says whose fault it is, and what it affects."""
+    if block is None:
+        return StorageError(failure.errno, "read", path)
+    file = os.path.join(path, manifest.files[block.file_index].name)
+    if failure.kind == FailureKind.IO:
+        return StorageError(failure.errno, "read", file, block.file_offset)
+    chunk = next(
+        c.index
+        for c in manifest.chunks
+        if c.file == block.file_index and c.offset <= block.file_offset < c.offset + c.nbytes
+    )
+    what = "does not match its checksum" if failure.kind == FailureKind.CHECKSUM else "cannot be read: the file ends"
+    return CorruptError(
+        f"{file}: the block at byte {block.file_offset} (chunk {chunk}, {block.nbytes} bytes) {what}; "
+        f"affected: {affected(manifest.segments, block.file_index, block.file_offset, block.nbytes)}"
+    )

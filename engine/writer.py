@@ -1,0 +1,343 @@
+"""Writer: one save, from the arena to a committed checkpoint.
+
+Theory of operation.  A save has two halves.  `Writer.begin` runs in the caller's `checkpoint()`: it hands the
+native pipeline a job over a plan packed once per arena, and staging starts at once.  `Writer.finish` runs on one
+of the engine's commit threads, which sleep in native code: it makes the files while staging is under way, gives
+them to the job, waits for the last completion, and commits.  No Python thread touches a byte of the arena.
+
+A `Save` is a Future.  Its chunks' status is read live from memory that the native thread writes: a chunk is as
+far as the least of its blocks.  Whatever fails, the job is drained before its descriptors are closed, what it
+wrote is deleted, the failure is logged once, and `result()` raises it; training goes on.
+
+Called by `engine` only.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from engine import native
+from engine.arena import Arena, Source
+from engine.catalog import Catalog
+from engine.commit import WrittenFile, commit
+from engine.errors import BusyError, EngineError, StorageError, TornSnapshot
+from engine.layout import Layout, align_up
+from engine.manifest import (
+    FORMAT,
+    VERSION,
+    FileRecord,
+    Manifest,
+    SegmentRecord,
+    affected,
+    chunk_layers,
+    chunk_records,
+    encode,
+    segment_records,
+)
+from engine.native import BlockState, Direction, FailureKind, Job, Milestone, Packed, Pipeline
+from engine.plan import ALIGNMENT, Plan, make_plan
+
+_log = logging.getLogger("engine")
+
+
+class CheckpointInfo(NamedTuple):
+    """A committed checkpoint.  `nbytes` counts its data files."""
+
+    step: int
+    checkpoint_id: str
+    path: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkStatus:
+    """One chunk of a save: its place, and ``pending``, ``staged``, ``written``, ``durable`` or ``failed``."""
+
+    file: str
+    index: int
+    offset: int
+    nbytes: int
+    layers: tuple[str, ...]
+    status: str
+
+
+class PackedPlan(NamedTuple):
+    """A plan with all that every save of the same arena has in common, ready for the pipeline."""
+
+    plan: Plan
+    layout: Layout
+    segments: tuple[SegmentRecord, ...]
+    layers: tuple[tuple[str, ...], ...]
+    extents: Packed
+    blocks: Packed
+    order: Packed
+    urgent_count: int
+
+
+def pack_plan(arena: Arena, block_bytes: int, chunk_bytes: int) -> PackedPlan:
+    """Plan an arena's files and pack the plan.  Time and memory in proportion to the number of tensors."""
+    layout = arena.layout
+    file_count = len(layout.files)
+    plan = make_plan(layout, [(source + file_count, at) for source, at in arena.places], block_bytes, chunk_bytes)
+    segments = segment_records(layout)
+    urgent = _urgent_blocks(plan, segments)
+    order = sorted(range(len(plan.blocks)), key=lambda block: block not in urgent)
+    starts = [block.file_offset for block in plan.blocks for _ in range(block.extent_count)]
+    return PackedPlan(
+        plan=plan,
+        layout=layout,
+        segments=segments,
+        layers=chunk_layers(plan, segments),
+        extents=native.pack_extents(
+            (e.source_offset, e.file_offset - start, e.nbytes, e.source)
+            for e, start in zip(plan.extents, starts, strict=True)
+        ),
+        blocks=native.pack_blocks((b.file_offset, b.nbytes, b.file_index, *b[3:]) for b in plan.blocks),
+        order=native.pack_order(order),
+        urgent_count=len(urgent),
+    )
+
+
+def pack_sources(arena: Arena) -> Packed:
+    """A plan's sources as they lie now: the headers, which the layout keeps alive, then the arena's own."""
+    headers = [Source(native.address_of(file.header), 1, (), ()) for file in arena.layout.files]
+    return native.pack_sources([*headers, *arena.sources])
+
+
+def _urgent_blocks(plan: Plan, segments: Sequence[SegmentRecord]) -> set[int]:
+    """The blocks that hold a part of a module buffer: forward changes those, so they are staged first."""
+    ranges = [(s.file, s.offset, s.offset + s.nbytes) for s in segments if s.role == "buffer" and s.nbytes]
+    urgent = set()
+    cursor = 0
+    for index, block in enumerate(plan.blocks):
+        start, end = (block.file_index, block.file_offset), (block.file_index, block.file_offset + block.nbytes)
+        while cursor < len(ranges) and (ranges[cursor][0], ranges[cursor][2]) <= start:
+            cursor += 1
+        if cursor < len(ranges) and ranges[cursor][:2] < end:
+            urgent.add(index)
+    return urgent
+
+
+class Save(Future[CheckpointInfo]):
+    """A checkpoint in flight.
+
+    `result()` blocks until the checkpoint is durable and committed, and raises what went wrong otherwise.  A
+    Save cannot be cancelled.  Its methods may be called from any thread.
+    """
+
+    def __init__(self, step: int) -> None:
+        """Not for callers: `Engine.checkpoint` makes Saves."""
+        super().__init__()
+        self.set_running_or_notify_cancel()
+        self.step = step
+        self.checkpoint_id = secrets.token_hex(16)
+        self._packed: PackedPlan | None = None
+        self._job: Job | None = None
+        self._pipeline: Pipeline | None = None
+        self._began_ns = time.monotonic_ns()
+        self._held_ns = 0
+        self._durable_ns = 0
+
+    @classmethod
+    def refused(cls, step: int, error: BusyError) -> Save:
+        """A save that was never begun."""
+        save = cls(step)
+        save.set_exception(error)
+        return save
+
+    def wait_staged(self, timeout: float | None = None) -> bool:
+        """Block until the arena may change again, or the save has failed; False if `timeout` seconds passed."""
+        return self.wait_milestone(Milestone.STAGED, timeout)
+
+    def fence(self) -> None:
+        """For the arena: return once the save has stopped reading it.  Never raises."""
+        self.wait_milestone(Milestone.STAGED)
+
+    def chunks(self) -> list[ChunkStatus]:
+        """Every chunk and how far it has come, at this moment.  Does not block."""
+        if self._packed is None or self._job is None:
+            return []
+        plan = self._packed.plan
+        failed = self.done() and self.exception() is not None
+        durable = self.done() and not failed
+        states = self._job.states()
+        statuses = []
+        for chunk, layers, (start, end) in zip(
+            plan.chunks, self._packed.layers, pairwise(plan.block_starts), strict=True
+        ):
+            status = "failed" if failed else "durable" if durable else _least(states[start:end])
+            name = plan.files[chunk.file_index].name
+            statuses.append(ChunkStatus(name, chunk.index, chunk.offset, chunk.nbytes, layers, status))
+        return statuses
+
+    def stats(self) -> dict[str, int]:
+        """What the save took, as far as it has come; times in ns.
+
+        ``held_ns``: inside `checkpoint()`.  ``staged_ns``: from the call until the arena could change again.
+        ``durable_ns``: from the call until committed.  ``staging_ns``: of the native thread, copying and hashing.
+        ``io_bytes``, ``retry_count``: bytes written, operations tried again.
+        """
+        if self._job is None:
+            return {}
+        counters = self._job.counters
+        return {
+            "held_ns": self._held_ns,
+            "staged_ns": max(0, counters["staged_ns"] - self._began_ns),
+            "durable_ns": self._durable_ns,
+            "staging_ns": counters["staging_ns"],
+            "io_bytes": counters["io_bytes"],
+            "retry_count": counters["retry_count"],
+        }
+
+    def mark_held(self, began_ns: int) -> None:
+        """Called once, as `checkpoint()` returns: it began then, on the clock of time.monotonic_ns()."""
+        self._began_ns, self._held_ns = began_ns, time.monotonic_ns() - began_ns
+
+    def wait_milestone(self, milestone: Milestone, timeout: float | None = None) -> bool:
+        """Block until the native job has come so far, or has failed; False if `timeout` seconds passed."""
+        if self._pipeline is None or self._job is None or self.done():
+            return True
+        return self._pipeline.wait(self._job, milestone, None if timeout is None else int(timeout * 1e9))
+
+
+def _least(states: bytes) -> str:
+    """The status of a chunk whose blocks are in these states."""
+    if BlockState.FAILED in states:
+        return "failed"
+    return BlockState(min(states)).name.lower()
+
+
+class Writer:
+    """Runs saves: `begin` in the caller, `finish` on a commit thread.
+
+    Args:
+        catalog: the directory.
+        pipeline: the native thread.
+        keep: how many committed checkpoints to leave, or None for all.
+    """
+
+    def __init__(self, catalog: Catalog, pipeline: Pipeline, keep: int | None) -> None:
+        self._catalog = catalog
+        self._pipeline = pipeline
+        self._keep = keep
+
+    def begin(self, arena: Arena, packed: PackedPlan, sources: Packed, step: int, checked: bool) -> Save:
+        """Start staging an arena.  Returns at once."""
+        save = Save(step)
+        save._packed, save._pipeline = packed, self._pipeline
+        save._job = Job(
+            Direction.WRITE,
+            int(save.checkpoint_id[:16], 16),
+            sources,
+            packed.extents,
+            packed.blocks,
+            packed.order,
+            len(packed.plan.files),
+            urgent_count=packed.urgent_count,
+            checked=checked,
+            owners=(arena.memory, packed, sources),
+        )
+        self._pipeline.submit(save._job)
+        return save
+
+    def finish(self, save: Save, meta: Mapping[str, Any], done: Callable[[], None]) -> None:
+        """See a save through to its commit or its failure; resolves the Future and never raises.
+
+        Args:
+            save: from `begin`.
+            meta: ``aliases``, ``options`` and ``extra`` of the manifest.
+            done: called before the Future resolves, so that who waits for it finds the place free.
+        """
+        try:
+            path = self._write_and_commit(save, meta)
+        except BaseException as error:  # whatever it is belongs to the Future, not to this thread
+            self._catalog.discard(save.step)
+            _log.error("the save of step %d failed: %s", save.step, error)
+            done()
+            save.set_exception(error)
+            return
+        save._durable_ns = time.monotonic_ns() - save._began_ns
+        self._retire()
+        done()
+        assert save._packed is not None
+        nbytes = sum(file.nbytes for file in save._packed.plan.files)
+        save.set_result(CheckpointInfo(save.step, save.checkpoint_id, path, nbytes))
+
+    def _write_and_commit(self, save: Save, meta: Mapping[str, Any]) -> str:
+        job, packed = save._job, save._packed
+        assert job is not None and packed is not None
+        files: list[WrittenFile] = []
+        try:
+            try:
+                self._make_files(save.step, packed.plan, files)
+                self._pipeline.attach(job, [file.descriptor for file in files])
+            except BaseException as error:
+                self._pipeline.abort(job, getattr(error, "errno", None) or errno.ECANCELED)
+                raise
+            finally:
+                self._pipeline.wait(job, Milestone.DONE)
+            if job.failure is not None:
+                raise _explain(job.failure, packed, files)
+            return commit(self._catalog, save.step, files, encode(self._manifest(save, meta)))
+        finally:
+            for file in files:
+                self._catalog.filesystem.close(file.descriptor)
+
+    def _make_files(self, step: int, plan: Plan, files: list[WrittenFile]) -> None:
+        filesystem = self._catalog.filesystem
+        partial = self._catalog.begin(step, [file.name for file in plan.files])
+        for file in plan.files:
+            path = os.path.join(partial, file.name)
+            files.append(WrittenFile(filesystem.open_for_blocks(path, write=True), path, file.nbytes))
+            filesystem.allocate(files[-1].descriptor, align_up(file.nbytes, ALIGNMENT), path)
+
+    def _manifest(self, save: Save, meta: Mapping[str, Any]) -> Manifest:
+        job, packed = save._job, save._packed
+        assert job is not None and packed is not None
+        assert set(job.states()) == {BlockState.WRITTEN}, "committing a save with unwritten blocks"
+        return Manifest(
+            format=FORMAT,
+            version=VERSION,
+            step=save.step,
+            checkpoint_id=save.checkpoint_id,
+            created_ns=time.time_ns(),
+            block_bytes=packed.plan.block_bytes,
+            files=tuple(FileRecord(*file) for file in packed.plan.files),
+            chunks=chunk_records(packed.plan, packed.layers, job.checksums()),
+            segments=packed.segments,
+            **meta,
+        )
+
+    def _retire(self) -> None:
+        """After the commit: what goes wrong here costs disk space, not the checkpoint."""
+        if self._keep is None:
+            return
+        try:
+            self._catalog.retire(self._keep)
+        except EngineError as error:
+            _log.warning("old checkpoints could not be retired, and stay: %s", error)
+
+
+def _explain(failure: native.Failure, packed: PackedPlan, files: Sequence[WrittenFile]) -> Exception:
+    """The native failure as the error that says what to do about it."""
+    block = None if failure.block is None else packed.plan.blocks[failure.block]
+    path = files[block.file_index].path if block is not None and files else "the checkpoint's files"
+    offset = None if block is None else block.file_offset
+    if failure.kind == FailureKind.TORN and block is not None:
+        return TornSnapshot(
+            f"a writer changed {affected(packed.segments, block.file_index, block.file_offset, block.nbytes)} while "
+            "the arena was being staged; let nothing write to it before wait_staged() returns"
+        )
+    if failure.kind == FailureKind.SHORT:
+        return StorageError(errno.EIO, "write", path, offset)
+    assert failure.kind in (FailureKind.IO, FailureKind.ABORTED), failure
+    return StorageError(failure.errno, "write", path, offset)
