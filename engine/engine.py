@@ -181,7 +181,10 @@ class Engine:
         save = self._start(arena, packed, sources, taken, meta, snapshot == "checked")
         arena.hold(save.fence)
         lazy = snapshot == "lazy" or (snapshot != "eager" and arena.fenced)
-        save.wait_milestone(Milestone.URGENT if lazy else Milestone.STAGED)
+        if not lazy:
+            save.wait_staged()
+        elif packed.urgent_count:
+            save.wait_milestone(Milestone.URGENT)
         save.mark_held(began_ns)
         return save
 

@@ -349,6 +349,8 @@ void pipeline_accept(eng_pipeline *p, uint32_t entry_index)
 
     if (submitted) {
         p->queue[p->queue_count++] = entry_index;
+        if (e->job->urgent_count == 0)
+            reach(p, e->job, ENG_URGENT);
         if (p->broken)
             fail(p, entry_index, ENG_IO_FAILURE, p->broken, UINT32_MAX);
         else if (!job_is_valid(e->job, p->config.slot_bytes))

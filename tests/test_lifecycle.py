@@ -1,0 +1,298 @@
+"""An engine's life: open, lock, close, exit, fork; and what it uses while it lives."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import textwrap
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import torch
+from disk import GatedFilesystem, stored
+
+import engine
+from engine import native
+
+SMALL = {"staging_bytes": 1 << 20, "block_bytes": 64 << 10}
+
+
+def run_script(script: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run Python source in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(script), *arguments],
+        capture_output=True,
+        text=True,
+        check=check,
+        timeout=120,
+    )
+
+
+def threads() -> list[str]:
+    """Names of this process's kernel threads."""
+    return [Path(f"/proc/self/task/{tid}/comm").read_text().strip() for tid in os.listdir("/proc/self/task")]
+
+
+def rings() -> int:
+    """io_uring instances that this process has open."""
+    count = 0
+    for descriptor in os.listdir("/proc/self/fd"):
+        try:
+            count += os.readlink(f"/proc/self/fd/{descriptor}") == "anon_inode:[io_uring]"
+        except FileNotFoundError:
+            pass
+    return count
+
+
+def resident_bytes() -> int:
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmRSS"].split()[0]) * 1024
+
+
+def test_one_ring_and_one_native_thread(tmp_path: Path) -> None:
+    before_rings, before_threads = rings(), threads().count("engine-io")
+    arena = engine.Arena.wrap({"a": torch.zeros(1_000_000)})
+    with engine.Engine(tmp_path, max_async=3, **SMALL) as eng:
+        for _ in range(6):
+            saves = [eng.checkpoint(arena) for _ in range(3)]
+            assert rings() == before_rings + 1
+            assert threads().count("engine-io") == before_threads + 1
+            for save in saves:
+                save.result()
+        eng.restore(arena)
+        assert rings() == before_rings + 1
+    assert rings() == before_rings and threads().count("engine-io") == before_threads
+
+
+def test_no_python_thread_moves_a_byte(tmp_path: Path) -> None:
+    """The kernel's own count of what each thread has written: the data are the native thread's alone."""
+    arena = engine.Arena.wrap({"a": torch.zeros(8_000_000)})
+
+    def written_by_thread() -> dict[str, int]:
+        written: dict[str, int] = {}
+        for tid in os.listdir("/proc/self/task"):
+            name = Path(f"/proc/self/task/{tid}/comm").read_text().strip()
+            fields = dict(line.split(": ") for line in Path(f"/proc/self/task/{tid}/io").read_text().splitlines())
+            kind = "native" if name == "engine-io" else "python"
+            written[kind] = written.get(kind, 0) + int(fields["write_bytes"])
+        return written
+
+    with engine.Engine(tmp_path, **SMALL) as eng:
+        eng.checkpoint(arena).result()
+        before = written_by_thread()
+        eng.checkpoint(arena).result()
+        after = written_by_thread()
+    assert after["native"] - before["native"] >= 32_000_000
+    assert after["python"] - before["python"] < 1_000_000
+
+
+def test_memory_stays_where_it_is_while_saves_run(tmp_path: Path) -> None:
+    tensors = {f"layers.{index}.w": torch.zeros(500_000) for index in range(32)}
+    arena = engine.Arena.wrap(tensors)
+    with engine.Engine(tmp_path, max_async=1, **SMALL) as eng:
+        for _ in range(3):
+            eng.checkpoint(arena).result()
+        gc.collect()
+        before_bytes = resident_bytes()
+        tracemalloc.start()
+        for _ in range(10):
+            eng.checkpoint(arena).result()
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        grown_bytes = resident_bytes() - before_bytes
+    # The arena has 64 MB.  What is allowed is the job's own arrays and the manifest, not a copy of any part.
+    assert peak_bytes < 1 << 20, peak_bytes
+    assert grown_bytes < 8 << 20, grown_bytes
+
+
+def test_close_and_context_manager_drain(tmp_path: Path) -> None:
+    gated = GatedFilesystem()
+    arena = engine.Arena.wrap({"a": torch.zeros(1000)})
+    eng = engine.Engine(tmp_path, filesystem=gated, **SMALL)
+    saves = [eng.checkpoint(arena, step=step) for step in (1, 2)]
+    gated.gate.set()
+    eng.close()
+    assert all(save.done() for save in saves) and sorted(s.result().step for s in saves) == [1, 2]
+    with engine.Engine(tmp_path, **SMALL) as again:
+        last = again.checkpoint(arena, step=3)
+    assert last.done() and last.result().step == 3
+
+
+def test_a_closed_engine_says_so(tmp_path: Path) -> None:
+    eng = engine.Engine(tmp_path, **SMALL)
+    arena = engine.Arena.wrap({"a": torch.zeros(10)})
+    eng.close()
+    eng.close()
+    assert "closed" in repr(eng)
+    for call in (lambda: eng.checkpoint(arena), lambda: eng.restore(arena), eng.load, eng.steps):
+        with pytest.raises(engine.ClosedError, match="has been closed"):
+            call()
+
+
+def test_an_engine_that_is_dropped_gives_everything_back(tmp_path: Path) -> None:
+    before = rings()
+    eng = engine.Engine(tmp_path, **SMALL)
+    eng.checkpoint(engine.Arena.wrap({"a": torch.zeros(10)})).result()
+    del eng
+    gc.collect()
+    assert rings() == before
+    engine.Engine(tmp_path, **SMALL).close()
+
+
+def test_no_descriptor_is_left(tmp_path: Path) -> None:
+    arena = engine.Arena.wrap({"a": torch.zeros(10_000)})
+    with engine.Engine(tmp_path, **SMALL) as eng:
+        eng.checkpoint(arena).result()
+        eng.restore(arena)
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(5):
+            eng.checkpoint(arena).result()
+            eng.restore(arena)
+            eng.load()
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_directory_has_one_engine_at_a_time(tmp_path: Path) -> None:
+    with (
+        engine.Engine(tmp_path, **SMALL),
+        pytest.raises(engine.LockedError, match=rf"process {os.getpid()}"),
+    ):
+        engine.Engine(tmp_path, **SMALL)
+    engine.Engine(tmp_path, **SMALL).close()
+
+
+def test_interpreter_exit_drains(tmp_path: Path) -> None:
+    run_script(
+        """
+        import sys, torch, engine
+        eng = engine.Engine(sys.argv[1])
+        arena = engine.Arena.wrap({"a": torch.full((5_000_000,), 3.0)})
+        eng.checkpoint(arena, step=8)
+        """,
+        str(tmp_path),
+    )
+    assert stored(tmp_path, 8)["a"].eq(3).all()
+
+
+def test_interpreter_exit_after_an_exception_drains(tmp_path: Path) -> None:
+    result = run_script(
+        """
+        import sys, torch, engine
+        arena = engine.Arena.wrap({"a": torch.full((5_000_000,), 3.0)})
+        engine.checkpoint(arena, sys.argv[1], step=8)
+        raise SystemExit("training went wrong")
+        """,
+        str(tmp_path),
+        check=False,
+    )
+    assert result.returncode == 1 and result.stderr.strip() == "training went wrong"
+    assert stored(tmp_path, 8)["a"].eq(3).all()
+
+
+def test_a_forked_child_gets_a_clear_error_and_harms_nothing(tmp_path: Path) -> None:
+    result = run_script(
+        """
+        import os, sys, torch, engine
+        eng = engine.Engine(sys.argv[1])
+        arena = engine.Arena.wrap({"a": torch.ones(1_000_000)})
+        save = eng.checkpoint(arena, step=1)
+        child = os.fork()
+        if child == 0:
+            for call in (lambda: eng.checkpoint(arena), lambda: eng.restore(arena), eng.load, eng.steps, save.wait_staged):
+                try:
+                    call()
+                except engine.ForkedError as error:
+                    assert "fork" in str(error)
+                else:
+                    os._exit(3)
+            eng.close()
+            sys.exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        save.result()
+        eng.checkpoint(arena, step=2).result()
+        print(eng.steps())
+        eng.close()
+        """,
+        str(tmp_path),
+    )
+    assert result.stdout.strip() == "[1, 2]"
+
+
+def test_a_forked_child_may_open_its_own(tmp_path: Path) -> None:
+    result = run_script(
+        """
+        import os, sys, torch, engine
+        arena = engine.Arena.wrap({"a": torch.ones(10)})
+        engine.checkpoint(arena, sys.argv[1] + "/parent").result()
+        child = os.fork()
+        if child == 0:
+            engine.checkpoint(arena, sys.argv[1] + "/child").result()
+            sys.exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        """,
+        str(tmp_path),
+    )
+    assert result.returncode == 0
+    assert stored(tmp_path / "child", 0)["a"].eq(1).all()
+
+
+def test_default_engines_are_shared_by_directory(tmp_path: Path) -> None:
+    result = run_script(
+        """
+        import os, sys, torch, engine
+        os.chdir(sys.argv[1])
+        tensors = {"a": torch.zeros(10)}
+        arena = engine.Arena.wrap(tensors)
+        engine.checkpoint(arena, "runs", step=1, extra={"lr": 0.5}).result()
+        engine.checkpoint(arena, sys.argv[1] + "/./runs", step=2).result()
+        tensors["a"].fill_(1)
+        info = engine.restore(arena, "runs", step=1)
+        assert (info.step, info.extra, tensors["a"].sum().item()) == (1, {"lr": 0.5}, 0)
+        """,
+        str(tmp_path),
+    )
+    assert result.returncode == 0
+
+
+def test_importing_elsewhere_is_one_clear_error() -> None:
+    result = run_script(
+        """
+        import platform
+        platform.machine = lambda: "riscv64"
+        import engine
+        """,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "engine needs Linux on x86-64 or aarch64" in result.stderr.strip().splitlines()[-1]
+
+
+def test_importing_without_the_compiled_module_says_how_to_build_it() -> None:
+    result = run_script(
+        """
+        import sys
+        sys.modules["engine._native"] = None
+        import engine
+        """,
+        check=False,
+    )
+    assert "build it with 'pip install .'" in result.stderr
+
+
+def test_a_refused_ring_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """EPERM made by hand here; the issue of hosts without io_uring makes it with seccomp."""
+
+    class Refusing:
+        def __getattr__(self, name: str) -> object:
+            return (lambda config, opened: -1) if name == "eng_open" else getattr(native_lib, name)
+
+    native_lib = native.lib
+    monkeypatch.setattr(native, "lib", Refusing())
+    with pytest.raises(engine.PlatformError, match="io_uring could not be set up: Operation not permitted") as caught:
+        engine.Engine(tmp_path, **SMALL)
+    assert "io_uring_disabled" in caught.value.remedy
+    monkeypatch.undo()
+    engine.Engine(tmp_path, **SMALL).close()  # and the directory is free

@@ -1,0 +1,256 @@
+"""What reaches disk is the arena as it was when `checkpoint()` was called, whatever training does next.
+
+Staging is stopped in the middle by holding back the save's files: with room for two blocks only, nothing more is
+staged until the gate opens.  So these tests do not race; they decide.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+
+import pytest
+import torch
+from disk import GatedFilesystem, same, stored
+from torch import Tensor, nn
+
+import engine
+
+BLOCK_BYTES = 64 << 10
+TINY = {"staging_bytes": 2 * BLOCK_BYTES, "block_bytes": BLOCK_BYTES}
+
+
+class Held:
+    """An engine whose saves cannot get past two staged blocks until `release`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.filesystem = GatedFilesystem()
+        self.engine = engine.Engine(directory, filesystem=self.filesystem, **TINY)
+        self.pool = ThreadPoolExecutor(4)
+
+    def release(self) -> None:
+        self.filesystem.gate.set()
+
+    def close(self) -> None:
+        self.release()
+        self.engine.close()
+        self.pool.shutdown()
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Iterator[Held]:
+    opened = Held(tmp_path)
+    yield opened
+    opened.close()
+
+
+def make_training(buffers: bool = False) -> tuple[nn.Module, torch.optim.Optimizer]:
+    layers: list[nn.Module] = [nn.Linear(300, 300) for _ in range(6)]
+    if buffers:
+        layers.append(nn.BatchNorm1d(300))
+    model = nn.Sequential(*layers)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    return model, optimizer
+
+
+def copies(arena: engine.Arena) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in arena.state_dict().items()}
+
+
+def assert_stored(directory: Path, step: int, want: dict[str, Tensor]) -> None:
+    there = stored(directory, step)
+    assert there.keys() == want.keys()
+    torn = [name for name in want if not same(there[name], want[name])]
+    assert not torn, f"these reached disk changed: {torn}"
+
+
+def is_blocked(future: object) -> bool:
+    return not wait([future], timeout=0.1).done  # type: ignore[list-item]
+
+
+def test_the_step_waits_until_the_arena_is_staged(held: Held) -> None:
+    model, optimizer = make_training()
+    arena = engine.Arena.adopt(model, optimizer)
+    want = copies(arena)
+    save = held.engine.checkpoint(arena, step=1)
+    stepping = held.pool.submit(optimizer.step)
+    assert is_blocked(stepping), "optimizer.step() ran while the arena was being staged"
+    held.release()
+    stepping.result()
+    save.result()
+    assert not same(arena.state_dict()["0.weight"], want["0.weight"]), "the step did nothing"
+    assert_stored(held.directory, 1, want)
+
+
+def test_a_loop_that_steps_at_once_never_tears_a_checkpoint(tmp_path: Path) -> None:
+    model, optimizer = make_training()
+    arena = engine.Arena.adopt(model, optimizer)
+    history, saves = {}, []
+    with engine.Engine(tmp_path, keep=None, max_async=3, **TINY) as eng:
+        for step in range(15):
+            history[step] = copies(arena)
+            saves.append(eng.checkpoint(arena, step=step))
+            optimizer.step()
+        for save in saves:
+            save.result()
+    for step, want in history.items():
+        assert_stored(tmp_path, step, want)
+
+
+def test_loading_a_state_dict_waits_too(held: Held) -> None:
+    model, optimizer = make_training()
+    arena = engine.Arena.adopt(model, optimizer)
+    want = copies(arena)
+    other = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    save = held.engine.checkpoint(arena, step=1)
+    loading = held.pool.submit(model.load_state_dict, other)
+    assert is_blocked(loading)
+    held.release()
+    loading.result()
+    save.result()
+    assert_stored(held.directory, 1, want)
+
+
+def test_the_call_returns_before_the_rest_is_staged_but_after_module_buffers(held: Held) -> None:
+    model, optimizer = make_training(buffers=True)
+    arena = engine.Arena.adopt(model, optimizer)
+    model(torch.randn(8, 300))
+    want = copies(arena)
+    save = held.engine.checkpoint(arena, step=1)
+    assert not save.wait_staged(timeout=0)
+    model(torch.randn(8, 300) + 5)  # forward changes running_mean, running_var and num_batches_tracked
+    assert not same(arena.state_dict()["6.running_mean"], want["6.running_mean"])
+    held.release()
+    save.result()
+    assert_stored(held.directory, 1, want)
+
+
+@pytest.mark.parametrize("snapshot", ["eager", None])
+def test_a_wrapped_arena_is_staged_before_the_call_returns(held: Held, snapshot: str | None) -> None:
+    tensors = {"a": torch.zeros(100_000)}
+    calling = held.pool.submit(held.engine.checkpoint, engine.Arena.wrap(tensors), step=1, snapshot=snapshot)
+    assert is_blocked(calling)
+    held.release()
+    save = calling.result()
+    tensors["a"].fill_(1)
+    save.result()
+    assert stored(held.directory, 1)["a"].eq(0).all()
+
+
+def test_an_adopted_arena_can_be_asked_for_eagerly(held: Held) -> None:
+    arena = engine.Arena.adopt(*make_training())
+    calling = held.pool.submit(held.engine.checkpoint, arena, step=1, snapshot="eager")
+    assert is_blocked(calling)
+    held.release()
+    calling.result().result()
+
+
+def test_an_arena_adopted_without_optimizer_has_no_fence_and_is_staged_eagerly(held: Held) -> None:
+    arena = engine.Arena.adopt(make_training()[0])
+    calling = held.pool.submit(held.engine.checkpoint, arena, step=1)
+    assert is_blocked(calling)
+    held.release()
+    calling.result().result()
+
+
+def test_lazy_leaves_the_waiting_to_the_caller(held: Held) -> None:
+    tensors = {"a": torch.zeros(100_000)}
+    save = held.engine.checkpoint(engine.Arena.wrap(tensors), step=1, snapshot="lazy")
+    assert not save.wait_staged(timeout=0.01)
+    held.release()
+    assert save.wait_staged()
+    tensors["a"].fill_(1)
+    save.result()
+    assert stored(held.directory, 1)["a"].eq(0).all()
+
+
+def test_memory_that_training_lets_go_of_is_kept_until_it_is_staged(held: Held) -> None:
+    tensors = {"a": torch.zeros(100_000)}
+    arena = engine.Arena.wrap(tensors)
+    save = held.engine.checkpoint(arena, step=1, snapshot="lazy")
+    tensors["a"].data = torch.ones(100_000)  # frees the zeros, if nobody holds them
+    trash = [torch.full((100_000,), 7.0) for _ in range(8)]
+    held.release()
+    save.result()
+    assert stored(held.directory, 1)["a"].eq(0).all() and len(trash) == 8
+
+
+@pytest.mark.parametrize("disturb", [True, False])
+def test_checked_catches_a_writer(held: Held, disturb: bool) -> None:
+    model, optimizer = make_training()
+    arena = engine.Arena.adopt(model, optimizer)
+    want = copies(arena)
+    save = held.engine.checkpoint(arena, step=1, snapshot="checked")
+    while not any(chunk.status == "staged" for chunk in save.chunks()) and not staged_blocks(save) >= 2:
+        pass
+    if disturb:
+        with torch.no_grad():
+            model[0].weight[0, 0] += 1  # in the first block, which has been staged
+    held.release()
+    if disturb:
+        with pytest.raises(engine.TornSnapshot, match=r"0\.weight"):
+            save.result()
+        assert held.engine.steps() == []
+    else:
+        save.result()
+        assert_stored(held.directory, 1, want)
+
+
+def staged_blocks(save: engine.Save) -> int:
+    """Blocks past pending, as the native thread has written them."""
+    assert save._job is not None
+    return sum(state > 0 for state in save._job.states())
+
+
+def test_checked_on_a_wrapped_arena_catches_a_racing_thread(tmp_path: Path) -> None:
+    tensors = {"a": torch.zeros(4_000_000)}
+    arena = engine.Arena.wrap(tensors)
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.is_set():
+            tensors["a"].add_(1)
+
+    writer = threading.Thread(target=write)
+    with engine.Engine(tmp_path, **TINY) as eng:
+        eng.checkpoint(arena, step=0, snapshot="checked").result()
+        writer.start()
+        try:
+            with pytest.raises(engine.TornSnapshot):
+                for step in range(1, 50):  # one save is all but sure to be caught; fifty misses are a fault
+                    eng.checkpoint(arena, step=step, snapshot="checked").result()
+        finally:
+            stop.set()
+            writer.join()
+
+
+def test_a_failed_save_does_not_hold_the_step_back(held: Held) -> None:
+    model, optimizer = make_training()
+    arena = engine.Arena.adopt(model, optimizer)
+    save = held.engine.checkpoint(arena, step=1)
+    assert save._job is not None
+    held.engine._pipeline.abort(save._job, 5)
+    held.pool.submit(optimizer.step).result(timeout=60)
+    held.release()
+    with pytest.raises(engine.StorageError):
+        save.result()
+
+
+def test_the_arena_may_grow_while_a_save_is_in_flight(held: Held) -> None:
+    model, optimizer = make_training()
+    arena = engine.Arena.adopt(model, optimizer)
+    want = copies(arena)
+    save = held.engine.checkpoint(arena, step=1)
+    model.add_module("more", nn.Linear(3, 3))
+    growing = held.pool.submit(held.engine.checkpoint, arena, step=2)
+    assert is_blocked(growing), "the arena was laid out anew while it was being staged"
+    held.release()
+    save.result()
+    growing.result().result()
+    assert_stored(held.directory, 1, want)
+    assert "more.weight" in stored(held.directory, 2)
