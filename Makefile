@@ -25,7 +25,7 @@ help: ## Show this list
 setup: $(ENGINE_STAMP) ## Install what is missing into .venv and build the extension
 
 demo: setup ## Train a small GPT, kill it, resume it, compare the weights
-	$(BIN)/python docs/examples/train_gpt.py
+	$(BIN)/python docs/examples/kill_and_resume.py
 
 test: lint types pytest ## Lint, check types, run the tests
 

@@ -1,0 +1,986 @@
+"""The arena: training in it is bit-identical, nothing leaves it unnoticed, nothing unfit gets in."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import gc
+import io
+import math
+import struct
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import engine.arena
+from engine.arena import Arena
+from engine.errors import ArenaError, MismatchError
+from engine.gather import SOURCE_DIMS_MAX, merge_dims
+from engine.layout import ARENA_ALIGNMENT, DTYPES
+
+Make = Callable[[Any], Optimizer]
+
+OPTIMIZERS: dict[str, Make] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
+    "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    "sgd-dampening": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, dampening=0.3, weight_decay=0.01),
+    "sgd-nesterov-foreach": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, foreach=True),
+    "sgd-fused": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, dampening=0.3, fused=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01, foreach=False),
+    "adam-amsgrad-foreach": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True, foreach=True),
+    "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "adamw-loop": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=False, fused=False),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05, initial_accumulator_value=0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9, centered=True),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "radam": lambda p: torch.optim.RAdam(p, lr=0.01),
+    "adamax": lambda p: torch.optim.Adamax(p, lr=0.01),
+    "adadelta": lambda p: torch.optim.Adadelta(p),
+    "asgd": lambda p: torch.optim.ASGD(p, lr=0.01),
+    "rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
+}
+# The optimizers named in the promise; the others share their ways of making state.
+PROMISED = [name for name in OPTIMIZERS if name.startswith(("sgd", "adam-", "adamw", "adagrad", "rmsprop"))] + ["adam"]
+
+
+class Transformer(nn.Module):
+    """Two small encoder layers over tied embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
+        self.body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.head(self.body(self.embed(tokens)))
+        return out
+
+
+def mlp() -> Any:
+    return nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3))
+
+
+def convnet() -> Any:
+    block = (nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3))
+    return nn.Sequential(*block, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def convnet_last() -> Any:
+    return convnet().to(memory_format=torch.channels_last)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "mlp": (mlp, lambda: torch.randn(4, 6)),
+    "transformer": (Transformer, lambda: torch.randint(0, 11, (2, 5))),
+    "convnet": (convnet, lambda: torch.randn(3, 2, 6, 6)),
+    "channels_last": (convnet_last, lambda: torch.randn(3, 2, 6, 6).contiguous(memory_format=torch.channels_last)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Sums depend on how many threads share them; and there are few cores to share."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(count)
+
+
+def build(model_name: str, optimizer_name: str) -> tuple[Any, Optimizer]:
+    torch.manual_seed(1)
+    model = MODELS[model_name][0]()
+    return model, OPTIMIZERS[optimizer_name](model.parameters())
+
+
+def train(model: nn.Module, optimizer: Optimizer, model_name: str, step_count: int, seed: int = 2) -> None:
+    torch.manual_seed(seed)
+    for _ in range(step_count):
+        optimizer.zero_grad()
+        model(MODELS[model_name][1]()).square().mean().backward()
+        optimizer.step()
+
+
+def bits(tensor: Tensor) -> bytes:
+    """The bytes of a tensor in row-major order, so that -0.0 is not 0.0 and nan equals itself."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return bytes(flat.view(torch.uint8).tolist()) if flat.numel() else b""
+
+
+def everything(model: Any, optimizer: Optimizer) -> dict[str, Any]:
+    """All state by name, tensors as bytes, without the help of the arena."""
+    out: dict[str, Any] = {name: bits(tensor) for name, tensor in model.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        out |= {f"{index}.{k}": bits(v) if isinstance(v, Tensor) else v for k, v in state.items()}
+    return out
+
+
+def read(arena: Arena, name: str) -> bytes:
+    """A segment's bytes as the engine reads them: from the address that its source and place give."""
+    index = [segment.name for segment in arena.segments].index(name)
+    segment = arena.segments[index]
+    source_index, offset = arena.places[index]
+    source = arena.sources[source_index]
+    if source.shape == ():
+        return ctypes.string_at(source.address + offset, segment.nbytes)
+    assert offset == 0
+    places = [0]
+    for extent, stride in zip(source.shape, source.stride, strict=True):
+        places = [place + step * stride for place in places for step in range(extent)]
+    return b"".join(ctypes.string_at(source.address + place * source.itemsize, source.itemsize) for place in places)
+
+
+def assert_holds(arena: Arena) -> None:
+    """Every live tensor's bytes are what the engine would store under its name."""
+    live = arena.state_dict()
+    for segment in arena.segments:
+        assert read(arena, segment.name) == bits(live[segment.name]), segment.name
+
+
+def assert_inside(arena: Arena, tensor: Tensor) -> None:
+    base = arena.sources[0].address
+    assert base <= tensor.data_ptr() < base + arena.layout.arena_bytes
+
+
+# Training in the arena
+
+
+@pytest.mark.parametrize("optimizer_name", PROMISED)
+@pytest.mark.parametrize("model_name", MODELS)
+def test_training_is_bit_identical(model_name: str, optimizer_name: str) -> None:
+    plain = build(model_name, optimizer_name)
+    train(*plain, model_name, 50)
+    adopted = build(model_name, optimizer_name)
+    arena = Arena.adopt(*adopted)
+    layout = arena.layout
+    train(*adopted, model_name, 50)
+    assert everything(*adopted) == everything(*plain)
+    arena.refresh()
+    assert arena.layout is layout, "the state was all there, or its place reserved, from the start"
+    assert_holds(arena)
+
+
+@pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
+def test_adoption_in_mid_training(optimizer_name: str) -> None:
+    plain, adopted = build("convnet", optimizer_name), build("convnet", optimizer_name)
+    for model, optimizer in (plain, adopted):
+        train(model, optimizer, "convnet", 3)
+    arena = Arena.adopt(*adopted)
+    for model, optimizer in (plain, adopted):
+        train(model, optimizer, "convnet", 5, seed=3)
+    assert everything(*adopted) == everything(*plain)
+    assert_holds(arena)
+
+
+@pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
+def test_created_state_is_that_of_the_first_step(optimizer_name: str) -> None:
+    plain, adopted = build("mlp", optimizer_name), build("mlp", optimizer_name)
+    grads = [torch.ones_like(param) for param in adopted[0].parameters()]
+    for param, grad in zip(adopted[0].parameters(), grads, strict=True):
+        param.grad = grad
+    Arena.adopt(*adopted)
+    assert all(param.grad is grad for param, grad in zip(adopted[0].parameters(), grads, strict=True))
+    for model, optimizer in (plain, adopted):
+        train(model, optimizer, "mlp", 6)
+    assert everything(*adopted) == everything(*plain)
+
+
+def test_backward_does_not_see_other_tensors_written() -> None:
+    model = nn.Linear(3, 3)
+    Arena.adopt(model)
+    out = model(torch.ones(2, 3, requires_grad=True))
+    with torch.no_grad():
+        model.bias.add_(1)  # shares the buffer, not the version counter, with the weight that backward needs
+    out.sum().backward()
+    assert model.weight.grad is not None
+
+
+def test_adoption_in_inference_mode_leaves_training_possible() -> None:
+    model, optimizer = build("mlp", "sgd-momentum")
+    with torch.inference_mode():
+        arena = Arena.adopt(model, optimizer)
+    train(model, optimizer, "mlp", 2)
+    with torch.inference_mode():
+        model[0].weight.data = torch.ones(12, 6)
+        arena.refresh()
+    train(model, optimizer, "mlp", 2)
+    assert_holds(arena)
+
+
+def test_adoption_between_forward_and_backward() -> None:
+    model, optimizer = build("mlp", "adam")
+    expected = build("mlp", "adam")[0]
+    loss, other = model(torch.ones(4, 6)).sum(), expected(torch.ones(4, 6)).sum()
+    Arena.adopt(model, optimizer)
+    loss.backward()
+    other.backward()
+    for one, two in zip(model.parameters(), expected.parameters(), strict=True):
+        assert one.grad is not None and two.grad is not None and bits(one.grad) == bits(two.grad)
+
+
+def test_frozen_parameters_get_no_state() -> None:
+    model = mlp()
+    model[0].weight.requires_grad_(False)
+    arena = Arena.adopt(model, torch.optim.Adam(model.parameters()))
+    names = {segment.name for segment in arena.segments}
+    assert "0.weight" in names and "optimizer.0.weight.exp_avg" not in names
+    assert "optimizer.0.bias.exp_avg" in names
+
+
+class OwnStep(torch.optim.Adam):
+    """An optimizer whose step expects no state before it."""
+
+    def step(self, closure: Any = None) -> None:
+        for param in self.param_groups[0]["params"]:
+            if not self.state[param]:
+                self.state[param]["velocity"] = torch.zeros_like(param)
+            with torch.no_grad():
+                param -= self.state[param]["velocity"].add_(param.grad)
+
+
+def test_unknown_optimizers_state_is_taken_when_it_appears() -> None:
+    model = mlp()
+    optimizer = OwnStep(model.parameters())
+    arena = Arena.adopt(model, optimizer)
+    before = arena.layout
+    assert len(arena.segments) == 4
+    train(model, optimizer, "mlp", 1)
+    arena.refresh()
+    assert arena.layout is not before and len(arena.segments) == 8
+    assert "optimizer.2.bias.velocity" in arena.state_dict()
+    assert_holds(arena)
+
+
+def lbfgs_steps(model: nn.Module, optimizer: Optimizer, after: Callable[[], None]) -> None:
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        out: Tensor = model(torch.ones(4, 6)).square().sum()
+        out.backward()
+        return out
+
+    for _ in range(3):
+        optimizer.step(loss)
+        after()
+
+
+def test_lbfgs_keeps_its_lists_in_options() -> None:
+    torch.manual_seed(1)
+    plain = mlp()
+    model = copy.deepcopy(plain)
+    optimizers = [torch.optim.LBFGS(net.parameters(), max_iter=3) for net in (plain, model)]
+    lbfgs_steps(plain, optimizers[0], lambda: None)
+    arena = Arena.adopt(model, optimizers[1])
+    lbfgs_steps(model, optimizers[1], arena.refresh)
+    assert {n: bits(p) for n, p in model.named_parameters()} == {n: bits(p) for n, p in plain.named_parameters()}
+    assert_holds(arena)
+    state = arena.options()["state"]["0.weight"]
+    assert state["n_iter"] == optimizers[0].state[plain[0].weight]["n_iter"] > 3
+    assert all(isinstance(tensor, Tensor) for tensor in state["old_dirs"])
+
+
+# Names, roles, places
+
+
+def test_names_are_those_of_state_dict() -> None:
+    model, optimizer = build("transformer", "adam")
+    arena = Arena.adopt(model, optimizer)
+    names = {segment.name: segment for segment in arena.segments}
+    assert set(model.state_dict()) == {n for n in names if names[n].role != "optimizer"} | set(arena.aliases)
+    assert arena.aliases == {"head.weight": "embed.weight"}
+    assert names["body.layers.1.linear1.weight"].layer == "body.layers.1.linear1"
+    moment = names["optimizer.body.layers.1.linear1.weight.exp_avg"]
+    assert (moment.role, moment.layer) == ("optimizer", "body.layers.1.linear1")
+    live = arena.state_dict()
+    assert live["head.weight"].data_ptr() == live["embed.weight"].data_ptr() == model.head.weight.data_ptr()
+    assert not any(tensor.requires_grad for tensor in live.values())
+    assert arena.nbytes == sum(segment.nbytes for segment in arena.segments)
+
+
+def test_buffers_of_all_kinds() -> None:
+    model = nn.BatchNorm1d(3)
+    model.register_buffer("scratch", torch.zeros(5), persistent=False)
+    arena = Arena.adopt(model)
+    roles = {segment.name: segment.role for segment in arena.segments}
+    assert roles == {
+        "weight": "model",
+        "bias": "model",
+        "running_mean": "buffer",
+        "running_var": "buffer",
+        "num_batches_tracked": "buffer",
+    }
+    assert {segment.layer for segment in arena.segments} == {""}
+    model.register_buffer("running_mean", model.running_mean, persistent=False)
+    arena.refresh()
+    assert "running_mean" not in arena.state_dict()
+
+
+def test_shared_module_has_all_its_names() -> None:
+    shared = nn.Linear(2, 2)
+    arena = Arena.adopt(nn.Sequential(shared, nn.ReLU(), shared))
+    assert arena.aliases == {"2.weight": "0.weight", "2.bias": "0.bias"}
+    assert_inside(arena, shared.weight)
+
+
+def test_two_parameters_over_one_memory_stay_tied() -> None:
+    model = nn.ParameterList([nn.Parameter(torch.ones(4)), None])
+    model[1] = nn.Parameter(model[0].data)
+    arena = Arena.adopt(model)
+    with torch.no_grad():
+        model[0][2] = 7
+    assert arena.aliases == {"1": "0"} and model[1][2] == 7
+    assert model[0] is not model[1]
+
+
+def test_optimizer_may_own_more_than_the_model() -> None:
+    model, extra = nn.Linear(2, 2), nn.Parameter(torch.ones(3))
+    groups = [{"params": model.parameters()}, {"params": [extra], "lr": 0.5}]
+    optimizer = torch.optim.Adam(groups)
+    arena = Arena.adopt(model, optimizer)
+    names = {segment.name: segment.role for segment in arena.segments}
+    assert names["optimizer.params.1.0"] == names["optimizer.params.1.0.exp_avg"] == "optimizer"
+    assert_inside(arena, extra)
+    extra.data = torch.full((3,), 2.0)
+    arena.refresh()
+    assert read(arena, "optimizer.params.1.0") == struct.pack("3f", 2, 2, 2)
+    optimizer.param_groups[1]["params"][0] = nn.Parameter(torch.zeros(3))
+    with pytest.raises(ArenaError, match="none of its parameter groups"):
+        arena.refresh()  # the state is still that of the parameter that was taken away
+
+
+STORED = [name for name in DTYPES if name != "complex32"]  # torch warns that it is experimental
+
+
+@pytest.mark.parametrize("adopted", [True, False], ids=["adopted", "wrapped"])
+def test_every_dtype_and_shape(adopted: bool) -> None:
+    torch.manual_seed(0)
+    tensors: dict[str, Tensor] = {}
+    for dtype in STORED:
+        for shape in [(), (0,), (1,), (3, 1, 5), (65,), (2, 0, 3)]:
+            raw = torch.randint(0, 2, (*shape, DTYPES[dtype].itemsize), dtype=torch.uint8)
+            tensors[f"{dtype}_{'x'.join(map(str, shape))}"] = raw.view(getattr(torch, dtype)).reshape(shape)
+    before = {name: bits(tensor) for name, tensor in tensors.items()}
+    model = nn.Module()
+    for name, tensor in tensors.items():
+        model.register_buffer(name, tensor)
+    arena = Arena.adopt(model) if adopted else Arena.wrap(tensors)
+    assert {name: bits(tensor) for name, tensor in arena.state_dict().items()} == before
+    assert {segment.name: segment.shape for segment in arena.segments} == {
+        n: tuple(t.shape) for n, t in tensors.items()
+    }
+    assert_holds(arena)
+
+
+def test_segments_are_aligned_and_padding_is_zero() -> None:
+    model, optimizer = build("convnet", "adam")
+    arena = Arena.adopt(model, optimizer)
+    train(model, optimizer, "convnet", 2)
+    whole = ctypes.string_at(arena.sources[0].address, arena.layout.arena_bytes)
+    ends = [segment.arena_offset for segment in arena.segments[1:]] + [arena.layout.arena_bytes]
+    for segment, end in zip(arena.segments, ends, strict=True):
+        assert segment.arena_offset % ARENA_ALIGNMENT == 0
+        assert not any(whole[segment.arena_offset + segment.nbytes : end]), segment.name
+
+
+def test_base_is_aligned() -> None:
+    # Torch aligns to 64 bytes (c10::gAlignment), so that of many buffers few are aligned to more by chance.
+    arenas = [Arena.adopt(nn.Linear(width, 7)) for width in range(1, 33)]
+    assert {arena.sources[0].address % ARENA_ALIGNMENT for arena in arenas} == {0}
+
+
+def test_strided_parameters_keep_their_strides_and_have_a_source() -> None:
+    model = nn.Module()
+    base = torch.arange(24.0).reshape(4, 6)
+    model.dense = nn.Parameter(torch.arange(120.0).reshape(2, 3, 4, 5).permute(0, 3, 1, 2))
+    model.left, model.right = nn.Parameter(base[:, :2]), nn.Parameter(base[:, 2:])  # interleaved, not overlapping
+    stride, before = model.dense.stride(), {n: bits(p) for n, p in model.named_parameters()}
+    arena = Arena.adopt(model)
+    assert model.dense.stride() == stride
+    assert {n: bits(p) for n, p in model.named_parameters()} == before
+    places = {s.name: place for s, place in zip(arena.segments, arena.places, strict=True)}
+    assert places["left"][0] == places["right"][0] == 0, "what was not dense is dense in the arena"
+    source = arena.sources[places["dense"][0]]
+    assert (source.shape, source.stride, source.itemsize) == ((2, 5, 12), (60, 1, 5), 4)
+    assert_holds(arena)
+
+
+def test_wrapped_tensors_are_read_where_they_lie() -> None:
+    base = torch.arange(24.0).reshape(4, 6)
+    arena = Arena.wrap({"a.left": base[:, :2], "a.right": base[:, 2:], "whole": torch.ones(3)})
+    assert {s.name: (s.role, s.layer) for s in arena.segments} == {
+        "a.left": ("model", "a"),
+        "a.right": ("model", "a"),
+        "whole": ("model", ""),
+    }
+    assert sorted(source.address for source in arena.sources)[:1] != [0] and not arena.fenced
+    base.add_(1)
+    assert arena.state_dict()["a.left"].data_ptr() == base.data_ptr()
+    assert_holds(arena)
+
+
+@given(st.lists(st.integers(1, 4), max_size=5), st.randoms(use_true_random=False))
+def test_merged_dims_walk_the_same_elements(shape: list[int], random: Any) -> None:
+    order = list(range(len(shape)))
+    random.shuffle(order)
+    numbers = torch.arange(math.prod(shape)).reshape([shape[axis] for axis in order])
+    tensor = numbers.permute([order.index(axis) for axis in range(len(shape))])
+    places = [0]
+    dims = merge_dims(tensor.shape, tensor.stride())
+    for extent, stride in dims:
+        places = [place + step * stride for place in places for step in range(extent)]
+    assert places == tensor.reshape(-1).tolist()
+    assert all(outer[1] != inner[0] * inner[1] for outer, inner in pairwise(dims)), "could be merged further"
+
+
+def test_repr_says_what_is_inside() -> None:
+    model, optimizer = build("convnet", "adam")
+    arena = Arena.adopt(model, optimizer)
+    assert repr(arena) == "Arena(27 segments, 0.0 MB, model 6 / buffer 3 / optimizer 18, cpu, adopted)"
+    arena.mark_torn()
+    assert repr(arena).endswith("cpu, adopted, torn)")
+    assert repr(Arena.wrap({"w": torch.zeros(25_000)})) == "Arena(1 segments, 0.1 MB, model 1, cpu, wrapped)"
+
+
+# Refusals
+
+
+class Odd(Tensor):
+    """A tensor subclass, as DTensor is one."""
+
+
+def overlapping_rows() -> dict[str, Tensor]:
+    base = torch.zeros(6)
+    return {"first": base[:4], "culprit": base[2:]}
+
+
+def overlapping_columns() -> dict[str, Tensor]:
+    base = torch.zeros(4, 6)
+    return {"fine": torch.zeros(2), "first": base[:, :3], "culprit": base[:, 2:]}
+
+
+def wrongly_sized() -> dict[str, Tensor]:
+    base = torch.zeros(4, 6)
+    return {"first": base[:, :2], "culprit": base.view(torch.int16)[:, 6:]}
+
+
+REFUSED: dict[str, tuple[Callable[[], Tensor | dict[str, Tensor]], str]] = {
+    "sparse": (lambda: torch.eye(3).to_sparse_coo(), "sparse.*to_dense"),
+    "quantized": (lambda: torch._empty_affine_quantized([2], scale=1.0, zero_point=0, dtype=torch.qint8), "quantized"),
+    "meta": (lambda: torch.zeros(2, device="meta"), "meta device.*to_empty"),
+    "lazy": (lambda: nn.LazyLinear(2).weight, "not initialized.*one batch"),
+    "subclass": (lambda: torch.zeros(2).as_subclass(Odd), "is a Odd"),
+    "conjugate": (lambda: torch.zeros(2, dtype=torch.complex64).conj(), "resolve_conj"),
+    "negative": (lambda: torch.zeros(2, dtype=torch.complex64).conj().imag, "resolve_neg"),
+    "expanded": (lambda: torch.zeros(1, 3).expand(2, 3), "share memory.*clone"),
+    "unfold": (lambda: torch.zeros(9).unfold(0, 3, 1), "share memory.*clone"),
+    "nine dims": (lambda: torch.zeros([4] * 9)[tuple([slice(None, None, 2)] * 9)], "more than 8 dimensions"),
+    "dtype": (lambda: torch.zeros(2, dtype=torch.uint8).view(torch.bits8), "bits8"),
+    "overlap, contiguous": (overlapping_rows, "'first' and 'culprit' overlap"),
+    "overlap, strided": (overlapping_columns, "'first' and 'culprit' overlap"),
+    "overlap, element sizes": (wrongly_sized, "'first' and 'culprit' overlap"),
+}
+
+
+@pytest.mark.parametrize("adopted", [True, False], ids=["adopted", "wrapped"])
+@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_refused_by_name_with_nothing_changed(kind: str, adopted: bool) -> None:
+    make, words = REFUSED[kind]
+    made = make()
+    tensors = made if isinstance(made, dict) else {"fine": torch.ones(2), "culprit": made}
+    model = nn.Module()
+    model.trained = nn.Linear(2, 2)
+    for name, tensor in tensors.items():
+        if isinstance(tensor, nn.Parameter):
+            model.register_parameter(name, tensor)
+        else:
+            model.register_buffer(name, tensor)
+    optimizer = torch.optim.Adam(model.trained.parameters())
+    address = model.trained.weight.data_ptr()
+    with pytest.raises(ArenaError, match=f"(?s)'culprit'.*{words}|{words}"):
+        if adopted:
+            Arena.adopt(model, optimizer)
+        else:
+            Arena.wrap(tensors)
+    assert model.trained.weight.data_ptr() == address
+    assert len(optimizer.state) == 0 and not optimizer._optimizer_step_pre_hooks
+
+
+def test_more_refusals_by_name() -> None:
+    with pytest.raises(ArenaError, match=r"7 is mapped to a Tensor"):
+        Arena.wrap({7: torch.zeros(1)})
+    with pytest.raises(ArenaError, match=r"'w' is mapped to a list"):
+        Arena.wrap({"w": [1]})
+    model = nn.Module()
+    model.w = nn.Parameter(torch.zeros(2))
+    model.optimizer = nn.ModuleDict({"w": nn.ParameterDict({"exp_avg": torch.zeros(1)})})
+    with pytest.raises(ArenaError, match=r"two tensors are called 'optimizer\.w\.exp_avg'"):
+        Arena.adopt(model, torch.optim.Adam([model.w]))
+
+
+def test_devices_are_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
+    with pytest.raises(ArenaError, match=r"'1\.weight' is on the meta device"):
+        Arena.adopt(model)
+
+
+def test_optimizer_state_is_refused_by_name() -> None:
+    model = mlp()
+    optimizer = OwnStep(model.parameters())
+    optimizer.state[model[0].weight] = {"velocity": torch.eye(3).to_sparse_coo()}
+    with pytest.raises(ArenaError, match=r"'optimizer\.0\.weight\.velocity' is sparse"):
+        Arena.adopt(model, optimizer)
+    optimizer.state[model[0].weight] = [1]
+    with pytest.raises(ArenaError, match=r"state of 'optimizer\.0\.weight' is a list"):
+        Arena.adopt(model, optimizer)
+
+
+# Ways out of the arena
+
+
+def to_double(model: Any, optimizer: Optimizer) -> None:
+    model.to(torch.float64)
+
+
+def new_data(model: Any, optimizer: Optimizer) -> None:
+    model[0].weight.data = torch.full((12, 6), 3.0)
+
+
+def shorter_data(model: Any, optimizer: Optimizer) -> None:
+    model[0].weight.data = model[0].weight.data[:2]
+
+
+def other_dtype_in_place(model: Any, optimizer: Optimizer) -> None:
+    model.register_buffer("b", torch.arange(4.0))
+    model.b.data = model.b.data.view(torch.int32)
+
+
+def transposed_data(model: Any, optimizer: Optimizer) -> None:
+    weight = model[2].weight
+    weight.data = weight.data.t().contiguous().t()
+
+
+def swapped_data(model: Any, optimizer: Optimizer) -> None:
+    one = optimizer.state[model[0].weight]
+    one["exp_avg"].data, one["exp_avg_sq"].data = one["exp_avg_sq"].data, one["exp_avg"].data
+
+
+def assign(model: Any, optimizer: Optimizer) -> None:
+    model.load_state_dict({k: torch.randn_like(v) for k, v in model.state_dict().items()}, assign=True)
+
+
+def load_optimizer(model: Any, optimizer: Optimizer) -> None:
+    net = mlp()
+    other = OPTIMIZERS["adam"](net.parameters())
+    train(net, other, "mlp", 3)
+    optimizer.load_state_dict(other.state_dict())
+
+
+def reset_state(model: Any, optimizer: Optimizer) -> None:
+    optimizer.state = defaultdict(dict)
+
+
+def add_parameter(model: Any, optimizer: Optimizer) -> None:
+    model.register_parameter("scale", nn.Parameter(torch.ones(3)))
+
+
+def remove_parameter(model: Any, optimizer: Optimizer) -> None:
+    model[2].register_parameter("bias", None)
+
+
+def rename_parameter(model: Any, optimizer: Optimizer) -> None:
+    layer = model[2]
+    weight = layer.weight
+    del layer.weight
+    layer.register_parameter("kernel", weight)
+
+
+def replace_module(model: Any, optimizer: Optimizer) -> None:
+    model[2] = nn.Linear(12, 3)
+
+
+def replace_buffer(model: Any, optimizer: Optimizer) -> None:
+    model[0].register_buffer("counter", torch.ones(2))
+
+
+def add_group(model: Any, optimizer: Optimizer) -> None:
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(5))]})
+
+
+def untie(model: Any, optimizer: Optimizer) -> None:
+    model[2].bias = nn.Parameter(model[2].bias.detach())
+
+
+SAME_LAYOUT = [new_data, swapped_data, load_optimizer, reset_state]
+NEW_LAYOUT = [
+    to_double,
+    shorter_data,
+    other_dtype_in_place,
+    transposed_data,
+    assign,
+    add_parameter,
+    remove_parameter,
+    rename_parameter,
+    replace_module,
+    replace_buffer,
+    add_group,
+    untie,
+]
+
+
+@pytest.mark.parametrize("leave", SAME_LAYOUT + NEW_LAYOUT, ids=lambda leave: leave.__name__)
+def test_what_left_is_brought_back(leave: Callable[[nn.Module, Optimizer], None]) -> None:
+    model, optimizer = build("mlp", "adam")
+    arena = Arena.adopt(model, optimizer)
+    train(model, optimizer, "mlp", 2)
+    before = arena.layout
+    leave(model, optimizer)
+    expected = everything(model, optimizer)
+    arena.refresh()
+    assert (arena.layout is before) == (leave in SAME_LAYOUT)
+    assert everything(model, optimizer).items() >= expected.items(), "a new parameter has got its state, at most"
+    assert len(optimizer.state) == sum(len(group["params"]) for group in optimizer.param_groups)
+    live = arena.state_dict()
+    assert {name: bits(live[name]) for name in model.state_dict()} == {
+        n: bits(t) for n, t in model.state_dict().items()
+    }
+    for tensor in [*model.state_dict().values(), *(t for s in optimizer.state.values() for t in s.values())]:
+        assert_inside(arena, tensor)
+    assert_holds(arena)
+
+
+def test_what_left_and_is_unfit_is_refused_and_left_alone() -> None:
+    model = mlp()
+    arena = Arena.adopt(model)
+    model[0].bias = nn.Parameter(torch.zeros(1).expand(12))
+    before, weight = arena.layout, model[0].weight.data_ptr()
+    for _ in range(2):  # and again, not once only
+        with pytest.raises(ArenaError, match=r"'0\.bias' has elements that share memory"):
+            arena.refresh()
+    assert arena.layout is before and model[0].weight.data_ptr() == weight
+    model[0].bias = nn.Parameter(torch.ones(12))
+    arena.refresh()
+    assert_holds(arena)
+
+
+def test_conjugated_in_place_is_noticed() -> None:
+    model = nn.Module()
+    model.z = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    arena = Arena.adopt(model)
+    model.z.data = model.z.data.conj()
+    with pytest.raises(ArenaError, match=r"'z' is a lazy conjugate"):
+        arena.refresh()
+
+
+def test_transposed_in_place_is_noticed() -> None:
+    model = nn.Linear(2, 2, bias=False)
+    arena = Arena.adopt(model)
+    model.weight.data = model.weight.data.t()
+    arena.refresh()
+    assert model.weight.stride() == (1, 2)
+    assert_holds(arena)
+
+
+def test_wrapped_tensor_is_read_where_it_now_lies() -> None:
+    tensor = torch.zeros(2, 3)
+    arena = Arena.wrap({"w": tensor})
+    before = arena.layout
+    tensor.data = torch.arange(6.0).reshape(3, 2).t()
+    arena.refresh()
+    assert arena.layout is before and arena.sources[0].stride == (1, 2)
+    assert read(arena, "w") == struct.pack("6f", 0, 2, 4, 1, 3, 5)
+    tensor.data = torch.zeros(4)
+    arena.refresh()
+    assert arena.layout is not before and arena.segments[0].shape == (4,)
+    tensor.data = torch.zeros(1).expand(4)
+    with pytest.raises(ArenaError, match="'w' has elements that share memory"):
+        arena.refresh()
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
+    calls: list[int] = []
+    original = getattr(engine.arena, name)
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return original(*args)
+
+    monkeypatch.setattr(engine.arena, name, counted)
+    return calls
+
+
+@pytest.mark.parametrize("optimizer_name", ["adam", "sgd-momentum", "sgd"])
+def test_fast_path_does_not_gather(optimizer_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gathers = count_calls(monkeypatch, "gather")
+    model, optimizer = build("convnet", optimizer_name)
+    arena = Arena.adopt(model, optimizer)
+    train(model, optimizer, "convnet", 1)  # SGD makes its momentum here
+    arena.refresh()
+    del gathers[:]
+    looks = count_calls(monkeypatch, "_look")
+    for seed in range(5):
+        train(model, optimizer, "convnet", 1, seed)
+        arena.refresh()
+    assert gathers == []
+    assert len(looks) == 5, "one look at the tensors for each refresh, and no more"
+
+
+# Fence and hooks
+
+
+def test_step_and_load_wait_for_staging() -> None:
+    model, optimizer = build("mlp", "adam")
+    arena = Arena.adopt(model, optimizer)
+    assert arena.fenced and not Arena.adopt(mlp()).fenced
+    seen: list[tuple[str, bytes]] = []
+    saved = {name: tensor.clone() + 1 for name, tensor in model.state_dict().items()}
+
+    def during(what: str, act: Callable[[], object]) -> None:
+        before = read(arena, "2.bias")
+        arena.hold(lambda: seen.append((what, read(arena, "2.bias"))))
+        arena.hold(lambda: seen.append((what, read(arena, "2.bias"))))
+        act()
+        assert seen == [(what, before)] * 2, "each wait is called once, before the first byte changes"
+        assert read(arena, "2.bias") != before
+        del seen[:]
+
+    during("step", lambda: train(model, optimizer, "mlp", 1))
+    during("load", lambda: model.load_state_dict(saved))
+    saved_bias = {"weight": saved["2.weight"], "bias": saved["2.bias"] + 1}
+    during("load part", lambda: model[2].load_state_dict(saved_bias))
+    model[2].bias.data = torch.zeros(3)
+    during("refresh", arena.refresh)
+
+
+def test_reading_does_not_wait() -> None:
+    model, optimizer = build("mlp", "adam")
+    arena = Arena.adopt(model, optimizer)
+    arena.hold(lambda: pytest.fail("nothing was written"))
+    arena.refresh()
+    model(torch.ones(1, 6)).sum().backward()
+    arena.state_dict()
+    arena.options()
+
+
+def test_hooks_do_not_keep_the_arena() -> None:
+    model, optimizer = build("mlp", "adam")
+    arena = Arena.adopt(model, optimizer)
+    expected = everything(model, optimizer)
+    gone = weakref.ref(arena)
+    gc.disable()
+    try:
+        del arena
+        assert gone() is None, "no cycle holds it either"
+    finally:
+        gc.enable()
+    assert everything(model, optimizer) == expected
+    train(model, optimizer, "mlp", 1)
+    model.load_state_dict(model.state_dict())
+
+
+def test_a_copied_model_is_not_in_the_arena() -> None:
+    model, optimizer = build("mlp", "adam")
+    arena = Arena.adopt(model, optimizer)
+    twin, twin_optimizer = copy.deepcopy((model, optimizer))
+    arena.hold(lambda: pytest.fail("the copy's step does not write here"))
+    before = everything(model, optimizer)
+    train(twin, twin_optimizer, "mlp", 1)
+    twin.load_state_dict(twin.state_dict())
+    torch.save(model, io.BytesIO())  # nor do the hooks stand in the way of writing a model whole
+    arena.refresh()
+    assert everything(model, optimizer) == before
+
+
+# Options and restore
+
+
+def copied(value: Any) -> Any:
+    """As if it had been to disk: equal, with no object shared."""
+    return copy.deepcopy(value)
+
+
+def save(arena: Arena) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    arena.refresh()
+    return {name: tensor.clone() for name, tensor in arena.state_dict().items()}, copied(arena.options())
+
+
+def restore(arena: Arena, saved: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
+    arena.refresh()
+    arena.check_options(saved[1])
+    arena.mark_torn()
+    for name, tensor in arena.state_dict().items():
+        tensor.copy_(saved[0][name])
+    arena.restored(copied(saved[1]))
+    assert not arena.torn
+
+
+@pytest.mark.parametrize("step_count", [0, 4])
+@pytest.mark.parametrize("into", [0, 2])
+@pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
+def test_restored_training_goes_on_bit_identically(optimizer_name: str, into: int, step_count: int) -> None:
+    model, optimizer = build("convnet", optimizer_name)
+    arena = Arena.adopt(model, optimizer)
+    train(model, optimizer, "convnet", step_count)
+    optimizer.param_groups[0]["lr"] *= 0.5
+    saved = save(arena)
+    train(model, optimizer, "convnet", 4, seed=5)
+
+    other, other_optimizer = build("convnet", optimizer_name)
+    other_arena = Arena.adopt(other, other_optimizer)
+    train(other, other_optimizer, "convnet", into, seed=9)
+    layout = other_arena.layout
+    restore(other_arena, saved)
+    assert other_optimizer.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+    train(other, other_optimizer, "convnet", 4, seed=5)
+    assert everything(other, other_optimizer) == everything(model, optimizer)
+    other_arena.refresh()
+    assert other_arena.layout is layout
+    assert_holds(other_arena)
+
+
+def test_momentum_is_absent_until_made() -> None:
+    model, optimizer = build("mlp", "sgd-momentum")
+    arena = Arena.adopt(model, optimizer)
+    absent = [f"optimizer.{name}.momentum_buffer" for name, _ in model.named_parameters()]
+    assert arena.options()["absent"] == absent
+    assert len(optimizer.state) == 0
+    assert all(not arena.state_dict()[name].any() for name in absent), "reserved places read as zeros"
+    layout = arena.layout
+    train(model, optimizer, "mlp", 1)
+    assert arena.options()["absent"] == []
+    assert all(any(read(arena, name)) for name in absent)
+    optimizer.state.clear()
+    arena.refresh()
+    assert arena.options()["absent"] == absent
+    assert all(not any(read(arena, name)) for name in absent), "nothing is left of what is gone"
+    assert arena.layout is layout
+
+
+def test_momentum_of_a_thawed_parameter_is_taken_in() -> None:
+    model, optimizer = build("mlp", "sgd-momentum")
+    model[2].requires_grad_(False)
+    arena = Arena.adopt(model, optimizer)
+    model[2].requires_grad_(True)
+    train(model, optimizer, "mlp", 1)
+    arena.refresh()
+    assert_inside(arena, optimizer.state[model[2].weight]["momentum_buffer"])
+    assert_holds(arena)
+
+
+def test_momentum_takes_the_strides_of_its_reserved_place() -> None:
+    param = nn.Parameter(torch.arange(12.0).reshape(4, 3).t())
+    optimizer = torch.optim.SGD([param], lr=0.1, momentum=0.9)
+    arena = Arena.adopt(nn.ParameterList([param]), optimizer)
+    layout = arena.layout
+    param.grad = torch.arange(12.0).reshape(3, 4)
+    optimizer.step()
+    momentum = optimizer.state[param]["momentum_buffer"]
+    assert arena.layout is layout and momentum.stride() == param.stride()
+    assert torch.equal(momentum, param.grad)
+    assert_holds(arena)
+
+
+def test_restored_momentum_has_its_own_version() -> None:
+    model, optimizer = build("mlp", "sgd-momentum")
+    arena = Arena.adopt(model, optimizer)
+    train(model, optimizer, "mlp", 1)
+    saved = save(arena)
+    optimizer.state.clear()
+    restore(arena, saved)
+    one, other = (optimizer.state[param]["momentum_buffer"] for param in model[0].parameters())
+    version = one._version
+    other.zero_()
+    assert one._version == version, "not one counter for all views of the buffer"
+
+
+def test_momentum_of_an_unused_parameter_stays_absent() -> None:
+    model, optimizer = build("mlp", "sgd-momentum")
+    unused = nn.Parameter(torch.ones(3))
+    optimizer.add_param_group({"params": [unused]})
+    arena = Arena.adopt(model, optimizer)
+    layout = arena.layout
+    train(model, optimizer, "mlp", 2)
+    saved = save(arena)
+    assert saved[1]["absent"] == ["optimizer.params.1.0.momentum_buffer"] and arena.layout is layout
+    assert_inside(arena, optimizer.state[model[0].weight]["momentum_buffer"])
+    unused.grad = torch.ones(3)
+    optimizer.step()
+    assert arena.options()["absent"] == []
+    restore(arena, saved)
+    assert arena.options()["absent"] == saved[1]["absent"]
+    assert "momentum_buffer" not in optimizer.state[unused]
+
+
+def test_unfit_momentum_waits_for_the_next_refresh() -> None:
+    model = nn.Embedding(4, 2, sparse=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    arena = Arena.adopt(model, optimizer)
+    model(torch.tensor([1])).sum().backward()
+    optimizer.step()  # not the place to hear of it
+    with pytest.raises(ArenaError, match=r"'optimizer\.weight\.momentum_buffer' is sparse"):
+        arena.refresh()
+
+
+def test_tensor_hyperparameters_are_restored_in_place() -> None:
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(0.25), foreach=False)
+    arena = Arena.adopt(model, optimizer)
+    saved = save(arena)
+    rate = optimizer.param_groups[0]["lr"]
+    rate.fill_(0.5)
+    optimizer.param_groups[0]["weight_decay"] = 0.125
+    restore(arena, saved)
+    assert optimizer.param_groups[0]["lr"] is rate and rate.item() == 0.25
+    assert optimizer.param_groups[0]["weight_decay"] == 0
+
+
+def test_plain_state_is_restored() -> None:
+    model = mlp()
+    optimizer = OwnStep(model.parameters())
+    param: Any = model[0].bias
+    optimizer.state[param] = {"count": 3, "note": "x"}
+    arena = Arena.adopt(model, optimizer)
+    saved = save(arena)
+    assert saved[1]["state"] == {"0.bias": {"count": 3, "note": "x"}}
+    optimizer.state[param] = {"count": 4, "later": True}
+    restore(arena, saved)
+    assert optimizer.state[param] == {"count": 3, "note": "x"}
+    optimizer.state.clear()
+    restore(arena, saved)
+    assert optimizer.state[param] == {"count": 3, "note": "x"}
+
+
+def test_options_of_another_optimizer_are_refused() -> None:
+    model, optimizer = build("mlp", "adam")
+    arena = Arena.adopt(model, optimizer)
+    bare = Arena.adopt(mlp())
+    options = arena.options()
+    assert bare.options() == {} and Arena.wrap({}).options() == {}
+    bare.restored({})
+    for holder, given_options, words in [
+        (bare, options, "the arena has none"),
+        (arena, {}, "the checkpoint has none"),
+        (arena, options | {"param_groups": []}, "0 parameter groups and the arena's has 1"),
+        (arena, options | {"absent": ["optimizer.0.weight.exp_avg"]}, r"cannot take: optimizer\.0\.weight\.exp_avg"),
+        (arena, options | {"state": {"gone": {"n": 1}}}, "cannot take: gone"),
+    ]:
+        with pytest.raises(MismatchError, match=words):
+            holder.check_options(given_options)
+    assert set(options["param_groups"][0]) >= {"lr", "betas"} and "params" not in options["param_groups"][0]
+
+
+def test_dims_limit_is_that_of_the_native_code() -> None:
+    assert SOURCE_DIMS_MAX == 8
+    tensor = torch.zeros([4] * 8)[tuple([slice(None, None, 2)] * 8)]
+    assert len(Arena.wrap({"w": tensor}).sources[0].shape) == 8
