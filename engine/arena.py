@@ -60,7 +60,7 @@ class Arena:
         self._find = find
         self._adopted = adopted
         self._optimizer = optimizer
-        self._held: deque[Callable[[], None]] = deque()
+        self._held: deque[Callable[[float | None], bool]] = deque()
         self._torn = False
         self._layout = lay_out(())
         self._buffer = _allocate(self._layout)
@@ -149,14 +149,22 @@ class Arena:
             tensors[name] = (entry.tensors[0] if entry.tensors else self._views[name]).detach()
         return tensors | {alias: tensors[name] for alias, name in self.aliases.items()}
 
-    def hold(self, wait: Callable[[], None]) -> None:
-        """Have the next `fence()` call `wait`, which returns once a save is staged and never raises."""
-        self._held.append(wait)
+    def hold(self, wait_staged: Callable[[float | None], bool]) -> None:
+        """Have the next `fence()` wait for a save.
+
+        Args:
+            wait_staged: blocks until the save has stopped reading the arena, at most for so many seconds, and
+                says whether it has.  Never raises for a failed save.
+        """
+        while self._held and self._held[0](0):
+            self._held.popleft()  # a loop that never steps must not collect every save it has made
+        self._held.append(wait_staged)
 
     def fence(self) -> None:
         """Return once no save is reading the arena."""
         while self._held:
-            self._held.popleft()()
+            self._held[0](None)  # taken out only after it: an interrupted wait has not been waited for
+            self._held.popleft()
 
     def refresh(self) -> None:
         """Take in what was changed behind the arena's back; about 0.5 us a tensor when nothing was.
@@ -250,6 +258,7 @@ class Arena:
                 self._buffer = buffer
             self._layout, self._table = layout, table
         self._census = census
+        self._awaits_state = any(not census.entries[name].tensors for name in census.optional)
         self._tensors = [tensor for entry in census.entries.values() for tensor in entry.tensors]
         self._seen: _Look | None = None  # until all has moved: if interrupted, the next refresh() goes on
         if self._adopted:
@@ -306,8 +315,7 @@ class Arena:
 
         Never raises, being called inside the caller's `optimizer.step()`; the next `refresh()` tells.
         """
-        entries = self._census.entries
-        if any(not entries[name].tensors for name in self._census.optional):
+        if self._awaits_state:
             with contextlib.suppress(ArenaError):
                 self.refresh()
 

@@ -30,8 +30,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from engine.errors import CorruptError, LockedError, NotFoundError, StorageError
-from engine.filesystem import Filesystem
+from engine.errors import CorruptError, LockedError, NotFoundError, StepError, StorageError
+from engine.filesystem import Filesystem, telling
 from engine.manifest import MANIFEST_BYTES_MAX, MANIFEST_NAME, Manifest, decode
 
 _STEP_NAME = re.compile(r"step-(\d{8,19})")
@@ -177,6 +177,9 @@ class Catalog:
         """Take every step later than this one out of service, newest first, and return them."""
         with self._mutex:
             later = [s for s in reversed(self._steps) if s > step]
+            read = [s for s in later if self._pins[s]]
+            if read:
+                raise StepError(f"steps {read} are being read; wait for that before rolling back")
             self._retire(later)
             return later
 
@@ -208,8 +211,11 @@ class Catalog:
             missing.append(path)
             path = os.path.dirname(path)
         for path in reversed(missing):
-            with suppress(FileExistsError):
+            try:
                 self.filesystem.make_directory(path)
+            except StorageError as error:
+                if error.errno != errno.EEXIST:  # another process was as quick
+                    raise
             self.filesystem.sync_directory(os.path.dirname(path))
 
     def _recover(self) -> list[int]:
@@ -257,10 +263,15 @@ class Catalog:
 
 
 def _take_lock(path: str, root: str) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    with telling("open", path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        with telling("flock", path):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except StorageError as error:
+        if error.errno != errno.EWOULDBLOCK:
+            os.close(descriptor)
+            raise
         owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
         os.close(descriptor)
         raise LockedError(

@@ -15,6 +15,7 @@ Rules: methods may be called from several threads, but one arena only from one a
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
@@ -26,8 +27,6 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal
 
-from torch import Tensor
-
 from engine.arena import Arena
 from engine.catalog import Catalog
 from engine.errors import ArenaError, ArgumentError, BusyError, ClosedError, EngineWarning, ForkedError, StepError
@@ -37,7 +36,7 @@ from engine.layout import Layout
 from engine.manifest import BLOCK_BYTES_MAX
 from engine.native import Milestone, Packed, Pipeline
 from engine.plan import ALIGNMENT, chunk_size
-from engine.reader import Reader, RestoreInfo, Select
+from engine.reader import Reader, RestoreInfo, Select, Tensors
 from engine.writer import PackedPlan, Save, Writer, pack_plan, pack_sources
 
 Snapshot = Literal["eager", "lazy", "checked"]
@@ -179,7 +178,7 @@ class Engine:
             self._places.release()
             raise
         save = self._start(arena, packed, sources, taken, meta, snapshot == "checked")
-        arena.hold(save.fence)
+        arena.hold(save.wait_staged)
         lazy = snapshot == "lazy" or (snapshot != "eager" and arena.fenced)
         if not lazy:
             save.wait_staged()
@@ -225,7 +224,7 @@ class Engine:
         self._damaged.update(bad.step for bad in info.passed_over)
         return info
 
-    def load(self, step: int | None = None, *, select: Select = None) -> dict[str, Tensor]:
+    def load(self, step: int | None = None, *, select: Select = None) -> Tensors:
         """Read a checkpoint's tensors into new memory, by name, tied names included.  Blocks.
 
         Raises as `restore`; ArgumentError if `select` matches nothing.
@@ -314,11 +313,9 @@ class Engine:
     def _start(
         self, arena: Arena, packed: PackedPlan, sources: Packed, step: int, meta: Mapping[str, Any], checked: bool
     ) -> Save:
-        def done() -> None:
-            with self._mutex:
-                self._in_flight.discard(step)
-            self._places.release()
-
+        # Not a method: a save in flight must not keep an Engine alive that its owner has dropped, or it would be
+        # closed on the very thread that its closing waits for.
+        done = functools.partial(_give_place_back, self._mutex, self._in_flight, self._places, step)
         try:
             save = self._writer.begin(arena, packed, sources, step, checked)
         except BaseException:
@@ -326,6 +323,12 @@ class Engine:
             raise
         self._commits.submit(self._writer.finish, save, meta, done)
         return save
+
+
+def _give_place_back(mutex: threading.Lock, in_flight: set[int], places: threading.BoundedSemaphore, step: int) -> None:
+    with mutex:
+        in_flight.discard(step)
+    places.release()
 
 
 def _shut_down(pid: int, commits: ThreadPoolExecutor, pipeline: Pipeline, catalog: Catalog) -> None:

@@ -12,11 +12,13 @@ on a FIFO, and only if they are regular files.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from engine import native
 from engine.errors import CorruptError, StorageError
 
 # New files are the user's to share or not: the umask decides (open(2)).
@@ -24,7 +26,7 @@ _FILE_MODE = 0o666
 
 
 @contextmanager
-def _telling(operation: str, path: str) -> Iterator[None]:
+def telling(operation: str, path: str) -> Iterator[None]:
     """Turn the kernel's refusal into a StorageError that says what was refused."""
     try:
         yield
@@ -39,59 +41,61 @@ class Filesystem:
 
     def make_directory(self, path: str) -> None:
         """Create one directory; its parent exists."""
-        with _telling("mkdir", path):
+        with telling("mkdir", path):
             os.mkdir(path)
 
     def list_directory(self, path: str) -> list[str]:
         """The names in a directory, sorted."""
-        with _telling("readdir", path):
+        with telling("readdir", path):
             return sorted(os.listdir(path))
 
     def is_directory(self, path: str) -> bool:
         """Whether this is a directory itself, not a link to one."""
-        try:
-            return stat.S_ISDIR(os.lstat(path).st_mode)
-        except FileNotFoundError:
-            return False
+        with telling("stat", path):
+            try:
+                return stat.S_ISDIR(os.lstat(path).st_mode)
+            except FileNotFoundError:
+                return False
 
     def link_count(self, path: str) -> int:
         """How many names a file has."""
-        with _telling("stat", path):
+        with telling("stat", path):
             return os.lstat(path).st_nlink
 
     def rename(self, source: str, target: str) -> None:
         """Rename within one file system; atomic for whoever looks (rename(2)), durable only after fsync of both
         directories."""
-        with _telling("rename", source):
+        with telling("rename", source):
             os.rename(source, target)
 
     def unlink(self, path: str) -> None:
         """Remove a file's name."""
-        with _telling("unlink", path):
+        with telling("unlink", path):
             os.unlink(path)
 
     def remove_directory(self, path: str) -> None:
         """Remove an empty directory."""
-        with _telling("rmdir", path):
+        with telling("rmdir", path):
             os.rmdir(path)
 
     def sync_directory(self, path: str) -> None:
         """Make the names in a directory durable (fsync(2) of the directory itself)."""
-        with _telling("open", path):
+        with telling("open", path):
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            with _telling("fsync", path):
+            with telling("fsync", path):
                 os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
     def open_for_blocks(self, path: str, write: bool) -> int:
-        """Open a data file for aligned blocks: O_DIRECT where the file system has it, else through the cache.
+        """Open a data file for aligned blocks: O_DIRECT where the file system takes blocks of our alignment, else
+        through the page cache.
 
         With `write` the file is created if it is not there; otherwise it must be a regular file.
         """
         flags = os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_RDWR | os.O_CREAT if write else os.O_RDONLY)
-        with _telling("open", path):
+        with telling("open", path):
             try:
                 descriptor = os.open(path, flags | os.O_DIRECT, _FILE_MODE)
             except OSError as error:
@@ -99,27 +103,29 @@ class Filesystem:
                     raise
                 descriptor = os.open(path, flags, _FILE_MODE)
         self._check_regular(descriptor, path)
+        if native.direct_alignment(descriptor) > native.ALIGNMENT:
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_NOFOLLOW)  # drops O_DIRECT
         return descriptor
 
     def size(self, descriptor: int, path: str) -> int:
         """A file's length."""
-        with _telling("stat", path):
+        with telling("stat", path):
             return os.fstat(descriptor).st_size
 
     def allocate(self, descriptor: int, nbytes: int, path: str) -> None:
         """Reserve the file's blocks, so that no write can run out of space; keeps what is there."""
-        with _telling("fallocate", path):
+        with telling("fallocate", path):
             os.posix_fallocate(descriptor, 0, nbytes)
 
     def truncate(self, descriptor: int, nbytes: int, path: str) -> None:
         """Set a file's exact length."""
-        with _telling("truncate", path):
+        with telling("truncate", path):
             os.ftruncate(descriptor, nbytes)
 
     def sync_file(self, descriptor: int, path: str) -> None:
         """Make a file's bytes and length durable.  A failure is final: the kernel may have dropped what it could
         not write, and a second fsync would say all is well (fsync(2), "Errors")."""
-        with _telling("fsync", path):
+        with telling("fsync", path):
             os.fsync(descriptor)
 
     def close(self, descriptor: int) -> None:
@@ -129,10 +135,10 @@ class Filesystem:
 
     def write_new_file(self, path: str, content: bytes) -> None:
         """Create a file that is not there yet, write it and make it durable."""
-        with _telling("open", path):
+        with telling("open", path):
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, _FILE_MODE)
         try:
-            with _telling("write", path):
+            with telling("write", path):
                 view = memoryview(content)
                 while view:
                     view = view[os.write(descriptor, view) :]
@@ -142,10 +148,10 @@ class Filesystem:
 
     def read_file(self, path: str, bytes_max: int) -> bytes:
         """The whole content of a regular file, which may not be longer than `bytes_max`."""
-        with _telling("open", path):
+        with telling("open", path):
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         self._check_regular(descriptor, path)
-        with os.fdopen(descriptor, "rb") as file, _telling("read", path):
+        with os.fdopen(descriptor, "rb") as file, telling("read", path):
             nbytes = os.fstat(descriptor).st_size
             if nbytes > bytes_max:
                 raise CorruptError(f"{path} has {nbytes} bytes, and at most {bytes_max} make sense")

@@ -149,6 +149,11 @@ def block_checksum(block: bytes | bytearray | memoryview, seed: int, file_index:
     return int(lib.eng_block_checksum(view, len(view), seed, file_index, file_offset))
 
 
+def direct_alignment(descriptor: int) -> int:
+    """The alignment that O_DIRECT wants on this file (statx(2)), or 0 where the kernel does not say."""
+    return int(lib.eng_direct_alignment(descriptor))
+
+
 def _pack(ctype: str, row: struct.Struct, memory: bytes) -> Packed:
     assert len(memory) % row.size == 0
     return Packed(memory, ffi.from_buffer(f"{ctype}[]", memory), len(memory) // row.size)
@@ -182,7 +187,7 @@ class Job:
         checksums: Sequence[int] | None = None,
         owners: object = None,
     ) -> None:
-        self._kept = (sources, extents, blocks, order, owners)
+        self._kept: object = (sources, extents, blocks, order, owners)
         self._states = bytearray(max(blocks.row_count, 1))
         self._checksums = ffi.new("uint64_t[]", max(blocks.row_count, 1))
         if checksums is not None:
@@ -209,6 +214,10 @@ class Job:
                 "states": self._states_view,
             },
         )
+
+    def release(self) -> None:
+        """Let go of the sources and their owners: a job that is done may be looked at for long after."""
+        self._kept = None
 
     def states(self) -> bytes:
         """One `BlockState` a block, as they are at this moment."""
@@ -291,6 +300,7 @@ class Pipeline:
             if lib.eng_wait(self._pipeline, job.c_job, milestone, slice_ns):
                 if milestone == Milestone.DONE:
                     self._live.discard(job)
+                    job.release()
                 return True
             if left is not None:
                 left -= slice_ns

@@ -38,6 +38,7 @@ from engine.plan import Extent, Plan, lay_extents
 _LARGE_SLOT_COUNT = 4
 
 Select = str | Sequence[str] | None
+Tensors = dict[str, Tensor]
 
 
 class PassedOver(NamedTuple):
@@ -104,10 +105,10 @@ class Reader:
 
         return self._newest(step, fill)
 
-    def load(self, step: int | None, select: Select) -> tuple[dict[str, Tensor], RestoreInfo]:
+    def load(self, step: int | None, select: Select) -> tuple[Tensors, RestoreInfo]:
         """Read tensors into new memory, without an arena.  Blocks."""
         wanted = selector(select)
-        tensors: dict[str, Tensor] = {}
+        tensors: Tensors = {}
 
         def fill(found: _Found) -> int:
             tensors.clear()

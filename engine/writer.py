@@ -158,10 +158,6 @@ class Save(Future[CheckpointInfo]):
         """Block until the arena may change again, or the save has failed; False if `timeout` seconds passed."""
         return self.wait_milestone(Milestone.STAGED, timeout)
 
-    def fence(self) -> None:
-        """For the arena: return once the save has stopped reading it.  Never raises."""
-        self.wait_milestone(Milestone.STAGED)
-
     def chunks(self) -> list[ChunkStatus]:
         """Every chunk and how far it has come, at this moment.  Does not block."""
         if self._packed is None or self._job is None:

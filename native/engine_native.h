@@ -44,7 +44,7 @@ enum { ENG_URGENT = 1, ENG_ALL_STAGED = 2, ENG_DONE = 4 };
 enum {
     ENG_NO_FAILURE = 0,
     ENG_IO_FAILURE = 1,      /* the kernel refused a read or write: `error` is the errno */
-    ENG_SHORT_FAILURE = 2,   /* a read or write moved no bytes: the file ends early */
+    ENG_SHORT_FAILURE = 2,   /* a read or write moved nothing, or too little to go on: the file ends early */
     ENG_CHECKSUM_FAILURE = 3,/* a block read is not the block that was written */
     ENG_TORN_FAILURE = 4,    /* a source changed while it was being staged */
     ENG_INVALID_FAILURE = 5, /* the job contradicts itself */
@@ -152,7 +152,7 @@ typedef struct eng_pipeline eng_pipeline;
 /* Map the slots, start the thread, set up the ring.  Blocks until the thread runs or has failed. */
 int eng_open(eng_config *config, eng_pipeline **pipeline);
 
-/* Drain every job, stop the thread and free everything. */
+/* Drain every job, stop the thread and free everything.  A job that was never attached is aborted with ECANCELED. */
 void eng_close(eng_pipeline *pipeline);
 
 /* In a forked child only: close the child's copies of the descriptors.  The thread does not exist there, and
@@ -170,6 +170,10 @@ int eng_abort(eng_pipeline *pipeline, eng_job *job, int32_t error);
 
 /* Wait until a milestone is reached: 1 if it is, 0 if timeout_ns passed first.  0 ns only looks. */
 int eng_wait(eng_pipeline *pipeline, const eng_job *job, uint32_t milestone, uint64_t timeout_ns);
+
+/* The alignment that O_DIRECT wants of offsets and lengths on an open file (statx(2), STATX_DIOALIGN), or 0 where
+ * the kernel does not say or direct I/O is not to be had. */
+uint32_t eng_direct_alignment(int32_t fd);
 
 /* The checksum of a block: XXH3-64 of its bytes under a seed made of the checkpoint's and the block's place. */
 uint64_t eng_block_checksum(const void *bytes, uint64_t nbytes, uint64_t seed, uint32_t file, uint64_t file_offset);

@@ -27,7 +27,7 @@ ROOMS: dict[str, set[str]] = {
     "gather.py": {"errors", "layout", "torch"},
     "arena.py": {"errors", "layout", "gather", "torch"},
     "native.py": {"errors", "_native"},
-    "filesystem.py": {"errors"},
+    "filesystem.py": {"errors", "native"},
     "catalog.py": {"errors", "manifest", "filesystem"},
     "commit.py": {"errors", "manifest", "catalog", "filesystem"},
     "writer.py": {
@@ -40,7 +40,8 @@ ROOMS: dict[str, set[str]] = {
         *("errors", "layout", "plan", "extra", "manifest", "arena", "native", "filesystem", "catalog", "commit"),
         *("writer", "reader"),
     },
-    "__init__.py": {"errors", "arena", "writer", "reader", "engine"},
+    "defaults.py": {"arena", "writer", "reader", "engine"},
+    "__init__.py": {"errors", "arena", "writer", "reader", "engine", "defaults"},
 }
 OUTSIDE = {"torch", "msgspec", "_native"}  # in the table, but no file of engine/
 

@@ -748,8 +748,14 @@ def test_step_and_load_wait_for_staging() -> None:
 
     def during(what: str, act: Callable[[], object]) -> None:
         before = read(arena, "2.bias")
-        arena.hold(lambda: seen.append((what, read(arena, "2.bias"))))
-        arena.hold(lambda: seen.append((what, read(arena, "2.bias"))))
+
+        def staged(timeout: float | None) -> bool:
+            if timeout is None:
+                seen.append((what, read(arena, "2.bias")))
+            return timeout is None
+
+        arena.hold(staged)
+        arena.hold(staged)
         act()
         assert seen == [(what, before)] * 2, "each wait is called once, before the first byte changes"
         assert read(arena, "2.bias") != before
@@ -763,10 +769,45 @@ def test_step_and_load_wait_for_staging() -> None:
     during("refresh", arena.refresh)
 
 
+def test_saves_that_are_staged_are_let_go_of_without_a_step() -> None:
+    arena = Arena.adopt(mlp())
+    asked: list[int] = []
+
+    def staged(index: int) -> Callable[[float | None], bool]:
+        def wait_staged(timeout: float | None) -> bool:
+            asked.append(index)
+            return index != 3
+
+        return wait_staged
+
+    for index in range(6):
+        arena.hold(staged(index))
+    assert asked == [0, 1, 2, 3, 3], "each staged one is asked once, and none behind one that is not"
+
+
+def test_an_interrupted_wait_is_waited_for_again() -> None:
+    arena = Arena.adopt(mlp())
+    outcomes: list[Exception | None] = [None, KeyError(), None]
+
+    def wait_staged(timeout: float | None) -> bool:
+        outcome = outcomes.pop()
+        if outcome is not None:
+            raise outcome
+        return True
+
+    arena.hold(wait_staged)
+    arena.fence()
+    arena.hold(wait_staged)
+    with pytest.raises(KeyError):
+        arena.fence()
+    arena.fence()
+    assert outcomes == []
+
+
 def test_reading_does_not_wait() -> None:
     model, optimizer = build("mlp", "adam")
     arena = Arena.adopt(model, optimizer)
-    arena.hold(lambda: pytest.fail("nothing was written"))
+    arena.hold(lambda timeout: pytest.fail("nothing was written"))
     arena.refresh()
     model(torch.ones(1, 6)).sum().backward()
     arena.state_dict()
@@ -793,7 +834,7 @@ def test_a_copied_model_is_not_in_the_arena() -> None:
     model, optimizer = build("mlp", "adam")
     arena = Arena.adopt(model, optimizer)
     twin, twin_optimizer = copy.deepcopy((model, optimizer))
-    arena.hold(lambda: pytest.fail("the copy's step does not write here"))
+    arena.hold(lambda timeout: pytest.fail("the copy's step does not write here"))
     before = everything(model, optimizer)
     train(twin, twin_optimizer, "mlp", 1)
     twin.load_state_dict(twin.state_dict())

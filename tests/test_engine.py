@@ -7,6 +7,7 @@ import concurrent.futures
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from disk import FAILURES, FailingFilesystem, GatedFilesystem, names, same, stor
 from torch import Tensor, nn
 
 import engine
+from engine import plan, writer
 from engine.layout import DTYPES
 
 SMALL = {"staging_bytes": 1 << 20, "block_bytes": 64 << 10}
@@ -176,6 +178,28 @@ def test_wrapped_views_are_gathered_and_scattered(opened: engine.Engine) -> None
     halves["turned"].zero_()
     opened.restore(arena)
     assert all(same(halves[name], want[name]) for name in want)
+
+
+def test_a_plan_is_computed_once(opened: engine.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = []
+
+    def counting(*arguments: Any) -> Any:
+        planned.append(arguments)
+        return plan.make_plan(*arguments)
+
+    monkeypatch.setattr(writer, "make_plan", counting)
+    model, optimizer = make_training()
+    arena = engine.Arena.adopt(model, optimizer)
+    for _ in range(4):
+        opened.checkpoint(arena).result()
+        train(model, optimizer, 0)
+    assert len(planned) == 1, "reused by every later save"
+    opened.checkpoint(arena, chunk_count=2).result()
+    opened.checkpoint(arena).result()
+    assert len(planned) == 2, "another cutting is another plan, and the first is still there"
+    model.add_module("more", nn.Linear(2, 2))
+    opened.checkpoint(arena).result()
+    assert len(planned) == 3, "a plan of what the arena no longer is was used"
 
 
 # -- partial restore --------------------------------------------------------------------------------------------
@@ -464,7 +488,7 @@ def test_status_goes_from_pending_to_durable(tmp_path: Path) -> None:
         "optimizer.safetensors",
     }
     stats = save.stats()
-    assert 0 < stats["held_ns"] and 0 < stats["staged_ns"] <= stats["durable_ns"] and stats["staging_ns"] > 0
+    assert stats["held_ns"] > 0 and 0 < stats["staged_ns"] <= stats["durable_ns"] and stats["staging_ns"] > 0
     assert stats["io_bytes"] >= sum(chunk.nbytes for chunk in chunks)
 
 
