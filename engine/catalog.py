@@ -26,7 +26,6 @@ import os
 import re
 import threading
 import weakref
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
@@ -63,7 +62,7 @@ class Catalog:
         self._private = os.path.join(self.root, ".engine")
         self._spare = os.path.join(self._private, "spare")
         self._mutex = threading.RLock()
-        self._pins: Counter[int] = Counter()
+        self._pins: set[tuple[int, object]] = set()  # one for each reader
         self._make_directories()
         self._lock: int | None = _take_lock(os.path.join(self._private, "lock"), self.root)
         try:
@@ -113,16 +112,17 @@ class Catalog:
         Raises:
             NotFoundError: the step is not committed.
         """
-        with self._mutex:
-            if step not in self._steps:
-                known = ", ".join(map(str, self._steps)) or "none"
-                raise NotFoundError(f"{self.root} holds no step {step}; committed steps: {known}")
-            self._pins[step] += 1
+        pin = (step, object())
         try:
+            with self._mutex:
+                if step not in self._steps:
+                    known = ", ".join(map(str, self._steps)) or "none"
+                    raise NotFoundError(f"{self.root} holds no step {step}; committed steps: {known}")
+                self._pins.add(pin)
             yield
         finally:
             with self._mutex:
-                self._pins[step] -= 1
+                self._pins.discard(pin)
 
     # -- a save's way through the directory -------------------------------------------------------------------
 
@@ -171,13 +171,13 @@ class Catalog:
         """
         assert keep >= 1
         with self._mutex:
-            self._retire([step for step in self._steps[:-keep] if not self._pins[step]])
+            self._retire([step for step in self._steps[:-keep] if step not in self._read_steps()])
 
     def retire_after(self, step: int) -> list[int]:
         """Take every step later than this one out of service, newest first, and return them."""
         with self._mutex:
             later = [s for s in reversed(self._steps) if s > step]
-            read = [s for s in later if self._pins[s]]
+            read = sorted(self._read_steps().intersection(later))
             if read:
                 raise StepError(f"steps {read} are being read; wait for that before rolling back")
             self._retire(later)
@@ -239,6 +239,9 @@ class Catalog:
         if steps:
             self._sync_moves()
         self._trim_spares()
+
+    def _read_steps(self) -> set[int]:
+        return {step for step, _ in self._pins}
 
     def _make_spare(self, path: str) -> None:
         """Move a directory to spare, as the last in line."""

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import os
-import threading
 import time
 import warnings
 import weakref
@@ -32,8 +31,9 @@ from engine.catalog import Catalog
 from engine.errors import ArenaError, ArgumentError, BusyError, ClosedError, EngineWarning, ForkedError, StepError
 from engine.extra import encode as encode_extra
 from engine.filesystem import Filesystem
+from engine.inflight import InFlight, Ticket
 from engine.layout import Layout
-from engine.manifest import BLOCK_BYTES_MAX
+from engine.manifest import BLOCK_BYTES_MAX, STEP_MAX
 from engine.native import Milestone, Packed, Pipeline
 from engine.plan import ALIGNMENT, chunk_size
 from engine.reader import Reader, RestoreInfo, Select, Tensors
@@ -103,13 +103,12 @@ class Engine:
             raise
         self._writer = Writer(self._catalog, self._pipeline, keep)
         self._reader = Reader(self._catalog, self._pipeline)
-        self._places = threading.BoundedSemaphore(max_async)
-        self._mutex = threading.Lock()
-        self._in_flight: set[int] = set()
+        self._in_flight = InFlight(max_async)
         self._damaged: set[int] = set()
+        self._closing = False
         self._packs: weakref.WeakKeyDictionary[Arena, _Packs] = weakref.WeakKeyDictionary()
         self._commits = ThreadPoolExecutor(max_async, thread_name_prefix="engine-commit")
-        # Runs at close, at collection or at exit, whichever comes first, and in a forked child does nothing.
+        # For an Engine that nobody has closed: at its collection, or at exit.  In a forked child it does nothing.
         self._closer = weakref.finalize(self, _shut_down, os.getpid(), self._commits, self._pipeline, self._catalog)
         if not self._pipeline.registered_buffers:
             warnings.warn(
@@ -154,18 +153,16 @@ class Engine:
         """
         began_ns = time.monotonic_ns()
         self._check_usable()
-        if snapshot is not None:
-            _check_choice("snapshot", snapshot, Snapshot)
+        _check_range("step", 0 if step is None else step, 0, STEP_MAX)
+        _check_choice("snapshot", snapshot or "lazy", Snapshot)
         _check_choice("on_busy", on_busy, OnBusy)
         if arena.torn:
             raise ArenaError("a restore of this arena failed half-way; restore it whole before saving it")
-        if not self._places.acquire(blocking=on_busy == "wait"):
-            with self._mutex:
-                busy = BusyError(f"steps {sorted(self._in_flight)} are in flight; wait for one, or raise max_async")
-                if on_busy == "skip":
-                    return Save.refused(self._next_step() if step is None else step, busy)
-            raise busy
+        ticket = Ticket()
+        save: Save | None = None
         try:
+            if not self._in_flight.admit(ticket, wait=on_busy == "wait"):
+                return self._refuse(step, on_busy)
             arena.refresh()
             meta = {
                 "aliases": dict(arena.aliases),
@@ -173,12 +170,18 @@ class Engine:
                 "extra": encode_extra(extra),
             }
             packed, sources = self._pack(arena, chunk_count, chunk_bytes)
-            taken = self._take_step(step)
+            taken = self._take_step(ticket, step)
+            save = self._writer.prepare(arena, packed, sources, taken, checked=snapshot == "checked")
+            arena.hold(save.wait_staged)
+            self._writer.start(save)
+            self._commits.submit(_finish, self._in_flight, ticket, self._writer, save, meta)
         except BaseException:
-            self._places.release()
+            # Also Ctrl-C, which may strike after the save was handed over: then its commit thread ends it.
+            if self._in_flight.claim(ticket):
+                if save is not None:
+                    self._writer.abandon(save)
+                self._in_flight.withdraw(ticket)
             raise
-        save = self._start(arena, packed, sources, taken, meta, snapshot == "checked")
-        arena.hold(save.wait_staged)
         lazy = snapshot == "lazy" or (snapshot != "eager" and arena.fenced)
         if not lazy:
             save.wait_staged()
@@ -197,11 +200,11 @@ class Engine:
             StepError: a save is in flight.
         """
         self._check_usable()
-        with self._mutex:
-            if self._in_flight:
-                raise StepError(f"steps {sorted(self._in_flight)} are in flight; wait for them before rolling back")
-            with self._catalog.pinned(step):
-                return self._catalog.retire_after(step)
+        saving = self._in_flight.steps()
+        if saving:
+            raise StepError(f"steps {saving} are in flight; wait for them before rolling back")
+        with self._catalog.pinned(step):
+            return self._catalog.retire_after(step)
 
     # -- restoring --------------------------------------------------------------------------------------------
 
@@ -242,12 +245,16 @@ class Engine:
     @property
     def is_open(self) -> bool:
         """Whether `close` has not been called."""
-        return self._closer.alive
+        return not self._closing and self._closer.alive
 
     def close(self) -> None:
-        """See every save in flight to its end, stop the native thread, give the directory back.  Blocks."""
-        if os.getpid() == self._pipeline.pid:
-            self._closer()
+        """See every save in flight to its end, stop the native thread, give the directory back.  Blocks.
+
+        May be called again: after Ctrl-C in the middle of it, that goes on where it was.
+        """
+        self._closing = True
+        _shut_down(self._pipeline.pid, self._commits, self._pipeline, self._catalog)
+        self._closer.detach()
 
     def __enter__(self) -> Engine:
         return self
@@ -272,31 +279,24 @@ class Engine:
         if not self.is_open:
             raise ClosedError(f"the Engine of {self._catalog.root} has been closed; open a new one")
 
-    def _take_step(self, step: int | None) -> int:
-        """Check a step against those committed and in flight, and reserve it."""
-        with self._mutex:
-            for damaged in sorted(self._damaged):
-                if step is not None and damaged >= step:
-                    aside = self._catalog.set_aside(damaged)
-                    self._damaged.discard(damaged)
-                    warnings.warn(f"step {damaged} is damaged and was renamed to {aside}", EngineWarning, stacklevel=4)
-            committed = self._catalog.steps()
-            if step is None:
-                step = self._next_step()
-            _check_range("step", step, 0, (1 << 63) - 1)
-            if step in self._in_flight:
-                raise StepError(f"step {step} is being saved already")
-            later = [s for s in committed if s >= step]
-            if later:
-                raise StepError(
-                    f"step {step} is not after the committed steps {later}; to train on from an earlier step, call "
-                    "rollback(step) with the step you restored, which takes the later ones out of service"
-                )
-            self._in_flight.add(step)
-            return step
+    def _refuse(self, step: int | None, on_busy: OnBusy) -> Save:
+        saving = self._in_flight.steps()
+        busy = BusyError(f"steps {saving} are in flight; wait for one, or raise max_async")
+        if on_busy == "raise":
+            raise busy
+        return Save.refused(max(saving) + 1 if step is None else step, busy)
 
-    def _next_step(self) -> int:
-        return max([*self._catalog.steps(), *self._in_flight], default=-1) + 1
+    def _take_step(self, ticket: Ticket, step: int | None) -> int:
+        """Reserve a step, and make way for it where a restore has found what was there damaged."""
+        if step is None:
+            return self._in_flight.reserve(ticket, None, self._catalog.steps)
+        damaged = self._damaged.intersection(self._catalog.steps())
+        taken = self._in_flight.reserve(ticket, step, lambda: [s for s in self._catalog.steps() if s not in damaged])
+        for passed in sorted(s for s in damaged if s >= taken):
+            aside = self._catalog.set_aside(passed)
+            warnings.warn(f"step {passed} is damaged and was renamed to {aside}", EngineWarning, stacklevel=3)
+        self._damaged = {s for s in damaged if s < taken}
+        return taken
 
     def _pack(self, arena: Arena, chunk_count: int | None, chunk_bytes: int | None) -> tuple[PackedPlan, Packed]:
         """The arena's plan and sources, packed: once per layout and chunk size, and once per move of its tensors."""
@@ -310,28 +310,16 @@ class Engine:
             packs.plans[size] = pack_plan(arena, self._block_bytes, size)
         return packs.plans[size], packs.sources
 
-    def _start(
-        self, arena: Arena, packed: PackedPlan, sources: Packed, step: int, meta: Mapping[str, Any], checked: bool
-    ) -> Save:
-        # Not a method: a save in flight must not keep an Engine alive that its owner has dropped, or it would be
-        # closed on the very thread that its closing waits for.
-        done = functools.partial(_give_place_back, self._mutex, self._in_flight, self._places, step)
-        try:
-            save = self._writer.begin(arena, packed, sources, step, checked)
-        except BaseException:
-            done()
-            raise
-        self._commits.submit(self._writer.finish, save, meta, done)
-        return save
 
-
-def _give_place_back(mutex: threading.Lock, in_flight: set[int], places: threading.BoundedSemaphore, step: int) -> None:
-    with mutex:
-        in_flight.discard(step)
-    places.release()
+def _finish(in_flight: InFlight, ticket: Ticket, writer: Writer, save: Save, meta: Mapping[str, Any]) -> None:
+    """What a commit thread runs.  Not a method: a save in flight must not keep an Engine alive that its owner has
+    dropped, or the Engine would be closed on the very thread that its closing waits for."""
+    if in_flight.claim(ticket):
+        writer.finish(save, meta, functools.partial(in_flight.withdraw, ticket))
 
 
 def _shut_down(pid: int, commits: ThreadPoolExecutor, pipeline: Pipeline, catalog: Catalog) -> None:
+    """Drain and give back, in the order of use.  Each part may be done already."""
     if os.getpid() != pid:
         return
     commits.shutdown(wait=True)

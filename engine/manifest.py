@@ -41,6 +41,9 @@ MANIFEST_BYTES_MAX = 1 << 30
 # A block must fit a staging slot of whoever restores; the native pipeline counts a block's bytes in 32 bits.
 BLOCK_BYTES_MAX = 1 << 30
 
+# Steps are stored as JSON integers, and other languages read those as signed 64-bit.
+STEP_MAX = (1 << 63) - 1
+
 # Offsets are signed 64-bit in the kernel (lseek(2)), and are rounded up to a block.
 FILE_BYTES_MAX = (1 << 63) - 1 - BLOCK_BYTES_MAX
 
@@ -205,7 +208,7 @@ def _require(truth: bool, what: str) -> None:
 def _validate(manifest: Manifest) -> None:
     _require(manifest.format == FORMAT, f"format is {manifest.format!r}, not {FORMAT!r}")
     _require(manifest.version == VERSION, f"version is {manifest.version}; this engine reads {VERSION}")
-    _require(0 <= manifest.step < 1 << 63, f"step is {manifest.step}")
+    _require(0 <= manifest.step <= STEP_MAX, f"step is {manifest.step}")
     _require(re.fullmatch("[0-9a-f]{32}", manifest.checkpoint_id) is not None, "checkpoint_id is not 32 hex digits")
     aligned = 0 < manifest.block_bytes <= BLOCK_BYTES_MAX and manifest.block_bytes % ALIGNMENT == 0
     _require(aligned, f"block_bytes is {manifest.block_bytes}")

@@ -286,8 +286,15 @@ class Pipeline:
         assert result in (0, -errno.ESRCH), os.strerror(-result)
 
     def abort(self, job: Job, error: int) -> None:
-        """Fail a job with an errno; what is in flight is drained, and then it is done."""
+        """Fail a job with an errno; what is in flight is drained, and then it is done.
+
+        A job that was never submitted is done at once, and one that is done already stays as it is.
+        """
         self._check_owner()
+        if job.c_job.submitted_ns == 0:
+            job.c_job.failure, job.c_job.error = lib.ENG_ABORTED_FAILURE, error
+            job.c_job.milestones = Milestone.URGENT | Milestone.STAGED | Milestone.DONE
+            return
         result = lib.eng_abort(self._pipeline, job.c_job, error)
         assert result in (0, -errno.ESRCH), os.strerror(-result)
 

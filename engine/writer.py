@@ -1,6 +1,6 @@
 """Writer: one save, from the arena to a committed checkpoint.
 
-Theory of operation.  A save has two halves.  `Writer.begin` runs in the caller's `checkpoint()`: it hands the
+Theory of operation.  A save has two halves.  `Writer.start` runs in the caller's `checkpoint()`: it hands the
 native pipeline a job over a plan packed once per arena, and staging starts at once.  `Writer.finish` runs on one
 of the engine's commit threads, which sleep in native code: it makes the files while staging is under way, gives
 them to the job, waits for the last completion, and commits.  No Python thread touches a byte of the arena.
@@ -213,7 +213,7 @@ def _least(states: bytes) -> str:
 
 
 class Writer:
-    """Runs saves: `begin` in the caller, `finish` on a commit thread.
+    """Runs saves: `prepare` and `start` in the caller, `finish` on a commit thread.
 
     Args:
         catalog: the directory.
@@ -226,8 +226,8 @@ class Writer:
         self._pipeline = pipeline
         self._keep = keep
 
-    def begin(self, arena: Arena, packed: PackedPlan, sources: Packed, step: int, checked: bool) -> Save:
-        """Start staging an arena.  Returns at once."""
+    def prepare(self, arena: Arena, packed: PackedPlan, sources: Packed, step: int, checked: bool) -> Save:
+        """Make a save that `start` will begin.  Nothing has happened yet."""
         save = Save(step)
         save._packed, save._pipeline = packed, self._pipeline
         save._job = Job(
@@ -242,14 +242,25 @@ class Writer:
             checked=checked,
             owners=(arena.memory, packed, sources),
         )
-        self._pipeline.submit(save._job)
         return save
+
+    def start(self, save: Save) -> None:
+        """Begin staging.  Returns at once."""
+        assert save._job is not None
+        self._pipeline.submit(save._job)
+
+    def abandon(self, save: Save) -> None:
+        """End a prepared or started save that nobody will finish.  Blocks until it has left the arena alone."""
+        assert save._job is not None
+        self._pipeline.abort(save._job, errno.ECANCELED)
+        self._pipeline.wait(save._job, Milestone.DONE)
+        save.set_exception(StorageError(errno.ECANCELED, "write", self._catalog.partial_path(save.step)))
 
     def finish(self, save: Save, meta: Mapping[str, Any], done: Callable[[], None]) -> None:
         """See a save through to its commit or its failure; resolves the Future and never raises.
 
         Args:
-            save: from `begin`.
+            save: started.
             meta: ``aliases``, ``options`` and ``extra`` of the manifest.
             done: called before the Future resolves, so that who waits for it finds the place free.
         """

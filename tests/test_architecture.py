@@ -36,9 +36,10 @@ ROOMS: dict[str, set[str]] = {
     "reader.py": {
         *("errors", "layout", "plan", "extra", "manifest", "arena", "native", "filesystem", "catalog", "torch"),
     },
+    "inflight.py": {"errors"},
     "engine.py": {
         *("errors", "layout", "plan", "extra", "manifest", "arena", "native", "filesystem", "catalog", "commit"),
-        *("writer", "reader"),
+        *("writer", "reader", "inflight"),
     },
     "defaults.py": {"arena", "writer", "reader", "engine"},
     "__init__.py": {"errors", "arena", "writer", "reader", "engine", "defaults"},

@@ -34,7 +34,7 @@ class Believed(RuleBasedStateMachine):
         self.keep, self.max_async = keep, max_async
         self.committed: dict[int, dict[str, Tensor]] = {}
         self.damaged: set[int] = set()
-        self.aside = 0
+        self.passed_over: set[int] = set()  # of the damaged, those that this engine has seen to be
         self.next_value = 0.0
         self.tensors = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
         self.arena = engine.Arena.wrap(self.tensors)
@@ -66,9 +66,13 @@ class Believed(RuleBasedStateMachine):
         return max(self.committed, default=-1) + 1
 
     def forget_old(self) -> None:
-        for step in sorted(self.committed)[: -self.keep]:
+        self.forget(set(sorted(self.committed)[: -self.keep]))
+
+    def forget(self, steps: set[int]) -> None:
+        for step in steps:
             del self.committed[step]
-            self.damaged.discard(step)
+        self.damaged -= steps
+        self.passed_over -= steps
 
     @rule(gap=st.integers(0, 3), chunks=st.integers(1, 4))
     def save(self, gap: int, chunks: int) -> None:
@@ -101,10 +105,22 @@ class Believed(RuleBasedStateMachine):
         assert caught.value.errno == error and self.filesystem.operation is None
 
     @precondition(lambda self: self.committed)
-    @rule()
-    def refuse_an_old_step(self) -> None:
-        with pytest.raises(engine.StepError):
-            self.engine.checkpoint(self.arena, max(self.committed))
+    @rule(data=st.data())
+    def save_an_old_step(self, data: st.DataObject) -> None:
+        """Refused, unless all that is in its way has been passed over as damaged: then that is set aside."""
+        step = data.draw(st.sampled_from(sorted(self.committed)))
+        later = {s for s in self.committed if s >= step}
+        if later <= self.passed_over:
+            want = self.mutate()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                self.engine.checkpoint(self.arena, step).result()
+            assert len(caught) == len(later)
+            self.forget(later)
+            self.committed[step] = want
+        else:
+            with pytest.raises(engine.StepError):
+                self.engine.checkpoint(self.arena, step)
 
     @rule()
     def restore_newest(self) -> None:
@@ -123,6 +139,7 @@ class Believed(RuleBasedStateMachine):
             info = self.engine.restore(self.arena)
         assert info.step == max(good) and [bad.step for bad in info.passed_over] == passed_over
         assert len(caught) == len(passed_over)
+        self.passed_over.update(passed_over)
         self.assert_holds(self.committed[info.step])
 
     @precondition(lambda self: self.committed)
@@ -143,9 +160,7 @@ class Believed(RuleBasedStateMachine):
         step = data.draw(st.sampled_from(sorted(self.committed)))
         later = sorted((s for s in self.committed if s > step), reverse=True)
         assert self.engine.rollback(step) == later
-        for gone in later:
-            del self.committed[gone]
-            self.damaged.discard(gone)
+        self.forget(set(later))
 
     @precondition(lambda self: len(self.committed) > len(self.damaged))
     @rule(data=st.data(), position=st.floats(0, 1, exclude_max=True))
@@ -160,12 +175,14 @@ class Believed(RuleBasedStateMachine):
     @rule()
     def reopen(self) -> None:
         self.engine.close()
+        self.passed_over.clear()
         self.open()
 
     @rule()
     def reopen_with_leftovers(self) -> None:
         """As after a kill: a save that was under way has left its directory."""
         self.engine.close()
+        self.passed_over.clear()
         partial = self.directory / f"step-{self.next_step():08d}.partial"
         partial.mkdir()
         (partial / "model.safetensors").write_bytes(b"x" * 5000)
@@ -179,7 +196,8 @@ class Believed(RuleBasedStateMachine):
         if not hasattr(self, "engine"):
             return
         assert self.engine.steps() == sorted(self.committed)
-        assert names(self.directory) == [f"step-{step:08d}" for step in sorted(self.committed)]
+        visible = [name for name in names(self.directory) if ".damaged" not in name]
+        assert visible == [f"step-{step:08d}" for step in sorted(self.committed)]
 
     @invariant()
     def what_is_not_damaged_is_there(self) -> None:
