@@ -24,6 +24,7 @@ the old memory held by others (a flat buffer, `share_memory()`) is left behind b
 from __future__ import annotations
 
 import contextlib
+import mmap
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -268,18 +269,19 @@ class Arena:
 
     def _bind(self, entries: Mapping[str, Entry]) -> None:
         """Copy what lies elsewhere into its place, and make it a view of that place."""
-        moves: list[tuple[Tensor, Tensor, Tensor]] = []
+        moves: list[tuple[Tensor, Tensor, Tensor | None]] = []
         for name, entry in entries.items():
             view = self._views[name]
             for tensor in entry.tensors:
                 if _look([tensor]) != _look([view]):
                     # Where two tensors have changed places, the first copy would overwrite the second.
                     inside = tensor.untyped_storage().data_ptr() == self._buffer.untyped_storage().data_ptr()
-                    moves.append((tensor, view, tensor.detach().clone() if inside else tensor.detach()))
+                    moves.append((tensor, view, tensor.detach().clone() if inside else None))
             if not entry.tensors:
                 view.zero_()
         for tensor, view, content in moves:
-            view.copy_(content)
+            # One at a time, and nothing else holds what lies elsewhere: as the new buffer fills, the old is freed.
+            view.copy_(tensor.detach() if content is None else content)
             _point(tensor, view)
 
     def _locate(self) -> None:
@@ -368,10 +370,16 @@ def _tabulate(census: Census, adopted: bool) -> _Table:
 
 
 def _allocate(layout: Layout) -> Tensor:
-    """A zeroed buffer whose base is aligned as its segments are.  Zero pages cost nothing until touched."""
-    memory = torch.zeros(layout.arena_bytes + ARENA_ALIGNMENT, dtype=torch.uint8, device="cpu")
-    skip = -memory.data_ptr() % ARENA_ALIGNMENT
-    return memory[skip : skip + layout.arena_bytes]
+    """A zeroed buffer whose base is aligned as its segments are.
+
+    Pages straight from the kernel cost nothing until they are touched, so that adopting a training does not need
+    its memory twice: as the buffer fills, what the tensors leave is freed.
+    """
+    # Private: a forked DataLoader worker must not write into its parent's weights.  An empty map cannot be made.
+    pages = mmap.mmap(-1, max(layout.arena_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = torch.frombuffer(pages, dtype=torch.uint8, count=layout.arena_bytes or -1)[: layout.arena_bytes]
+    assert memory.data_ptr() % ARENA_ALIGNMENT == 0
+    return memory
 
 
 def _view(buffer: Tensor, segment: Segment, stride: tuple[int, ...]) -> Tensor:

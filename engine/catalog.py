@@ -14,6 +14,9 @@ before the new checkpoint can be published (docs/durability.md, I4 and I5).
 One engine at a time: `.engine/lock` is held by flock(2) on a descriptor that the ring never sees, and that a
 forked child closes, so that neither can hold the lock on after the engine has gone.
 
+After a failed sync of a directory nobody knows which renames will last, so from then on nothing is retired, taken
+from spare or deleted; saves go on in fresh directories, and the next open starts from what is there.
+
 A reader pins the step it reads, and a pinned step is not retired.  All methods may be called from any thread.
 Called by `commit`, `writer`, `reader` and `engine`.
 """
@@ -62,6 +65,7 @@ class Catalog:
         self._private = os.path.join(self.root, ".engine")
         self._spare = os.path.join(self._private, "spare")
         self._mutex = threading.RLock()
+        self._sound = True  # no sync of a directory has failed
         self._pins: set[tuple[int, object]] = set()  # one for each reader
         self._make_directories()
         self._lock: int | None = _take_lock(os.path.join(self._private, "lock"), self.root)
@@ -94,12 +98,7 @@ class Catalog:
             CorruptError: it is missing, malformed, or another step's.
         """
         path = os.path.join(self.path(step), MANIFEST_NAME)
-        try:
-            raw = self.filesystem.read_file(path, MANIFEST_BYTES_MAX)
-        except StorageError as error:
-            if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR):
-                raise CorruptError(f"{path} is missing") from None
-            raise
+        raw = self.filesystem.read_file(path, MANIFEST_BYTES_MAX)
         manifest = decode(raw)
         if manifest.step != step:
             raise CorruptError(f"{path} is the manifest of step {manifest.step}")
@@ -129,19 +128,20 @@ class Catalog:
     def begin(self, step: int, names: Sequence[str]) -> str:
         """Make `step-N.partial` and return its path: a spare, with those of its files that are wanted, or new."""
         partial = self.partial_path(step)
-        self._remove(partial)  # there only if an earlier save of this step failed and could not be deleted
+        if self._sound:
+            self._remove(partial)  # there only if an earlier save of this step failed and could not be deleted
         with self._mutex:
             spares = self.filesystem.list_directory(self._spare)
-            if not spares:
+            if not spares or not self._sound:
                 self.filesystem.make_directory(partial)
                 return partial
             self.filesystem.rename(os.path.join(self._spare, spares[0]), partial)
-            self.filesystem.sync_directory(self._spare)
+            self._sync(self._spare)
         for name in self.filesystem.list_directory(partial):
             path = os.path.join(partial, name)
             # A file with a second name is somebody's copy (cp --link): it must not be overwritten.
-            if name not in names or self.filesystem.link_count(path) != 1:
-                self.filesystem.unlink(path)
+            if name not in names or not self.filesystem.is_unshared_file(path):
+                self._unlink(path)
         return partial
 
     def publish(self, step: int) -> str:
@@ -150,7 +150,7 @@ class Catalog:
             assert step not in self._steps, f"step {step} is committed already"
             self.filesystem.rename(self.partial_path(step), self.path(step))
             try:
-                self.filesystem.sync_directory(self.root)
+                self._sync(self.root)
             except StorageError:
                 # Visible but not known to be durable is not committed: take it back.
                 with suppress(StorageError):
@@ -161,6 +161,8 @@ class Catalog:
 
     def discard(self, step: int) -> None:
         """Delete what a failed save has left.  Best effort: what stays is found by the next open."""
+        if not self._sound:
+            return  # a power cut may yet show it under its final name, and then it must be whole
         with suppress(StorageError):
             self._remove(self.partial_path(step))
 
@@ -171,11 +173,18 @@ class Catalog:
         """
         assert keep >= 1
         with self._mutex:
+            if not self._sound:
+                return
             self._retire([step for step in self._steps[:-keep] if step not in self._read_steps()])
 
     def retire_after(self, step: int) -> list[int]:
-        """Take every step later than this one out of service, newest first, and return them."""
-        with self._mutex:
+        """Take every step later than this one out of service, newest first, and return them.
+
+        Raises:
+            NotFoundError: this step is not committed.
+            StepError: a later one is being read.
+        """
+        with self._mutex, self.pinned(step):
             later = [s for s in reversed(self._steps) if s > step]
             read = sorted(self._read_steps().intersection(later))
             if read:
@@ -191,8 +200,8 @@ class Catalog:
             while aside in names:
                 aside += "-again"
             self.filesystem.rename(self.path(step), os.path.join(self.root, aside))
-            self.filesystem.sync_directory(self.root)
             self._steps.remove(step)
+            self._sync(self.root)
         return os.path.join(self.root, aside)
 
     def close(self) -> None:
@@ -216,29 +225,43 @@ class Catalog:
             except StorageError as error:
                 if error.errno != errno.EEXIST:  # another process was as quick
                     raise
-            self.filesystem.sync_directory(os.path.dirname(path))
+            self._sync(os.path.dirname(path))
 
     def _recover(self) -> list[int]:
         """Make durable what an earlier process left, move what it did not finish to spare, and list the steps."""
         names = self.filesystem.list_directory(self.root)
-        # A process killed between rename and fsync leaves a step that is visible but could still vanish, and
-        # older ones must not be retired on its word.
+        # A process killed between a rename or mkdir and its fsync leaves a name that is visible but could still
+        # vanish, and older steps must not be retired on its word.
+        for path in (os.path.dirname(self.root), self._private):
+            self._sync(path)
         self._sync_moves()
         for name in names:
-            if _PARTIAL_NAME.fullmatch(name):
-                self._make_spare(os.path.join(self.root, name))
+            path = os.path.join(self.root, name)
+            if _PARTIAL_NAME.fullmatch(name) and self.filesystem.is_directory(path):
+                self._make_spare(path)
         self._sync_moves()
         self._trim_spares()
-        steps = [int(match.group(1)) for match in map(_STEP_NAME.fullmatch, names) if match]
+        # A set: step-000000001 has the number of step-00000001, but is not its name.
+        steps = {int(match.group(1)) for match in map(_STEP_NAME.fullmatch, names) if match}
         return sorted(s for s in steps if step_name(s) in names and self.filesystem.is_directory(self.path(s)))
 
     def _retire(self, steps: Sequence[int]) -> None:
-        for step in steps:
-            self._make_spare(self.path(step))
-            self._steps.remove(step)
-        if steps:
-            self._sync_moves()
+        try:
+            for step in steps:
+                self._make_spare(self.path(step))
+                self._steps.remove(step)
+        finally:  # if one of several is refused, the next save may take those before it
+            if steps:
+                self._sync_moves()
         self._trim_spares()
+
+    def _sync(self, path: str) -> None:
+        """Sync a directory; once that has failed, no rename can be relied on until the next open."""
+        try:
+            self.filesystem.sync_directory(path)
+        except StorageError:
+            self._sound = False
+            raise
 
     def _read_steps(self) -> set[int]:
         return {step for step, _ in self._pins}
@@ -250,19 +273,26 @@ class Catalog:
 
     def _sync_moves(self) -> None:
         """Make renames to spare durable: where it arrived before where it left, so that nothing is nowhere."""
-        self.filesystem.sync_directory(self._spare)
-        self.filesystem.sync_directory(self.root)
+        self._sync(self._spare)
+        self._sync(self.root)
 
     def _trim_spares(self) -> None:
         for name in self.filesystem.list_directory(self._spare)[: -self._spare_max]:
             self._remove(os.path.join(self._spare, name))
 
     def _remove(self, path: str) -> None:
+        """Delete a directory, if it is there, with all that the user may have put in it."""
         if not self.filesystem.is_directory(path):
             return
         for name in self.filesystem.list_directory(path):
-            self.filesystem.unlink(os.path.join(path, name))
+            self._unlink(os.path.join(path, name))
         self.filesystem.remove_directory(path)
+
+    def _unlink(self, path: str) -> None:
+        if self.filesystem.is_directory(path):
+            self._remove(path)
+        else:
+            self.filesystem.unlink(path)
 
 
 def _take_lock(path: str, root: str) -> int:
@@ -280,8 +310,9 @@ def _take_lock(path: str, root: str) -> int:
         raise LockedError(
             f"{root} is in use by another Engine (process {owner}); close that one, or use another directory"
         ) from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    with suppress(OSError):  # for whoever finds it locked; a full disk must not keep a restore out
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return descriptor
 
 

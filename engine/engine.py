@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from engine.arena import Arena
 from engine.catalog import Catalog
-from engine.errors import ArenaError, ArgumentError, BusyError, ClosedError, EngineWarning, ForkedError, StepError
+from engine.errors import ArenaError, ArgumentError, BusyError, ClosedError, EngineWarning, ForkedError
 from engine.extra import encode as encode_extra
 from engine.filesystem import Filesystem
 from engine.inflight import InFlight, Ticket
@@ -104,7 +104,6 @@ class Engine:
         self._writer = Writer(self._catalog, self._pipeline, keep)
         self._reader = Reader(self._catalog, self._pipeline)
         self._in_flight = InFlight(max_async)
-        self._damaged: set[int] = set()
         self._closing = False
         self._packs: weakref.WeakKeyDictionary[Arena, _Packs] = weakref.WeakKeyDictionary()
         self._commits = ThreadPoolExecutor(max_async, thread_name_prefix="engine-commit")
@@ -200,11 +199,7 @@ class Engine:
             StepError: a save is in flight.
         """
         self._check_usable()
-        saving = self._in_flight.steps()
-        if saving:
-            raise StepError(f"steps {saving} are in flight; wait for them before rolling back")
-        with self._catalog.pinned(step):
-            return self._catalog.retire_after(step)
+        return self._in_flight.while_idle(lambda: self._catalog.retire_after(step))
 
     # -- restoring --------------------------------------------------------------------------------------------
 
@@ -220,12 +215,10 @@ class Engine:
             MismatchError: the arena does not fit the checkpoint; nothing was changed.
             NotFoundError: there is no such checkpoint.
             CorruptError, StorageError: the checkpoint asked for, or every one, is damaged or unreadable.  The
-                arena may hold a part of it, and will not be saved until a restore succeeds.
+                arena may hold a part of it, and will not be saved until a whole restore succeeds.
         """
         self._check_usable()
-        info = self._reader.restore(arena, step, select)
-        self._damaged.update(bad.step for bad in info.passed_over)
-        return info
+        return self._reader.restore(arena, step, select)
 
     def load(self, step: int | None = None, *, select: Select = None) -> Tensors:
         """Read a checkpoint's tensors into new memory, by name, tied names included.  Blocks.
@@ -284,18 +277,18 @@ class Engine:
         busy = BusyError(f"steps {saving} are in flight; wait for one, or raise max_async")
         if on_busy == "raise":
             raise busy
-        return Save.refused(max(saving) + 1 if step is None else step, busy)
+        next_step = max([*self._catalog.steps(), *saving], default=-1) + 1
+        return Save.refused(next_step if step is None else step, busy)
 
     def _take_step(self, ticket: Ticket, step: int | None) -> int:
         """Reserve a step, and make way for it where a restore has found what was there damaged."""
         if step is None:
             return self._in_flight.reserve(ticket, None, self._catalog.steps)
-        damaged = self._damaged.intersection(self._catalog.steps())
+        damaged = self._reader.damaged.intersection(self._catalog.steps())
         taken = self._in_flight.reserve(ticket, step, lambda: [s for s in self._catalog.steps() if s not in damaged])
         for passed in sorted(s for s in damaged if s >= taken):
             aside = self._catalog.set_aside(passed)
             warnings.warn(f"step {passed} is damaged and was renamed to {aside}", EngineWarning, stacklevel=3)
-        self._damaged = {s for s in damaged if s < taken}
         return taken
 
     def _pack(self, arena: Arena, chunk_count: int | None, chunk_bytes: int | None) -> tuple[PackedPlan, Packed]:

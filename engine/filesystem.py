@@ -25,6 +25,10 @@ from engine.errors import CorruptError, StorageError
 _FILE_MODE = 0o666
 
 
+# What open(2) says of a file that is not there, is a link, or lies under something that is no directory.
+_NOT_THERE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR)
+
+
 @contextmanager
 def telling(operation: str, path: str) -> Iterator[None]:
     """Turn the kernel's refusal into a StorageError that says what was refused."""
@@ -57,10 +61,11 @@ class Filesystem:
             except FileNotFoundError:
                 return False
 
-    def link_count(self, path: str) -> int:
-        """How many names a file has."""
+    def is_unshared_file(self, path: str) -> bool:
+        """Whether this is a regular file that has no other name."""
         with telling("stat", path):
-            return os.lstat(path).st_nlink
+            status = os.lstat(path)
+        return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
 
     def rename(self, source: str, target: str) -> None:
         """Rename within one file system; atomic for whoever looks (rename(2)), durable only after fsync of both
@@ -95,14 +100,12 @@ class Filesystem:
         With `write` the file is created if it is not there; otherwise it must be a regular file.
         """
         flags = os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_RDWR | os.O_CREAT if write else os.O_RDONLY)
-        with telling("open", path):
-            try:
-                descriptor = os.open(path, flags | os.O_DIRECT, _FILE_MODE)
-            except OSError as error:
-                if error.errno != errno.EINVAL:  # this file system has no O_DIRECT (open(2))
-                    raise
-                descriptor = os.open(path, flags, _FILE_MODE)
-        self._check_regular(descriptor, path)
+        try:
+            descriptor = self._open_regular(path, flags | os.O_DIRECT)
+        except StorageError as error:
+            if error.errno != errno.EINVAL:  # this file system has no O_DIRECT (open(2))
+                raise
+            descriptor = self._open_regular(path, flags)
         if native.direct_alignment(descriptor) > native.ALIGNMENT:
             fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_NOFOLLOW)  # drops O_DIRECT
         return descriptor
@@ -148,9 +151,7 @@ class Filesystem:
 
     def read_file(self, path: str, bytes_max: int) -> bytes:
         """The whole content of a regular file, which may not be longer than `bytes_max`."""
-        with telling("open", path):
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        self._check_regular(descriptor, path)
+        descriptor = self._open_regular(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as file, telling("read", path):
             nbytes = os.fstat(descriptor).st_size
             if nbytes > bytes_max:
@@ -158,7 +159,16 @@ class Filesystem:
             return file.read(nbytes)
 
     @staticmethod
-    def _check_regular(descriptor: int, path: str) -> None:
+    def _open_regular(path: str, flags: int) -> int:
+        """Open a file of a checkpoint, which is a regular file and there, or else the checkpoint is damaged."""
+        try:
+            with telling("open", path):
+                descriptor = os.open(path, flags, _FILE_MODE)
+        except StorageError as error:
+            if error.errno in _NOT_THERE and not flags & os.O_CREAT:
+                raise CorruptError(f"{path} is missing, or a link") from None
+            raise
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise CorruptError(f"{path} is not a regular file")
+        return descriptor

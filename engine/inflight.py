@@ -6,7 +6,7 @@ not a count but a `Ticket` in a set: putting it in and taking it out can be repe
 ``except`` need not know how far it came.  Between the caller and the commit thread a ticket is claimed exactly
 once; whoever claims it first sees the save to its end.
 
-Rules: every method may be called from any thread, and only `admit` blocks.  Called by `engine`.
+Rules: every method may be called from any thread, and only `admit` waits.  Called by `engine`.
 """
 
 from __future__ import annotations
@@ -79,6 +79,17 @@ class InFlight:
         with self._changed:
             self._tickets.discard(ticket)
             self._changed.notify_all()
+
+    def while_idle(self, action: Callable[[], list[int]]) -> list[int]:
+        """Run `action` with no save in flight, and none admitted before it has ended.
+
+        Raises:
+            StepError: saves are in flight.
+        """
+        with self._changed:
+            if self._tickets:
+                raise StepError(f"{len(self._tickets)} saves are in flight {self._steps()}; wait for them first")
+            return action()
 
     def steps(self) -> list[int]:
         """The steps in flight, in order."""

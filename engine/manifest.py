@@ -27,7 +27,7 @@ from typing import Any
 
 import msgspec
 
-from engine.errors import CorruptError
+from engine.errors import ArgumentError, CorruptError
 from engine.layout import DTYPES, HEADER_ALIGNMENT, ROLES, Layout
 from engine.plan import ALIGNMENT, Chunk, Plan, PlannedFile, ceil_div, plan_geometry
 
@@ -35,7 +35,7 @@ MANIFEST_NAME = "manifest.json"
 FORMAT = "engine.checkpoint"
 VERSION = 1
 
-# 100,000 tensors make about 15 MB; ten times ten million would still be read.  More is not a manifest.
+# 100,000 tensors make about 15 MB, so this is room for some seven million.  More is not a manifest.
 MANIFEST_BYTES_MAX = 1 << 30
 
 # A block must fit a staging slot of whoever restores; the native pipeline counts a block's bytes in 32 bits.
@@ -85,6 +85,13 @@ class SegmentRecord(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
     file: int
     offset: int
     nbytes: int
+
+
+class _Head(msgspec.Struct, frozen=True):
+    """What every version of the manifest says first."""
+
+    format: str
+    version: int
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -158,8 +165,9 @@ def _touches(chunk: Chunk, segment: SegmentRecord) -> bool:
 def affected(segments: Iterable[SegmentRecord], file_index: int, offset: int, nbytes: int) -> str:
     """The tensors that lie in a range of a file, shortened where they are many."""
     end = offset + nbytes
-    names = [s.name for s in segments if s.file == file_index and s.offset < end and s.offset + s.nbytes > offset]
-    shown = ", ".join(names[:_NAMES_SHOWN]) or "the header"
+    here = (s for s in segments if s.file == file_index and s.nbytes > 0)
+    names = [s.name for s in here if s.offset < end and s.offset + s.nbytes > offset]
+    shown = ", ".join(names[:_NAMES_SHOWN]) if names else "the header"
     return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} tensors more"
 
 
@@ -174,8 +182,14 @@ def chunk_records(plan: Plan, layers: Sequence[tuple[str, ...]], checksums: Sequ
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The bytes of `manifest.json`."""
+    """The bytes of `manifest.json`.
+
+    Raises:
+        ArgumentError: there are more of them than a reader would take; only `extra` can make so many.
+    """
     body = msgspec.json.encode(manifest)
+    if len(body) > MANIFEST_BYTES_MAX // 2:  # half, so that no reader's limit is ever near
+        raise ArgumentError(f"the manifest would have {len(body)} bytes; store less in `extra`")
     digest = hashlib.sha256(body).hexdigest()
     return f'{{"sha256":"{digest}","body":'.encode() + body + _SUFFIX
 
@@ -193,6 +207,9 @@ def decode(raw: bytes) -> Manifest:
     if hashlib.sha256(body).hexdigest().encode() != prefix.group(1):
         raise CorruptError("manifest.json does not match its own sha256")
     try:
+        head = msgspec.json.decode(body, type=_Head)  # first: a later version may have other fields
+        _require(head.format == FORMAT, f"format is {head.format!r}, not {FORMAT!r}")
+        _require(head.version == VERSION, f"version is {head.version}; this engine reads {VERSION}")
         manifest = msgspec.json.decode(body, type=Manifest)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise CorruptError(f"manifest.json cannot be decoded: {error}") from None
@@ -206,9 +223,8 @@ def _require(truth: bool, what: str) -> None:
 
 
 def _validate(manifest: Manifest) -> None:
-    _require(manifest.format == FORMAT, f"format is {manifest.format!r}, not {FORMAT!r}")
-    _require(manifest.version == VERSION, f"version is {manifest.version}; this engine reads {VERSION}")
     _require(0 <= manifest.step <= STEP_MAX, f"step is {manifest.step}")
+    _require(0 <= manifest.created_ns < 1 << 63, f"created_ns is {manifest.created_ns}")
     _require(re.fullmatch("[0-9a-f]{32}", manifest.checkpoint_id) is not None, "checkpoint_id is not 32 hex digits")
     aligned = 0 < manifest.block_bytes <= BLOCK_BYTES_MAX and manifest.block_bytes % ALIGNMENT == 0
     _require(aligned, f"block_bytes is {manifest.block_bytes}")
@@ -266,7 +282,7 @@ def _nbytes(segment: SegmentRecord) -> int | None:
     """Bytes of a segment by dtype and shape, or None once the product leaves what a file can hold."""
     nbytes = DTYPES[segment.dtype].itemsize
     for extent in segment.shape:
-        if extent < 0:
+        if not 0 <= extent < 1 << 63:  # beyond what a tensor can have, also where another dimension is 0
             return None
         nbytes = min(nbytes * extent, FILE_BYTES_MAX + 1)
     return nbytes if nbytes <= FILE_BYTES_MAX else None

@@ -7,13 +7,14 @@ it, and only then copies it out.  Nothing read from disk reaches a tensor unveri
 What can be wrong is told apart.  The caller's fault (names, shapes, dtypes that do not fit) is found before a
 byte of the arena changes, and is never answered by trying another checkpoint.  The disk's fault makes an
 explicit `step=` raise, and makes "the newest" pass over to the next older checkpoint with a warning.  If a
-restore fails half-way the arena is marked torn, and no checkpoint is taken of it until a restore succeeds.
+restore fails half-way the arena is marked torn, and no checkpoint is taken of it until a whole restore succeeds.
 
 Called by `engine` only.
 """
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import os
 import warnings
@@ -81,6 +82,8 @@ class Reader:
     def __init__(self, catalog: Catalog, pipeline: Pipeline) -> None:
         self._catalog = catalog
         self._pipeline = pipeline
+        # Steps that this engine has found damaged: training may take their place when it comes past them again.
+        self.damaged: set[int] = set()
 
     def restore(self, arena: Arena, step: int | None, select: Select) -> RestoreInfo:
         """Fill an arena, or the selected part of it, and return what was restored.  Blocks."""
@@ -150,6 +153,8 @@ class Reader:
                 if step is not None:
                     raise
                 passed_over.append(PassedOver(candidate, str(error)))
+                if isinstance(error, CorruptError) or error.errno == errno.EIO:
+                    self.damaged.add(candidate)  # any other refusal says nothing of the checkpoint
                 warnings.warn(f"step {candidate} is passed over: {error}", EngineWarning, stacklevel=4)
                 continue
             return RestoreInfo(candidate, manifest.checkpoint_id, path, extra, nbytes, tuple(passed_over))

@@ -29,7 +29,7 @@ from engine import native
 from engine.arena import Arena, Source
 from engine.catalog import Catalog
 from engine.commit import WrittenFile, commit
-from engine.errors import BusyError, EngineError, StorageError, TornSnapshot
+from engine.errors import BusyError, StorageError, TornSnapshot
 from engine.layout import Layout, align_up
 from engine.manifest import (
     FORMAT,
@@ -330,7 +330,7 @@ class Writer:
             return
         try:
             self._catalog.retire(self._keep)
-        except EngineError as error:
+        except Exception as error:  # the checkpoint is committed, and its Future must be told so
             _log.warning("old checkpoints could not be retired, and stay: %s", error)
 
 

@@ -10,7 +10,7 @@
 
 #include "checksum.h"
 
-/* Half of the smallest second-level cache of a current server core (512 KiB on Zen, 1 to 2 MiB on Xeon), so that
+/* A quarter of the smallest second-level cache of a current server core (512 KiB on Zen, 1 to 2 MiB on Xeon), so that
  * a piece and its source fit together. */
 enum { PIECE_BYTES = 128 << 10 };
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -104,7 +105,7 @@ class Recorder(Filesystem):
 
     def record(self, operation: str, arguments: tuple[object, ...]) -> None:
         paths = [Path(value) for value in arguments if isinstance(value, str)]
-        self.seen.append(" ".join([operation, *(path.relative_to(self.root).as_posix() for path in paths)]))
+        self.seen.append(" ".join([operation, *(os.path.relpath(path, self.root) for path in paths)]))
 
 
 def recorded(operation: str) -> Callable[..., object]:
