@@ -282,13 +282,17 @@ class Engine:
 
     def _take_step(self, ticket: Ticket, step: int | None) -> int:
         """Reserve a step, and make way for it where a restore has found what was there damaged."""
+        committed, damaged = self._catalog.steps, self._reader.damaged
         if step is None:
-            return self._in_flight.reserve(ticket, None, self._catalog.steps)
-        damaged = self._reader.damaged.intersection(self._catalog.steps())
-        taken = self._in_flight.reserve(ticket, step, lambda: [s for s in self._catalog.steps() if s not in damaged])
-        for passed in sorted(s for s in damaged if s >= taken):
+            taken = self._in_flight.reserve(ticket, None, committed)
+        else:
+            taken = self._in_flight.reserve(ticket, step, lambda: [s for s in committed() if s not in damaged])
+        # Only these: a later step may be committed at this moment by a save that was in flight.
+        for passed in [s for s in committed() if s >= taken and s in damaged]:
             aside = self._catalog.set_aside(passed)
+            damaged.discard(passed)
             warnings.warn(f"step {passed} is damaged and was renamed to {aside}", EngineWarning, stacklevel=3)
+        damaged.discard(taken)  # from here on the number is the new save's
         return taken
 
     def _pack(self, arena: Arena, chunk_count: int | None, chunk_bytes: int | None) -> tuple[PackedPlan, Packed]:

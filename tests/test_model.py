@@ -130,6 +130,7 @@ class Believed(RuleBasedStateMachine):
                 warnings.simplefilter("ignore", engine.EngineWarning)
                 with pytest.raises((engine.NotFoundError, engine.CorruptError)):
                     self.engine.restore(self.arena)
+                self.passed_over.update(self.committed)
                 # The arena may now be torn, which only a whole restore mends; a user would start afresh.
                 self.arena = engine.Arena.wrap(self.tensors)
             return
