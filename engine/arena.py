@@ -140,8 +140,12 @@ class Arena:
         return self._torn
 
     def mark_torn(self) -> None:
-        """Remember that a restore failed half-way."""
+        """A restore begins: until `restored` or `mark_whole`, the tensors are of no one step."""
         self._torn = True
+
+    def mark_whole(self) -> None:
+        """A restore of a part has ended well, and the arena was whole before it."""
+        self._torn = False
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every name, aliases included, to a tensor that shares the live one's memory."""
@@ -231,8 +235,8 @@ class Arena:
             for name, param in self._census.params.items():
                 _put_plain_state(self._optimizer.state, param, options["state"].get(name, {}))
             self._put_optional(set(options["absent"]))
-        self._torn = False
         self.refresh()
+        self._torn = False
 
     def __repr__(self) -> str:
         counts = Counter(segment.role for segment in self.segments)

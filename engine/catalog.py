@@ -38,6 +38,7 @@ from engine.manifest import MANIFEST_BYTES_MAX, MANIFEST_NAME, Manifest, decode
 
 _STEP_NAME = re.compile(r"step-(\d{8,19})")
 _PARTIAL_NAME = re.compile(r"step-\d{8,19}\.partial")
+_SPARE_NAME = re.compile(r"\d{8,19}")
 
 
 def step_name(step: int) -> str:
@@ -59,7 +60,7 @@ class Catalog:
     """
 
     def __init__(self, root: str, filesystem: Filesystem, spare_max: int) -> None:
-        self.root = os.path.abspath(root)
+        self.root = os.path.realpath(root)  # the directory itself, where `root` is a link to it
         self.filesystem = filesystem
         self._spare_max = spare_max
         self._private = os.path.join(self.root, ".engine")
@@ -79,9 +80,8 @@ class Catalog:
     # -- what is there ----------------------------------------------------------------------------------------
 
     def steps(self) -> list[int]:
-        """Committed steps, oldest first."""
-        with self._mutex:
-            return list(self._steps)
+        """Committed steps, oldest first.  Does not wait for whoever is moving directories."""
+        return list(self._steps)
 
     def path(self, step: int) -> str:
         """Where a committed step lies."""
@@ -131,7 +131,7 @@ class Catalog:
         if self._sound:
             self._remove(partial)  # there only if an earlier save of this step failed and could not be deleted
         with self._mutex:
-            spares = self.filesystem.list_directory(self._spare)
+            spares = self._spares()
             if not spares or not self._sound:
                 self.filesystem.make_directory(partial)
                 return partial
@@ -139,8 +139,9 @@ class Catalog:
             self._sync(self._spare)
         for name in self.filesystem.list_directory(partial):
             path = os.path.join(partial, name)
-            # A file with a second name is somebody's copy (cp --link): it must not be overwritten.
-            if name not in names or not self.filesystem.is_unshared_file(path):
+            # A file with a second name (cp --link), or that a reader has mapped (safetensors does), is not ours to
+            # overwrite.
+            if name not in names or not self.filesystem.is_ours_alone(path):
                 self._unlink(path)
         return partial
 
@@ -156,7 +157,7 @@ class Catalog:
                 with suppress(StorageError):
                     self.filesystem.rename(self.path(step), self.partial_path(step))
                 raise
-            self._steps = sorted([*self._steps, step])
+            self._steps = tuple(sorted([*self._steps, step]))
         return self.path(step)
 
     def discard(self, step: int) -> None:
@@ -200,7 +201,7 @@ class Catalog:
             while aside in names:
                 aside += "-again"
             self.filesystem.rename(self.path(step), os.path.join(self.root, aside))
-            self._steps.remove(step)
+            self._forget(step)
             self._sync(self.root)
         return os.path.join(self.root, aside)
 
@@ -227,7 +228,7 @@ class Catalog:
                     raise
             self._sync(os.path.dirname(path))
 
-    def _recover(self) -> list[int]:
+    def _recover(self) -> tuple[int, ...]:
         """Make durable what an earlier process left, move what it did not finish to spare, and list the steps."""
         names = self.filesystem.list_directory(self.root)
         # A process killed between a rename or mkdir and its fsync leaves a name that is visible but could still
@@ -243,13 +244,18 @@ class Catalog:
         self._trim_spares()
         # A set: step-000000001 has the number of step-00000001, but is not its name.
         steps = {int(match.group(1)) for match in map(_STEP_NAME.fullmatch, names) if match}
-        return sorted(s for s in steps if step_name(s) in names and self.filesystem.is_directory(self.path(s)))
+        whole = (s for s in steps if step_name(s) in names and self.filesystem.is_directory(self.path(s)))
+        return tuple(sorted(whole))
 
     def _retire(self, steps: Sequence[int]) -> None:
         try:
             for step in steps:
-                self._make_spare(self.path(step))
-                self._steps.remove(step)
+                try:
+                    self._make_spare(self.path(step))
+                except StorageError as error:
+                    if error.errno != errno.ENOENT:  # somebody has deleted it: out of service all the same
+                        raise
+                self._forget(step)
         finally:  # if one of several is refused, the next save may take those before it
             if steps:
                 self._sync_moves()
@@ -263,13 +269,22 @@ class Catalog:
             self._sound = False
             raise
 
+    def _forget(self, step: int) -> None:
+        # One assignment of a new tuple: steps() reads it without the lock.
+        self._steps = tuple(s for s in self._steps if s != step)
+
     def _read_steps(self) -> set[int]:
         return {step for step, _ in self._pins}
 
     def _make_spare(self, path: str) -> None:
         """Move a directory to spare, as the last in line."""
-        taken = [int(name) for name in self.filesystem.list_directory(self._spare) if name.isdecimal()]
+        taken = [int(name) for name in self._spares()]
         self.filesystem.rename(path, os.path.join(self._spare, f"{max(taken, default=0) + 1:08d}"))
+
+    def _spares(self) -> list[str]:
+        """The spare directories, oldest first.  What else may lie there, a link above all, is none of ours."""
+        names = [name for name in self.filesystem.list_directory(self._spare) if _SPARE_NAME.fullmatch(name)]
+        return [name for name in names if self.filesystem.is_directory(os.path.join(self._spare, name))]
 
     def _sync_moves(self) -> None:
         """Make renames to spare durable: where it arrived before where it left, so that nothing is nowhere."""
@@ -277,7 +292,7 @@ class Catalog:
         self._sync(self.root)
 
     def _trim_spares(self) -> None:
-        for name in self.filesystem.list_directory(self._spare)[: -self._spare_max]:
+        for name in self._spares()[: -self._spare_max]:
             self._remove(os.path.join(self._spare, name))
 
     def _remove(self, path: str) -> None:

@@ -17,18 +17,18 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 import time
 import warnings
 import weakref
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal
 
 from engine.arena import Arena
 from engine.catalog import Catalog
-from engine.errors import ArenaError, ArgumentError, BusyError, ClosedError, EngineWarning, ForkedError
+from engine.errors import ArenaError, ArgumentError, BusyError, ClosedError, EngineWarning, UsageError
 from engine.extra import encode as encode_extra
 from engine.filesystem import Filesystem
 from engine.inflight import InFlight, Ticket
@@ -37,6 +37,7 @@ from engine.manifest import BLOCK_BYTES_MAX, STEP_MAX
 from engine.native import Milestone, Packed, Pipeline
 from engine.plan import ALIGNMENT, chunk_size
 from engine.reader import Reader, RestoreInfo, Select, Tensors
+from engine.workers import Workers, is_worker
 from engine.writer import PackedPlan, Save, Writer, pack_plan, pack_sources
 
 Snapshot = Literal["eager", "lazy", "checked"]
@@ -45,6 +46,10 @@ Backend = Literal["auto", "io_uring"]
 
 # Half of the pipeline's room for jobs (ENG_JOBS_MAX), so that restores always find a place.
 MAX_ASYNC_MAX = 32
+
+# Far beyond the depth that any drive gains from, and within what the kernel takes: 32,768 entries of a ring and
+# 16,384 registered buffers (IORING_MAX_ENTRIES and IORING_MAX_REG_BUFFERS in io_uring/).
+SLOT_COUNT_MAX = 1024
 
 
 @dataclass(slots=True)
@@ -64,7 +69,8 @@ class Engine:
         directory: where; created if it is not there.
         keep: how many committed checkpoints to leave; None for all.
         max_async: how many saves may be in flight, 1 to 32.
-        staging_bytes: memory for staging slots, allocated now and pinned if the locked-memory limit allows.
+        staging_bytes: memory for staging slots, allocated now and pinned if the locked-memory limit allows; at most
+            1024 slots are made of it.
         block_bytes: the size of one write or read, a multiple of 4096; a slot holds one.
         backend: ``"io_uring"`` insists on what ``"auto"`` prefers.
         filesystem: how to reach the directory; tests inject faults here.
@@ -97,7 +103,7 @@ class Engine:
         self._block_bytes = block_bytes
         self._catalog = Catalog(os.fspath(directory), filesystem or Filesystem(), spare_max=max_async)
         try:
-            self._pipeline = Pipeline(staging_bytes // block_bytes, block_bytes)
+            self._pipeline = Pipeline(min(staging_bytes // block_bytes, SLOT_COUNT_MAX), block_bytes)
         except BaseException:
             self._catalog.close()
             raise
@@ -106,9 +112,9 @@ class Engine:
         self._in_flight = InFlight(max_async)
         self._closing = False
         self._packs: weakref.WeakKeyDictionary[Arena, _Packs] = weakref.WeakKeyDictionary()
-        self._commits = ThreadPoolExecutor(max_async, thread_name_prefix="engine-commit")
+        self._workers = Workers(max_async)
         # For an Engine that nobody has closed: at its collection, or at exit.  In a forked child it does nothing.
-        self._closer = weakref.finalize(self, _shut_down, os.getpid(), self._commits, self._pipeline, self._catalog)
+        self._closer = weakref.finalize(self, _shut_down, self._in_flight, self._workers, self._pipeline, self._catalog)
         if not self._pipeline.registered_buffers:
             warnings.warn(
                 f"the kernel did not register {staging_bytes} bytes of staging slots (RLIMIT_MEMLOCK, see ulimit -l); "
@@ -148,7 +154,7 @@ class Engine:
 
         Raises:
             ArenaError: a tensor of the arena cannot be stored, or a restore of it has failed half-way.
-            ArgumentError, ExtraError, StepError, BusyError, ClosedError, ForkedError: see the messages.
+            ArgumentError, ExtraError, StepError, BusyError, ClosedError: see the messages.
         """
         began_ns = time.monotonic_ns()
         self._check_usable()
@@ -173,19 +179,15 @@ class Engine:
             save = self._writer.prepare(arena, packed, sources, taken, checked=snapshot == "checked")
             arena.hold(save.wait_staged)
             self._writer.start(save)
-            self._commits.submit(_finish, self._in_flight, ticket, self._writer, save, meta)
+            self._workers.submit(functools.partial(_finish, self._in_flight, ticket, self._writer, save, meta))
+            lazy = snapshot == "lazy" or (snapshot != "eager" and arena.fenced)
+            if not lazy:
+                save.wait_staged()
+            elif packed.urgent_count:
+                save.wait_milestone(Milestone.URGENT)
         except BaseException:
-            # Also Ctrl-C, which may strike after the save was handed over: then its commit thread ends it.
-            if self._in_flight.claim(ticket):
-                if save is not None:
-                    self._writer.abandon(save)
-                self._in_flight.withdraw(ticket)
+            self._take_back(ticket, save)
             raise
-        lazy = snapshot == "lazy" or (snapshot != "eager" and arena.fenced)
-        if not lazy:
-            save.wait_staged()
-        elif packed.urgent_count:
-            save.wait_milestone(Milestone.URGENT)
         save.mark_held(began_ns)
         return save
 
@@ -245,8 +247,10 @@ class Engine:
 
         May be called again: after Ctrl-C in the middle of it, that goes on where it was.
         """
+        if is_worker():
+            raise UsageError("close() would wait for the very thread that calls it; call it from another")
         self._closing = True
-        _shut_down(self._pipeline.pid, self._commits, self._pipeline, self._catalog)
+        _shut_down(self._in_flight, self._workers, self._pipeline, self._catalog)
         self._closer.detach()
 
     def __enter__(self) -> Engine:
@@ -264,13 +268,24 @@ class Engine:
     # -- how --------------------------------------------------------------------------------------------------
 
     def _check_usable(self) -> None:
-        if os.getpid() != self._pipeline.pid:
-            raise ForkedError(
-                f"this Engine was opened by process {self._pipeline.pid} and this is {os.getpid()}, a fork of it; "
-                "open an Engine after the fork, or use the 'spawn' start method"
-            )
+        self._pipeline.check_owner()
         if not self.is_open:
             raise ClosedError(f"the Engine of {self._catalog.root} has been closed; open a new one")
+
+    def _take_back(self, ticket: Ticket, save: Save | None) -> None:
+        """After Ctrl-C or a failure in the middle of `checkpoint`: what has begun must leave the arena alone.
+
+        A save that was handed over is its commit thread's, and goes on if all is staged: it holds what it should.
+        """
+        if not self._in_flight.claim(ticket):
+            assert save is not None
+            self._writer.interrupt(save)
+            return
+        try:
+            if save is not None:
+                self._writer.abandon(save)
+        finally:
+            self._in_flight.withdraw(ticket)
 
     def _refuse(self, step: int | None, on_busy: OnBusy) -> Save:
         saving = self._in_flight.steps()
@@ -315,11 +330,15 @@ def _finish(in_flight: InFlight, ticket: Ticket, writer: Writer, save: Save, met
         writer.finish(save, meta, functools.partial(in_flight.withdraw, ticket))
 
 
-def _shut_down(pid: int, commits: ThreadPoolExecutor, pipeline: Pipeline, catalog: Catalog) -> None:
+def _shut_down(in_flight: InFlight, workers: Workers, pipeline: Pipeline, catalog: Catalog) -> None:
     """Drain and give back, in the order of use.  Each part may be done already."""
-    if os.getpid() != pid:
+    if pipeline.is_forked:
         return
-    commits.shutdown(wait=True)
+    if is_worker():  # the collector ran there, and a thread cannot wait for itself
+        threading.Thread(target=_shut_down, args=(in_flight, workers, pipeline, catalog)).start()
+        return
+    in_flight.close()
+    workers.close()
     pipeline.close()
     catalog.close()
 

@@ -14,12 +14,16 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from engine import native
 from engine.errors import CorruptError, StorageError
+
+# fcntl(2); the fcntl module has no name for it before Python 3.13.
+_F_SETSIG = 10
 
 # New files are the user's to share or not: the umask decides (open(2)).
 _FILE_MODE = 0o666
@@ -61,11 +65,31 @@ class Filesystem:
             except FileNotFoundError:
                 return False
 
-    def is_unshared_file(self, path: str) -> bool:
-        """Whether this is a regular file that has no other name."""
-        with telling("stat", path):
-            status = os.lstat(path)
-        return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+    def is_ours_alone(self, path: str) -> bool:
+        """Whether nobody could see this file change: it is a regular file with one name, and nobody has it open or
+        mapped.
+
+        A write lease tells (fcntl(2), F_SETLEASE): the kernel grants it only where ours is the one open file.  Where
+        it grants none, as on network file systems, the answer is no.
+        """
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            return False
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+                return False
+            # Whoever opens it while we hold the lease has us sent a signal: one that is ignored, not SIGIO, which
+            # ends a process by default.
+            fcntl.fcntl(descriptor, _F_SETSIG, signal.SIGURG)
+            fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+            fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        except OSError:
+            return False
+        finally:
+            os.close(descriptor)
+        return True
 
     def rename(self, source: str, target: str) -> None:
         """Rename within one file system; atomic for whoever looks (rename(2)), durable only after fsync of both
@@ -116,9 +140,13 @@ class Filesystem:
             return os.fstat(descriptor).st_size
 
     def allocate(self, descriptor: int, nbytes: int, path: str) -> None:
-        """Reserve the file's blocks, so that no write can run out of space; keeps what is there."""
-        with telling("fallocate", path):
-            os.posix_fallocate(descriptor, 0, nbytes)
+        """Reserve the file's blocks, so that no write can run out of space; keeps what is there.
+
+        A file system without fallocate allocates as blocks are written, and may run out of space then.
+        """
+        error = native.allocate(descriptor, nbytes)
+        if error not in (0, errno.EOPNOTSUPP):
+            raise StorageError(error, "fallocate", path)
 
     def truncate(self, descriptor: int, nbytes: int, path: str) -> None:
         """Set a file's exact length."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from engine.errors import StepError
+from engine.errors import ClosedError, StepError
 
 
 class Ticket:
@@ -33,17 +33,33 @@ class InFlight:
     def __init__(self, count_max: int) -> None:
         self._count_max = count_max
         self._tickets: set[Ticket] = set()
-        self._changed = threading.Condition()
+        # Entered itself, not through the Condition: Condition.__enter__ is Python, and an interrupt inside it would
+        # leave the lock taken for ever; a lock's own is one call into C.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._closed = False
 
     def admit(self, ticket: Ticket, wait: bool) -> bool:
-        """Give a ticket a place, waiting for one if asked to; False if there is none."""
-        with self._changed:
-            while len(self._tickets) >= self._count_max:
+        """Give a ticket a place, waiting for one if asked to; False if there is none.
+
+        Raises:
+            ClosedError: `close` was called, perhaps while this waited.
+        """
+        with self._lock:
+            while len(self._tickets) >= self._count_max and not self._closed:
                 if not wait:
                     return False
                 self._changed.wait()
+            if self._closed:
+                raise ClosedError("the Engine has been closed; open a new one")
             self._tickets.add(ticket)
             return True
+
+    def close(self) -> None:
+        """Admit nobody any more."""
+        with self._lock:
+            self._closed = True
+            self._changed.notify_all()
 
     def reserve(self, ticket: Ticket, step: int | None, committed: Callable[[], list[int]]) -> int:
         """Give a ticket its step: the one asked for, or with None the next one.
@@ -51,7 +67,7 @@ class InFlight:
         Raises:
             StepError: the step is in flight, or not after every committed one.
         """
-        with self._changed:
+        with self._lock:
             steps = committed()
             saving = self._steps()
             if step is None:
@@ -69,14 +85,14 @@ class InFlight:
 
     def claim(self, ticket: Ticket) -> bool:
         """Whether the caller is the first to claim this ticket, and so the one who ends its save."""
-        with self._changed:
+        with self._lock:
             first = not ticket.claimed
             ticket.claimed = True
             return first
 
     def withdraw(self, ticket: Ticket) -> None:
         """Give a place back, if the ticket has one."""
-        with self._changed:
+        with self._lock:
             self._tickets.discard(ticket)
             self._changed.notify_all()
 
@@ -86,14 +102,14 @@ class InFlight:
         Raises:
             StepError: saves are in flight.
         """
-        with self._changed:
+        with self._lock:
             if self._tickets:
                 raise StepError(f"{len(self._tickets)} saves are in flight {self._steps()}; wait for them first")
             return action()
 
     def steps(self) -> list[int]:
         """The steps in flight, in order."""
-        with self._changed:
+        with self._lock:
             return self._steps()
 
     def _steps(self) -> list[int]:

@@ -38,6 +38,9 @@ VERSION = 1
 # 100,000 tensors make about 15 MB, so this is room for some seven million.  More is not a manifest.
 MANIFEST_BYTES_MAX = 1 << 30
 
+# One job of the pipeline has room for so many (ENG_JOB_FILES_MAX in engine_native.h).
+FILES_MAX = 8
+
 # A block must fit a staging slot of whoever restores; the native pipeline counts a block's bytes in 32 bits.
 BLOCK_BYTES_MAX = 1 << 30
 
@@ -234,7 +237,7 @@ def _validate(manifest: Manifest) -> None:
 
 
 def _validate_files(manifest: Manifest) -> None:
-    _require(len(manifest.files) >= 1, "there are no files")
+    _require(1 <= len(manifest.files) <= FILES_MAX, f"there are {len(manifest.files)} files")
     _require(len({file.name for file in manifest.files}) == len(manifest.files), "a file is listed twice")
     for file in manifest.files:
         _require(_FILE_NAME.fullmatch(file.name) is not None, f"{file.name!r} cannot be a data file's name")

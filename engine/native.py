@@ -17,12 +17,15 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import threading
+import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any, NamedTuple, Protocol
 
-from engine.errors import ForkedError, PlatformError
+from engine.errors import ClosedError, ForkedError, PlatformError
 
 try:
     from engine._native import ffi, lib
@@ -33,6 +36,11 @@ except ImportError as error:
 
 # Long enough to cost nothing, short enough that Ctrl-C feels prompt.
 WAIT_SLICE_NS = 50_000_000
+
+# How long to sleep between looks at something that ends within milliseconds.
+_BUSY_PAUSE_S = 0.001
+
+_CLOSED = "the Engine has been closed; open a new one"
 
 # The number of live jobs that a pipeline has room for, and of files in one job (engine_native.h).
 JOBS_MAX: int = lib.ENG_JOBS_MAX
@@ -149,6 +157,11 @@ def block_checksum(block: bytes | bytearray | memoryview, seed: int, file_index:
     return int(lib.eng_block_checksum(view, len(view), seed, file_index, file_offset))
 
 
+def allocate(descriptor: int, nbytes: int) -> int:
+    """Reserve a file's blocks (fallocate(2)); 0 or an errno.  Blocks, without the GIL."""
+    return -int(lib.eng_allocate(descriptor, nbytes))
+
+
 def direct_alignment(descriptor: int) -> int:
     """The alignment that O_DIRECT wants on this file (statx(2)), or 0 where the kernel does not say."""
     return int(lib.eng_direct_alignment(descriptor))
@@ -215,6 +228,10 @@ class Job:
             },
         )
 
+    def reached(self, milestone: Milestone) -> bool:
+        """Whether the job has come so far.  Asks neither the pipeline nor the process that opened it."""
+        return bool(lib.eng_reached(self.c_job, milestone))
+
     def release(self) -> None:
         """Let go of the sources and their owners: a job that is done may be looked at for long after."""
         self._kept = None
@@ -267,22 +284,30 @@ class Pipeline:
         self._pipeline = opened[0]
         self.pid = os.getpid()
         self._live: set[Job] = set()
+        # Who is inside a call, so that close() does not free the pipeline under another thread.  A set of tokens and
+        # not a count: taking one out twice, after an interrupt, does no harm.
+        self._users: set[object] = set()
+        self._lock = threading.RLock()
+        self._closing = False
         self.slot_bytes = slot_bytes
         self.registered_buffers = bool(config.registered_buffers)
         _open_pipelines.add(self)
 
     def submit(self, job: Job) -> None:
-        """Queue a job; staging begins at once.  Does not block.  The caller keeps jobs below `JOBS_MAX`."""
-        self._check_owner()
-        self._live.add(job)
-        result = lib.eng_submit(self._pipeline, job.c_job)
-        assert result == 0, f"eng_submit refused a job: {os.strerror(-result)}"
+        """Queue a job; staging begins at once.  Blocks only while `JOBS_MAX` jobs are under way."""
+        with self._in_use() as pipeline:
+            if self._closing:
+                raise ClosedError(_CLOSED)
+            self._live.add(job)
+            while (result := lib.eng_submit(pipeline, job.c_job)) == -errno.EBUSY:
+                time.sleep(_BUSY_PAUSE_S)
+            assert result == 0, f"eng_submit refused a job: {os.strerror(-result)}"
 
     def attach(self, job: Job, descriptors: Sequence[int]) -> None:
         """Give a job its files.  A job that has failed meanwhile does not want them any more."""
-        self._check_owner()
         assert len(descriptors) == job.c_job.file_count
-        result = lib.eng_attach(self._pipeline, job.c_job, ffi.new("int32_t[]", list(descriptors)))
+        with self._in_use() as pipeline:
+            result = lib.eng_attach(pipeline, job.c_job, ffi.new("int32_t[]", list(descriptors)))
         assert result in (0, -errno.ESRCH), os.strerror(-result)
 
     def abort(self, job: Job, error: int) -> None:
@@ -290,46 +315,68 @@ class Pipeline:
 
         A job that was never submitted is done at once, and one that is done already stays as it is.
         """
-        self._check_owner()
         if job.c_job.submitted_ns == 0:
             job.c_job.failure, job.c_job.error = lib.ENG_ABORTED_FAILURE, error
             job.c_job.milestones = Milestone.URGENT | Milestone.STAGED | Milestone.DONE
             return
-        result = lib.eng_abort(self._pipeline, job.c_job, error)
+        with self._in_use() as pipeline:
+            result = lib.eng_abort(pipeline, job.c_job, error)
         assert result in (0, -errno.ESRCH), os.strerror(-result)
 
     def wait(self, job: Job, milestone: Milestone, timeout_ns: int | None = None) -> bool:
         """Block until a milestone is reached, without the GIL.  False if `timeout_ns` passed first."""
-        self._check_owner()
         left = timeout_ns
-        while True:
-            slice_ns = WAIT_SLICE_NS if left is None else min(left, WAIT_SLICE_NS)
-            if lib.eng_wait(self._pipeline, job.c_job, milestone, slice_ns):
-                if milestone == Milestone.DONE:
-                    self._live.discard(job)
-                    job.release()
-                return True
-            if left is not None:
+        while not job.reached(milestone):
+            slice_ns = WAIT_SLICE_NS if left is None else max(0, min(left, WAIT_SLICE_NS))
+            with self._in_use() as pipeline:
+                reached = lib.eng_wait(pipeline, job.c_job, milestone, slice_ns)
+            if left is not None and not reached:
                 left -= slice_ns
                 if left <= 0:
                     return False
+        if milestone == Milestone.DONE:
+            self._live.discard(job)
+            job.release()
+        return True
 
     def close(self) -> None:
-        """Drain every job and stop the thread.  Blocks.  Nothing else may be using the pipeline."""
+        """Drain every job, other threads' too, and stop the thread.  Blocks.  May be called again."""
+        self._closing = True
         if self._pipeline is None:
             return
-        self._check_owner()
-        pipeline, self._pipeline = self._pipeline, None
+        lib.eng_stop(self._pipeline)  # all that others wait for is reached
+        with self._lock:
+            pipeline, self._pipeline = self._pipeline, None
+        while self._users:
+            time.sleep(_BUSY_PAUSE_S)
         lib.eng_close(pipeline)
-        self._live.clear()
 
-    def _check_owner(self) -> None:
-        if os.getpid() != self.pid:
+    @property
+    def is_forked(self) -> bool:
+        """Whether this process is a fork of the one that opened the pipeline."""
+        return os.getpid() != self.pid
+
+    def check_owner(self) -> None:
+        """Raise ForkedError in a forked child."""
+        if self.is_forked:
             raise ForkedError(
                 f"this Engine was opened by process {self.pid} and this is process {os.getpid()}, a fork of it; "
                 "open an Engine of its own after the fork, or use the 'spawn' start method"
             )
-        assert self._pipeline is not None, "the pipeline is closed"
+
+    @contextmanager
+    def _in_use(self) -> Iterator[Any]:
+        """The C pipeline, which lives until this is left."""
+        self.check_owner()
+        user = object()
+        try:
+            with self._lock:
+                if self._pipeline is None:
+                    raise ClosedError(_CLOSED)
+                self._users.add(user)
+            yield self._pipeline
+        finally:
+            self._users.discard(user)
 
     def _abandon(self) -> None:
         if self._pipeline is not None:

@@ -28,15 +28,28 @@ from torch import Tensor
 from engine import native
 from engine.arena import Arena, Source
 from engine.catalog import Catalog
-from engine.errors import ArgumentError, CorruptError, EngineWarning, MismatchError, NotFoundError, StorageError
+from engine.errors import (
+    ArgumentError,
+    ClosedError,
+    CorruptError,
+    EngineWarning,
+    MismatchError,
+    NotFoundError,
+    StorageError,
+)
 from engine.extra import decode as decode_extra
 from engine.layout import Segment
 from engine.manifest import Manifest, SegmentRecord, affected
 from engine.native import Direction, FailureKind, Job, Milestone, Pipeline
 from engine.plan import Extent, Plan, lay_extents
 
-# Slots of a pipeline opened for one checkpoint whose blocks do not fit the engine's: enough to keep a drive busy.
-_LARGE_SLOT_COUNT = 4
+# What the kernel says when the medium does not give back what was written: an I/O error of the device, of a remote
+# one, or a checksum or structure of the file system's own (btrfs, XFS).
+_MEDIA_ERRORS = (errno.EIO, errno.EREMOTEIO, errno.ENODATA, errno.EBADMSG, errno.EUCLEAN)
+
+# Slots of a pipeline opened for a checkpoint whose blocks do not fit the engine's: one is read, the other is copied
+# out.
+_LARGE_SLOT_COUNT = 2
 
 Select = str | Sequence[str] | None
 Tensors = dict[str, Tensor]
@@ -97,13 +110,13 @@ class Reader:
             if select is None:
                 arena.check_options(options)
             sources = native.pack_sources(arena.sources)
-            try:
-                nbytes = self._read(found, targets, sources, arena, whole=select is None)
-            except BaseException:
-                arena.mark_torn()
-                raise
+            was_torn = arena.torn
+            arena.mark_torn()  # until everything that belongs together is there, whatever interrupts it
+            nbytes = self._read(found, targets, sources, arena, whole=select is None)
             if select is None:
                 arena.restored(options)
+            elif not was_torn:
+                arena.mark_whole()
             return nbytes
 
         return self._newest(step, fill)
@@ -150,11 +163,12 @@ class Reader:
                     with self._opened(manifest, path) as descriptors:
                         nbytes = manifest_bytes + fill(_Found(manifest, path, descriptors))
             except (CorruptError, StorageError) as error:
-                if step is not None:
+                # A refusal for want of descriptors, memory or permission says nothing of the checkpoint.
+                damaged = isinstance(error, CorruptError) or error.errno in _MEDIA_ERRORS
+                if step is not None or not damaged:
                     raise
                 passed_over.append(PassedOver(candidate, str(error)))
-                if isinstance(error, CorruptError) or error.errno == errno.EIO:
-                    self.damaged.add(candidate)  # any other refusal says nothing of the checkpoint
+                self.damaged.add(candidate)
                 warnings.warn(f"step {candidate} is passed over: {error}", EngineWarning, stacklevel=4)
                 continue
             return RestoreInfo(candidate, manifest.checkpoint_id, path, extra, nbytes, tuple(passed_over))
@@ -226,8 +240,8 @@ class Reader:
 
 
 def _drive(pipeline: Pipeline, job: Job, descriptors: Sequence[int]) -> None:
-    pipeline.submit(job)
     try:
+        pipeline.submit(job)
         pipeline.attach(job, descriptors)
         pipeline.wait(job, Milestone.DONE)
     except BaseException:  # Ctrl-C: the kernel must be done with the arena before anyone else is
@@ -301,6 +315,8 @@ def _match(
 
 def _explain(failure: native.Failure, manifest: Manifest, path: str, block: Any) -> Exception:
     """The native failure as the error that says whose fault it is, and what it affects."""
+    if failure.kind == FailureKind.ABORTED:
+        return ClosedError("the Engine was closed before the restore had begun; open a new one")
     if block is None:
         return StorageError(failure.errno, "read", path)
     file = os.path.join(path, manifest.files[block.file_index].name)

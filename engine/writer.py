@@ -21,6 +21,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -200,9 +201,37 @@ class Save(Future[CheckpointInfo]):
 
     def wait_milestone(self, milestone: Milestone, timeout: float | None = None) -> bool:
         """Block until the native job has come so far, or has failed; False if `timeout` seconds passed."""
-        if self._pipeline is None or self._job is None or self.done():
+        # Not done(): its lock is taken in Python, where Ctrl-C would leave it taken for ever.
+        if self._pipeline is None or self._job is None or self._job.reached(milestone):
             return True
-        return self._pipeline.wait(self._job, milestone, None if timeout is None else int(timeout * 1e9))
+        if self._pipeline.is_forked:
+            return True  # what this process sees of the arena is its own copy, which nobody reads
+        return self._pipeline.wait(self._job, milestone, None if timeout is None else _nanoseconds(timeout))
+
+    def result(self, timeout: float | None = None) -> CheckpointInfo:
+        """As `Future.result`; raises ForkedError in a forked child, to which no result ever comes."""
+        self._check_owner()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """As `Future.exception`, and as `result`."""
+        self._check_owner()
+        return super().exception(timeout)
+
+    @property
+    def plan(self) -> Plan:
+        """How the arena was cut.  Not of a save that was refused."""
+        assert self._packed is not None
+        return self._packed.plan
+
+    def _check_owner(self) -> None:
+        if self._pipeline is not None and self._pipeline.is_forked and not self.done():
+            self._pipeline.check_owner()
+
+
+def _nanoseconds(seconds: float) -> int:
+    """A timeout as the pipeline takes it: none of it if negative, and at most some centuries."""
+    return int(min(max(seconds, 0.0), 1e9) * 1e9)
 
 
 def _least(states: bytes) -> str:
@@ -249,8 +278,15 @@ class Writer:
         assert save._job is not None
         self._pipeline.submit(save._job)
 
+    def interrupt(self, save: Save) -> None:
+        """Have a save fail that is still reading the arena.  Blocks until it has left the arena alone."""
+        assert save._job is not None
+        if not save._job.reached(Milestone.STAGED):
+            self._pipeline.abort(save._job, errno.ECANCELED)
+            self._pipeline.wait(save._job, Milestone.DONE)
+
     def abandon(self, save: Save) -> None:
-        """End a prepared or started save that nobody will finish.  Blocks until it has left the arena alone."""
+        """End a prepared or started save that no commit thread will finish.  Blocks as `interrupt`."""
         assert save._job is not None
         self._pipeline.abort(save._job, errno.ECANCELED)
         self._pipeline.wait(save._job, Milestone.DONE)
@@ -267,16 +303,18 @@ class Writer:
         try:
             path = self._write_and_commit(save, meta)
         except BaseException as error:  # whatever it is belongs to the Future, not to this thread
-            self._catalog.discard(save.step)
-            _log.error("the save of step %d failed: %s", save.step, error)
+            with suppress(Exception):
+                self._catalog.discard(save.step)
+            with suppress(Exception):  # handlers are the user's, and may raise
+                _log.error("the save of step %d failed: %s", save.step, error)
             done()
             save.set_exception(error)
             return
         save._durable_ns = time.monotonic_ns() - save._began_ns
-        self._retire()
+        with suppress(Exception):
+            self._retire()
         done()
-        assert save._packed is not None
-        nbytes = sum(file.nbytes for file in save._packed.plan.files)
+        nbytes = sum(file.nbytes for file in save.plan.files)
         save.set_result(CheckpointInfo(save.step, save.checkpoint_id, path, nbytes))
 
     def _write_and_commit(self, save: Save, meta: Mapping[str, Any]) -> str:

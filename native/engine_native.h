@@ -7,8 +7,8 @@
  * A write copies each block's extents from their sources into a slot, hashes it, and writes the slot at the
  * block's file offset.  A read does the reverse, and lets no block out of its slot that does not verify.
  *
- * Threads.  eng_submit, eng_attach, eng_abort and eng_wait may be called from any thread.  eng_open and
- * eng_close are called once each, and no other call may be under way during eng_close.  Only the pipeline's own
+ * Threads.  eng_submit, eng_attach, eng_abort and eng_wait may be called from any thread.  eng_open, eng_stop and
+ * eng_close are called in this order and from one thread at a time, eng_stop once or more, and no other call may be under way during eng_close.  Only the pipeline's own
  * thread touches the ring (IORING_SETUP_SINGLE_ISSUER demands it).
  *
  * Ownership.  The caller owns the eng_job and everything it points to, and keeps all of it, the sources' memory
@@ -152,7 +152,11 @@ typedef struct eng_pipeline eng_pipeline;
 /* Map the slots, start the thread, set up the ring.  Blocks until the thread runs or has failed. */
 int eng_open(eng_config *config, eng_pipeline **pipeline);
 
-/* Drain every job, stop the thread and free everything.  A job that was never attached is aborted with ECANCELED. */
+/* Drain every job and stop the thread.  Blocks.  A job that was never attached is aborted with ECANCELED.  Others may
+ * be waiting meanwhile, and all they wait for is reached; nothing may be submitted any more. */
+void eng_stop(eng_pipeline *pipeline);
+
+/* Free everything, after eng_stop, when no other call is under way. */
 void eng_close(eng_pipeline *pipeline);
 
 /* In a forked child only: close the child's copies of the descriptors.  The thread does not exist there, and
@@ -171,9 +175,15 @@ int eng_abort(eng_pipeline *pipeline, eng_job *job, int32_t error);
 /* Wait until a milestone is reached: 1 if it is, 0 if timeout_ns passed first.  0 ns only looks. */
 int eng_wait(eng_pipeline *pipeline, const eng_job *job, uint32_t milestone, uint64_t timeout_ns);
 
+/* Whether a milestone has been reached.  Touches the job only. */
+int eng_reached(const eng_job *job, uint32_t milestone);
+
 /* The alignment that O_DIRECT wants of offsets and lengths on an open file (statx(2), STATX_DIOALIGN), or 0 where
  * the kernel does not say or direct I/O is not to be had. */
 uint32_t eng_direct_alignment(int32_t fd);
+
+/* Reserve a file's blocks (fallocate(2)): 0 or a negative errno, -EOPNOTSUPP where the file system cannot. */
+int eng_allocate(int32_t fd, uint64_t nbytes);
 
 /* The checksum of a block: XXH3-64 of its bytes under a seed made of the checkpoint's and the block's place. */
 uint64_t eng_block_checksum(const void *bytes, uint64_t nbytes, uint64_t seed, uint32_t file, uint64_t file_offset);

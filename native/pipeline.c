@@ -102,6 +102,10 @@ static void settle(eng_pipeline *p, uint32_t entry_index)
     const int complete = e->finished_count == job->block_count && is_rechecked(e);
     if (e->slot_count > 0 || !(e->failed || complete))
         return;
+    /* What success means, checked once more at the end: an `order` that names a block twice leaves one out. */
+    for (uint32_t i = 0; i < job->block_count && !e->failed; i++)
+        if (job->states[i] != ENG_WRITTEN)
+            fail(p, entry_index, ENG_INVALID_FAILURE, EINVAL, i);
     if (e->has_files)
         for (uint32_t i = 0; i < job->file_count; i++)
             p->io.set_file(p->io.context, entry_index * ENG_JOB_FILES_MAX + i, -1);
@@ -235,7 +239,7 @@ static void finish_block(eng_pipeline *p, uint32_t index)
     free_slot(p, index);
 }
 
-static void retry(eng_pipeline *p, uint32_t index, int error)
+static void retry(eng_pipeline *p, uint32_t index, uint32_t kind, int error)
 {
     slot *s = &p->slots[index];
     p->entries[s->entry].job->retry_count++;
@@ -243,7 +247,7 @@ static void retry(eng_pipeline *p, uint32_t index, int error)
         start_io(p, index);
         return;
     }
-    fail(p, s->entry, ENG_IO_FAILURE, error, s->block);
+    fail(p, s->entry, kind, error, s->block);
     free_slot(p, index);
 }
 
@@ -260,7 +264,7 @@ static void complete(eng_pipeline *p, uint32_t index, int32_t result)
     if (e->failed) {
         free_slot(p, index);
     } else if (result == -EINTR || result == -EAGAIN || result == -ENOMEM) {
-        retry(p, index, -result);
+        retry(p, index, ENG_IO_FAILURE, -result);
     } else if (result <= 0 || (uint32_t)result > padded - s->done_bytes) {
         const int error = result < 0 ? -result : result == 0 ? 0 : EIO;
         fail(p, entry_index, result == 0 ? ENG_SHORT_FAILURE : ENG_IO_FAILURE, error, s->block);
@@ -275,7 +279,7 @@ static void complete(eng_pipeline *p, uint32_t index, int32_t result)
         s->done_bytes += progress;
         if (progress > 0)
             s->retry_count = 0;
-        retry(p, index, EIO);
+        retry(p, index, ENG_SHORT_FAILURE, 0);
     }
     settle(p, entry_index);
 }
@@ -319,7 +323,6 @@ void pipeline_reap(eng_pipeline *p, uint32_t wait)
 
 /* ---- the inbox ---- */
 
-
 static void attach_files(eng_pipeline *p, uint32_t entry_index)
 {
     entry *e = &p->entries[entry_index];
@@ -349,12 +352,12 @@ void pipeline_accept(eng_pipeline *p, uint32_t entry_index)
 
     if (submitted) {
         p->queue[p->queue_count++] = entry_index;
-        if (e->job->urgent_count == 0)
-            reach(p, e->job, ENG_URGENT);
         if (p->broken)
             fail(p, entry_index, ENG_IO_FAILURE, p->broken, UINT32_MAX);
         else if (!job_is_valid(e->job, p->config.slot_bytes))
             fail(p, entry_index, ENG_INVALID_FAILURE, EINVAL, UINT32_MAX);
+        else
+            note_staged(p, e); /* with nothing urgent, ENG_URGENT is reached at once */
     }
     if (aborted)
         fail(p, entry_index, ENG_ABORTED_FAILURE, abort_error, UINT32_MAX);
@@ -362,4 +365,15 @@ void pipeline_accept(eng_pipeline *p, uint32_t entry_index)
         attach_files(p, entry_index);
     if (submitted || aborted || attached)
         settle(p, entry_index);
+}
+
+void pipeline_cancel_unattached(eng_pipeline *p)
+{
+    for (uint32_t at = p->queue_count; at-- > 0;) {
+        const uint32_t entry_index = p->queue[at];
+        if (p->entries[entry_index].has_files)
+            continue;
+        fail(p, entry_index, ENG_ABORTED_FAILURE, ECANCELED, UINT32_MAX);
+        settle(p, entry_index);
+    }
 }

@@ -61,6 +61,7 @@ struct eng_pipeline {
     int ring_fd;
     int dirty;                /* something is in the inbox */
     int stopping;
+    int stopped;              /* the thread has been joined */
     int opened;               /* 0 until the thread has tried to set up, then 1 or -errno */
 };
 
@@ -69,6 +70,9 @@ uint64_t pipeline_now_ns(void);
 
 /* Take one entry's inbox: a new job, its files, an abort. */
 void pipeline_accept(struct eng_pipeline *p, uint32_t entry_index);
+
+/* Abort the jobs that have no files: the pipeline is closing, and they will never get any. */
+void pipeline_cancel_unattached(struct eng_pipeline *p);
 
 /* Begin a few blocks, oldest job first.  Returns how many. */
 uint32_t pipeline_fill(struct eng_pipeline *p);

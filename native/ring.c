@@ -14,6 +14,8 @@
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 /* user_data of the poll on the wake descriptor; slot indices are far below. */
 static const uint64_t WAKE = UINT64_MAX;
@@ -26,6 +28,17 @@ struct ring {
     int fixed_files;
     int32_t fds[ENG_JOBS_MAX * ENG_JOB_FILES_MAX];
 };
+
+/* Names that liburing 2.1, which Ubuntu 22.04 has, does not know yet (linux/io_uring.h). */
+#ifndef IORING_SETUP_COOP_TASKRUN
+#define IORING_SETUP_COOP_TASKRUN (1U << 8)
+#endif
+#ifndef IORING_SETUP_SINGLE_ISSUER
+#define IORING_SETUP_SINGLE_ISSUER (1U << 12)
+#endif
+#ifndef IORING_SETUP_DEFER_TASKRUN
+#define IORING_SETUP_DEFER_TASKRUN (1U << 13)
+#endif
 
 /* From the most wanted to what every kernel since 5.1 takes.  SINGLE_ISSUER and DEFER_TASKRUN came with 6.0 and
  * 6.1, COOP_TASKRUN with 5.19, CQSIZE with 5.5. */
@@ -97,7 +110,7 @@ static int ring_start(void *context, const eng_io *io)
     }
     if (ring->fixed_files)
         io_uring_sqe_set_flags(sqe, IOSQE_FIXED_FILE);
-    io_uring_sqe_set_data64(sqe, io->slot);
+    sqe->user_data = io->slot;
     return 0;
 }
 
@@ -108,8 +121,15 @@ static void arm_wake(ring *ring)
     if (sqe == NULL)
         return;
     io_uring_prep_poll_add(sqe, ring->wake_fd, POLLIN);
-    io_uring_sqe_set_data64(sqe, WAKE);
+    sqe->user_data = WAKE;
     ring->wake_armed = 1;
+}
+
+/* Run what DEFER_TASKRUN has deferred, so that completions show (io_uring_enter(2), IORING_ENTER_GETEVENTS). */
+static int get_events(const ring *ring)
+{
+    const long result = syscall(__NR_io_uring_enter, ring->uring.ring_fd, 0, 0, IORING_ENTER_GETEVENTS, NULL, 0);
+    return result < 0 ? -errno : 0;
 }
 
 static int ring_reap(void *context, eng_completion *completions, uint32_t capacity, uint32_t wait)
@@ -118,15 +138,21 @@ static int ring_reap(void *context, eng_completion *completions, uint32_t capaci
     struct io_uring_cqe *cqe;
     unsigned head, seen = 0;
     uint32_t count = 0;
+    uint64_t wakes;
 
     arm_wake(ring);
-    int result = wait ? io_uring_submit_and_wait(&ring->uring, 1) : io_uring_submit_and_get_events(&ring->uring);
+    int result = wait ? io_uring_submit_and_wait(&ring->uring, 1) : io_uring_submit(&ring->uring);
+    if (result >= 0 && !wait)
+        result = get_events(ring);
     io_uring_for_each_cqe(&ring->uring, head, cqe) {
         if (count == capacity)
             break;
         seen++;
         if (cqe->user_data == WAKE) {
             ring->wake_armed = 0;
+            /* Emptied by whoever is woken by it, or it would wake again at once. */
+            if (read(ring->wake_fd, &wakes, sizeof wakes) < 0 && errno != EAGAIN)
+                abort();
         } else {
             completions[count].slot = (uint32_t)cqe->user_data;
             completions[count].result = cqe->res;
@@ -151,7 +177,8 @@ int ring_open(eng_config *config, uint8_t *slots, int wake_fd, ring **opened, en
     io_uring_ring_dontfork(&ring->uring);
     ring->wake_fd = wake_fd;
     ring->fixed_buffers = register_slots(ring, config, slots) == 0;
-    ring->fixed_files = io_uring_register_files_sparse(&ring->uring, ENG_JOBS_MAX * ENG_JOB_FILES_MAX) == 0;
+    memset(ring->fds, -1, sizeof ring->fds); /* -1 is an empty place (io_uring_register(2)) */
+    ring->fixed_files = io_uring_register_files(&ring->uring, ring->fds, ENG_JOBS_MAX * ENG_JOB_FILES_MAX) == 0;
     config->registered_buffers = (uint32_t)ring->fixed_buffers;
     config->registered_files = (uint32_t)ring->fixed_files;
     *opened = ring;

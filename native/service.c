@@ -20,12 +20,8 @@
 
 static void accept_inbox(eng_pipeline *p)
 {
-    uint64_t wakes;
     if (!__atomic_exchange_n(&p->dirty, 0, __ATOMIC_ACQ_REL))
         return;
-    /* Nonblocking: the writer may not have come to its write yet, which then wakes us once for nothing. */
-    if (read(p->wake_fd, &wakes, sizeof wakes) < 0 && errno != EAGAIN)
-        abort();
     for (uint32_t i = 0; i < ENG_JOBS_MAX; i++)
         pipeline_accept(p, i);
 }
@@ -33,6 +29,7 @@ static void accept_inbox(eng_pipeline *p)
 static void wake(eng_pipeline *p)
 {
     const uint64_t one = 1;
+    /* The flag first: whoever is woken empties the descriptor and then looks at the flag. */
     __atomic_store_n(&p->dirty, 1, __ATOMIC_RELEASE);
     if (write(p->wake_fd, &one, sizeof one) != sizeof one)
         abort(); /* an eventfd takes 2^64 - 2 wakes before it refuses one */
@@ -41,7 +38,10 @@ static void wake(eng_pipeline *p)
 static void sleep_until_woken(eng_pipeline *p)
 {
     struct pollfd readable = {.fd = p->wake_fd, .events = POLLIN};
+    uint64_t wakes;
     poll(&readable, 1, -1); /* an error is a wake for nothing */
+    if (read(p->wake_fd, &wakes, sizeof wakes) < 0 && errno != EAGAIN)
+        abort();
 }
 
 static int open_ring(eng_pipeline *p)
@@ -66,14 +66,18 @@ static void *run(void *argument)
     pthread_mutex_unlock(&p->mutex);
 
     while (result == 0) {
+        /* Read before the inbox is: what was attached before the close is then seen to be. */
+        const int stopping = __atomic_load_n(&p->stopping, __ATOMIC_ACQUIRE);
         accept_inbox(p);
+        if (stopping)
+            pipeline_cancel_unattached(p);
         const uint32_t begun = pipeline_fill(p);
         if (p->moving_count > 0)
             pipeline_reap(p, begun == 0);
-        else if (begun == 0 && p->queue_count == 0 && __atomic_load_n(&p->stopping, __ATOMIC_ACQUIRE))
+        else if (begun == 0 && p->queue_count == 0 && stopping)
             break;
-        else if (begun == 0)
-            sleep_until_woken(p);
+        else if (begun == 0 && !__atomic_load_n(&p->stopping, __ATOMIC_ACQUIRE))
+            sleep_until_woken(p); /* not if a close has come since: its wake may be read already */
     }
     if (p->ring != NULL)
         ring_close(p->ring);
@@ -163,11 +167,18 @@ int eng_open(eng_config *config, eng_pipeline **pipeline)
     return 0;
 }
 
-void eng_close(eng_pipeline *p)
+void eng_stop(eng_pipeline *p)
 {
+    if (p->stopped)
+        return;
     __atomic_store_n(&p->stopping, 1, __ATOMIC_RELEASE);
     wake(p);
     pthread_join(p->thread, NULL);
+    p->stopped = 1;
+}
+
+void eng_close(eng_pipeline *p)
+{
     release(p);
 }
 
@@ -175,17 +186,19 @@ void eng_abandon(eng_pipeline *p)
 {
     if (p->ring_fd >= 0)
         close(p->ring_fd);
-    close(p->wake_fd);
+    if (p->wake_fd >= 0)
+        close(p->wake_fd);
+    p->ring_fd = p->wake_fd = -1; /* a fork of the child comes here again, and the numbers are others' by then */
 }
 
 int eng_submit(eng_pipeline *p, eng_job *job)
 {
     int result = -EBUSY;
-    job->submitted_ns = pipeline_now_ns();
     pthread_mutex_lock(&p->mutex);
     for (uint32_t i = 0; i < ENG_JOBS_MAX && result != 0; i++) {
         if (p->entries[i].job != NULL)
             continue;
+        job->submitted_ns = pipeline_now_ns();
         p->entries[i].job = job;
         p->entries[i].submitted = 1;
         result = 0;
@@ -235,9 +248,14 @@ int eng_abort(eng_pipeline *p, eng_job *job, int32_t error)
     return e != NULL ? 0 : -ESRCH;
 }
 
+int eng_reached(const eng_job *job, uint32_t milestone)
+{
+    return (__atomic_load_n(&job->milestones, __ATOMIC_ACQUIRE) & milestone) != 0;
+}
+
 int eng_wait(eng_pipeline *p, const eng_job *job, uint32_t milestone, uint64_t timeout_ns)
 {
-    if (__atomic_load_n(&job->milestones, __ATOMIC_ACQUIRE) & milestone)
+    if (eng_reached(job, milestone))
         return 1;
     if (timeout_ns == 0)
         return 0;
@@ -245,8 +263,8 @@ int eng_wait(eng_pipeline *p, const eng_job *job, uint32_t milestone, uint64_t t
     const struct timespec until = {(time_t)(until_ns / 1000000000u), (long)(until_ns % 1000000000u)};
     int timed_out = 0;
     pthread_mutex_lock(&p->mutex);
-    while (!(__atomic_load_n(&job->milestones, __ATOMIC_ACQUIRE) & milestone) && !timed_out)
+    while (!eng_reached(job, milestone) && !timed_out)
         timed_out = pthread_cond_timedwait(&p->changed, &p->mutex, &until) == ETIMEDOUT;
     pthread_mutex_unlock(&p->mutex);
-    return (__atomic_load_n(&job->milestones, __ATOMIC_ACQUIRE) & milestone) != 0;
+    return eng_reached(job, milestone);
 }

@@ -6,12 +6,14 @@ import asyncio
 import concurrent.futures
 import os
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from disk import FAILURES, FailingFilesystem, GatedFilesystem, names, same, stored
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import engine
@@ -324,6 +326,25 @@ def test_an_arena_half_restored_is_not_saved(opened: engine.Engine, tmp_path: Pa
     opened.checkpoint(arena, step=1).result()
 
 
+def test_a_host_that_is_out_of_descriptors_does_not_pass_over_the_newest(tmp_path: Path) -> None:
+    class OutOfDescriptors(FailingFilesystem):
+        def open_for_blocks(self, path: str, write: bool) -> int:
+            if not write and self.operation == "open":
+                raise engine.StorageError(24, "open", path)
+            return super().open_for_blocks(path, write)
+
+    filesystem = OutOfDescriptors()
+    arena = engine.Arena.wrap({"a": torch.zeros(10)})
+    with engine.Engine(tmp_path, filesystem=filesystem, **SMALL) as eng:
+        for step in range(2):
+            eng.checkpoint(arena, step=step).result()
+        filesystem.fail_next("open", 24)
+        with pytest.raises(engine.StorageError, match="Too many open files"):
+            eng.restore(arena)
+        filesystem.fail_next("none", 0)
+        assert eng.restore(arena).step == 1
+
+
 def test_training_past_a_damaged_step_sets_it_aside(opened: engine.Engine, tmp_path: Path) -> None:
     arena, _, _ = save_steps(opened, 2)
     flip(tmp_path / "step-00000001" / "model.safetensors", 500_000)
@@ -353,6 +374,55 @@ def test_keep_retires_the_oldest_and_recycles_their_files(tmp_path: Path) -> Non
                 assert stored(tmp_path, step - 1)["a"].eq(step - 1).all(), "the one before was overwritten"
         assert eng.steps() == [4, 5] and names(tmp_path) == ["step-00000004", "step-00000005"]
     assert inodes[3] == inodes[0] and inodes[4] == inodes[1], "retired files were not reused"
+
+
+@pytest.mark.parametrize("reader", ["mapped", "open", "linked"])
+def test_files_that_a_reader_still_sees_are_not_recycled(tmp_path: Path, reader: str) -> None:
+    tensors = {"a": torch.zeros(100_000)}
+    arena = engine.Arena.wrap(tensors)
+    with engine.Engine(tmp_path / "runs", keep=1, **SMALL) as eng:
+        path = Path(eng.checkpoint(arena, step=0).result().path) / "model.safetensors"
+        if reader == "mapped":
+            seen = load_file(path)["a"]  # maps the file
+        elif reader == "open":
+            file = path.open("rb")
+        else:
+            os.link(path, tmp_path / "copy.safetensors")
+        for step in range(1, 5):
+            tensors["a"].fill_(step)
+            eng.checkpoint(arena, step=step).result()
+        if reader == "open":
+            (tmp_path / "copy.safetensors").write_bytes(file.read())
+            file.close()
+        if reader != "mapped":
+            seen = load_file(tmp_path / "copy.safetensors")["a"]
+        assert seen.eq(0).all(), "a later save overwrote what a reader had"
+
+
+def test_what_is_not_ours_in_spare_is_left_alone(tmp_path: Path) -> None:
+    arena = engine.Arena.wrap({"a": torch.zeros(1000)})
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "thesis.txt").write_text("years of work")
+    with engine.Engine(tmp_path / "runs", keep=1, **SMALL) as eng:
+        spare = tmp_path / "runs" / ".engine" / "spare"
+        (spare / "00000000").symlink_to(victim)
+        (spare / ".DS_Store").write_text("")
+        (spare / "00000001").write_text("a file")
+        for step in range(5):
+            eng.checkpoint(arena, step=step).result()
+    assert (victim / "thesis.txt").read_text() == "years of work" and (spare / ".DS_Store").exists()
+
+
+def test_a_step_that_somebody_deleted_does_not_stop_retirement(tmp_path: Path) -> None:
+    arena = engine.Arena.wrap({"a": torch.zeros(1000)})
+    with engine.Engine(tmp_path, keep=2, **SMALL) as eng:
+        for step in range(2):
+            eng.checkpoint(arena, step=step).result()
+        shutil.rmtree(tmp_path / "step-00000000")
+        for step in range(2, 6):
+            eng.checkpoint(arena, step=step).result()
+        assert eng.steps() == [4, 5] and names(tmp_path) == ["step-00000004", "step-00000005"]
 
 
 def test_keep_none_keeps_all(tmp_path: Path) -> None:

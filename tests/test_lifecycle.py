@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
 import torch
-from disk import GatedFilesystem, stored
+from disk import FailingFilesystem, GatedFilesystem, stored
 
 import engine
 from engine import native
+from engine.filesystem import Filesystem
 
 SMALL = {"staging_bytes": 1 << 20, "block_bytes": 64 << 10}
 
@@ -163,6 +168,159 @@ def test_no_descriptor_is_left(tmp_path: Path) -> None:
         assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_close_in_another_thread_waits_for_loads(tmp_path: Path) -> None:
+    """Whoever is inside the pipeline is let out before it is freed; whoever comes later is told that it is closed."""
+    with engine.Engine(tmp_path, **SMALL) as eng:
+        eng.checkpoint(engine.Arena.wrap({"a": torch.ones(2_000_000)})).result()
+    for _ in range(10):
+        eng = engine.Engine(tmp_path, **SMALL)
+        with ThreadPoolExecutor(4) as pool:
+
+            def load_until_closed(eng: engine.Engine) -> int:
+                count = 0
+                with contextlib.suppress(engine.ClosedError):
+                    while True:
+                        assert eng.load()["a"].eq(1).all()
+                        count += 1
+                return count
+
+            loads = [pool.submit(load_until_closed, eng) for _ in range(4)]
+            time.sleep(0.02)
+            eng.close()
+            assert all(load.result(timeout=60) >= 0 for load in loads)
+
+
+def test_more_loads_at_once_than_the_pipeline_has_room_for(tmp_path: Path) -> None:
+    with engine.Engine(tmp_path, **SMALL) as eng:
+        eng.checkpoint(engine.Arena.wrap({"a": torch.ones(300_000)})).result()
+        with ThreadPoolExecutor(2 * native.JOBS_MAX) as pool:
+            loads = [pool.submit(eng.load) for _ in range(2 * native.JOBS_MAX)]
+            assert all(load.result(timeout=60)["a"].eq(1).all() for load in loads)
+
+
+def test_close_lets_go_of_who_waits_for_a_place(tmp_path: Path) -> None:
+    gated = GatedFilesystem()
+    arena = engine.Arena.wrap({"a": torch.zeros(10)})
+    eng = engine.Engine(tmp_path, max_async=1, filesystem=gated, **SMALL)
+    save = eng.checkpoint(arena)
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(eng.checkpoint, arena)
+        assert not wait([waiting], timeout=0.1).done
+        closing = pool.submit(eng.close)
+        with pytest.raises(engine.ClosedError):
+            waiting.result(timeout=60)
+        gated.gate.set()
+        closing.result(timeout=60)
+    assert save.result().step == 0
+
+
+def test_close_on_a_commit_thread_is_refused(tmp_path: Path) -> None:
+    eng = engine.Engine(tmp_path, **SMALL)
+    outcomes: list[BaseException | None] = []
+
+    def close(_: object) -> None:
+        try:
+            eng.close()
+        except engine.UsageError as error:
+            outcomes.append(error)
+
+    gated = GatedFilesystem()
+    eng._catalog.filesystem = gated
+    save = eng.checkpoint(engine.Arena.wrap({"a": torch.zeros(10)}))
+    save.add_done_callback(close)
+    gated.gate.set()
+    save.result()
+    eng.close()
+    assert "very thread" in str(outcomes[0])
+
+
+def test_an_engine_collected_on_its_own_commit_thread_is_closed(tmp_path: Path) -> None:
+    class Trainer:
+        """Holds its engine and itself: only the collector frees it."""
+
+        def __init__(self) -> None:
+            self.engine = engine.Engine(tmp_path, filesystem=gated, **SMALL)
+            self.me = self
+
+    gated = GatedFilesystem()
+    collected = threading.Event()
+
+    def collect(_: object) -> None:
+        gc.collect()
+        collected.set()
+
+    trainer = Trainer()
+    save = trainer.engine.checkpoint(engine.Arena.wrap({"a": torch.zeros(10)}))
+    save.add_done_callback(collect)
+    del trainer
+    gated.gate.set()
+    assert collected.wait(60)
+    for _ in range(600):  # the lock is given back by a thread of its own
+        with contextlib.suppress(engine.LockedError):
+            engine.Engine(tmp_path, **SMALL).close()
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the directory is still locked")
+
+
+def test_a_log_handler_that_raises_does_not_lose_the_save(tmp_path: Path) -> None:
+    class Raising(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise RuntimeError("no room for the log")
+
+    handler = Raising()
+    failing = FailingFilesystem()
+    logging.getLogger("engine").addHandler(handler)
+    try:
+        with engine.Engine(tmp_path, max_async=1, filesystem=failing, **SMALL) as eng:
+            arena = engine.Arena.wrap({"a": torch.zeros(10)})
+            failing.fail_next("truncate", 5)
+            with pytest.raises(engine.StorageError):
+                eng.checkpoint(arena).result(timeout=60)
+            eng.checkpoint(arena).result(timeout=60)
+    finally:
+        logging.getLogger("engine").removeHandler(handler)
+
+
+def test_a_link_to_the_directory_is_the_directory(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with engine.Engine(tmp_path / "link", **SMALL) as eng:
+        eng.checkpoint(engine.Arena.wrap({"a": torch.ones(10)}), step=3).result()
+    assert stored(tmp_path / "real", 3)["a"].eq(1).all()
+
+
+@pytest.mark.parametrize("block_bytes", [4096, 8192, 12288])
+def test_small_blocks_with_the_default_staging(tmp_path: Path, block_bytes: int) -> None:
+    with engine.Engine(tmp_path, block_bytes=block_bytes) as eng:
+        eng.checkpoint(engine.Arena.wrap({"a": torch.ones(100_000)}), step=3).result()
+        assert eng.load()["a"].eq(1).all()
+
+
+def test_a_save_does_not_wait_for_anothers_sync(tmp_path: Path) -> None:
+    syncing = threading.Event()
+    release = threading.Event()
+
+    class SlowSync(Filesystem):
+        def sync_directory(self, path: str) -> None:
+            if (tmp_path / "step-00000001").exists() and not release.is_set():
+                syncing.set()
+                assert release.wait(60)
+            super().sync_directory(path)
+
+    arena = engine.Arena.wrap({"a": torch.zeros(10)})
+    with engine.Engine(tmp_path, filesystem=SlowSync(), **SMALL) as eng:
+        first = eng.checkpoint(arena, step=1)
+        assert syncing.wait(60)
+        with ThreadPoolExecutor(1) as pool:
+            second = pool.submit(eng.checkpoint, arena, step=2)
+            assert second.result(timeout=60).wait_staged() and not first.done()
+            assert eng.steps() == []
+            release.set()
+        assert second.result().result().step == 2
+
+
 def test_a_directory_has_one_engine_at_a_time(tmp_path: Path) -> None:
     with (
         engine.Engine(tmp_path, **SMALL),
@@ -204,13 +362,17 @@ def test_a_forked_child_gets_a_clear_error_and_harms_nothing(tmp_path: Path) -> 
     result = run_script(
         """
         import os, sys, torch, engine
-        eng = engine.Engine(sys.argv[1])
+        sys.path.append(sys.argv[2])
+        from disk import GatedFilesystem
+        gated = GatedFilesystem()
+        eng = engine.Engine(sys.argv[1], filesystem=gated)
         arena = engine.Arena.wrap({"a": torch.ones(1_000_000)})
         save = eng.checkpoint(arena, step=1)
         child = os.fork()
         if child == 0:
+            assert save.wait_staged(), "nobody reads the child's copy of the arena"
             save_it, restore_it = lambda: eng.checkpoint(arena), lambda: eng.restore(arena)
-            for call in (save_it, restore_it, eng.load, eng.steps, save.wait_staged):
+            for call in (save_it, restore_it, eng.load, eng.steps, save.result, save.exception):
                 try:
                     call()
                 except engine.ForkedError as error:
@@ -220,12 +382,14 @@ def test_a_forked_child_gets_a_clear_error_and_harms_nothing(tmp_path: Path) -> 
             eng.close()
             sys.exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        gated.gate.set()
         save.result()
         eng.checkpoint(arena, step=2).result()
         print(eng.steps())
         eng.close()
         """,
         str(tmp_path),
+        str(Path(__file__).parent),
     )
     assert result.stdout.strip() == "[1, 2]"
 
@@ -234,18 +398,21 @@ def test_a_forked_child_may_open_its_own(tmp_path: Path) -> None:
     result = run_script(
         """
         import os, sys, torch, engine
-        arena = engine.Arena.wrap({"a": torch.ones(10)})
-        engine.checkpoint(arena, sys.argv[1] + "/parent").result()
+        model = torch.nn.Linear(10, 10)
+        optimizer = torch.optim.SGD(model.parameters())
+        arena = engine.Arena.adopt(model, optimizer)
+        engine.checkpoint(arena, sys.argv[1] + "/parent")
         child = os.fork()
         if child == 0:
-            engine.checkpoint(arena, sys.argv[1] + "/child").result()
+            optimizer.step()
+            engine.checkpoint(arena, sys.argv[1] + "/child", extra="the child's").result()
             sys.exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         """,
         str(tmp_path),
     )
     assert result.returncode == 0
-    assert stored(tmp_path / "child", 0)["a"].eq(1).all()
+    assert stored(tmp_path / "child", 0).keys() == {"weight", "bias"}
 
 
 def test_default_engines_are_shared_by_directory(tmp_path: Path) -> None:
