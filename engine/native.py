@@ -341,9 +341,11 @@ class Pipeline:
 
     def close(self) -> None:
         """Drain every job, other threads' too, and stop the thread.  Blocks.  May be called again."""
-        self._closing = True
+        self.check_owner()
         if self._pipeline is None:
             return
+        self.check_owner()
+        self._closing = True
         lib.eng_stop(self._pipeline)  # all that others wait for is reached
         with self._lock:
             pipeline, self._pipeline = self._pipeline, None

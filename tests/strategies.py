@@ -1,11 +1,12 @@
-"""Hypothesis strategies for segment tables and the ways to cut them, shared by the tests of layout and plan."""
+"""Hypothesis strategies for segment tables, the ways to cut them, and the manifests of that: for the pure modules."""
 
 from __future__ import annotations
 
 from hypothesis import strategies as st
 
 from engine.layout import ARENA_ALIGNMENT, DTYPES, ROLES, Layout, TensorSpec, align_up, lay_out
-from engine.plan import ALIGNMENT
+from engine.manifest import FORMAT, VERSION, FileRecord, Manifest, chunk_layers, chunk_records, segment_records
+from engine.plan import ALIGNMENT, make_plan
 
 # Any name that layout takes: `_check_specs` refuses these two kinds.
 NAMES = st.text(max_size=12).filter(lambda name: name.isprintable() and name != "__metadata__")
@@ -55,3 +56,39 @@ def planned(
     sizes = st.sampled_from([ALIGNMENT, 2 * ALIGNMENT, 3 * ALIGNMENT, 7 * ALIGNMENT]).map(lambda size: max(size, least))
     multiples = st.integers(1, 5)
     return layout, draw(places(layout)), draw(sizes) * draw(multiples), draw(sizes) * draw(multiples)
+
+
+# What JSON holds and gives back as it was: `options` and `extra` are made of it.
+FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+JSON_SCALARS = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | FLOATS
+JSON = st.recursive(
+    JSON_SCALARS | st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@st.composite
+def manifests(draw: st.DrawFn) -> Manifest:
+    """The record of any plan, as `writer` makes it."""
+    layout, where, block_bytes, chunk_bytes = draw(planned(SMALL_SHAPES))
+    plan = make_plan(layout, where, block_bytes, chunk_bytes)
+    segments = segment_records(layout)
+    names = [segment.name for segment in segments]
+    free_names = NAMES.filter(lambda name: name not in names)
+    aliases = draw(st.dictionaries(free_names, st.sampled_from(names), max_size=2)) if names else {}
+    checksums = draw(st.lists(st.integers(0, 2**64 - 1), min_size=len(plan.blocks), max_size=len(plan.blocks)))
+    return Manifest(
+        format=FORMAT,
+        version=VERSION,
+        step=draw(st.sampled_from([0, 1, 2**63 - 1])),
+        checkpoint_id=f"{draw(st.integers(0, 2**128 - 1)):032x}",
+        created_ns=draw(st.integers(0, 2**63 - 1)),
+        block_bytes=block_bytes,
+        files=tuple(FileRecord(*file) for file in plan.files),
+        chunks=chunk_records(plan, chunk_layers(plan, segments), checksums),
+        segments=segments,
+        aliases=aliases,
+        options=draw(JSON),
+        extra=draw(JSON),
+    )
