@@ -101,10 +101,14 @@ static void release(eng_pipeline *p)
 
 static int start_thread(eng_pipeline *p)
 {
-    /* Signals belong to the program's own threads: a handler must not run here, nor EINTR the ring. */
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
+    /* Signals belong to the program's own threads: a handler must not run here, nor EINTR the ring.  All but those
+     * of a crash, which would otherwise end the process without a word from its crash handler. */
+    static const int CRASHES[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP};
+    sigset_t blocked, before;
+    sigfillset(&blocked);
+    for (size_t i = 0; i < sizeof CRASHES / sizeof *CRASHES; i++)
+        sigdelset(&blocked, CRASHES[i]);
+    pthread_sigmask(SIG_SETMASK, &blocked, &before);
     const int result = pthread_create(&p->thread, NULL, run, p);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (result != 0)

@@ -1,0 +1,106 @@
+"""Native jobs for tests: from tensors and runs to a packed job, and through a pipeline.
+
+The cutting is `engine.plan`'s, which has tests of its own, and the packing is done as `writer` and `reader` do it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from engine import native
+from engine.native import Direction, Job, Milestone, Pipeline
+from engine.plan import Chunk, Extent, Plan, PlannedFile, lay_extents, plan_geometry
+
+SEED = 0x0123_4567_89AB_CDEF
+
+# Far beyond what any test takes: it ends a test that hangs.
+HANG_NS = 60_000_000_000
+
+
+class Memory(NamedTuple):
+    """A source: plain memory if `shape` is empty, else a strided tensor.  `owner` keeps the memory."""
+
+    address: int
+    itemsize: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    owner: torch.Tensor
+
+
+def plain(tensor: torch.Tensor) -> Memory:
+    """A contiguous tensor, as the bytes it is."""
+    assert tensor.is_contiguous()
+    return Memory(tensor.data_ptr(), 1, (), (), tensor)
+
+
+def strided(tensor: torch.Tensor) -> Memory:
+    """Any tensor, as shape and strides."""
+    return Memory(tensor.data_ptr(), tensor.element_size(), tuple(tensor.shape), tuple(tensor.stride()), tensor)
+
+
+def noise(nbytes: int, seed: int = 0) -> torch.Tensor:
+    """The same random bytes for the same seed."""
+    return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    """A tensor's bytes in row-major order, as numpy serialises them."""
+    return tensor.numpy().tobytes()
+
+
+def cut(files: Sequence[Sequence[Extent]], block_bytes: int) -> Plan:
+    """A plan of files that are made of these runs, one chunk each."""
+    sizes = [max(run.file_offset + run.nbytes for run in runs) for runs in files]
+    planned = tuple(PlannedFile(f"{index}", nbytes, 0) for index, nbytes in enumerate(sizes))
+    chunks = tuple(Chunk(index, 0, 0, nbytes) for index, nbytes in enumerate(sizes))
+    return lay_extents(plan_geometry(planned, chunks, block_bytes), files)
+
+
+def whole(nbytes: int, block_bytes: int) -> Plan:
+    """A plan of one file that is source 0 from its start."""
+    return cut([[Extent(0, 0, 0, nbytes)]], block_bytes)
+
+
+def make_job(direction: Direction, plan: Plan, sources: Sequence[Memory], seed: int = SEED, **options: Any) -> Job:
+    """The job that moves a plan; `options` are Job's, and `order` is the plan's own unless given."""
+    order = options.pop("order", range(len(plan.blocks)))
+    starts = [block.file_offset for block in plan.blocks for _ in range(block.extent_count)]
+    return Job(
+        direction,
+        seed,
+        native.pack_sources(sources),
+        native.pack_extents(
+            (e.source_offset, e.file_offset - start, e.nbytes, e.source)
+            for e, start in zip(plan.extents, starts, strict=True)
+        ),
+        native.pack_blocks((b.file_offset, b.nbytes, b.file_index, *b[3:]) for b in plan.blocks),
+        native.pack_order(order),
+        len(plan.files),
+        owners=sources,
+        **options,
+    )
+
+
+def finish(pipeline: Pipeline, job: Job) -> Job:
+    """Wait for a job to be done, and fail if it hangs."""
+    assert pipeline.wait(job, Milestone.DONE, HANG_NS), "the job was never done"
+    return job
+
+
+def run(pipeline: Pipeline, job: Job, descriptors: Sequence[int]) -> Job:
+    """See a job through to its end, whatever that is."""
+    pipeline.submit(job)
+    pipeline.attach(job, descriptors)
+    return finish(pipeline, job)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that another thread does."""
+    deadline_ns = time.monotonic_ns() + HANG_NS
+    while not condition():
+        assert time.monotonic_ns() < deadline_ns, "it never happened"
+        time.sleep(0.001)
