@@ -17,10 +17,10 @@ NATIVE_SOURCES := $(wildcard native/*)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test pytest lint types format sanitize clean
+.PHONY: help setup demo test pytest lint types format sanitize crash-campaign clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 setup: $(ENGINE_STAMP) ## Install what is missing into .venv and build the extension
 
@@ -38,6 +38,13 @@ types: setup ## Check types
 
 pytest: setup
 	$(BIN)/python -m pytest
+
+# A campaign's crash states, and the one number that says which they are.
+STATES ?= 1000000
+SEED ?= 1
+
+crash-campaign: setup ## Try a million crash states (STATES=, SEED=)
+	$(BIN)/python tests/crash_campaign.py --states $(STATES) --seed $(SEED)
 
 format: setup ## Rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
