@@ -8,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet
 # Not isolated: the tools that build are in the environment already, at the versions constraints.txt says.
-INSTALL_ENGINE := $(PIP_INSTALL) --no-build-isolation --editable
+INSTALL_ENGINE := $(PIP_INSTALL) --no-build-isolation --config-settings=cmake.define.ENGINE_WERROR=ON --editable
 
 # A stamp is a file whose age says when its step last succeeded.
 TOOLS_STAMP := .venv/tools.stamp
