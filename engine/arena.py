@@ -2,42 +2,50 @@
 
 Theory of operation.  An **adopted** arena lays every tensor that `gather` finds into one buffer and makes the
 tensors views of it.  It does so with ``tensor.data = view`` on the tensors that are there, so that whoever
-holds one (the module, the optimizer, an EMA) goes on holding it.  A **wrapped** arena moves nothing: its
-tensors are read where they lie.
+holds one (the module, the optimizer, an EMA) goes on holding it.  Each view is a storage of its own over the
+arena's pages, so that a tensor copies, pickles and shares as it did before.  A **wrapped** arena moves nothing:
+its tensors are read where they lie.
 
     buffer   | segment  .| segment   .|seg.| reserved .|      . is padding to 256 bytes, always zero
     source 0 |-----------------------------------------|      contiguous segments are read here
     source 1             |-----------|                        a channels_last one has a source of its own
 
-Training code may take a tensor out again (`p.data = ...`, `model.half()`, `load_state_dict(assign=True)`), so
-every save begins with `refresh()`.  Its fast path compares what was seen last time; only where something
-differs is everything gathered anew.  If the same segments come out, what moved is copied back into its place;
-otherwise there is a new layout in a new buffer.  A layout is never changed: callers may cache by its identity.
+Training code may take a tensor out again (`p.data = ...`, `model.half()`, `share_memory()`), so every save begins
+with `refresh()`.  Its fast path compares what was seen last time; only where something differs is everything
+gathered anew.  If the same segments come out, what moved is copied back into its place; otherwise there is a new
+layout in a new buffer.  A layout is never changed: callers may cache by its identity.
 
 While a save is being staged nobody may write here.  The engine leaves a `wait` with `hold()`, and `fence()`
-calls it before `optimizer.step()`, before `load_state_dict()` and before this file writes.
+calls it before `optimizer.step()`, before `load_state_dict()` and before this file writes.  Its hook is the first
+of the optimizer's own; torch's global optimizer hooks run before it.  They, and whatever else writes outside of
+`step()` and `load_state_dict()` (`reset_parameters()`, an EMA, a hook on a gradient), have to call the save's
+`wait_staged()` first.  What is known to change without them is in `unfenced`, and is staged first of all.
 
-Rules: a refused tensor leaves all as it was; the hooks hold the arena weakly; not thread-safe.  A view of
-the old memory held by others (a flat buffer, `share_memory()`) is left behind by adoption: wrap those instead.
+Rules: a refused tensor leaves all as it was; the hooks hold the arena weakly, and go with it; not thread-safe.  A
+view of the old memory held by others (a flat buffer) is left behind by adoption: wrap that instead.  Wrapped
+memory is held as long as a save reads it; but a storage that is resized or moved to shared memory in the meantime
+gives it up all the same (`untyped_storage().resize_()`, `share_memory_()`): wait for the staging before that.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import weakref
-from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from engine.errors import ArenaError, MismatchError
-from engine.gather import Census, Entry, dense_stride, gather, gather_tensors, merge_dims
-from engine.layout import ARENA_ALIGNMENT, ROLES, Layout, Segment, TensorSpec, lay_out
+from engine.errors import ArenaError, ArgumentError, MismatchError, UsageError
+from engine.gather import Census, Lie, dense_stride, gather, gather_tensors, lie_of, makes_state_late, merge_dims
+from engine.layout import ARENA_ALIGNMENT, DTYPES, ROLES, Layout, Segment, TensorSpec, lay_out
 
 
 class Source(NamedTuple):
@@ -56,17 +64,18 @@ class Source(NamedTuple):
 class Arena:
     """The tensors of a training, where a checkpoint finds them.  Made by `adopt` or `wrap`."""
 
-    def __init__(self, find: Callable[[], Census], adopted: bool, optimizer: Optimizer | None) -> None:
-        """Not for callers: `adopt` and `wrap` know what to pass."""
+    def __init__(self, find: Callable[[], Census], model: nn.Module | None, optimizer: Optimizer | None) -> None:
+        """Not for callers: `adopt` and `wrap` know what to pass.  What is wrapped has no model."""
         self._find = find
-        self._adopted = adopted
+        self._model = model
         self._optimizer = optimizer
+        self._hooks: _Hooks = weakref.WeakKeyDictionary()
+        weakref.finalize(self, _unhook, self._hooks).atexit = False
         self._held: deque[Callable[[float | None], bool]] = deque()
         self._torn = False
         self._layout = lay_out(())
-        self._buffer = _allocate(self._layout)
-        self._table: _Table = {}, {}, {}
-        self._views: dict[str, Tensor] = {}
+        self._table = _Table({}, {}, {}, frozenset())
+        self._pages, self._address = _allocate(self._layout)
         self._gather()
 
     @classmethod
@@ -75,14 +84,13 @@ class Arena:
 
         Raises:
             ArenaError: a tensor cannot be stored; nothing was changed.
+            ArgumentError: this is no model, or no optimizer.
         """
-        arena = cls(lambda: gather(model, optimizer), True, optimizer)
-        for module in model.modules():  # each: load_state_dict() may be called on any of them
-            module.register_load_state_dict_pre_hook(_Hook(arena.fence))  # type: ignore[no-untyped-call]
-        if optimizer is not None:
-            optimizer.register_step_pre_hook(_Hook(arena.fence))
-            optimizer.register_step_post_hook(_Hook(arena._settle))
-        return arena
+        if not isinstance(model, nn.Module):
+            raise ArgumentError(f"model is a {_type_name(model)}; it must be a torch.nn.Module")
+        if optimizer is not None and not isinstance(optimizer, Optimizer):
+            raise ArgumentError(f"optimizer is a {_type_name(optimizer)}; it must be one torch.optim.Optimizer")
+        return cls(lambda: gather(model, optimizer), model, optimizer)
 
     @classmethod
     def wrap(cls, tensors: Mapping[str, Tensor]) -> Arena:
@@ -90,9 +98,15 @@ class Arena:
 
         Raises:
             ArenaError: a tensor cannot be stored.
+            ArgumentError: this is no mapping from names to tensors.
         """
+        if not isinstance(tensors, Mapping):
+            raise ArgumentError(f"tensors is a {_type_name(tensors)}; it must map names to tensors")
         named = dict(tensors)
-        return cls(lambda: gather_tensors(named), False, None)
+        for name, tensor in named.items():
+            if not isinstance(name, str) or not isinstance(tensor, Tensor):
+                raise ArgumentError(f"{name!r} is mapped to a {_type_name(tensor)}; map names (str) to tensors")
+        return cls(lambda: gather_tensors(named), None, None)
 
     @property
     def layout(self) -> Layout:
@@ -126,13 +140,30 @@ class Arena:
 
     @property
     def memory(self) -> object:
-        """What must stay alive for `sources` to be readable, whatever becomes of the tensors."""
+        """What must stay alive for `sources` to be readable, whatever becomes of the tensors.
+
+        The pages themselves: a storage over them can be given others in place, as `share_memory()` does.
+        """
         return self._memory
 
     @property
     def fenced(self) -> bool:
         """Whether `optimizer.step()` waits until a save is staged."""
         return self._optimizer is not None
+
+    @property
+    def unfenced(self) -> frozenset[str]:
+        """Segments that change by other ways than `step()`: module buffers, and parameters that it does not train.
+
+        Such are those of another optimizer, or frozen ones, which forward may average into a teacher.  Without an
+        optimizer only the buffers: nothing is fenced then, and who asks for a lazy save does all the waiting.
+        """
+        return self._table.unfenced
+
+    @property
+    def makes_state_late(self) -> bool:
+        """Whether only the first step of the optimizer makes its state, and could tell what that will be."""
+        return self._optimizer is not None and makes_state_late(self._optimizer)
 
     @property
     def torn(self) -> bool:
@@ -148,10 +179,12 @@ class Arena:
         self._torn = False
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every name, aliases included, to a tensor that shares the live one's memory."""
+        """Every name, aliases included, to a tensor that shares the live one's memory.  Does `refresh()` first."""
+        self.refresh()
         tensors = {}
-        for name, entry in self._census.entries.items():
-            tensors[name] = (entry.tensors[0] if entry.tensors else self._views[name]).detach()
+        for segment in self.segments:
+            live = self._census.entries[segment.name].tensors
+            tensors[segment.name] = live[0].detach() if live else self._view(segment)
         return tensors | {alias: tensors[name] for alias, name in self.aliases.items()}
 
     def hold(self, wait_staged: Callable[[float | None], bool]) -> None:
@@ -177,13 +210,13 @@ class Arena:
         Raises:
             ArenaError: a tensor that is there now cannot be stored; nothing was changed.
         """
-        if self._census.watch.unchanged() and _look(self._tensors) == self._seen:
+        if self._census.watch.unchanged() and _look(self._tensors, self._complex) == self._seen:
             return
         self.fence()
         self._gather()
 
     def options(self) -> dict[str, Any]:
-        """What the optimizer keeps besides tensors; {} without one."""
+        """What the optimizer keeps besides tensors, as of the last `refresh()`; {} without one."""
         if self._optimizer is None:
             return {}
         entries, optional = self._census.entries, self._census.optional
@@ -196,7 +229,10 @@ class Arena:
             if plain:
                 state[name] = plain
         return {
-            "param_groups": [_hyperparameters(g) for g in self._optimizer.param_groups],
+            "param_groups": [
+                _hyperparameters(group) | {"params": list(names)}
+                for group, names in zip(self._optimizer.param_groups, self._census.groups, strict=True)
+            ],
             "state": state,
             "absent": absent,
         }
@@ -218,6 +254,13 @@ class Arena:
                 f"the checkpoint's optimizer has {saved_count} parameter groups and the arena's has {count}; "
                 "give the optimizer the same groups"
             )
+        for index, names in enumerate(self._census.groups):
+            saved_names = options["param_groups"][index].get("params")
+            if saved_names != names:
+                raise MismatchError(
+                    f"parameter group {index} of the checkpoint's optimizer has {saved_names}, and that of the "
+                    f"arena's has {names}; give the optimizer the same groups in the same order"
+                )
         unknown = sorted(set(options["state"]) - set(self._census.params))
         unknown += sorted(set(options["absent"]) - set(self._census.optional))
         if unknown:
@@ -227,23 +270,41 @@ class Arena:
             )
 
     def restored(self, options: Mapping[str, Any]) -> None:
-        """Put back what `options()` gave, after all segments were filled from the same checkpoint."""
+        """Put back what `options()` gave, after all segments were filled from the same checkpoint.
+
+        Autograd is not told: no version counter counts a restore, so a backward through a forward from before it
+        computes with what was restored.
+        """
         self.check_options(options)
         if self._optimizer is not None:
             for group, saved in zip(self._optimizer.param_groups, options["param_groups"], strict=True):
-                _put_hyperparameters(group, saved)
+                _put_hyperparameters(group, _hyperparameters(saved))
             for name, param in self._census.params.items():
                 _put_plain_state(self._optimizer.state, param, options["state"].get(name, {}))
-            self._put_optional(set(options["absent"]))
+            self._put_optional(self._census.optional, options["absent"])
         self.refresh()
         self._torn = False
+
+    def restored_part(self, names: Collection[str], absent: Collection[str]) -> None:
+        """Take note that these segments were filled; `absent` are those that the checkpoint's optimizer lacked.
+
+        Nothing else is put back: no hyperparameters, and nothing that the optimizer keeps besides tensors.
+        """
+        self._put_optional(names, absent)
+        self.refresh()
+
+    def __reduce__(self) -> NoReturn:
+        raise UsageError(
+            "an Arena cannot be copied or pickled: it stands for tensors of this process; copy or pickle the model "
+            "and the optimizer without it, and adopt the copies"
+        )
 
     def __repr__(self) -> str:
         counts = Counter(segment.role for segment in self.segments)
         parts = [f"{len(self.segments)} segments", f"{self.nbytes / 1e6:.1f} MB"]
         if counts:
             parts.append(" / ".join(f"{role} {counts[role]}" for role in ROLES if counts[role]))
-        parts += ["cpu", "adopted" if self._adopted else "wrapped"]
+        parts += ["cpu", "wrapped" if self._model is None else "adopted"]
         return f"Arena({', '.join(parts + ['torn'] * self._torn)})"
 
     def _gather(self) -> None:
@@ -253,68 +314,116 @@ class Arena:
             self._take(self._find())
 
     def _take(self, census: Census) -> None:
-        table = _tabulate(census, self._adopted)
+        table = self._tabulate(census)
         if table != self._table:
             layout = lay_out([entry.spec for entry in census.entries.values()], census.aliases)
-            if self._adopted:
-                buffer = _allocate(layout)
-                self._views = {s.name: _view(buffer, s, table[1][s.name]) for s in layout.segments}
-                # The old buffer is freed when the last of its tensors has moved.
-                self._buffer = buffer
+            if self._model is not None and (layout.segments, table.strides) != (self.segments, self._table.strides):
+                # The old pages are freed when the last of their tensors has moved.
+                self._pages, self._address = _allocate(layout)
             self._layout, self._table = layout, table
         self._census = census
         self._awaits_state = any(not census.entries[name].tensors for name in census.optional)
         self._tensors = [tensor for entry in census.entries.values() for tensor in entry.tensors]
+        self._complex = [tensor for tensor in self._tensors if tensor.is_complex()]
         self._seen: _Look | None = None  # until all has moved: if interrupted, the next refresh() goes on
-        if self._adopted:
-            self._bind(census.entries)
+        if self._model is not None:
+            self._bind()
+            self._hook(self._model)
         self._locate()
-        self._seen = _look(self._tensors)
+        self._seen = _look(self._tensors, self._complex)
 
-    def _bind(self, entries: Mapping[str, Entry]) -> None:
+    def _tabulate(self, census: Census) -> _Table:
+        specs = {name: entry.spec for name, entry in census.entries.items()}
+        # Wrapped tensors are read where they lie, whatever their strides.
+        strides = {} if self._model is None else {n: dense_stride(e.like) for n, e in census.entries.items()}
+        # A frozen parameter changes in no step, even if the optimizer has it.
+        trained = {census.aliases.get(name, name) for name, param in census.params.items() if param.requires_grad}
+        roles = {"buffer", "model"} if self.fenced else {"buffer"}
+        unfenced = frozenset(name for name, spec in specs.items() if spec.role in roles and name not in trained)
+        return _Table(specs, strides, census.aliases, unfenced)
+
+    def _view(self, segment: Segment) -> Tensor:
+        """A tensor over a segment's pages, with a storage and a version counter of its own."""
+        dtype, stride = getattr(torch, segment.dtype), self._table.strides[segment.name]
+        count = math.prod(segment.shape)
+        if count == 0:
+            return torch.empty(0, dtype=dtype, device="cpu").as_strided(segment.shape, stride)
+        flat = torch.frombuffer(self._pages, dtype=dtype, count=count, offset=segment.arena_offset)
+        return flat.as_strided(segment.shape, stride)
+
+    def _bind(self) -> None:
         """Copy what lies elsewhere into its place, and make it a view of that place."""
-        moves: list[tuple[Tensor, Tensor, Tensor | None]] = []
-        for name, entry in entries.items():
-            view = self._views[name]
-            for tensor in entry.tensors:
-                if _look([tensor]) != _look([view]):
-                    # Where two tensors have changed places, the first copy would overwrite the second.
-                    inside = tensor.untyped_storage().data_ptr() == self._buffer.untyped_storage().data_ptr()
-                    moves.append((tensor, view, tensor.detach().clone() if inside else None))
-            if not entry.tensors:
-                view.zero_()
-        for tensor, view, content in moves:
-            # One at a time, and nothing else holds what lies elsewhere: as the new buffer fills, the old is freed.
-            view.copy_(tensor.detach() if content is None else content)
-            _point(tensor, view)
+        moves: list[tuple[Segment, tuple[Tensor, ...], Tensor | None]] = []
+        end = self._address + len(self._pages)
+        for segment in self.segments:
+            tensors = self._census.entries[segment.name].tensors
+            if not tensors:
+                self._view(segment).zero_()
+            elif any(lie_of(tensor) != self._place(segment) for tensor in tensors):
+                # Where two tensors have changed places, the first copy would overwrite the second.
+                inside = self._address <= tensors[0].data_ptr() < end
+                moves.append((segment, tensors, tensors[0].detach().clone() if inside else None))
+        for segment, tensors, content in moves:
+            # One at a time, and nothing else holds what lies elsewhere: as the new pages fill, the old are freed.
+            view = self._view(segment)
+            view.copy_(tensors[0].detach() if content is None else content)
+            for tensor in tensors:
+                _point(tensor, view)
+
+    def _place(self, segment: Segment) -> Lie:
+        """How a tensor lies that is a view of the segment."""
+        address = self._address + segment.arena_offset if segment.nbytes else 0  # as data_ptr() of no elements is
+        return address, getattr(torch, segment.dtype), segment.shape, self._table.strides[segment.name]
+
+    def _hook(self, model: nn.Module) -> None:
+        """Have whatever loads into the model, or steps the optimizer, wait at the fence; once each."""
+        for module in model.modules():  # each: load_state_dict() may be called on any of them
+            if module not in self._hooks:
+                load = module.register_load_state_dict_pre_hook(_Hook(self.fence))  # type: ignore[no-untyped-call]
+                self._hooks[module] = (load,)
+        if self._optimizer is not None and self._optimizer not in self._hooks:
+            before = self._optimizer.register_step_pre_hook(_Hook(self.fence))
+            after = self._optimizer.register_step_post_hook(_Hook(self._settle))
+            self._hooks[self._optimizer] = (before, after)
+            hooks = self._optimizer._optimizer_step_pre_hooks
+            if isinstance(hooks, OrderedDict):  # as torch makes it; another hook may write, so ours goes first
+                hooks.move_to_end(before.id, last=False)
 
     def _locate(self) -> None:
         """Work out sources and places from where the tensors lie now."""
-        sources = [Source(self._buffer.data_ptr(), 1, (), ())] if self._adopted else []
+        adopted = self._model is not None
+        sources = [Source(self._address, 1, (), ())] if adopted else []
         places = []
         for segment in self.segments:
-            tensor = self._views[segment.name] if self._adopted else self._census.entries[segment.name].tensors[0]
-            dims = merge_dims(tensor.shape, tensor.stride())
-            plain = tensor.numel() == 0 or not dims or (len(dims) == 1 and dims[0][1] == 1)
-            if plain and self._adopted:
+            if adopted:
+                address, stride = self._address + segment.arena_offset, self._table.strides[segment.name]
+            else:
+                tensor = self._census.entries[segment.name].tensors[0]
+                address, stride = tensor.data_ptr(), tensor.stride()
+            dims = merge_dims(segment.shape, stride)
+            plain = segment.nbytes == 0 or not dims or (len(dims) == 1 and dims[0][1] == 1)
+            if plain and adopted:
                 places.append((0, segment.arena_offset))
                 continue
-            shape, stride = ((), ()) if plain else tuple(zip(*dims, strict=True))
+            source_shape, source_stride = ((), ()) if plain else tuple(zip(*dims, strict=True))
             places.append((len(sources), 0))
-            sources.append(Source(tensor.data_ptr(), tensor.element_size(), shape, stride))
+            sources.append(Source(address, DTYPES[segment.dtype].itemsize, source_shape, source_stride))
         self._sources, self._places = tuple(sources), tuple(places)
-        self._memory = self._buffer if self._adopted else [tensor.detach() for tensor in self._tensors]
+        self._memory: object = self._pages if adopted else [tensor.detach() for tensor in self._tensors]
 
-    def _put_optional(self, absent: set[str]) -> None:
-        """Give the optimizer the optional state that a checkpoint had, and take away what it had not."""
-        assert self._optimizer is not None
+    def _put_optional(self, names: Collection[str], absent: Collection[str]) -> None:
+        """Give the optimizer the optional state among `names` that a checkpoint had, and take away what it had not."""
+        segments = {segment.name: segment for segment in self.segments}
         for name, (param, key) in self._census.optional.items():
+            if name not in names:
+                continue
+            assert self._optimizer is not None
             state = self._optimizer.state[param]
             if name in absent:
                 state.pop(key, None)
             elif state.get(key) is None:
-                view = self._views[name]
-                state[key] = _point(torch.empty(0, dtype=view.dtype, device="cpu"), view)
+                with torch.inference_mode(False):  # or training could not write to it
+                    state[key] = self._view(segments[name])
 
     def _settle(self) -> None:
         """After a step: if it created optional state, move that into its reserved place at once.
@@ -346,64 +455,74 @@ class _Hook:
         return _Hook, ()
 
 
-_Look = tuple[list[int], list[tuple[torch.dtype, torch.Size]], list[tuple[int, ...]], list[bool]]
-_dtype_and_shape = attrgetter("dtype", "shape")
-
-# What a layout and its places depend on: specs and strides by name, and aliases.
-_Table = tuple[Mapping[str, TensorSpec], Mapping[str, tuple[int, ...]], Mapping[str, str]]
+# What is hooked, to the handles that undo it.  Weak, because modules come and go.
+_Hooks = MutableMapping[nn.Module | Optimizer, tuple[RemovableHandle, ...]]
 
 
-def _look(tensors: Sequence[Tensor]) -> _Look:
-    """All that `tensor.data = other` can change of where and how tensors lie.
+def _unhook(hooks: _Hooks) -> None:
+    for handles in list(hooks.values()):
+        for handle in handles:
+            handle.remove()
+
+
+_Look = tuple[list[int], list[tuple[torch.dtype, torch.Size, bool]], list[tuple[int, ...]], list[bool]]
+_dtype_shape_requires_grad = attrgetter("dtype", "shape", "requires_grad")
+
+
+class _Table(NamedTuple):
+    """What a layout, its places and its plans depend on: specs, strides and aliases by name, and `unfenced`."""
+
+    specs: Mapping[str, TensorSpec]
+    strides: Mapping[str, tuple[int, ...]]
+    aliases: Mapping[str, str]
+    unfenced: frozenset[str]
+
+
+def _look(tensors: Sequence[Tensor], complexes: Sequence[Tensor]) -> _Look:
+    """All that can change of where and how tensors lie (`tensor.data = other`), and whether they are trained.
+
+    Args:
+        tensors: all of them.
+        complexes: those that can be conjugated lazily.
 
     Column by column, because every save asks, and so the loops are C's: about 0.4 us a tensor.
     """
     return (
         list(map(Tensor.data_ptr, tensors)),
-        list(map(_dtype_and_shape, tensors)),
+        list(map(_dtype_shape_requires_grad, tensors)),
         list(map(Tensor.stride, tensors)),
-        list(map(Tensor.is_conj, tensors)),
+        list(map(Tensor.is_conj, complexes)),
     )
 
 
-def _tabulate(census: Census, adopted: bool) -> _Table:
-    specs = {name: entry.spec for name, entry in census.entries.items()}
-    # Wrapped tensors are read where they lie, whatever their strides.
-    strides = {name: dense_stride(entry.like) for name, entry in census.entries.items()} if adopted else {}
-    return specs, strides, census.aliases
-
-
-def _allocate(layout: Layout) -> Tensor:
-    """A zeroed buffer whose base is aligned as its segments are.
+def _allocate(layout: Layout) -> tuple[mmap.mmap, int]:
+    """Zeroed pages for an arena, and their address.
 
     Pages straight from the kernel cost nothing until they are touched, so that adopting a training does not need
-    its memory twice: as the buffer fills, what the tensors leave is freed.
+    its memory twice: as they fill, what the tensors leave is freed.
     """
     # Private: a forked DataLoader worker must not write into its parent's weights.  An empty map cannot be made.
     pages = mmap.mmap(-1, max(layout.arena_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory = torch.frombuffer(pages, dtype=torch.uint8, count=layout.arena_bytes or -1)[: layout.arena_bytes]
-    assert memory.data_ptr() % ARENA_ALIGNMENT == 0
-    return memory
+    address = torch.frombuffer(pages, dtype=torch.uint8).data_ptr()
+    assert address % ARENA_ALIGNMENT == 0
+    return pages, address
 
 
-def _view(buffer: Tensor, segment: Segment, stride: tuple[int, ...]) -> Tensor:
-    place = buffer[segment.arena_offset : segment.arena_offset + segment.nbytes]
-    return place.view(getattr(torch, segment.dtype)).as_strided(segment.shape, stride)
-
-
-def _point(tensor: Tensor, view: Tensor) -> Tensor:
+def _point(tensor: Tensor, view: Tensor) -> None:
     """Make an existing tensor a view of the arena.
 
-    `tensor.data = view` keeps the object and its own autograd version counter.  Putting the view in its stead
-    would not: all views of one buffer share one counter, so a step on any of them would make backward refuse
-    every other ("modified by an inplace operation").
+    `tensor.data = view` keeps the object, which others hold, and its autograd version counter: it has not been
+    written to, so a backward that needs it goes on.
     """
     tensor.data = view
-    return tensor
+
+
+def _type_name(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    # The parameters and their names belong to the live optimizer, not to the checkpoint.
+    # The parameters and their names belong to the live optimizer; a checkpoint has the names we know them by.
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 

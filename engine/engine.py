@@ -30,6 +30,7 @@ from engine.arena import Arena
 from engine.catalog import Catalog
 from engine.errors import ArenaError, ArgumentError, BusyError, ClosedError, EngineWarning, UsageError
 from engine.extra import encode as encode_extra
+from engine.extra import encode_options
 from engine.filesystem import Filesystem
 from engine.inflight import InFlight, Ticket
 from engine.layout import Layout
@@ -139,7 +140,8 @@ class Engine:
         """Make an arena durable while training goes on.
 
         Blocks until a place is free (see `on_busy`), and until what may change next has been staged: with
-        ``"lazy"`` the module buffers, with ``"eager"`` everything.  Everything else happens in the background.
+        ``"lazy"`` what no fence protects (`Arena.unfenced`), with ``"eager"`` everything.  Everything else happens in
+        the background.
 
         Args:
             arena: what to save.
@@ -159,6 +161,8 @@ class Engine:
         began_ns = time.monotonic_ns()
         self._check_usable()
         _check_range("step", 0 if step is None else step, 0, STEP_MAX)
+        _check_range("chunk_count", 1 if chunk_count is None else chunk_count, 1, None)
+        _check_range("chunk_bytes", 1 if chunk_bytes is None else chunk_bytes, 1, None)
         _check_choice("snapshot", snapshot or "lazy", Snapshot)
         _check_choice("on_busy", on_busy, OnBusy)
         if arena.torn:
@@ -171,7 +175,7 @@ class Engine:
             arena.refresh()
             meta = {
                 "aliases": dict(arena.aliases),
-                "options": encode_extra(arena.options(), "options"),
+                "options": encode_options(arena.options()),
                 "extra": encode_extra(extra),
             }
             packed, sources = self._pack(arena, chunk_count, chunk_bytes)
@@ -211,7 +215,8 @@ class Engine:
         Args:
             arena: with the same names, shapes and dtypes as were saved; any chunking.
             step: which; None for the newest that verifies, passing over damaged ones with a warning.
-            select: patterns of layers or names; only those tensors are read and changed.
+            select: patterns of layers or names; only those tensors are read and changed.  Hyperparameters, and
+                what else the optimizer keeps besides tensors, stay as they are.
 
         Raises:
             MismatchError: the arena does not fit the checkpoint; nothing was changed.

@@ -14,8 +14,10 @@ of the caller can be mistaken for a tag:
     torch.ones(1)    {"tensor": ["float32", [1], "AACAPw=="]}   torch's dtype, shape, row-major bytes
 
 Types are exact: a subclass (an enum, a namedtuple, a numpy number) would come back as something else, and is
-refused with the path to it and what to do instead.  Attributes on an OrderedDict, such as the `_metadata` of
-`Module.state_dict()`, are not values and are not stored; a tensor met twice is stored twice.
+refused with the path to it and what to do instead.  An optimizer's options are stored in the same form, but the
+caller did not choose what is in them (schedulers put numpy's floats there): `encode_options` stores a subclass of
+a number, of text or of a tuple as the plain value that it equals.  Attributes on an OrderedDict, such as the
+`_metadata` of `Module.state_dict()`, are not values and are not stored; a tensor met twice is stored twice.
 
 Rules: nothing is pickled and nothing that was read is executed; `decode` trusts nothing, allocates no
 more than it was given, and raises `CorruptError` only.  Called by `writer` and `reader`.
@@ -83,7 +85,7 @@ def encode(value: object, where: str = "extra") -> Json:
     Raises:
         ExtraError: something in it cannot be stored; the message holds the path to it and the remedy.
     """
-    return _Encoder().encode(value, _Spot(where, 0))
+    return _Encoder(_EXTRA).encode(value, _Spot(where, 0))
 
 
 def decode(value: object, where: str = "extra") -> object:
@@ -95,10 +97,48 @@ def decode(value: object, where: str = "extra") -> object:
     return _decode(value, _Spot(where, 0))
 
 
+def encode_options(options: Mapping[str, object]) -> Json:
+    """What `Arena.options` gives, likewise; `decode` reads it.
+
+    Raises:
+        ExtraError: the optimizer keeps something that cannot be stored.
+    """
+    encoder = _Encoder(_OPTIONS)
+    pairs: list[Json] = [
+        [key, encoder.encode(value, _Spot(f"the optimizer's {key}", 1))] for key, value in options.items()
+    ]
+    return {"dict": pairs}
+
+
+class _Holder(NamedTuple):
+    """What the values belong to: how its errors call it, what they advise, and the subclasses that it takes."""
+
+    name: str
+    advice: str
+    size_advice: str
+    plain: Mapping[type, Callable[[Any], object]]
+
+
+_EXTRA = _Holder(
+    name="extra",
+    advice="pass plain values or tensors: an object's state_dict(), a number's .item(), an array's .tolist()",
+    size_advice="put big tensors into the arena (Arena.wrap)",
+    plain={},
+)
+_OPTIONS = _Holder(
+    name="a checkpoint",
+    advice="have the optimizer keep a plain value or a tensor there: a number's .item(), the name of a function",
+    size_advice="have the optimizer keep less there (LBFGS: a smaller history_size)",
+    # Not the subclass's own conversion: str() of an enum's member is its name.
+    plain={int: int.__int__, float: float.__float__, str: str.__str__, tuple: tuple},
+)
+
+
 class _Encoder:
     """One call of `encode`: it adds up the bytes that it has met."""
 
-    def __init__(self) -> None:
+    def __init__(self, holder: _Holder) -> None:
+        self.holder = holder
         self.binary_bytes = 0
 
     def encode(self, value: object, spot: _Spot) -> Json:
@@ -106,10 +146,14 @@ class _Encoder:
             raise ExtraError(f"{spot.path} is over {DEPTH_MAX} levels deep; flatten it, or break its cycle")
         kind = type(value)
         write = _WRITERS.get(kind)
-        if write is None:
-            name = f"{kind.__module__}.{kind.__qualname__}"
-            raise ExtraError(f"{spot.path} is a {name}, which extra cannot hold; {_remedy(value)}")
-        return write(self, value, spot)
+        if write is not None:
+            return write(self, value, spot)
+        for base, convert in self.holder.plain.items():
+            if isinstance(value, base):
+                return self.encode(convert(value), spot)
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        advice = _conversion(value) or self.holder.advice
+        raise ExtraError(f"{spot.path} is a {name}, which {self.holder.name} cannot hold; {advice}")
 
     def plain(self, value: bool | None, spot: _Spot) -> Json:
         return value
@@ -150,8 +194,8 @@ class _Encoder:
         dtype = str(value.dtype).removeprefix("torch.")
         if value.device.type != "cpu" or value.layout != torch.strided or value.is_nested or dtype not in DTYPES:
             raise ExtraError(
-                f"{spot.path} is a {value.layout} tensor of {value.dtype} on {value.device}, and extra holds dense CPU "
-                f"tensors of safetensors' dtypes; convert it with .to_dense(), .to(dtype) or .cpu()"
+                f"{spot.path} is a {value.layout} tensor of {value.dtype} on {value.device}, and {self.holder.name} "
+                f"holds dense CPU tensors of safetensors' dtypes; convert it with .to_dense(), .to(dtype) or .cpu()"
             )
         self._charge(value.numel() * value.element_size(), spot)  # before the copies below
         flat = value.detach().resolve_conj().resolve_neg().contiguous().view(-1)
@@ -168,18 +212,19 @@ class _Encoder:
         self.binary_bytes += nbytes
         if self.binary_bytes > BINARY_BYTES_MAX:
             raise ExtraError(
-                f"{spot.path} brings the tensors and bytes of extra to {self.binary_bytes} bytes, and it holds at most "
-                f"{BINARY_BYTES_MAX}; put big tensors into the arena (Arena.wrap)"
+                f"{spot.path} brings tensors and bytes to {self.binary_bytes} bytes, and {self.holder.name} holds at "
+                f"most {BINARY_BYTES_MAX} beside the arena; {self.holder.size_advice}"
             )
 
 
-def _remedy(value: object) -> str:
+def _conversion(value: object) -> str:
+    """How to make a value of it that can be stored; empty where that is not known."""
     if isinstance(value, torch.Tensor):
         return "pass a plain torch.Tensor: .detach() of a parameter"
     for base in CONVERTIBLE:
         if isinstance(value, base):
             return f"pass {base.__name__}(...) of it"
-    return "pass plain values or tensors: an object's state_dict(), a number's .item(), an array's .tolist()"
+    return ""
 
 
 def _is_text(value: str) -> bool:
@@ -291,7 +336,7 @@ def _read_tensor(payload: object, spot: _Spot) -> torch.Tensor:
     data = _read_binary(text, spot)
     if len(data) != math.prod(shape) * DTYPES[dtype].itemsize:  # Python's integers: no product overflows
         raise spot.corrupt(f"has {len(data)} bytes, which is not what {dtype} of shape {shape} takes")
-    flat = torch.empty(len(data), dtype=torch.uint8)
+    flat = torch.empty(len(data), dtype=torch.uint8, device="cpu")
     ctypes.memmove(flat.data_ptr(), data, len(data))
     try:
         return flat.view(getattr(torch, dtype)).view(shape)

@@ -11,18 +11,24 @@ walked, so that a later walk is needed only when one of them has changed.
 Nothing is stored of non-persistent buffers and of `get_extra_state()`: the first are recomputed by their
 module, the second is no tensor and belongs in `extra`.
 
-State an optimizer has not created yet is created here, by the very code its first step would run
-(`create_state`).  SGD's momentum is the exception: its first step makes it a copy of the gradient, without
-dampening, so it cannot exist before.  A place is reserved for it and the census calls it optional.
+State an optimizer has not created yet is created here where its first step would make it by code that can
+be called alone: the `_init_group` of torch's own optimizers (`create_state`).  There are two exceptions.
+
+* SGD's first step makes momentum a copy of the gradient, without dampening, so it cannot exist before.  A
+  place is reserved for it and the census calls it optional.
+* LBFGS, SparseAdam and optimizers that are not torch's make state in the middle of their step.  Nobody can
+  know what it will be (`makes_state_late`); it is found by the first walk after that step.
 
 Rules: a refusal names the tensor and leaves everything as it was; no tensor is moved here.  Called by `arena`.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
 from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
@@ -32,10 +38,14 @@ from torch.nn.parameter import is_lazy
 from torch.optim import SGD, Optimizer
 
 from engine.errors import ArenaError
-from engine.layout import DTYPES, TensorSpec
+from engine.layout import DTYPES, TensorSpec, lay_out
 
 # The native copy of a strided tensor keeps one counter a dimension in a fixed array (native/engine_native.h).
 SOURCE_DIMS_MAX = 8
+
+
+# An address, and the dtype, shape and strides of what is there.
+Lie = tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]]
 
 
 class Found(NamedTuple):
@@ -66,6 +76,7 @@ class Watch:
         self._keys: list[object] = []
         self._values: list[object] = []
         self._lists: list[tuple[list[Any], tuple[Any, ...]]] = []
+        self._answers: list[tuple[Callable[[], bool], bool]] = []
 
     def size(self, container: Sized) -> None:
         """Watch for additions and removals."""
@@ -88,12 +99,17 @@ class Watch:
         """Watch a whole list."""
         self._lists.append((items, tuple(items)))
 
+    def answer(self, question: Callable[[], bool]) -> None:
+        """Watch for another answer to a question."""
+        self._answers.append((question, question()))
+
     def unchanged(self) -> bool:
         """Whether nothing happened.  Every save asks, so the loops are C's: about 0.05 us a member."""
         return (
             list(map(len, self._sized)) == self._counts
             and all(map(is_, map(dict.get, self._owners, self._keys), self._values))
             and all(len(items) == len(seen) and all(map(is_, items, seen)) for items, seen in self._lists)
+            and all(question() is seen for question, seen in self._answers)
         )
 
 
@@ -104,6 +120,7 @@ class Census(NamedTuple):
         entries: stored name to entry, in the order of the walk.
         aliases: other names of the same memory, alias to stored name.
         params: the optimizer's parameters by name, in the order of its groups.
+        groups: the names of the parameters of each of its groups.
         optional: names that the optimizer may not have created yet, to the parameter and its state's key.
         watch: tells whether the walk would find the same objects again.
     """
@@ -111,8 +128,18 @@ class Census(NamedTuple):
     entries: Mapping[str, Entry]
     aliases: Mapping[str, str]
     params: Mapping[str, Tensor]
+    groups: Sequence[Sequence[str]]
     optional: Mapping[str, tuple[Tensor, str]]
     watch: Watch
+
+
+@dataclass(slots=True)
+class _Owned:
+    """What a walk learns of an optimizer beside its tensors; see `Census`."""
+
+    params: dict[str, Tensor] = field(default_factory=dict)
+    groups: list[list[str]] = field(default_factory=list)
+    optional: dict[str, tuple[Tensor, str]] = field(default_factory=dict)
 
 
 def gather(model: nn.Module, optimizer: Optimizer | None) -> Census:
@@ -122,8 +149,19 @@ def gather(model: nn.Module, optimizer: Optimizer | None) -> Census:
         ArenaError: a tensor cannot be stored; nothing was changed.
     """
     census = _walk(model, optimizer)  # refuses what is there before anything is created
-    if optimizer is not None and create_state(optimizer):
-        census = _walk(model, optimizer)
+    if optimizer is None:
+        return census
+    created: list[Tensor] = []
+    try:
+        create_state(optimizer, created)
+        if created:
+            census = _walk(model, optimizer)
+            # Names that no file can hold must be refused here as well, while what was created can be taken away.
+            lay_out([entry.spec for entry in census.entries.values()], census.aliases)
+    except BaseException:
+        for param in created:
+            optimizer.state.pop(param, None)
+        raise
     return census
 
 
@@ -135,39 +173,42 @@ def gather_tensors(tensors: Mapping[str, Tensor]) -> Census:
     """
     found = []
     for name, tensor in tensors.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise ArenaError(f"{name!r} is mapped to a {type(tensor).__name__}; map names (str) to tensors")
         found.append(Found(name, "model", name.rpartition(".")[0], tensor, tensor))
-    return _join(found, Watch())
+    return _join(found, Watch(), _Owned())
+
+
+def makes_state_late(optimizer: Optimizer) -> bool:
+    """Whether only the optimizer's own first step knows what state it will have.
+
+    Only torch's own `_init_group` is trusted to make that state, and nothing else, when it is called alone: a
+    subclass that brings its own step may expect no state before it.
+    """
+    methods = (getattr(optimizer, "_init_group", None), type(optimizer).step)
+    return not all(getattr(method, "__module__", "").startswith("torch.optim.") for method in methods)
 
 
 @torch.no_grad()
-def create_state(optimizer: Optimizer) -> bool:
-    """Make the state that the first step of one of torch's optimizers would make; whether there was any to make.
+def create_state(optimizer: Optimizer, created: list[Tensor]) -> None:
+    """Make the state that the first step would make, and add the parameters that have got it to `created`.
 
-    Their `_init_group` makes it for every parameter that has a gradient, and reads of the gradient no more
-    than its shape and dtype; so each parameter gets zeros for one, one at a time to bound the memory.  Only
-    torch's own code is trusted to mean that: a subclass that brings its own step may expect no state before it.
+    `_init_group` makes it for every parameter that has a gradient, and reads of the gradient no more than its
+    shape and dtype; so each parameter gets zeros for one, one at a time to bound the memory.
     """
-    init_group = getattr(optimizer, "_init_group", None)
-    methods = (init_group, type(optimizer).step)
-    torchs_own = all(getattr(method, "__module__", "").startswith("torch.optim.") for method in methods)
-    if init_group is None or not torchs_own or isinstance(optimizer, SGD):
-        return False
+    if makes_state_late(optimizer) or isinstance(optimizer, SGD):
+        return
+    init_group: Callable[..., object] = optimizer._init_group  # type: ignore[attr-defined]
     list_count = len(inspect.signature(init_group).parameters) - 1
-    created = False
     for group in optimizer.param_groups:
         for param in group["params"]:
             if not param.requires_grad or optimizer.state.get(param):
                 continue
+            created.append(param)
             grad = param.grad
             try:
                 param.grad = torch.zeros_like(param, memory_format=torch.preserve_format)
                 init_group({**group, "params": [param]}, *([] for _ in range(list_count)))
             finally:
                 param.grad = grad
-            created = True
-    return created
 
 
 def merge_dims(shape: Sequence[int], stride: Sequence[int]) -> list[tuple[int, int]]:
@@ -187,14 +228,13 @@ def _walk(model: nn.Module, optimizer: Optimizer | None) -> Census:
     watch = Watch()
     found = list(_find_model(model, watch))
     if optimizer is None:
-        return _join(found, watch)
+        return _join(found, watch, _Owned())
     names: dict[int, tuple[str, str]] = {}
     for item in found:
         names.setdefault(id(item.tensor), (item.name, item.layer))
-    params: dict[str, Tensor] = {}
-    optional: dict[str, tuple[Tensor, str]] = {}
-    found += _find_optimizer(optimizer, names, watch, params, optional)
-    return _join(found, watch, params, optional)
+    owned = _Owned()
+    found += _find_optimizer(optimizer, names, watch, owned)
+    return _join(found, watch, owned)
 
 
 def _find_model(model: nn.Module, watch: Watch) -> Iterator[Found]:
@@ -214,11 +254,7 @@ def _find_model(model: nn.Module, watch: Watch) -> Iterator[Found]:
 
 
 def _find_optimizer(
-    optimizer: Optimizer,
-    names: Mapping[int, tuple[str, str]],
-    watch: Watch,
-    params: dict[str, Tensor],
-    optional: dict[str, tuple[Tensor, str]],
+    optimizer: Optimizer, names: Mapping[int, tuple[str, str]], watch: Watch, owned: _Owned
 ) -> Iterator[Found]:
     watch.member(vars(optimizer), "state")  # load_state_dict() puts other objects there
     watch.member(vars(optimizer), "param_groups")
@@ -227,21 +263,26 @@ def _find_optimizer(
     for group_index, group in enumerate(optimizer.param_groups):
         watch.member(group, "params")
         watch.sequence(group["params"])
+        if isinstance(optimizer, SGD):
+            # Not the number: a scheduler may change that in every step.
+            watch.answer(functools.partial(_has_momentum, group))
+        owned.groups.append([])
         for index, param in enumerate(group["params"]):
             name, layer = names.get(id(param), (f"optimizer.params.{group_index}.{index}", ""))
             if id(param) not in names:
                 yield Found(name, "optimizer", layer, param, param)
-            params[name] = param
+            owned.params[name] = param
+            owned.groups[-1].append(name)
             prefix = f"optimizer.{name}" if id(param) in names else name
-            if _expects_momentum(optimizer, group, param):
-                optional[f"{prefix}.momentum_buffer"] = (param, "momentum_buffer")
-            yield from _find_state(optimizer, param, prefix, layer, watch, optional)
-    _check_state_owners(optimizer, names, params.values())
+            if isinstance(optimizer, SGD) and _has_momentum(group) and param.requires_grad:
+                # SGD will make it, or has made it, in its own first step.
+                owned.optional[f"{prefix}.momentum_buffer"] = (param, "momentum_buffer")
+            yield from _find_state(optimizer, param, prefix, layer, watch, owned.optional)
+    _check_state_owners(optimizer, names, owned.params.values())
 
 
-def _expects_momentum(optimizer: Optimizer, group: Mapping[str, Any], param: Tensor) -> bool:
-    """Whether SGD will make, or has made, a momentum buffer in its own first step."""
-    return isinstance(optimizer, SGD) and group["momentum"] != 0 and param.requires_grad
+def _has_momentum(group: Mapping[str, Any]) -> bool:
+    return bool(group["momentum"] != 0)
 
 
 def _find_state(
@@ -283,12 +324,7 @@ def _check_state_owners(optimizer: Optimizer, names: Mapping[int, tuple[str, str
             )
 
 
-def _join(
-    found: Iterable[Found],
-    watch: Watch,
-    params: Mapping[str, Tensor] | None = None,
-    optional: Mapping[str, tuple[Tensor, str]] | None = None,
-) -> Census:
+def _join(found: Iterable[Found], watch: Watch, owned: _Owned) -> Census:
     """Join the names that share one memory, and refuse what cannot be stored."""
     entries: dict[str, Entry] = {}
     aliases: dict[str, str] = {}
@@ -310,7 +346,7 @@ def _join(
         if not any(item.tensor is tensor for tensor in entry.tensors):
             entries[name] = entry._replace(tensors=(*entry.tensors, item.tensor))
     _check_overlaps(entries)
-    return Census(entries, aliases, params or {}, optional or {}, watch)
+    return Census(entries, aliases, owned.params, owned.groups, owned.optional, watch)
 
 
 def _memory(item: Found) -> object:
@@ -320,6 +356,11 @@ def _memory(item: Found) -> object:
         return item.name
     if tensor.numel() == 0:
         return id(tensor)
+    return lie_of(tensor)
+
+
+def lie_of(tensor: Tensor) -> Lie:
+    """Where and how a tensor lies: two tensors of which this is the same are one, or have no elements."""
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 

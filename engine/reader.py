@@ -115,8 +115,10 @@ class Reader:
             nbytes = self._read(found, targets, sources, arena, whole=select is None)
             if select is None:
                 arena.restored(options)
-            elif not was_torn:
-                arena.mark_whole()
+            else:
+                arena.restored_part({target.record.name for target in targets}, options.get("absent", ()))
+                if not was_torn:
+                    arena.mark_whole()
             return nbytes
 
         return self._newest(step, fill)
@@ -135,7 +137,7 @@ class Reader:
             for record in manifest.segments:
                 if record.name in absent or not wanted(record):
                     continue
-                tensor = torch.empty(record.shape, dtype=getattr(torch, record.dtype))
+                tensor = torch.empty(record.shape, dtype=getattr(torch, record.dtype), device="cpu")
                 tensors[record.name] = tensor
                 targets.append(_Target(record, len(sources), 0))
                 sources.append(Source(tensor.data_ptr(), tensor.element_size(), (), ()))
@@ -307,6 +309,11 @@ def _match(
             )
     if problems:
         lines = "\n  ".join(sorted(problems))
+        if arena.makes_state_late and any(stored[name].role == "optimizer" for name in stored.keys() - here.keys()):
+            lines += (
+                "\nthe optimizer makes its state in its first step: take one step before adopting, then restore "
+                "(LBFGS: two or more, until it has the tensors that the checkpoint has)"
+            )
         raise MismatchError(f"step {manifest.step} does not fit the arena; nothing was changed:\n  {lines}")
     if not stored and not whole:
         raise MismatchError(f"the selection matches no tensor of step {manifest.step}; nothing was changed")

@@ -19,7 +19,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -90,7 +90,7 @@ def pack_plan(arena: Arena, block_bytes: int, chunk_bytes: int) -> PackedPlan:
     file_count = len(layout.files)
     plan = make_plan(layout, [(source + file_count, at) for source, at in arena.places], block_bytes, chunk_bytes)
     segments = segment_records(layout)
-    urgent = _urgent_blocks(plan, segments)
+    urgent = _urgent_blocks(plan, segments, arena.unfenced)
     order = sorted(range(len(plan.blocks)), key=lambda block: block not in urgent)
     starts = [block.file_offset for block in plan.blocks for _ in range(block.extent_count)]
     return PackedPlan(
@@ -114,9 +114,9 @@ def pack_sources(arena: Arena) -> Packed:
     return native.pack_sources([*headers, *arena.sources])
 
 
-def _urgent_blocks(plan: Plan, segments: Sequence[SegmentRecord]) -> set[int]:
-    """The blocks that hold a part of a module buffer: forward changes those, so they are staged first."""
-    ranges = [(s.file, s.offset, s.offset + s.nbytes) for s in segments if s.role == "buffer" and s.nbytes]
+def _urgent_blocks(plan: Plan, segments: Sequence[SegmentRecord], unfenced: Container[str]) -> set[int]:
+    """The blocks that hold a part of what no fence protects: that may change next, so they are staged first."""
+    ranges = [(s.file, s.offset, s.offset + s.nbytes) for s in segments if s.name in unfenced and s.nbytes]
     urgent = set()
     cursor = 0
     for index, block in enumerate(plan.blocks):

@@ -7,23 +7,26 @@ import ctypes
 import gc
 import io
 import math
+import pickle
 import struct
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import engine.arena
 from engine.arena import Arena
-from engine.errors import ArenaError, MismatchError
+from engine.errors import ArenaError, ArgumentError, MismatchError, UsageError
 from engine.gather import SOURCE_DIMS_MAX, merge_dims
 from engine.layout import ARENA_ALIGNMENT, DTYPES
 
@@ -290,6 +293,96 @@ def test_lbfgs_keeps_its_lists_in_options() -> None:
     assert all(isinstance(tensor, Tensor) for tensor in state["old_dirs"])
 
 
+# What others see of the tensors
+
+
+def saved_bytes(value: Any) -> int:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.tell()
+
+
+def test_tensors_copy_and_pickle_as_before(tmp_path: Path) -> None:
+    model, optimizer = build("convnet", "adam")
+    train(model, optimizer, "convnet", 1)
+
+    def sizes() -> list[int]:
+        twin, moment = copy.deepcopy(model), copy.deepcopy(optimizer.state[model[0].bias]["exp_avg"])
+        copies = [*twin.state_dict().values(), moment, copy.deepcopy(model[0].bias)]
+        whole = [model.state_dict(), model[1].state_dict(), optimizer.state_dict(), model[0].bias]
+        pickled = [len(pickle.dumps(tensor)) for tensor in (model[0].bias, model[1].running_mean)]
+        return [t.untyped_storage().nbytes() for t in copies] + [saved_bytes(value) for value in whole] + pickled
+
+    before = sizes()
+    arena = Arena.adopt(model, optimizer)
+    assert sizes() == before, "an adopted tensor brings more along than itself"
+    save_model(model, str(tmp_path / "model.safetensors"))
+    fresh = convnet()
+    load_model(fresh, tmp_path / "model.safetensors")
+    assert {n: bits(t) for n, t in fresh.state_dict().items()} == {n: bits(t) for n, t in model.state_dict().items()}
+    assert_holds(arena)
+
+
+def test_each_tensor_has_its_own_storage_and_version() -> None:
+    model, optimizer = build("channels_last", "adam")
+    model.empty = nn.Parameter(torch.zeros(3, 0))
+    Arena.adopt(model, optimizer)
+    tensors = [*model.state_dict().values(), *(t for state in optimizer.state.values() for t in state.values())]
+    addresses = [t.untyped_storage().data_ptr() for t in tensors if t.numel()]
+    assert len(set(addresses)) == len(addresses)
+    assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in tensors)
+    versions = [t._version for t in tensors[1:]]
+    tensors[0].zero_()
+    assert [t._version for t in tensors[1:]] == versions
+
+
+def test_tied_objects_share_one_storage() -> None:
+    model = nn.ParameterList([nn.Parameter(torch.ones(4))])
+    model.append(nn.Parameter(model[0].data))
+    Arena.adopt(model)
+    assert model[0].untyped_storage()._cdata == model[1].untyped_storage()._cdata
+
+
+def test_an_arena_is_not_copied() -> None:
+    model, optimizer = build("mlp", "adam")
+    model.arena = Arena.adopt(model, optimizer)
+    for duplicate in (copy.deepcopy, copy.copy, pickle.dumps):
+        with pytest.raises(UsageError, match=r"cannot be copied or pickled.*adopt the copies"):
+            duplicate(model.arena)
+    with pytest.raises(UsageError, match="cannot be copied"):
+        copy.deepcopy(model)
+
+
+def test_what_share_memory_moved_out_comes_back() -> None:
+    model, optimizer = build("mlp", "adam")
+    arena = Arena.adopt(model, optimizer)
+    layout, expected = arena.layout, everything(model, optimizer)
+    model.share_memory()
+    assert model[0].weight.is_shared()
+    arena.refresh()
+    assert_inside(arena, model[0].weight)
+    assert arena.layout is layout and everything(model, optimizer) == expected
+    train(model, optimizer, "mlp", 1)
+    assert_holds(arena)
+
+
+@pytest.mark.parametrize("optimizer_name", ["adam", "sgd-momentum"])
+def test_an_optimizer_of_named_parameters(optimizer_name: str) -> None:
+    plain = build("mlp", optimizer_name)
+    train(*plain, "mlp", 3)
+    model = build("mlp", optimizer_name)[0]
+    optimizer = OPTIMIZERS[optimizer_name](model.named_parameters())
+    arena = Arena.adopt(model, optimizer)
+    train(model, optimizer, "mlp", 1)
+    saved = save(arena)
+    names = [name for name, _ in model.named_parameters()]
+    assert saved[1]["param_groups"][0]["params"] == names and "param_names" not in saved[1]["param_groups"][0]
+    optimizer.param_groups[0]["param_names"] = [f"mine.{name}" for name in names]
+    restore(arena, saved)
+    assert optimizer.param_groups[0]["param_names"] == [f"mine.{name}" for name in names], "it is the live one's"
+    assert all(isinstance(param, nn.Parameter) for param in optimizer.param_groups[0]["params"])
+
+
 # Names, roles, places
 
 
@@ -517,16 +610,37 @@ def test_refused_by_name_with_nothing_changed(kind: str, adopted: bool) -> None:
     assert len(optimizer.state) == 0 and not optimizer._optimizer_step_pre_hooks
 
 
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: Arena.adopt("model"), r"model is a builtins\.str"),
+        (lambda: Arena.adopt(mlp().state_dict()), r"model is a collections\.OrderedDict"),
+        (lambda: Arena.adopt(mlp(), [torch.optim.SGD(mlp().parameters())]), r"optimizer is a builtins\.list"),
+        (lambda: Arena.adopt(mlp(), mlp()), r"optimizer is a torch\.nn\.modules\.container\.Sequential"),
+        (lambda: Arena.wrap([torch.zeros(1)]), r"tensors is a builtins\.list"),
+        (lambda: Arena.wrap({7: torch.zeros(1)}), r"7 is mapped to a torch\.Tensor"),
+        (lambda: Arena.wrap({"w": [1]}), r"'w' is mapped to a builtins\.list"),
+    ],
+)
+def test_arguments_of_the_wrong_type_are_refused(call: Callable[[], Arena], words: str) -> None:
+    with pytest.raises(ArgumentError, match=words):
+        call()
+
+
 def test_more_refusals_by_name() -> None:
-    with pytest.raises(ArenaError, match=r"7 is mapped to a Tensor"):
-        Arena.wrap({7: torch.zeros(1)})
-    with pytest.raises(ArenaError, match=r"'w' is mapped to a list"):
-        Arena.wrap({"w": [1]})
     model = nn.Module()
     model.w = nn.Parameter(torch.zeros(2))
     model.optimizer = nn.ModuleDict({"w": nn.ParameterDict({"exp_avg": torch.zeros(1)})})
+    optimizer = torch.optim.Adam([model.w])
     with pytest.raises(ArenaError, match=r"two tensors are called 'optimizer\.w\.exp_avg'"):
-        Arena.adopt(model, torch.optim.Adam([model.w]))
+        Arena.adopt(model, optimizer)
+    assert len(optimizer.state) == 0, "state that was created before the refusal"
+    del model.optimizer
+    model.register_parameter("a\nb", nn.Parameter(torch.zeros(1)))
+    with pytest.raises(ArenaError, match=r"cannot be called 'a\\nb'"):
+        Arena.adopt(model, optimizer)
+    assert len(optimizer.state) == 0 and not optimizer._optimizer_step_pre_hooks
+    assert not model._load_state_dict_pre_hooks
 
 
 def test_devices_are_refused_by_name() -> None:
@@ -622,6 +736,21 @@ def untie(model: Any, optimizer: Optimizer) -> None:
     model[2].bias = nn.Parameter(model[2].bias.detach())
 
 
+def replace_groups(model: Any, optimizer: Optimizer) -> None:
+    """As Lightning and others do that build groups of their own."""
+    one = optimizer.param_groups[0]
+    optimizer.param_groups = [one, {**one, "params": [nn.Parameter(torch.ones(4))]}]
+
+
+def replace_params(model: Any, optimizer: Optimizer) -> None:
+    group = optimizer.param_groups[0]
+    group["params"] = [*group["params"], nn.Parameter(torch.ones(4))]
+
+
+def extend_params(model: Any, optimizer: Optimizer) -> None:
+    optimizer.param_groups[0]["params"].append(nn.Parameter(torch.ones(4)))
+
+
 SAME_LAYOUT = [new_data, swapped_data, load_optimizer, reset_state]
 NEW_LAYOUT = [
     to_double,
@@ -636,6 +765,9 @@ NEW_LAYOUT = [
     replace_buffer,
     add_group,
     untie,
+    replace_groups,
+    replace_params,
+    extend_params,
 ]
 
 
@@ -672,6 +804,40 @@ def test_what_left_and_is_unfit_is_refused_and_left_alone() -> None:
     model[0].bias = nn.Parameter(torch.ones(12))
     arena.refresh()
     assert_holds(arena)
+
+
+@pytest.mark.parametrize("moved_count", [0, 2])
+def test_an_interrupted_refresh_is_gone_on_with(moved_count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = build("mlp", "adam")
+    arena = Arena.adopt(model, optimizer)
+    assign(model, optimizer)
+    expected = everything(model, optimizer)
+    point, moved = engine.arena._point, []
+
+    def interrupted(tensor: Tensor, view: Tensor) -> None:
+        if len(moved) == moved_count:
+            raise KeyboardInterrupt
+        moved.append(tensor)
+        point(tensor, view)
+
+    monkeypatch.setattr(engine.arena, "_point", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        arena.refresh()
+    monkeypatch.undo()
+    arena.refresh()
+    assert everything(model, optimizer).items() >= expected.items()
+    for tensor in model.state_dict().values():
+        assert_inside(arena, tensor)
+    assert_holds(arena)
+
+
+def test_state_dict_is_of_what_is_there_now() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    arena = Arena.adopt(model)
+    model[0] = nn.Linear(2, 2)
+    assert arena.state_dict()["0.weight"].data_ptr() == model[0].weight.data_ptr()
+    model[0] = nn.Linear(2, 2, bias=False)
+    assert list(arena.state_dict()) == ["0.weight"]
 
 
 def test_conjugated_in_place_is_noticed() -> None:
@@ -767,6 +933,82 @@ def test_step_and_load_wait_for_staging() -> None:
     during("load part", lambda: model[2].load_state_dict(saved_bias))
     model[2].bias.data = torch.zeros(3)
     during("refresh", arena.refresh)
+
+
+def test_modules_added_later_wait_too() -> None:
+    model = mlp()
+    arena = Arena.adopt(model)
+    model.add_module("more", nn.Sequential(nn.Linear(2, 2)))
+    arena.refresh()
+    waited: list[float | None] = []
+
+    def staged(timeout: float | None) -> bool:
+        waited.append(timeout)
+        return timeout is None
+
+    for module in (model.more, model.more[0]):
+        arena.hold(staged)
+        module.load_state_dict(module.state_dict())
+        assert waited == [None]
+        waited.clear()
+
+
+def test_the_fence_is_before_hooks_that_were_there_first() -> None:
+    model, optimizer = build("mlp", "adam")
+    order: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: order.append("hook"))
+    arena = Arena.adopt(model, optimizer)
+
+    def staged(timeout: float | None) -> bool:
+        if timeout is None:
+            order.append("staged")
+        return timeout is None
+
+    arena.hold(staged)
+    optimizer.step()
+    assert order == ["staged", "hook"]
+
+
+def test_hooks_go_with_their_arena() -> None:
+    model, optimizer = build("mlp", "adam")
+    for _ in range(5):
+        arena = Arena.adopt(model, optimizer)
+        arena.refresh()
+    for hooks in (model._load_state_dict_pre_hooks, model[0]._load_state_dict_pre_hooks):
+        assert len(hooks) == 1
+    assert len(optimizer._optimizer_step_pre_hooks) == len(optimizer._optimizer_step_post_hooks) == 1
+    del arena
+    assert not model._load_state_dict_pre_hooks and not optimizer._optimizer_step_pre_hooks
+
+
+def test_unfenced_is_what_the_step_does_not_train() -> None:
+    model = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("ours", "theirs", "frozen")})
+    model["norm"] = nn.BatchNorm1d(2)
+    model["frozen"].requires_grad_(False)
+    optimizer = torch.optim.SGD([p for name in ("ours", "frozen", "norm") for p in model[name].parameters()])
+    arena = Arena.adopt(model, optimizer)
+    buffers = {f"norm.{name}" for name, _ in model["norm"].named_buffers()}
+    assert arena.unfenced == buffers | {f"{m}.{p}" for m in ("theirs", "frozen") for p in ("weight", "bias")}
+    assert Arena.wrap({"w": torch.zeros(1)}).unfenced == frozenset()
+    assert Arena.adopt(nn.BatchNorm1d(2)).unfenced == {"running_mean", "running_var", "num_batches_tracked"}
+
+    layout, address = arena.layout, arena.sources[0].address
+    model["ours"].requires_grad_(False)
+    arena.refresh()
+    assert arena.unfenced >= {"ours.weight", "ours.bias"}
+    assert arena.layout is not layout, "plans go by it"
+    assert arena.sources[0].address == address, "nothing had to move"
+    optimizer.add_param_group({"params": model["theirs"].parameters()})
+    model.requires_grad_(True)
+    arena.refresh()
+    assert arena.unfenced == buffers
+
+
+def test_a_parameter_trained_under_another_name_is_fenced() -> None:
+    model = nn.ParameterList([nn.Parameter(torch.ones(4))])
+    model.append(nn.Parameter(model[0].data))
+    arena = Arena.adopt(model, torch.optim.SGD([model[1]]))
+    assert arena.aliases == {"1": "0"} and arena.unfenced == frozenset()
 
 
 def test_saves_that_are_staged_are_let_go_of_without_a_step() -> None:
@@ -919,6 +1161,63 @@ def test_momentum_of_a_thawed_parameter_is_taken_in() -> None:
     assert_holds(arena)
 
 
+def test_freezing_and_thawing_are_noticed() -> None:
+    model, optimizer = build("mlp", "sgd-momentum")
+    arena = Arena.adopt(model, optimizer)
+    name = "optimizer.2.bias.momentum_buffer"
+    model[2].bias.requires_grad_(False)
+    arena.refresh()
+    assert name not in arena.options()["absent"] and name not in arena.state_dict()
+    model[2].bias.requires_grad_(True)
+    arena.refresh()
+    assert name in arena.options()["absent"] and name in arena.state_dict()
+
+
+def test_momentum_switched_on_is_noticed_and_a_schedule_of_it_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = build("mlp", "sgd")
+    arena = Arena.adopt(model, optimizer)
+    assert arena.options()["absent"] == []
+    optimizer.param_groups[0]["momentum"] = 0.9
+    arena.refresh()
+    assert len(arena.options()["absent"]) == 4
+    gathers = count_calls(monkeypatch, "gather")
+    optimizer.param_groups[0]["momentum"] = 0.8
+    arena.refresh()
+    assert gathers == []
+    train(model, optimizer, "mlp", 1)
+    assert_inside(arena, optimizer.state[model[2].bias]["momentum_buffer"])
+
+
+def test_a_part_brings_its_momentum_and_takes_it_away() -> None:
+    model, optimizer = build("mlp", "sgd-momentum")
+    arena = Arena.adopt(model, optimizer)
+    first, last = model[0].weight, model[2].weight
+    names = {"optimizer.0.weight.momentum_buffer", "optimizer.2.bias.momentum_buffer"}
+    with torch.inference_mode():
+        arena.restored_part(names, absent=[])
+    assert set(optimizer.state) == {first, model[2].bias}
+    assert_inside(arena, optimizer.state[first]["momentum_buffer"])
+    optimizer.param_groups[0]["lr"] = 0.5
+    train(model, optimizer, "mlp", 1)
+    everywhere = [f"optimizer.{name}.momentum_buffer" for name, _ in model.named_parameters()]
+    arena.restored_part(names, absent=everywhere)
+    assert [p for p in model.parameters() if "momentum_buffer" in optimizer.state[p]] == [model[0].bias, last]
+    assert set(arena.options()["absent"]) == names and optimizer.param_groups[0]["lr"] == 0.5
+    assert_holds(arena)
+
+
+def test_optional_state_is_not_made_on_the_default_device() -> None:
+    model = nn.ParameterList([nn.Parameter(torch.ones(shape)) for shape in [(2,), (0, 2)]])
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+    torch.set_default_device("meta")
+    try:
+        arena = Arena.adopt(model, optimizer)
+        arena.restored_part([f"optimizer.{name}.momentum_buffer" for name in "01"], absent=[])
+    finally:
+        torch.set_default_device(None)
+    assert [state["momentum_buffer"].device.type for state in optimizer.state.values()] == ["cpu", "cpu"]
+
+
 def test_momentum_takes_the_strides_of_its_reserved_place() -> None:
     param = nn.Parameter(torch.arange(12.0).reshape(4, 3).t())
     optimizer = torch.optim.SGD([param], lr=0.1, momentum=0.9)
@@ -986,6 +1285,31 @@ def test_tensor_hyperparameters_are_restored_in_place() -> None:
     assert optimizer.param_groups[0]["weight_decay"] == 0
 
 
+def grouped(rates: list[float], turned: bool = False) -> tuple[Any, Optimizer]:
+    model = nn.Linear(3, 3)
+    groups = [{"params": [model.weight], "lr": rates[0]}, {"params": [model.bias], "lr": rates[1]}]
+    return model, torch.optim.Adam(groups[::-1] if turned else groups)
+
+
+def test_each_group_gets_its_own_back() -> None:
+    arena = Arena.adopt(*grouped([0.1, 0.2]))
+    model, optimizer = grouped([9.0, 9.0])
+    restore(Arena.adopt(model, optimizer), save(arena))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2]
+    assert optimizer.param_groups[1]["params"] == [model.bias]
+
+
+def test_other_groups_are_refused() -> None:
+    options = save(Arena.adopt(*grouped([0.1, 0.2])))[1]
+    model, optimizer = grouped([9.0, 9.0], turned=True)
+    arena = Arena.adopt(model, optimizer)
+    before = everything(model, optimizer)
+    with pytest.raises(MismatchError, match=r"group 0 of the checkpoint's.*\['weight'\].*arena's has \['bias'\]"):
+        arena.restored(options)
+    assert everything(model, optimizer) == before
+    assert [group["lr"] for group in optimizer.param_groups] == [9.0, 9.0]
+
+
 def test_plain_state_is_restored() -> None:
     model = mlp()
     optimizer = OwnStep(model.parameters())
@@ -1018,7 +1342,8 @@ def test_options_of_another_optimizer_are_refused() -> None:
     ]:
         with pytest.raises(MismatchError, match=words):
             holder.check_options(given_options)
-    assert set(options["param_groups"][0]) >= {"lr", "betas"} and "params" not in options["param_groups"][0]
+    assert set(options["param_groups"][0]) >= {"lr", "betas"}
+    assert options["param_groups"][0]["params"] == [name for name, _ in model.named_parameters()]
 
 
 def test_dims_limit_is_that_of_the_native_code() -> None:

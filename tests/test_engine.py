@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from disk import FAILURES, FailingFilesystem, GatedFilesystem, names, same, stored
@@ -237,6 +238,164 @@ def test_select_takes_a_layer_with_its_optimizer_state(opened: engine.Engine) ->
     assert not any("embed" in name or "conv" in name for name in chosen)
 
 
+def test_select_takes_the_name_of_a_layer(opened: engine.Engine) -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(32))})
+    model["layers"][3].scale = nn.Parameter(torch.ones(2))
+    opened.checkpoint(engine.Arena.adopt(model, torch.optim.Adam(model.parameters()))).result()
+    assert set(opened.load(select="layers.3.0")) == {
+        f"{prefix}layers.3.0.{name}{suffix}"
+        for name in ("weight", "bias")
+        for prefix, suffix in [("", ""), *(("optimizer.", f".{key}") for key in ("step", "exp_avg", "exp_avg_sq"))]
+    }
+    chosen = {name for name in opened.load(select="layers.3") if not name.startswith("optimizer.")}
+    assert chosen == {"layers.3.scale"}, "neither what is in its children, nor layers.31"
+
+
+def make_momentum(rate: float = 0.1) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    return model, torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
+
+
+def descend(model: nn.Module, optimizer: torch.optim.Optimizer, step_count: int) -> None:
+    for _ in range(step_count):
+        optimizer.zero_grad()
+        model(torch.ones(2, 4)).square().sum().backward()
+        optimizer.step()
+
+
+def test_a_partial_restore_brings_optional_state_and_no_hyperparameters(opened: engine.Engine) -> None:
+    model, optimizer = make_momentum()
+    arena = engine.Arena.adopt(model, optimizer)
+    opened.checkpoint(arena, step=0).result()
+    descend(model, optimizer, 3)
+    opened.checkpoint(arena, step=3).result()
+    descend(model, optimizer, 1)
+
+    other_model, other_optimizer = make_momentum(rate=0.5)
+    other = engine.Arena.adopt(other_model, other_optimizer)
+    opened.restore(other, select="*")
+    assert other_optimizer.param_groups[0]["lr"] == 0.5
+    other_optimizer.param_groups[0]["lr"] = 0.1
+    descend(other_model, other_optimizer, 1)
+    assert all(same(tensor, arena.state_dict()[name]) for name, tensor in other.state_dict().items())
+
+    opened.restore(other, step=0, select="1.*")
+    having = [name for name, p in other_model.named_parameters() if "momentum_buffer" in other_optimizer.state[p]]
+    assert having == ["0.weight", "0.bias"], "at step 0 no parameter had momentum, and 1.* was asked for"
+
+
+class Lion(torch.optim.Optimizer):
+    """An optimizer that is not torch's."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.01})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for param in self.param_groups[0]["params"]:
+            state = self.state[param]
+            if not state:
+                state.update(exp_avg=torch.zeros_like(param), count=0)
+            state["count"] += 1
+            param.sub_(state["exp_avg"].lerp_(param.grad, 0.1).sign(), alpha=0.01 / state["count"])
+
+
+LATE = {
+    "lbfgs": lambda model: torch.optim.LBFGS(model.parameters(), max_iter=2),
+    "sparse adam": lambda model: torch.optim.SparseAdam(model.parameters()),
+    "own": lambda model: Lion(model.parameters()),
+}
+
+
+@pytest.mark.parametrize("kind", LATE)
+def test_state_that_is_made_late_is_restored_after_a_step(opened: engine.Engine, kind: str) -> None:
+    def make() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Embedding(4, 3, sparse=kind == "sparse adam")
+        return model, LATE[kind](model)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            out: Tensor = model(torch.tensor([1, 2])).square().sum()
+            out.backward()
+            return out
+
+        optimizer.step(loss) if kind == "lbfgs" else (loss(), optimizer.step())
+
+    model, optimizer = make()
+    arena = engine.Arena.adopt(model, optimizer)
+    for _ in range(2):
+        step(model, optimizer)
+    opened.checkpoint(arena).result()
+    step(model, optimizer)
+
+    other_model, other_optimizer = make()
+    other = engine.Arena.adopt(other_model, other_optimizer)
+    with pytest.raises(engine.MismatchError, match=r"take one step before adopting, then restore"):
+        opened.restore(other)
+    other_model, other_optimizer = make()
+    for _ in range(2 if kind == "lbfgs" else 1):
+        step(other_model, other_optimizer)
+    opened.restore(engine.Arena.adopt(other_model, other_optimizer))
+    step(other_model, other_optimizer)
+    assert same(other_model.weight, model.weight)
+
+
+def test_the_groups_of_an_optimizer_come_back_or_are_refused(opened: engine.Engine) -> None:
+    def make(rates: list[float], turned: bool = False) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.Linear(3, 3)
+        groups = [{"params": [model.weight], "lr": rates[0]}, {"params": [model.bias], "lr": rates[1]}]
+        return model, torch.optim.Adam(groups[::-1] if turned else groups)
+
+    opened.checkpoint(engine.Arena.adopt(*make([0.1, 0.2]))).result()
+    model, optimizer = make([8.0, 9.0])
+    opened.restore(engine.Arena.adopt(model, optimizer))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2]
+    model, optimizer = make([8.0, 9.0], turned=True)
+    arena = engine.Arena.adopt(model, optimizer)
+    want = clones(arena.state_dict())
+    with pytest.raises(engine.MismatchError, match=r"\['weight'\].*\['bias'\]"):
+        opened.restore(arena)
+    assert all(same(tensor, want[name]) for name, tensor in arena.state_dict().items()) and not arena.torn
+
+
+def test_numbers_that_a_scheduler_computes_with_numpy_are_saved(opened: engine.Engine) -> None:
+    model, optimizer = make_momentum()
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: numpy.float64(0.5))
+    arena = engine.Arena.adopt(model, optimizer)
+    descend(model, optimizer, 1)
+    scheduler.step()
+    assert type(optimizer.param_groups[0]["lr"]) is numpy.float64
+    opened.checkpoint(arena).result()
+    optimizer.param_groups[0]["lr"] = 1.0
+    opened.restore(arena)
+    assert optimizer.param_groups[0]["lr"] == 0.05
+    optimizer.param_groups[0]["foo"] = len
+    with pytest.raises(engine.ExtraError, match=r"""the optimizer's param_groups\[0\]\["foo"\]"""):
+        opened.checkpoint(arena)
+
+
+def test_the_default_device_does_not_matter(opened: engine.Engine) -> None:
+    model, optimizer = make_momentum()
+    arena = engine.Arena.adopt(model, optimizer)
+    descend(model, optimizer, 1)
+    want = clones(arena.state_dict())
+    fresh = engine.Arena.adopt(*make_momentum())
+    torch.set_default_device("meta")
+    try:
+        engine.Arena.adopt(model, optimizer)
+        opened.checkpoint(arena, extra={"rng": torch.arange(3, device="cpu")}).result()
+        loaded = opened.load()
+        info = opened.restore(fresh)
+    finally:
+        torch.set_default_device(None)
+    assert info.extra["rng"].tolist() == [0, 1, 2]
+    assert all(same(loaded[name], tensor) for name, tensor in want.items())
+    assert all(same(fresh.state_dict()[name], tensor) for name, tensor in want.items())
+
+
 def test_a_selection_that_matches_nothing_is_an_error(opened: engine.Engine) -> None:
     arena = engine.Arena.wrap({"a": torch.ones(3)})
     opened.checkpoint(arena).result()
@@ -456,6 +615,9 @@ def test_steps_go_forward_and_rollback_goes_back(tmp_path: Path) -> None:
         ({"step": 1.5}, "step is 1.5"),
         ({"chunk_count": 0}, "chunk_count is 0"),
         ({"chunk_bytes": 0}, "chunk_bytes is 0"),
+        ({"chunk_bytes": "64M"}, "chunk_bytes is '64M'; it must be an integer"),
+        ({"chunk_count": 2.5}, "chunk_count is 2.5; it must be an integer"),
+        ({"chunk_count": True}, "chunk_count is True; it must be an integer"),
         ({"chunk_count": 1, "chunk_bytes": 1}, "twice"),
         ({"snapshot": "later"}, "snapshot is 'later'"),
         ({"on_busy": "panic"}, "on_busy is 'panic'"),
@@ -541,6 +703,7 @@ def test_status_goes_from_pending_to_durable(tmp_path: Path) -> None:
     gated = GatedFilesystem()
     model, optimizer = make_training()
     model.wide = nn.Linear(1000, 1000)
+    optimizer.add_param_group({"params": model.wide.parameters()})
     arena = engine.Arena.adopt(model, optimizer)
     with engine.Engine(tmp_path, filesystem=gated, staging_bytes=128 << 10, block_bytes=64 << 10) as eng:
         save = eng.checkpoint(arena, chunk_bytes=64 << 10)

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import CorruptError, ExtraError
-from engine.extra import BINARY_BYTES_MAX, DEPTH_MAX, decode, encode
+from engine.extra import BINARY_BYTES_MAX, DEPTH_MAX, decode, encode, encode_options
 from engine.layout import DTYPES
 
 # torch says once per process that complex32 is experimental; the codec moves its bytes all the same.
@@ -227,6 +227,49 @@ def test_the_caller_names_the_root() -> None:
         encode([1, object()], "options")
     with pytest.raises(CorruptError, match=r"^options\[1\] has the unknown tag"):
         decode([1, {"object": 1}], "options")
+
+
+class Mode(str, enum.Enum):
+    """The kind of enum whose str() is not its value."""
+
+    FAST = "fast"
+
+
+def test_options_hold_subclasses_as_what_they_equal() -> None:
+    group = {"lr": numpy.float64(0.1), "mode": Mode.FAST, "count": Colour.RED, "size": (torch.Size([1, 2]),)}
+    decoded = decode(json.loads(json.dumps(encode_options({"param_groups": [group], "state": {}}))))
+    assert exactly(decoded) == exactly(
+        {"param_groups": [{"lr": 0.1, "mode": "fast", "count": 1, "size": ((1, 2),)}], "state": {}}
+    )
+    assert encode_options({"a": [1.5, {2: b"x"}]}) == encode({"a": [1.5, {2: b"x"}]}), "one form for both"
+
+
+@pytest.mark.parametrize(
+    ("value", "remedy"),
+    [
+        (numpy.float32(0.1), r"\.item\(\)"),
+        (len, "name of a function"),
+        (torch.float32, "plain value"),
+        (collections.defaultdict(int), r"dict\(\.\.\.\)"),
+        (torch.ones(1, device="meta"), r"\.cpu\(\)"),
+        (torch.zeros(BINARY_BYTES_MAX + 1, dtype=torch.uint8), "history_size"),
+    ],
+    ids=["numpy", "function", "dtype", "defaultdict", "meta", "vast"],
+)
+def test_options_are_refused_as_the_optimizers(value: object, remedy: str) -> None:
+    with pytest.raises(ExtraError, match=rf"""^the optimizer's param_groups\[0\]\["foo"\] .*{remedy}""") as caught:
+        encode_options({"param_groups": [{"foo": value}]})
+    assert "Arena.wrap" not in str(caught.value) and "extra" not in str(caught.value)
+
+
+def test_the_default_device_does_not_matter() -> None:
+    encoded = encode(torch.arange(3))
+    torch.set_default_device("meta")
+    try:
+        restored = decode(encoded)
+    finally:
+        torch.set_default_device(None)
+    assert isinstance(restored, torch.Tensor) and restored.device.type == "cpu" and restored.tolist() == [0, 1, 2]
 
 
 def nest(depth: int) -> list[object]:

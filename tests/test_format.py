@@ -250,7 +250,8 @@ def test_every_rule_holds_for_a_training(tmp_path: Path, block_bytes: int, chunk
     assert reader.body["aliases"] == {"head.weight": "embed.weight"}
     options = decode(reader.body["options"])
     assert set(options) == {"param_groups", "state", "absent"} and options["param_groups"][0]["lr"] == 0.25
-    assert "params" not in options["param_groups"][0] and options["absent"] == []
+    assert options["param_groups"][0]["params"] == [name for name, _ in model.named_parameters()]
+    assert options["absent"] == []
 
 
 def test_no_tensors_are_an_empty_model_file(tmp_path: Path) -> None:

@@ -488,8 +488,9 @@ def test_abort_drains_what_is_under_way(
     table = FaultTable(gate=gate)
     pipeline = open_pipeline(2, SLOT_BYTES, table)
     tensor = torch.zeros(4 * SLOT_BYTES, dtype=torch.uint8)
-    rewrite(buffered_fd, 0, bytes_of(noise(4 * SLOT_BYTES)))
-    job = make_job(direction, whole(4 * SLOT_BYTES, SLOT_BYTES), [plain(tensor)])
+    stored, plan = bytes_of(noise(4 * SLOT_BYTES)), whole(4 * SLOT_BYTES, SLOT_BYTES)
+    rewrite(buffered_fd, 0, stored)
+    job = make_job(direction, plan, [plain(tensor)], checksums=checksums_of(plan, [stored]))
     pipeline.submit(job)
     pipeline.attach(job, [buffered_fd])
     until(lambda: len(table.operations) == 2)
@@ -499,6 +500,8 @@ def test_abort_drains_what_is_under_way(
     gate.set()
     assert finish(pipeline, job).failure == Failure(FailureKind.ABORTED, errno.ECANCELED, None)
     assert not tensor.any(), "an aborted read reached its tensor"
+    assert BlockState.WRITTEN not in job.states()
+    assert len(table.operations) == 2
     assert not table.files and not table.exceptions
     assert_usable(pipeline, buffered_fd)
 

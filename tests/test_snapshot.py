@@ -6,10 +6,12 @@ staged until the gate opens.  So these tests do not race; they decide.
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from time import monotonic, sleep
 
 import pytest
 import torch
@@ -130,6 +132,137 @@ def test_the_call_returns_before_the_rest_is_staged_but_after_module_buffers(hel
     assert_stored(held.directory, 1, want)
 
 
+def by_another_optimizer(model: nn.Module, trained: list[nn.Parameter]) -> Callable[[], object]:
+    return torch.optim.SGD(model[-1].parameters(), lr=0.1).step
+
+
+def by_forward(model: nn.Module, trained: list[nn.Parameter]) -> Callable[[], object]:
+    """A frozen teacher that forward averages the student into, left out of the optimizer."""
+    model[-1].requires_grad_(False)
+    return lambda: [teacher.mul_(0.5) for teacher in model[-1].parameters()]
+
+
+def by_forward_though_owned(model: nn.Module, trained: list[nn.Parameter]) -> Callable[[], object]:
+    """The same, with the optimizer made of all of `model.parameters()`."""
+    trained += model[-1].parameters()
+    return by_forward(model, trained)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["from the start", "later"])
+@pytest.mark.parametrize("make_writer", [by_another_optimizer, by_forward, by_forward_though_owned])
+def test_parameters_that_the_step_does_not_train_are_staged_before_the_call_returns(
+    held: Held, make_writer: Callable[[nn.Module, list[nn.Parameter]], Callable[[], object]], late: bool
+) -> None:
+    model = nn.Sequential(*(nn.Linear(300, 300) for _ in range(6)), nn.Linear(50, 50))
+    trained = list(model[:-1].parameters())
+    write = make_writer(model, trained)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    arena = engine.Arena.adopt(model, torch.optim.SGD(trained, lr=0.1))
+    if late:
+        model[-1].requires_grad_(True)
+        held.filesystem.gates["step-00000000"] = open_gate()
+        held.engine.checkpoint(arena, step=0).result()  # with a plan of its own
+        model[-1].requires_grad_(False)
+    want = copies(arena)
+    save = held.engine.checkpoint(arena, step=1)
+    assert not save.wait_staged(timeout=0), "all of it was staged, and not only what had to be"
+    with torch.no_grad():
+        write()
+    assert not same(arena.state_dict()["6.weight"], want["6.weight"]), "nothing was written"
+    held.release()
+    save.result()
+    assert_stored(held.directory, 1, want)
+
+
+def open_gate() -> threading.Event:
+    gate = threading.Event()
+    gate.set()
+    return gate
+
+
+def test_a_step_hook_that_was_there_first_waits_too(held: Held) -> None:
+    model, optimizer = make_training()
+
+    def disturb(*_: object) -> None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1)
+
+    optimizer.register_step_pre_hook(disturb)
+    arena = engine.Arena.adopt(model, optimizer)
+    want = copies(arena)
+    save = held.engine.checkpoint(arena, step=1)
+    stepping = held.pool.submit(optimizer.step)
+    assert is_blocked(stepping)
+    held.release()
+    stepping.result()
+    save.result()
+    assert_stored(held.directory, 1, want)
+
+
+def test_a_module_added_later_waits_too(held: Held) -> None:
+    model, optimizer = make_training()
+    arena = engine.Arena.adopt(model, optimizer)
+    model.add_module("more", nn.Linear(300, 300))
+    optimizer.add_param_group({"params": model.more.parameters()})
+    arena.refresh()
+    want = copies(arena)
+    save = held.engine.checkpoint(arena, step=1)
+    loading = held.pool.submit(model.more.load_state_dict, {n: t + 1 for n, t in model.more.state_dict().items()})
+    assert is_blocked(loading)
+    held.release()
+    loading.result()
+    save.result()
+    assert_stored(held.directory, 1, want)
+
+
+def test_a_restore_waits_for_a_save_of_the_same_arena(held: Held) -> None:
+    model, optimizer = make_training()
+    arena = engine.Arena.adopt(model, optimizer)
+    with engine.Engine(held.directory / "other", **TINY) as other:  # has slots to spare, and so need not wait for any
+        other.checkpoint(arena, step=0).result()
+        optimizer.step()
+        want = copies(arena)
+        save = held.engine.checkpoint(arena, step=1)
+        restoring = held.pool.submit(other.restore, arena)
+        assert is_blocked(restoring), "the restore wrote to the arena while it was being staged"
+        held.release()
+        assert restoring.result().step == 0
+    save.result()
+    assert_stored(held.directory, 1, want)
+
+
+def test_what_is_dropped_in_the_middle_of_a_save_is_saved(held: Held) -> None:
+    model, optimizer = make_training()
+    arena = engine.Arena.adopt(model, optimizer)
+    want = copies(arena)
+    save = held.engine.checkpoint(arena, step=1)
+    del model, optimizer, arena
+    gc.collect()
+    trash = [torch.full((300, 300), 7.0) for _ in range(50)]
+    held.release()
+    save.result()
+    assert_stored(held.directory, 1, want)
+    assert len(trash) == 50
+
+
+def test_tensors_shared_in_the_middle_of_a_save_are_saved(held: Held) -> None:
+    model = make_training()[0]
+    optimizer = torch.optim.SGD(model.parameters())  # without state of its own, which would keep the pages
+    arena = engine.Arena.adopt(model, optimizer)
+    want = copies(arena)
+    save = held.engine.checkpoint(arena, step=1)
+    model.share_memory()  # as sending it to another process does; it gives the storages other memory in place
+    del model, optimizer, arena
+    gc.collect()
+    trash = [torch.full((300, 300), 7.0) for _ in range(50)]
+    held.release()
+    save.result()
+    assert_stored(held.directory, 1, want)
+    assert len(trash) == 50
+
+
 @pytest.mark.parametrize("snapshot", ["eager", None])
 def test_a_wrapped_arena_is_staged_before_the_call_returns(held: Held, snapshot: str | None) -> None:
     tensors = {"a": torch.zeros(100_000)}
@@ -186,8 +319,10 @@ def test_checked_catches_a_writer(held: Held, disturb: bool) -> None:
     arena = engine.Arena.adopt(model, optimizer)
     want = copies(arena)
     save = held.engine.checkpoint(arena, step=1, snapshot="checked")
-    while not any(chunk.status == "staged" for chunk in save.chunks()) and not staged_blocks(save) >= 2:
-        pass
+    deadline = monotonic() + 60
+    while staged_blocks(save) < 2:
+        assert monotonic() < deadline, "nothing was staged"
+        sleep(0.001)
     if disturb:
         with torch.no_grad():
             model[0].weight[0, 0] += 1  # in the first block, which has been staged
