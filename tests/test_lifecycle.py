@@ -472,3 +472,17 @@ def test_a_refused_ring_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_
     assert "io_uring_disabled" in caught.value.remedy
     monkeypatch.undo()
     engine.Engine(tmp_path, **SMALL).close()  # and the directory is free
+
+
+def test_slots_that_are_not_registered_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As an ordinary user with a small memlock limit has them; `test_native.py` has the real limit."""
+
+    def unregistered(slot_count: int, slot_bytes: int) -> native.Pipeline:
+        pipeline = native.Pipeline(slot_count, slot_bytes)
+        pipeline.registered_buffers = False
+        return pipeline
+
+    monkeypatch.setattr("engine.engine.Pipeline", unregistered)
+    with pytest.warns(engine.EngineWarning, match="did not register 1048576 bytes.*ulimit -l"):
+        eng = engine.Engine(tmp_path, **SMALL)
+    eng.close()
