@@ -233,8 +233,12 @@ class Catalog:
         names = self.filesystem.list_directory(self.root)
         # A process killed between a rename or mkdir and its fsync leaves a name that is visible but could still
         # vanish, and older steps must not be retired on its word.
-        for path in (os.path.dirname(self.root), self._private):
-            self._sync(path)
+        try:
+            self.filesystem.sync_directory(os.path.dirname(self.root))
+        except StorageError as error:
+            if error.errno != errno.EACCES:  # a parent that may be passed through and not read cannot be synced
+                raise
+        self._sync(self._private)
         self._sync_moves()
         for name in names:
             path = os.path.join(self.root, name)

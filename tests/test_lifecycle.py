@@ -51,6 +51,12 @@ def threads() -> list[str]:
     return [Path(f"/proc/self/task/{tid}/comm").read_text().strip() for tid in os.listdir("/proc/self/task")]
 
 
+def native_threads(count: int) -> bool:
+    """Whether there are so many native threads, looked at again for a while: a worker of the kernel's, which io_uring
+    may start for a write, bears its creator's name for a moment."""
+    return any(threads().count("engine-io") == count or time.sleep(0.01) for _ in range(500))
+
+
 def rings() -> int:
     """io_uring instances that this process has open."""
     count = 0
@@ -72,12 +78,12 @@ def test_one_ring_and_one_native_thread(tmp_path: Path) -> None:
         for _ in range(6):
             saves = [eng.checkpoint(arena) for _ in range(3)]
             assert rings() == before_rings + 1
-            assert threads().count("engine-io") == before_threads + 1
+            assert native_threads(before_threads + 1)
             for save in saves:
                 save.result()
         eng.restore(arena)
         assert rings() == before_rings + 1
-    assert rings() == before_rings and threads().count("engine-io") == before_threads
+    assert rings() == before_rings and native_threads(before_threads)
 
 
 def test_no_python_thread_moves_a_byte(tmp_path: Path) -> None:
@@ -486,3 +492,16 @@ def test_slots_that_are_not_registered_are_told(monkeypatch: pytest.MonkeyPatch,
     with pytest.warns(engine.EngineWarning, match="did not register 1048576 bytes.*ulimit -l"):
         eng = engine.Engine(tmp_path, **SMALL)
     eng.close()
+
+
+def test_a_parent_that_cannot_be_read_does_not_keep_an_engine_out(tmp_path: Path) -> None:
+    class Unreadable(Filesystem):
+        def sync_directory(self, path: str) -> None:
+            if Path(path) == tmp_path:
+                raise engine.StorageError(13, "open", path)
+            super().sync_directory(path)
+
+    (tmp_path / "runs").mkdir()
+    with engine.Engine(tmp_path / "runs", filesystem=Unreadable(), **SMALL) as eng:
+        eng.checkpoint(engine.Arena.wrap({"a": torch.zeros(10)}), step=1).result()
+        assert eng.steps() == [1]

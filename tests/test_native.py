@@ -843,7 +843,21 @@ def links():
 def job():
     return make_job(Direction.WRITE, whole(10000, 4096), [plain(noise(10000))])
 
+def kept_from_forks():
+    ranges = []
+    with open("/proc/self/smaps") as smaps:
+        for line in smaps:
+            words = line.split()
+            if not words[0].endswith(":"):
+                current, is_slots = words[0], len(words) == 5  # anonymous memory has no name
+            elif words[0] == "VmFlags:" and "dc" in words and is_slots:  # not copied on fork (proc_pid_smaps(5))
+                ranges.append(current)
+    return ranges
+
 def child():
+    with open("/proc/self/maps") as maps:
+        mapped = maps.read()
+    assert "io_uring" not in mapped and not [kept for kept in pipelines_memory if kept in mapped], mapped
     assert not {link for link in links() if "io_uring" in link or "eventfd" in link}, links()
     calls = {
         "submit": lambda: pipeline.submit(job()),
@@ -866,7 +880,10 @@ def child():
     assert run(own, job(), [fd]).failure is None
     own.close()
 
+before = kept_from_forks()
 pipeline = Pipeline(2, 4096)
+pipelines_memory = set(kept_from_forks()) - set(before)
+assert pipelines_memory, "the slots would be copied"
 fd = Filesystem().open_for_blocks(sys.argv[1], write=True)
 assert run(pipeline, job(), [fd]).failure is None
 waiting = job()
@@ -997,6 +1014,7 @@ INVALID = [
     ("sources.1.shape.0", 0),
     ("sources.1.shape.2", -1),
     ("sources.1.shape.0", 2**62),
+    ("sources.1.shape.0", 2**62 + 3),
     ("sources.1.shape.1", 2**58),
     ("extents.0.source", 2),
     ("extents.1.source", 2**32 - 1),
