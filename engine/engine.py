@@ -297,8 +297,7 @@ class Engine:
         busy = BusyError(f"steps {saving} are in flight; wait for one, or raise max_async")
         if on_busy == "raise":
             raise busy
-        next_step = max([*self._catalog.steps(), *saving], default=-1) + 1
-        return Save.refused(next_step if step is None else step, busy)
+        return Save.refused(self._in_flight.next_step(self._catalog.steps()) if step is None else step, busy)
 
     def _take_step(self, ticket: Ticket, step: int | None) -> int:
         """Reserve a step, and make way for it where a restore has found what was there damaged."""

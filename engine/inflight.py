@@ -71,7 +71,7 @@ class InFlight:
             steps = committed()
             saving = self._steps()
             if step is None:
-                step = max([*steps, *saving], default=-1) + 1
+                step = self.next_step(steps)
             if step in saving:
                 raise StepError(f"step {step} is being saved already")
             later = [s for s in steps if s >= step]
@@ -82,6 +82,10 @@ class InFlight:
                 )
             ticket.step = step
             return step
+
+    def next_step(self, committed: list[int]) -> int:
+        """The step after every one that is committed or in flight."""
+        return max([*committed, *self.steps()], default=-1) + 1
 
     def claim(self, ticket: Ticket) -> bool:
         """Whether the caller is the first to claim this ticket, and so the one who ends its save."""

@@ -344,7 +344,6 @@ class Pipeline:
         self.check_owner()
         if self._pipeline is None:
             return
-        self.check_owner()
         self._closing = True
         lib.eng_stop(self._pipeline)  # all that others wait for is reached
         with self._lock:

@@ -22,7 +22,7 @@ Rules: no torch, no I/O, integers of any size, deterministic.  Called by `manife
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -91,6 +91,20 @@ class Plan(NamedTuple):
     extents: tuple[Extent, ...]
     block_starts: tuple[int, ...]
     block_bytes: int
+
+
+def extent_rows(plan: Plan) -> Iterator[tuple[int, int, int, int]]:
+    """The plan's extents as the pipeline takes them: (source_offset, block_offset, nbytes, source)."""
+    for block in plan.blocks:
+        for extent in plan.extents[block.extent_start : block.extent_start + block.extent_count]:
+            block_offset = extent.file_offset - block.file_offset
+            yield extent.source_offset, block_offset, extent.nbytes, extent.source
+
+
+def block_rows(blocks: Iterable[Block]) -> Iterator[tuple[int, int, int, int, int]]:
+    """Blocks as the pipeline takes them: (file_offset, nbytes, file, extent_start, extent_count)."""
+    for block in blocks:
+        yield block.file_offset, block.nbytes, block.file_index, block.extent_start, block.extent_count
 
 
 def ceil_div(dividend: int, divisor: int) -> int:

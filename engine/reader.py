@@ -41,7 +41,7 @@ from engine.extra import decode as decode_extra
 from engine.layout import Segment
 from engine.manifest import Manifest, SegmentRecord, affected
 from engine.native import Direction, FailureKind, Job, Milestone, Pipeline
-from engine.plan import Extent, Plan, lay_extents
+from engine.plan import Extent, Plan, block_rows, extent_rows, lay_extents
 
 # What the kernel says when the medium does not give back what was written: an I/O error of the device, of a remote
 # one, or a checksum or structure of the file system's own (btrfs, XFS).
@@ -202,12 +202,8 @@ class Reader:
             Direction.READ,
             manifest.seed,
             sources,
-            native.pack_extents(
-                (e.source_offset, e.file_offset - block.file_offset, e.nbytes, e.source)
-                for block in plan.blocks
-                for e in plan.extents[block.extent_start : block.extent_start + block.extent_count]
-            ),
-            native.pack_blocks((b.file_offset, b.nbytes, b.file_index, *b[3:]) for b in blocks),
+            native.pack_extents(extent_rows(plan)),
+            native.pack_blocks(block_rows(blocks)),
             native.pack_order(range(len(blocks))),
             len(plan.files),
             checksums=[checksums[index] for index in wanted],

@@ -45,7 +45,7 @@ from engine.manifest import (
     segment_records,
 )
 from engine.native import BlockState, Direction, FailureKind, Job, Milestone, Packed, Pipeline
-from engine.plan import ALIGNMENT, Plan, make_plan
+from engine.plan import ALIGNMENT, Plan, block_rows, extent_rows, make_plan
 
 _log = logging.getLogger("engine")
 
@@ -92,17 +92,13 @@ def pack_plan(arena: Arena, block_bytes: int, chunk_bytes: int) -> PackedPlan:
     segments = segment_records(layout)
     urgent = _urgent_blocks(plan, segments, arena.unfenced)
     order = sorted(range(len(plan.blocks)), key=lambda block: block not in urgent)
-    starts = [block.file_offset for block in plan.blocks for _ in range(block.extent_count)]
     return PackedPlan(
         plan=plan,
         layout=layout,
         segments=segments,
         layers=chunk_layers(plan, segments),
-        extents=native.pack_extents(
-            (e.source_offset, e.file_offset - start, e.nbytes, e.source)
-            for e, start in zip(plan.extents, starts, strict=True)
-        ),
-        blocks=native.pack_blocks((b.file_offset, b.nbytes, b.file_index, *b[3:]) for b in plan.blocks),
+        extents=native.pack_extents(extent_rows(plan)),
+        blocks=native.pack_blocks(block_rows(plan.blocks)),
         order=native.pack_order(order),
         urgent_count=len(urgent),
     )

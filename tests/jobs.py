@@ -13,7 +13,7 @@ import torch
 
 from engine import native
 from engine.native import Direction, Job, Milestone, Pipeline
-from engine.plan import Chunk, Extent, Plan, PlannedFile, lay_extents, plan_geometry
+from engine.plan import Chunk, Extent, Plan, PlannedFile, block_rows, extent_rows, lay_extents, plan_geometry
 
 SEED = 0x0123_4567_89AB_CDEF
 
@@ -68,16 +68,12 @@ def whole(nbytes: int, block_bytes: int) -> Plan:
 def make_job(direction: Direction, plan: Plan, sources: Sequence[Memory], seed: int = SEED, **options: Any) -> Job:
     """The job that moves a plan; `options` are Job's, and `order` is the plan's own unless given."""
     order = options.pop("order", range(len(plan.blocks)))
-    starts = [block.file_offset for block in plan.blocks for _ in range(block.extent_count)]
     return Job(
         direction,
         seed,
         native.pack_sources(sources),
-        native.pack_extents(
-            (e.source_offset, e.file_offset - start, e.nbytes, e.source)
-            for e, start in zip(plan.extents, starts, strict=True)
-        ),
-        native.pack_blocks((b.file_offset, b.nbytes, b.file_index, *b[3:]) for b in plan.blocks),
+        native.pack_extents(extent_rows(plan)),
+        native.pack_blocks(block_rows(plan.blocks)),
         native.pack_order(order),
         len(plan.files),
         owners=sources,
