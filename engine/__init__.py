@@ -20,6 +20,7 @@ if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
     )
 
 from engine.arena import Arena
+from engine.backend import Attempt, Probe, probe
 from engine.defaults import checkpoint, restore
 from engine.engine import Engine
 from engine.errors import (
@@ -35,6 +36,7 @@ from engine.errors import (
     ForkedError,
     LockedError,
     MismatchError,
+    NoSpaceError,
     NotFoundError,
     PlatformError,
     StepError,
@@ -49,6 +51,7 @@ __all__ = [
     "Arena",
     "ArenaError",
     "ArgumentError",
+    "Attempt",
     "BusyError",
     "CheckpointError",
     "CheckpointInfo",
@@ -62,9 +65,11 @@ __all__ = [
     "ForkedError",
     "LockedError",
     "MismatchError",
+    "NoSpaceError",
     "NotFoundError",
     "PassedOver",
     "PlatformError",
+    "Probe",
     "RestoreInfo",
     "Save",
     "StepError",
@@ -72,5 +77,6 @@ __all__ = [
     "TornSnapshot",
     "UsageError",
     "checkpoint",
+    "probe",
     "restore",
 ]

@@ -32,7 +32,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from engine.errors import CorruptError, LockedError, NotFoundError, StepError, StorageError
+from engine.errors import CorruptError, LockedError, NoSpaceError, NotFoundError, StepError, StorageError
 from engine.filesystem import Filesystem, telling
 from engine.manifest import MANIFEST_BYTES_MAX, MANIFEST_NAME, Manifest, decode
 
@@ -124,6 +124,25 @@ class Catalog:
                 self._pins.discard(pin)
 
     # -- a save's way through the directory -------------------------------------------------------------------
+
+    def check_room(self, nbytes: int) -> None:
+        """See whether a save of so many bytes has the room, before anything of it is there.
+
+        What the spare that it will take holds is room too: files of the same names are overwritten, others deleted.
+
+        Raises:
+            NoSpaceError: it has not; says how much is missing.
+        """
+        with self._mutex:
+            room = self.filesystem.free_bytes(self.root)
+            if room is None:
+                return
+            for spare in self._spares()[:1] if self._sound else ():
+                path = os.path.join(self._spare, spare)
+                names = self.filesystem.list_directory(path)
+                room += sum(self.filesystem.allocated_bytes(os.path.join(path, name)) for name in names)
+        if room < nbytes:
+            raise NoSpaceError(self.root, nbytes, nbytes - room)
 
     def begin(self, step: int, names: Sequence[str]) -> str:
         """Make `step-N.partial` and return its path: a spare, with those of its files that are wanted, or new."""

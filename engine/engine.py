@@ -1,9 +1,9 @@
 """Engine: configuration, what is in flight, backpressure, close.
 
-Theory of operation.  An Engine owns one directory (through its lock), one native pipeline (one thread, one ring,
-a fixed set of slots) and a few commit threads that sleep in native code.  `checkpoint()` does in the caller's
-time only what must be done there: see that the arena is what it was, encode `extra`, hand over the job, and wait
-for what must be staged before the caller goes on.  The rest is `writer`'s and `reader`'s.
+Theory of operation.  An Engine owns one directory (through its lock), one native pipeline (one thread, one ring or
+what stands in for it, a fixed set of slots) and a few commit threads that sleep in native code.  `checkpoint()` does
+in the caller's time only what must be done there: see that the arena is what it was, encode `extra`, hand over the
+job, and wait for what must be staged before the caller goes on.  The rest is `writer`'s and `reader`'s.
 
 Steps go forward.  A save's step must be after every committed one, so that "the newest" is always the line of
 training that goes on; `rollback()` takes later steps out of service first.  Steps that a restore has found
@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from engine.arena import Arena
+from engine.backend import Choice, Probe, degradation, open_pipeline
 from engine.catalog import Catalog
 from engine.errors import ArenaError, ArgumentError, BusyError, ClosedError, EngineWarning, UsageError
 from engine.extra import encode as encode_extra
@@ -35,7 +36,7 @@ from engine.filesystem import Filesystem
 from engine.inflight import InFlight, Ticket
 from engine.layout import Layout
 from engine.manifest import BLOCK_BYTES_MAX, STEP_MAX
-from engine.native import Milestone, Packed, Pipeline
+from engine.native import Backend, Milestone, Packed, Pipeline
 from engine.plan import ALIGNMENT, chunk_size
 from engine.reader import Reader, RestoreInfo, Select, Tensors
 from engine.workers import Workers, is_worker
@@ -43,7 +44,6 @@ from engine.writer import PackedPlan, Save, Writer, pack_plan, pack_sources
 
 Snapshot = Literal["eager", "lazy", "checked"]
 OnBusy = Literal["wait", "skip", "raise"]
-Backend = Literal["auto", "io_uring"]
 
 # Half of the pipeline's room for jobs (ENG_JOBS_MAX), so that restores always find a place.
 MAX_ASYNC_MAX = 32
@@ -73,13 +73,14 @@ class Engine:
         staging_bytes: memory for staging slots, allocated now and pinned if the locked-memory limit allows; at most
             1024 slots are made of it.
         block_bytes: the size of one write or read, a multiple of 4096; a slot holds one.
-        backend: ``"io_uring"`` insists on what ``"auto"`` prefers.
+        backend: how blocks are moved (see `engine.backend`).  ``"auto"`` takes the best that works in the directory,
+            with a warning if that is not ``"io_uring"``; any other is insisted on.
         filesystem: how to reach the directory; tests inject faults here.
 
     Raises:
         ArgumentError: a number is out of range.
         LockedError: another Engine has the directory.
-        PlatformError: this host refuses io_uring.
+        PlatformError: the backend insisted on does not work here; says why, and what would help.
         StorageError: the directory cannot be made, read or synced.
     """
 
@@ -91,7 +92,7 @@ class Engine:
         max_async: int = 2,
         staging_bytes: int = 256 << 20,
         block_bytes: int = 4 << 20,
-        backend: Backend = "auto",
+        backend: Choice = "auto",
         filesystem: Filesystem | None = None,
     ) -> None:
         _check_range("keep", keep, 1, None)
@@ -100,11 +101,14 @@ class Engine:
         _check_range("staging_bytes", staging_bytes, 2 * block_bytes, None)
         if block_bytes % ALIGNMENT:
             raise ArgumentError(f"block_bytes is {block_bytes}; it must be a multiple of {ALIGNMENT}")
-        _check_choice("backend", backend, Backend)
+        _check_choice("backend", backend, Choice)
         self._block_bytes = block_bytes
         self._catalog = Catalog(os.fspath(directory), filesystem or Filesystem(), spare_max=max_async)
         try:
-            self._pipeline = Pipeline(min(staging_bytes // block_bytes, SLOT_COUNT_MAX), block_bytes)
+            slot_count = min(staging_bytes // block_bytes, SLOT_COUNT_MAX)
+            self._pipeline, self._probe = open_pipeline(
+                self._catalog.root, self._catalog.filesystem, backend, slot_count, block_bytes
+            )
         except BaseException:
             self._catalog.close()
             raise
@@ -116,13 +120,9 @@ class Engine:
         self._workers = Workers(max_async)
         # For an Engine that nobody has closed: at its collection, or at exit.  In a forked child it does nothing.
         self._closer = weakref.finalize(self, _shut_down, self._in_flight, self._workers, self._pipeline, self._catalog)
-        if not self._pipeline.registered_buffers:
-            warnings.warn(
-                f"the kernel did not register {staging_bytes} bytes of staging slots (RLIMIT_MEMLOCK, see ulimit -l); "
-                "saves go through io_uring all the same, at the cost of some CPU time",
-                EngineWarning,
-                stacklevel=2,
-            )
+        degraded = degradation(self._probe)
+        if degraded is not None:
+            warnings.warn(degraded, EngineWarning, stacklevel=2)
 
     # -- saving -----------------------------------------------------------------------------------------------
 
@@ -239,6 +239,16 @@ class Engine:
         """Committed steps, oldest first."""
         self._check_usable()
         return self._catalog.steps()
+
+    @property
+    def backend(self) -> Backend:
+        """How blocks are moved: ``"io_uring"``, ``"io_uring_plain"``, ``"threads"`` or ``"buffered"``."""
+        return self._pipeline.backend
+
+    @property
+    def probe(self) -> Probe:
+        """What was tried when the Engine was opened, and why a better backend was not taken."""
+        return self._probe
 
     # -- ending -----------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ Messages name the thing, the value and the remedy.  This module imports nothing 
 from __future__ import annotations
 
 import os
+from errno import ENOSPC
 
 
 class EngineError(Exception):
@@ -101,6 +102,29 @@ class StorageError(EngineError, OSError):
     def __str__(self) -> str:
         at = "" if self.offset is None else f" at byte {self.offset}"
         return f"{self.operation} of {self.path}{at}: {self.strerror} (errno {self.errno})"
+
+
+class NoSpaceError(StorageError):
+    """A save was not begun, because the file system has not the room for it.
+
+    Attributes:
+        missing_bytes: how much more it would need.
+    """
+
+    def __init__(self, path: str, needed_bytes: int, missing_bytes: int) -> None:
+        super().__init__(ENOSPC, "reserve", path)
+        self.needed_bytes = needed_bytes
+        self.missing_bytes = missing_bytes
+
+    def __reduce__(self) -> tuple[type[NoSpaceError], tuple[str, int, int]]:  # type: ignore[override]
+        """Rebuild from what it was made of."""
+        return type(self), (self.path, self.needed_bytes, self.missing_bytes)
+
+    def __str__(self) -> str:
+        return (
+            f"the save needs {self.needed_bytes} bytes in {self.path}, and {self.missing_bytes} of them are missing; "
+            "free so much, or keep fewer checkpoints"
+        )
 
 
 class PlatformError(EngineError):

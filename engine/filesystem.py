@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import secrets
 import signal
 import stat
 from collections.abc import Iterator
@@ -25,9 +26,14 @@ from engine.errors import CorruptError, StorageError
 # fcntl(2); the fcntl module has no name for it before Python 3.13.
 _F_SETSIG = 10
 
+# The unit of st_blocks, whatever the file system's own (stat(3type)).
+_STAT_BLOCK_BYTES = 512
+
 # New files are the user's to share or not: the umask decides (open(2)).
 _FILE_MODE = 0o666
 
+# What open(2) says of O_TMPFILE where the file system does not have it, or the kernel did not know it.
+_NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT)
 
 # What open(2) says of a file that is not there, is a link, or lies under something that is no directory.
 _NOT_THERE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR)
@@ -117,27 +123,49 @@ class Filesystem:
         finally:
             os.close(descriptor)
 
-    def open_for_blocks(self, path: str, write: bool) -> int:
-        """Open a data file for aligned blocks: O_DIRECT where the file system takes blocks of our alignment, else
-        through the page cache.
+    def open_for_blocks(self, path: str, write: bool, direct: bool) -> int:
+        """Open a data file for aligned blocks, past the page cache if `direct`.
 
         With `write` the file is created if it is not there; otherwise it must be a regular file.
         """
         flags = os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_RDWR | os.O_CREAT if write else os.O_RDONLY)
+        return self._open_regular(path, flags | (os.O_DIRECT if direct else 0))
+
+    def open_scratch(self, directory: str, direct: bool) -> int:
+        """Open an empty file in a directory, to read and write, that has no name and is gone when it is closed."""
+        flags = os.O_RDWR | (os.O_DIRECT if direct else 0)
         try:
-            descriptor = self._open_regular(path, flags | os.O_DIRECT)
+            with telling("open", directory):
+                return os.open(directory, flags | os.O_TMPFILE, 0o600)
         except StorageError as error:
-            if error.errno != errno.EINVAL:  # this file system has no O_DIRECT (open(2))
+            if error.errno not in _NO_TMPFILE:
                 raise
-            descriptor = self._open_regular(path, flags)
-        if native.direct_alignment(descriptor) > native.ALIGNMENT:
-            fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_NOFOLLOW)  # drops O_DIRECT
+        path = os.path.join(directory, f".scratch-{secrets.token_hex(8)}")
+        with telling("open", path):
+            descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            self.unlink(path)
+        except StorageError:
+            os.close(descriptor)
+            raise
         return descriptor
 
     def size(self, descriptor: int, path: str) -> int:
         """A file's length."""
         with telling("stat", path):
             return os.fstat(descriptor).st_size
+
+    def free_bytes(self, directory: str) -> int | None:
+        """What a file system has left for this user (statvfs(3)); None where it does not say, as ramfs and some of
+        FUSE."""
+        with telling("statvfs", directory):
+            status = os.statvfs(directory)
+        return status.f_bavail * status.f_frsize if status.f_blocks else None
+
+    def allocated_bytes(self, path: str) -> int:
+        """What a file takes up on disk, holes left out."""
+        with telling("stat", path):
+            return os.lstat(path).st_blocks * _STAT_BLOCK_BYTES
 
     def allocate(self, descriptor: int, nbytes: int, path: str) -> None:
         """Reserve the file's blocks, so that no write can run out of space; keeps what is there.

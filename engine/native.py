@@ -1,15 +1,15 @@
 """Native: the compiled pipeline, typed.  The only importer of `engine._native`.
 
 Theory of operation.  `native/engine_native.h` is the C interface; this module gives it Python's manners and no
-policy of its own.  A `Pipeline` is one native thread with one io_uring; a `Job` is one save or restore handed to
-it.  The job's arrays live in Python-owned memory that the pipeline reads and writes, so a Job is kept alive by
-its Pipeline until it is done, whatever its owner does.  Every call that waits releases the GIL and comes back
-every `WAIT_SLICE_NS`, so that Ctrl-C works.
+policy of its own.  A `Pipeline` is one native thread with one way of moving blocks, an io_uring or threads; a `Job`
+is one save or restore handed to it.  The job's arrays live in Python-owned memory that the pipeline reads and writes,
+so a Job is kept alive by its Pipeline until it is done, whatever its owner does.  Every call that waits releases the
+GIL and comes back every `WAIT_SLICE_NS`, so that Ctrl-C works.
 
 A fork has neither the thread nor the slots: a Pipeline touched in a forked child raises `ForkedError`, and the
 child's copies of its descriptors are closed at the fork.
 
-Called by `writer`, `reader` and `engine`.
+Called by `backend`, `writer`, `reader` and `engine`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
-from engine.errors import ClosedError, ForkedError, PlatformError
+from engine.errors import ClosedError, ForkedError
 
 try:
     from engine._native import ffi, lib
@@ -54,6 +54,35 @@ _SOURCE = struct.Struct(f"=QII{2 * DIMS_MAX}q")
 assert _EXTENT.size == ffi.sizeof("eng_extent")
 assert _BLOCK.size == ffi.sizeof("eng_block")
 assert _SOURCE.size == ffi.sizeof("eng_source")
+
+
+Backend = Literal["io_uring", "io_uring_plain", "threads", "buffered"]
+
+# What moves the blocks for each backend.  The last two differ in how the files are opened: see `Pipeline.direct`.
+_WAYS: dict[Backend, int] = {
+    "io_uring": lib.ENG_RING_REGISTERED,
+    "io_uring_plain": lib.ENG_RING_PLAIN,
+    "threads": lib.ENG_THREADS,
+    "buffered": lib.ENG_THREADS,
+}
+
+
+class Refused(IntEnum):
+    """What the kernel refused when a pipeline was opened."""
+
+    RESOURCES = lib.ENG_REFUSED_RESOURCES
+    RING = lib.ENG_REFUSED_RING
+    BUFFERS = lib.ENG_REFUSED_BUFFERS
+    FILES = lib.ENG_REFUSED_FILES
+
+
+class OpenError(Exception):
+    """A pipeline could not be opened: `refused` says at what, `errno` why.  `backend` makes a PlatformError of it."""
+
+    def __init__(self, refused: Refused, error: int) -> None:
+        super().__init__(refused, error)
+        self.refused = refused
+        self.errno = error
 
 
 class Direction(IntEnum):
@@ -141,8 +170,8 @@ def pack_sources(sources: Iterable[Source]) -> Packed:
     return _pack("eng_source", _SOURCE, b"".join(rows))
 
 
-def address_of(memory: bytes) -> int:
-    """The address of an immutable object's bytes, good as long as the object lives."""
+def address_of(memory: bytes | bytearray) -> int:
+    """The address of an object's bytes, good as long as the object lives and, if it can, does not change its size."""
     return int(ffi.cast("uintptr_t", ffi.from_buffer(memory)))
 
 
@@ -261,25 +290,28 @@ class Job:
 
 
 class Pipeline:
-    """One native thread with one io_uring and `slot_count` staging slots of `slot_bytes` each.
+    """One native thread, and `slot_count` staging slots of `slot_bytes` each.
 
     Args:
         slot_count: at least 1.
         slot_bytes: a multiple of `ALIGNMENT`; no block may be larger.
-        io_table: a cffi ``eng_io_table *`` to use instead of io_uring; the seam for fault injection.
+        backend: how blocks are moved; nothing else is tried.
+        io_table: a cffi ``eng_io_table *`` that moves them instead; the seam for fault injection.
 
     Raises:
-        PlatformError: the kernel refuses io_uring, or the memory or descriptors for it.
+        OpenError: the kernel refuses the backend, or the memory or descriptors for it.
     """
 
-    def __init__(self, slot_count: int, slot_bytes: int, io_table: Any = None) -> None:
-        config = ffi.new("eng_config *", {"slot_count": slot_count, "slot_bytes": slot_bytes})
+    def __init__(
+        self, slot_count: int, slot_bytes: int, backend: Backend = "io_uring", *, io_table: Any = None
+    ) -> None:
+        config = ffi.new("eng_config *", {"slot_count": slot_count, "slot_bytes": slot_bytes, "way": _WAYS[backend]})
         if io_table is not None:
             config.io = io_table
         opened = ffi.new("eng_pipeline **")
         result = lib.eng_open(config, opened)
         if result < 0:
-            raise _refusal(-result)
+            raise OpenError(Refused(config.refused), -result)
         self._io_table = io_table
         self._pipeline = opened[0]
         self.pid = os.getpid()
@@ -290,7 +322,7 @@ class Pipeline:
         self._lock = threading.RLock()
         self._closing = False
         self.slot_bytes = slot_bytes
-        self.registered_buffers = bool(config.registered_buffers)
+        self.backend = backend
         _open_pipelines.add(self)
 
     def submit(self, job: Job) -> None:
@@ -357,6 +389,11 @@ class Pipeline:
         """Whether this process is a fork of the one that opened the pipeline."""
         return os.getpid() != self.pid
 
+    @property
+    def direct(self) -> bool:
+        """Whether the files that jobs are given are to be opened with O_DIRECT."""
+        return self.backend != "buffered"
+
     def check_owner(self) -> None:
         """Raise ForkedError in a forked child."""
         if self.is_forked:
@@ -394,16 +431,3 @@ def _abandon_all() -> None:
 
 
 os.register_at_fork(after_in_child=_abandon_all)
-
-_REMEDIES = {
-    errno.EPERM: "allow it: sysctl kernel.io_uring_disabled=0, or a seccomp profile that lets io_uring_setup pass",
-    errno.ENOSYS: "use a kernel of 5.6 or later that is built with CONFIG_IO_URING, outside gVisor and WSL1",
-    errno.ENOMEM: "raise the locked-memory limit (ulimit -l) or give the Engine a smaller staging_bytes",
-    errno.EMFILE: "raise the limit on open files (ulimit -n)",
-    errno.ENFILE: "raise the system's limit on open files (sysctl fs.file-max)",
-}
-
-
-def _refusal(error: int) -> PlatformError:
-    remedy = _REMEDIES.get(error, "see io_uring_setup(2) for what this errno means")
-    return PlatformError(f"io_uring could not be set up: {os.strerror(error)} (errno {error})", remedy)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from engine import native
 from engine.arena import Arena, Source
+from engine.backend import open_like
 from engine.catalog import Catalog
 from engine.errors import (
     ArgumentError,
@@ -212,7 +213,7 @@ class Reader:
         if manifest.block_bytes <= self._pipeline.slot_bytes:
             _drive(self._pipeline, job, found.descriptors)
         else:
-            with closing(Pipeline(_LARGE_SLOT_COUNT, manifest.block_bytes)) as pipeline:
+            with closing(open_like(self._pipeline, _LARGE_SLOT_COUNT, manifest.block_bytes)) as pipeline:
                 _drive(pipeline, job, found.descriptors)
         if job.failure is not None:
             block = None if job.failure.block is None else blocks[job.failure.block]
@@ -227,7 +228,7 @@ class Reader:
         try:
             for file in manifest.files:
                 file_path = os.path.join(path, file.name)
-                descriptors.append(filesystem.open_for_blocks(file_path, write=False))
+                descriptors.append(filesystem.open_for_blocks(file_path, write=False, direct=self._pipeline.direct))
                 nbytes = filesystem.size(descriptors[-1], file_path)
                 if nbytes != file.nbytes:
                     raise CorruptError(f"{file_path} has {nbytes} bytes, and its manifest says {file.nbytes}")

@@ -335,10 +335,12 @@ class Writer:
 
     def _make_files(self, step: int, plan: Plan, files: list[WrittenFile]) -> None:
         filesystem = self._catalog.filesystem
+        self._catalog.check_room(sum(align_up(file.nbytes, ALIGNMENT) for file in plan.files))
         partial = self._catalog.begin(step, [file.name for file in plan.files])
         for file in plan.files:
             path = os.path.join(partial, file.name)
-            files.append(WrittenFile(filesystem.open_for_blocks(path, write=True), path, file.nbytes))
+            descriptor = filesystem.open_for_blocks(path, write=True, direct=self._pipeline.direct)
+            files.append(WrittenFile(descriptor, path, file.nbytes))
             filesystem.allocate(files[-1].descriptor, align_up(file.nbytes, ALIGNMENT), path)
 
     def _manifest(self, save: Save, meta: Mapping[str, Any]) -> Manifest:

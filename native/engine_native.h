@@ -2,14 +2,15 @@
  * engine_native.h: the C interface of the native pipeline, read by the C compiler and by cffi alike.
  * (cffi drops the lines that begin with '#', so constants are enumerators.)
  *
- * What it is.  A pipeline is one POSIX thread that owns one io_uring and a fixed set of staging slots.  A job
- * is one save (ENG_WRITE) or one restore (ENG_READ): arrays of blocks and extents that the thread works through.
+ * What it is.  A pipeline is one POSIX thread that owns a fixed set of staging slots and one way of moving them: an
+ * io_uring, or where there is none a few threads that call pread and pwrite.  A job is one save (ENG_WRITE) or one
+ * restore (ENG_READ): arrays of blocks and extents that the thread works through.
  * A write copies each block's extents from their sources into a slot, hashes it, and writes the slot at the
  * block's file offset.  A read does the reverse, and lets no block out of its slot that does not verify.
  *
  * Threads.  eng_submit, eng_attach, eng_abort and eng_wait may be called from any thread.  eng_open, eng_stop and
- * eng_close are called in this order and from one thread at a time, eng_stop once or more, and no other call may be under way during eng_close.  Only the pipeline's own
- * thread touches the ring (IORING_SETUP_SINGLE_ISSUER demands it).
+ * eng_close are called in this order and from one thread at a time, eng_stop once or more, and no other call may be
+ * under way during eng_close.  Only the pipeline's own thread touches the ring (IORING_SETUP_SINGLE_ISSUER demands it).
  *
  * Ownership.  The caller owns the eng_job and everything it points to, and keeps all of it, the sources' memory
  * and the file descriptors unchanged and alive until ENG_DONE has been reached.  The pipeline owns the slots.
@@ -28,6 +29,22 @@ enum {
     ENG_JOBS_MAX = 64,       /* jobs in one pipeline at a time: max_async is at most 32, and restores come on top */
     ENG_JOB_FILES_MAX = 8,   /* files of one job: model and optimizer today */
     ENG_DIMS_MAX = 8         /* dimensions of a strided source, after merging those that continue each other */
+};
+
+/* Ways of moving blocks.  Each is wholly what it says, or eng_open fails: a lower one is the caller's to choose. */
+enum {
+    ENG_RING_REGISTERED = 0, /* io_uring, slots and files registered with it */
+    ENG_RING_PLAIN = 1,      /* io_uring, nothing registered */
+    ENG_THREADS = 2          /* pread(2) and pwrite(2) on threads of the pipeline */
+};
+
+/* What eng_open was refused. */
+enum {
+    ENG_REFUSED_NOTHING = 0,
+    ENG_REFUSED_RESOURCES = 1, /* the slots' memory, the eventfd, a thread */
+    ENG_REFUSED_RING = 2,      /* io_uring_setup(2) */
+    ENG_REFUSED_BUFFERS = 3,   /* io_uring_register(2) of the slots */
+    ENG_REFUSED_FILES = 4      /* io_uring_register(2) of a table of files */
 };
 
 /* Directions of a job. */
@@ -139,17 +156,14 @@ typedef struct {
 typedef struct {
     uint32_t slot_count;
     uint32_t slot_bytes;      /* a multiple of ENG_ALIGNMENT */
-    const eng_io_table *io;   /* NULL: io_uring */
-    /* Set by eng_open: what the kernel granted. */
-    uint32_t registered_buffers;
-    uint32_t registered_files;
-    uint32_t setup_flags;     /* of io_uring_setup(2) */
-    uint32_t reserved;
+    uint32_t way;
+    uint32_t refused;         /* set by eng_open when it fails */
+    const eng_io_table *io;   /* NULL: as `way` says */
 } eng_config;
 
 typedef struct eng_pipeline eng_pipeline;
 
-/* Map the slots, start the thread, set up the ring.  Blocks until the thread runs or has failed. */
+/* Map the slots, start the thread, set up the way.  Blocks until the thread runs or has failed. */
 int eng_open(eng_config *config, eng_pipeline **pipeline);
 
 /* Drain every job and stop the thread.  Blocks.  A job that was never attached is aborted with ECANCELED.  Others may

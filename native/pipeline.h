@@ -14,6 +14,7 @@
 #include <pthread.h>
 
 #include "engine_native.h"
+#include "posix.h"
 #include "ring.h"
 
 enum slot_state { SLOT_FREE, SLOT_STAGING, SLOT_STAGED, SLOT_MOVING };
@@ -43,7 +44,8 @@ typedef struct {
 struct eng_pipeline {
     eng_config config;
     eng_io_table io;
-    ring *ring;
+    ring *ring;               /* at most one of these two is there: what is behind `io` */
+    posix *posix;
     uint8_t *memory;
     slot *slots;
     uint32_t *free_slots;

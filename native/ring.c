@@ -24,8 +24,7 @@ struct ring {
     struct io_uring uring;
     int wake_fd;
     int wake_armed;
-    int fixed_buffers;
-    int fixed_files;
+    int registered;
     int32_t fds[ENG_JOBS_MAX * ENG_JOB_FILES_MAX];
 };
 
@@ -49,7 +48,7 @@ static const uint32_t SETUP_FLAGS[] = {
     0,
 };
 
-static int setup(ring *ring, eng_config *config)
+static int setup(ring *ring, const eng_config *config)
 {
     /* One operation a slot and one poll: the queue can never be full. */
     const uint32_t entries = config->slot_count + 1;
@@ -61,7 +60,6 @@ static int setup(ring *ring, eng_config *config)
         params.flags = SETUP_FLAGS[i];
         params.cq_entries = 2 * entries; /* a stale poll and a fresh one may both be waiting */
         result = io_uring_queue_init_params(entries, &ring->uring, &params);
-        config->setup_flags = SETUP_FLAGS[i];
     }
     return result;
 }
@@ -75,7 +73,7 @@ static int register_slots(ring *ring, const eng_config *config, uint8_t *slots)
         vectors[i].iov_base = slots + (size_t)i * config->slot_bytes;
         vectors[i].iov_len = config->slot_bytes;
     }
-    int result = io_uring_register_buffers(&ring->uring, vectors, config->slot_count);
+    const int result = io_uring_register_buffers(&ring->uring, vectors, config->slot_count);
     free(vectors);
     return result;
 }
@@ -84,7 +82,7 @@ static int ring_set_file(void *context, uint32_t file, int32_t fd)
 {
     ring *ring = context;
     ring->fds[file] = fd;
-    if (!ring->fixed_files)
+    if (!ring->registered)
         return 0;
     int result = io_uring_register_files_update(&ring->uring, file, &fd, 1);
     return result < 0 ? result : 0;
@@ -96,19 +94,19 @@ static int ring_start(void *context, const eng_io *io)
     struct io_uring_sqe *sqe = io_uring_get_sqe(&ring->uring);
     if (sqe == NULL)
         return -EBUSY;
-    const int fd = ring->fixed_files ? (int)io->file : ring->fds[io->file];
+    const int fd = ring->registered ? (int)io->file : ring->fds[io->file];
     if (io->direction == ENG_WRITE) {
-        if (ring->fixed_buffers)
+        if (ring->registered)
             io_uring_prep_write_fixed(sqe, fd, io->address, io->nbytes, io->file_offset, (int)io->slot);
         else
             io_uring_prep_write(sqe, fd, io->address, io->nbytes, io->file_offset);
     } else {
-        if (ring->fixed_buffers)
+        if (ring->registered)
             io_uring_prep_read_fixed(sqe, fd, io->address, io->nbytes, io->file_offset, (int)io->slot);
         else
             io_uring_prep_read(sqe, fd, io->address, io->nbytes, io->file_offset);
     }
-    if (ring->fixed_files)
+    if (ring->registered)
         io_uring_sqe_set_flags(sqe, IOSQE_FIXED_FILE);
     sqe->user_data = io->slot;
     return 0;
@@ -164,11 +162,24 @@ static int ring_reap(void *context, eng_completion *completions, uint32_t capaci
     return count > 0 || result >= 0 ? (int)count : result;
 }
 
+/* Register the slots and room for every job's files. */
+static int register_all(ring *ring, eng_config *config, uint8_t *slots)
+{
+    config->refused = ENG_REFUSED_BUFFERS;
+    int result = register_slots(ring, config, slots);
+    if (result < 0)
+        return result;
+    config->refused = ENG_REFUSED_FILES;
+    result = io_uring_register_files(&ring->uring, ring->fds, ENG_JOBS_MAX * ENG_JOB_FILES_MAX);
+    return result < 0 ? result : 0;
+}
+
 int ring_open(eng_config *config, uint8_t *slots, int wake_fd, ring **opened, eng_io_table *table)
 {
     ring *ring = calloc(1, sizeof *ring);
     if (ring == NULL)
         return -ENOMEM;
+    config->refused = ENG_REFUSED_RING;
     int result = setup(ring, config);
     if (result < 0) {
         free(ring);
@@ -176,11 +187,14 @@ int ring_open(eng_config *config, uint8_t *slots, int wake_fd, ring **opened, en
     }
     io_uring_ring_dontfork(&ring->uring);
     ring->wake_fd = wake_fd;
-    ring->fixed_buffers = register_slots(ring, config, slots) == 0;
+    ring->registered = config->way == ENG_RING_REGISTERED;
     memset(ring->fds, -1, sizeof ring->fds); /* -1 is an empty place (io_uring_register(2)) */
-    ring->fixed_files = io_uring_register_files(&ring->uring, ring->fds, ENG_JOBS_MAX * ENG_JOB_FILES_MAX) == 0;
-    config->registered_buffers = (uint32_t)ring->fixed_buffers;
-    config->registered_files = (uint32_t)ring->fixed_files;
+    if (ring->registered)
+        result = register_all(ring, config, slots);
+    if (result < 0) {
+        ring_close(ring);
+        return result;
+    }
     *opened = ring;
     *table = (eng_io_table){ring, ring_set_file, ring_start, ring_reap};
     return 0;

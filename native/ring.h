@@ -11,8 +11,8 @@
 
 typedef struct ring ring;
 
-/* Set up a ring over `slot_count` slots of config->slot_bytes each, at `slots`.  Records in `config` what the
- * kernel granted.  `wake_fd` is an eventfd: when it becomes readable, reap() returns. */
+/* Set up a ring over `slot_count` slots of config->slot_bytes each, at `slots`, registered if config->way says so.
+ * Records in `config` what the kernel refused.  `wake_fd` is an eventfd: when it becomes readable, reap() returns. */
 int ring_open(eng_config *config, uint8_t *slots, int wake_fd, ring **ring, eng_io_table *table);
 
 void ring_close(ring *ring);

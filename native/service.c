@@ -2,7 +2,7 @@
  * service.c: the pipeline's thread, and the calls that other threads make to it.
  *
  * One turn of the thread: take what callers left in the inbox, stage a few blocks into free slots, hand their
- * writes to the ring in one submission, and reap what has completed; sleep only when none of that moved.
+ * writes over in one submission, and reap what has completed; sleep only when none of that moved.
  */
 #include <errno.h>
 #include <poll.h>
@@ -44,12 +44,14 @@ static void sleep_until_woken(eng_pipeline *p)
         abort();
 }
 
-static int open_ring(eng_pipeline *p)
+static int open_way(eng_pipeline *p)
 {
     if (p->config.io != NULL) {
         p->io = *p->config.io;
         return 0;
     }
+    if (p->config.way == ENG_THREADS)
+        return posix_open(&p->config, p->wake_fd, &p->posix, &p->io);
     const int result = ring_open(&p->config, p->memory, p->wake_fd, &p->ring, &p->io);
     if (result == 0)
         p->ring_fd = ring_fd(p->ring);
@@ -59,7 +61,7 @@ static int open_ring(eng_pipeline *p)
 static void *run(void *argument)
 {
     eng_pipeline *p = argument;
-    const int result = open_ring(p);
+    const int result = open_way(p);
     pthread_mutex_lock(&p->mutex);
     p->opened = result < 0 ? result : 1;
     pthread_cond_broadcast(&p->changed);
@@ -81,6 +83,8 @@ static void *run(void *argument)
     }
     if (p->ring != NULL)
         ring_close(p->ring);
+    if (p->posix != NULL)
+        posix_close(p->posix);
     return NULL;
 }
 
@@ -144,6 +148,7 @@ static int map_slots(eng_pipeline *p)
 
 int eng_open(eng_config *config, eng_pipeline **pipeline)
 {
+    config->refused = ENG_REFUSED_RESOURCES;
     if (config->slot_count == 0 || config->slot_bytes == 0 || config->slot_bytes % ENG_ALIGNMENT != 0)
         return -EINVAL;
     eng_pipeline *p = calloc(1, sizeof *p);
@@ -162,11 +167,11 @@ int eng_open(eng_config *config, eng_pipeline **pipeline)
     int result = p->wake_fd < 0 ? -errno : map_slots(p);
     if (result == 0)
         result = start_thread(p);
+    config->refused = result < 0 ? p->config.refused : ENG_REFUSED_NOTHING;
     if (result < 0) {
         release(p);
         return result;
     }
-    *config = p->config;
     *pipeline = p;
     return 0;
 }

@@ -28,8 +28,12 @@ from scenarios import SCENARIOS, content, training
 from simulator import Disk, Fates
 
 import engine
+from engine.backend import Attempt, Probe
 from engine.errors import CorruptError, EngineError, EngineWarning
 from engine.native import Pipeline
+
+# What is said to have been tried, of the one pipeline that all checks share.
+_PROBE = Probe("", "io_uring", (Attempt("io_uring"),))
 
 # The payload that a check saves; no scenario has so many.
 _CHECK_PAYLOAD = 1 << 20
@@ -142,7 +146,7 @@ class Checker:
         """An Engine on the one pipeline that all checks share: opening a ring takes longer than all the rest."""
         with (
             warnings.catch_warnings(),
-            mock.patch("engine.engine.Pipeline", lambda slot_count, slot_bytes: self._pipeline),
+            mock.patch("engine.engine.open_pipeline", lambda *_: (self._pipeline, _PROBE)),
             engine.Engine(directory / RUN, keep=None, max_async=1, **SMALL) as eng,
         ):
             warnings.simplefilter("ignore", EngineWarning)  # of damaged steps passed over

@@ -53,10 +53,10 @@ class FailingFilesystem(Filesystem):
         self._refuse("make_directory", path)
         super().make_directory(path)
 
-    def open_for_blocks(self, path: str, write: bool) -> int:
+    def open_for_blocks(self, path: str, write: bool, direct: bool) -> int:
         if write:
             self._refuse("open_for_blocks", path)
-        return super().open_for_blocks(path, write)
+        return super().open_for_blocks(path, write, direct)
 
     def allocate(self, descriptor: int, nbytes: int, path: str) -> None:
         self._refuse("allocate", path)

@@ -14,7 +14,6 @@ Before each operation a `hook` is asked, which may refuse it by raising or hold 
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import itertools
 import os
@@ -115,7 +114,7 @@ class World:
         self._names = live.directories
         created = [operation.inode for operation in operations if isinstance(operation, Create)]
         self._next_inode = max([*disk.files, *disk.directories, *created]) + 1
-        self._descriptors: dict[int, int] = {}
+        self._descriptors: dict[int, int | None] = {}
 
     def trace(self) -> Trace:
         """What has been done so far."""
@@ -161,6 +160,14 @@ class World:
         directory, name = self._parent(path)
         self._descriptors[descriptor] = self._names[directory][name]
 
+    def scratch(self, descriptor: int) -> None:
+        """Have the descriptor stand for a file without a name: no crash leaves anything of it."""
+        self._descriptors[descriptor] = None
+
+    def is_scratch(self, descriptor: int) -> bool:
+        """Whether it does."""
+        return descriptor in self._descriptors and self._descriptors[descriptor] is None
+
     def noticed(self, path: str) -> None:
         """Note a file that is there and was not, and what is in it."""
         directory, name = self._parent(path)
@@ -182,13 +189,13 @@ class World:
         self.operations.append(Rename(old, old_name, new, new_name, inode))
 
     def written(self, descriptor: int, offset: int, content: bytes) -> None:
-        self.operations.append(Write(self._descriptors[descriptor], offset, content))
+        self.operations.append(Write(self._inode(descriptor), offset, content))
 
     def extended(self, descriptor: int, nbytes: int) -> None:
-        self.operations.append(Extend(self._descriptors[descriptor], nbytes))
+        self.operations.append(Extend(self._inode(descriptor), nbytes))
 
     def truncated(self, descriptor: int, nbytes: int) -> None:
-        self.operations.append(Truncate(self._descriptors[descriptor], nbytes))
+        self.operations.append(Truncate(self._inode(descriptor), nbytes))
 
     def synced(self, path: str, succeeded: bool) -> None:
         if Path(path) == self.directory:
@@ -196,6 +203,11 @@ class World:
         else:
             directory, name = self._parent(path)
             self.operations.append(Sync(self._names[directory][name], succeeded))
+
+    def _inode(self, descriptor: int) -> int:
+        inode = self._descriptors[descriptor]
+        assert inode is not None, "a file without a name is not a checkpoint's"
+        return inode
 
     def _parent(self, path: str) -> tuple[int, str]:
         """The directory that a path lies in, and its name there."""
@@ -212,7 +224,7 @@ class World:
         count = itertools.count(self._number * _IDS_PER_WORLD + len(self.operations))
         with (
             warnings.catch_warnings(),
-            mock.patch("engine.engine.Pipeline", functools.partial(Pipeline, io_table=table.c_table)),
+            mock.patch("engine.backend.Pipeline", functools.partial(Pipeline, io_table=table.c_table)),
             mock.patch.object(secrets, "token_hex", lambda nbytes: f"{next(count):0{2 * nbytes}x}"),
             mock.patch.object(time, "time_ns", lambda: next(count)),
         ):
@@ -223,7 +235,8 @@ class World:
 
 
 class RecordingFilesystem(Filesystem):
-    """The real one, which tells a World."""
+    """The real one, which tells a World.  Without O_DIRECT: the table moves bytes through Python's memory, which is not
+    aligned."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -271,13 +284,18 @@ class RecordingFilesystem(Filesystem):
             sync(path)
             self._world.synced(path, succeeded=True)
 
-    def open_for_blocks(self, path: str, write: bool) -> int:
+    def open_scratch(self, directory: str, direct: bool) -> int:
+        descriptor = super().open_scratch(directory, direct=False)
+        self._world.scratch(descriptor)
+        return descriptor
+
+    def open_for_blocks(self, path: str, write: bool, direct: bool) -> int:
         if not write:
-            return _undirected(super().open_for_blocks(path, write))
+            return super().open_for_blocks(path, write, direct=False)
         self._world.hook("open_for_blocks", path)
         self._world.staged.wait()
         with self._world.mutex:
-            descriptor = _undirected(super().open_for_blocks(path, write))
+            descriptor = super().open_for_blocks(path, write, direct=False)
             self._world.opened(path, descriptor)
         return descriptor
 
@@ -300,13 +318,6 @@ class RecordingFilesystem(Filesystem):
             self._world.noticed(path)
 
 
-def _undirected(descriptor: int) -> int:
-    """Without O_DIRECT: the table moves bytes through Python's memory, which is not aligned."""
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
-    return descriptor
-
-
 # A way to change the engine while it is recorded; gives what it then works through.
 Change = Callable[[], AbstractContextManager[type[RecordingFilesystem]]]
 
@@ -324,9 +335,9 @@ class RecordingTable(FaultTable):
         self._world = world
 
     def _start(self, context: Any, io: Any) -> int:
-        if io.direction != lib.ENG_WRITE:
-            return super()._start(context, io)
         descriptor = self.files[io.file]
+        if io.direction != lib.ENG_WRITE or self._world.is_scratch(descriptor):
+            return super()._start(context, io)
         try:
             self._world.hook("write", str(io.file_offset))
         except StorageError as error:

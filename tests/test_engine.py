@@ -21,6 +21,8 @@ import engine
 from engine import plan, writer
 from engine.layout import DTYPES
 
+pytestmark = pytest.mark.every_backend
+
 SMALL = {"staging_bytes": 1 << 20, "block_bytes": 64 << 10}
 
 
@@ -487,10 +489,10 @@ def test_an_arena_half_restored_is_not_saved(opened: engine.Engine, tmp_path: Pa
 
 def test_a_host_that_is_out_of_descriptors_does_not_pass_over_the_newest(tmp_path: Path) -> None:
     class OutOfDescriptors(FailingFilesystem):
-        def open_for_blocks(self, path: str, write: bool) -> int:
+        def open_for_blocks(self, path: str, write: bool, direct: bool) -> int:
             if not write and self.operation == "open":
                 raise engine.StorageError(24, "open", path)
-            return super().open_for_blocks(path, write)
+            return super().open_for_blocks(path, write, direct)
 
     filesystem = OutOfDescriptors()
     arena = engine.Arena.wrap({"a": torch.zeros(10)})

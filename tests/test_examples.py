@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 # An ordinary user's locked-memory limit is too small for the default staging, which the example then says.
-MEMLOCK = "ignore:the kernel did not register"
+MEMLOCK = "ignore:'io_uring_plain' is used"
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 

@@ -6,16 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from engine.backend import LADDER
+
 # A timer interrupts at random moments of calls that take about as long.  In a process of its own: an interrupt may
 # as well strike in pytest, or in a callback of the collector, which then writes "Exception ignored" to stderr.
 SCRIPT = """
 import logging, random, signal, sys
 import torch, engine
 
-directory, count = sys.argv[1], int(sys.argv[2])
+directory, count, backend = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 random.seed(count)
 logging.getLogger("engine").setLevel(logging.CRITICAL)
-small = {"max_async": 2, "staging_bytes": 256 << 10, "block_bytes": 64 << 10}
+small = {"max_async": 2, "staging_bytes": 256 << 10, "block_bytes": 64 << 10, "backend": backend}
 tensors = {"a": torch.zeros(200_000)}
 
 def interrupt(*_):
@@ -57,9 +61,10 @@ print(interrupted)
 """
 
 
-def test_interrupts_at_random_moments(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", LADDER)
+def test_interrupts_at_random_moments(tmp_path: Path, backend: str) -> None:
     result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path), "600"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", SCRIPT, str(tmp_path), "600", backend], capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) > 100, "hardly anything was interrupted"

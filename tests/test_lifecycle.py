@@ -34,7 +34,7 @@ def run_script(script: str, *arguments: str, check: bool = True) -> subprocess.C
             "-W",
             "error",
             "-W",
-            "ignore:the kernel did not register",
+            "ignore:'io_uring_plain' is used",
             "-c",
             textwrap.dedent(script),
             *arguments,
@@ -86,6 +86,7 @@ def test_one_ring_and_one_native_thread(tmp_path: Path) -> None:
     assert rings() == before_rings and native_threads(before_threads)
 
 
+@pytest.mark.every_backend
 def test_no_python_thread_moves_a_byte(tmp_path: Path) -> None:
     """The kernel's own count of what each thread has written: the data are the native thread's alone."""
     arena = engine.Arena.wrap({"a": torch.zeros(8_000_000)})
@@ -95,7 +96,7 @@ def test_no_python_thread_moves_a_byte(tmp_path: Path) -> None:
         for tid in os.listdir("/proc/self/task"):
             name = Path(f"/proc/self/task/{tid}/comm").read_text().strip()
             fields = dict(line.split(": ") for line in Path(f"/proc/self/task/{tid}/io").read_text().splitlines())
-            kind = "native" if name == "engine-io" else "python"
+            kind = "native" if name.startswith(("engine-io", "engine-move")) else "python"
             written[kind] = written.get(kind, 0) + int(fields["write_bytes"])
         return written
 
@@ -108,6 +109,7 @@ def test_no_python_thread_moves_a_byte(tmp_path: Path) -> None:
     assert after["python"] - before["python"] < 1_000_000
 
 
+@pytest.mark.every_backend
 def test_memory_stays_where_it_is_while_saves_run(tmp_path: Path) -> None:
     tensors = {f"layers.{index}.w": torch.zeros(500_000) for index in range(32)}
     arena = engine.Arena.wrap(tensors)
@@ -127,6 +129,7 @@ def test_memory_stays_where_it_is_while_saves_run(tmp_path: Path) -> None:
     assert grown_bytes < 8 << 20, grown_bytes
 
 
+@pytest.mark.every_backend
 def test_close_and_context_manager_drain(tmp_path: Path) -> None:
     gated = GatedFilesystem()
     arena = engine.Arena.wrap({"a": torch.zeros(1000)})
@@ -151,6 +154,7 @@ def test_a_closed_engine_says_so(tmp_path: Path) -> None:
             call()
 
 
+@pytest.mark.every_backend
 def test_an_engine_that_is_dropped_gives_everything_back(tmp_path: Path) -> None:
     before = rings()
     eng = engine.Engine(tmp_path, **SMALL)
@@ -161,6 +165,7 @@ def test_an_engine_that_is_dropped_gives_everything_back(tmp_path: Path) -> None
     engine.Engine(tmp_path, **SMALL).close()
 
 
+@pytest.mark.every_backend
 def test_no_descriptor_is_left(tmp_path: Path) -> None:
     arena = engine.Arena.wrap({"a": torch.zeros(10_000)})
     with engine.Engine(tmp_path, **SMALL) as eng:
@@ -174,6 +179,7 @@ def test_no_descriptor_is_left(tmp_path: Path) -> None:
         assert len(os.listdir("/proc/self/fd")) == before
 
 
+@pytest.mark.every_backend
 def test_close_in_another_thread_waits_for_loads(tmp_path: Path) -> None:
     """Whoever is inside the pipeline is let out before it is freed; whoever comes later is told that it is closed."""
     with engine.Engine(tmp_path, **SMALL) as eng:
@@ -196,6 +202,7 @@ def test_close_in_another_thread_waits_for_loads(tmp_path: Path) -> None:
             assert all(load.result(timeout=60) >= 0 for load in loads)
 
 
+@pytest.mark.every_backend
 def test_more_loads_at_once_than_the_pipeline_has_room_for(tmp_path: Path) -> None:
     with engine.Engine(tmp_path, **SMALL) as eng:
         eng.checkpoint(engine.Arena.wrap({"a": torch.ones(300_000)})).result()
@@ -204,6 +211,7 @@ def test_more_loads_at_once_than_the_pipeline_has_room_for(tmp_path: Path) -> No
             assert all(load.result(timeout=60)["a"].eq(1).all() for load in loads)
 
 
+@pytest.mark.every_backend
 def test_close_lets_go_of_who_waits_for_a_place(tmp_path: Path) -> None:
     gated = GatedFilesystem()
     arena = engine.Arena.wrap({"a": torch.zeros(10)})
@@ -462,36 +470,6 @@ def test_importing_without_the_compiled_module_says_how_to_build_it() -> None:
         check=False,
     )
     assert "build it with 'pip install .'" in result.stderr
-
-
-def test_a_refused_ring_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """EPERM made by hand here; the issue of hosts without io_uring makes it with seccomp."""
-
-    class Refusing:
-        def __getattr__(self, name: str) -> object:
-            return (lambda config, opened: -1) if name == "eng_open" else getattr(native_lib, name)
-
-    native_lib = native.lib
-    monkeypatch.setattr(native, "lib", Refusing())
-    with pytest.raises(engine.PlatformError, match="io_uring could not be set up: Operation not permitted") as caught:
-        engine.Engine(tmp_path, **SMALL)
-    assert "io_uring_disabled" in caught.value.remedy
-    monkeypatch.undo()
-    engine.Engine(tmp_path, **SMALL).close()  # and the directory is free
-
-
-def test_slots_that_are_not_registered_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As an ordinary user with a small memlock limit has them; `test_native.py` has the real limit."""
-
-    def unregistered(slot_count: int, slot_bytes: int) -> native.Pipeline:
-        pipeline = native.Pipeline(slot_count, slot_bytes)
-        pipeline.registered_buffers = False
-        return pipeline
-
-    monkeypatch.setattr("engine.engine.Pipeline", unregistered)
-    with pytest.warns(engine.EngineWarning, match="did not register 1048576 bytes.*ulimit -l"):
-        eng = engine.Engine(tmp_path, **SMALL)
-    eng.close()
 
 
 def test_a_parent_that_cannot_be_read_does_not_keep_an_engine_out(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 The model is what a user believes: a mapping from committed step to the tensors it held.  After every rule the
 directory must show exactly the model's steps, and every one of them that was not damaged on purpose must load to
-exactly its tensors, here and in the stock library.
+exactly its tensors, here and in the stock library.  Each open takes a backend of its own.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 import engine
+from engine.backend import LADDER
+from engine.native import Backend
+
+BACKENDS = st.sampled_from(LADDER)
 
 # One tensor shorter than a block, one of several blocks that ends unaligned, one empty, one of another role.
 SHAPES = {"a.w": (10,), "b.w": (9_001,), "c.w": (0, 4)}
@@ -29,8 +33,8 @@ SHAPES = {"a.w": (10,), "b.w": (9_001,), "c.w": (0, 4)}
 class Believed(RuleBasedStateMachine):
     """The machine; `committed` is the model."""
 
-    @initialize(keep=st.integers(1, 3), max_async=st.integers(1, 3))
-    def open_first(self, keep: int, max_async: int) -> None:
+    @initialize(keep=st.integers(1, 3), max_async=st.integers(1, 3), backend=BACKENDS)
+    def open_first(self, keep: int, max_async: int, backend: Backend) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="engine-model-"))
         self.keep, self.max_async = keep, max_async
         self.committed: dict[int, dict[str, Tensor]] = {}
@@ -39,9 +43,9 @@ class Believed(RuleBasedStateMachine):
         self.next_value = 0.0
         self.tensors = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
         self.arena = engine.Arena.wrap(self.tensors)
-        self.open()
+        self.open(backend)
 
-    def open(self) -> None:
+    def open(self, backend: Backend) -> None:
         self.filesystem = FailingFilesystem()
         self.engine = engine.Engine(
             self.directory,
@@ -49,6 +53,7 @@ class Believed(RuleBasedStateMachine):
             max_async=self.max_async,
             staging_bytes=64 << 10,
             block_bytes=8 << 10,
+            backend=backend,
             filesystem=self.filesystem,
         )
 
@@ -174,21 +179,21 @@ class Believed(RuleBasedStateMachine):
         file.write_bytes(content)
         self.damaged.add(step)
 
-    @rule()
-    def reopen(self) -> None:
+    @rule(backend=BACKENDS)
+    def reopen(self, backend: Backend) -> None:
         self.engine.close()
         self.passed_over.clear()
-        self.open()
+        self.open(backend)
 
-    @rule()
-    def reopen_with_leftovers(self) -> None:
+    @rule(backend=BACKENDS)
+    def reopen_with_leftovers(self, backend: Backend) -> None:
         """As after a kill: a save that was under way has left its directory."""
         self.engine.close()
         self.passed_over.clear()
         partial = self.directory / f"step-{self.next_step():08d}.partial"
         partial.mkdir()
         (partial / "model.safetensors").write_bytes(b"x" * 5000)
-        self.open()
+        self.open(backend)
 
     def assert_holds(self, want: dict[str, Tensor]) -> None:
         assert all(same(self.tensors[name], want[name]) for name in want)

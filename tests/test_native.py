@@ -49,19 +49,21 @@ from jobs import (
 )
 from xxh3 import xxh3_64
 
-from engine.errors import PlatformError
 from engine.filesystem import Filesystem
 from engine.native import (
     ALIGNMENT,
     DIMS_MAX,
     JOBS_MAX,
+    Backend,
     BlockState,
     Direction,
     Failure,
     FailureKind,
     Job,
     Milestone,
+    OpenError,
     Pipeline,
+    Refused,
     block_checksum,
 )
 from engine.plan import Extent, Plan, align_up
@@ -83,11 +85,11 @@ class Stage(NamedTuple):
     fd: int
 
 
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+@pytest.fixture(scope="module", params=["io_uring", "io_uring_plain", "threads"])
+def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     path = tmp_path_factory.mktemp("native") / "blocks"
-    fd = Filesystem().open_for_blocks(str(path), write=True)
-    pipeline = Pipeline(4, SLOT_BYTES)
+    fd = Filesystem().open_for_blocks(str(path), write=True, direct=True)
+    pipeline = Pipeline(4, SLOT_BYTES, request.param)
     yield Stage(pipeline, path, fd)
     pipeline.close()
     os.close(fd)
@@ -95,7 +97,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
 
 @pytest.fixture
 def fd(tmp_path: Path) -> Iterator[int]:
-    descriptor = Filesystem().open_for_blocks(str(tmp_path / "blocks"), write=True)
+    descriptor = Filesystem().open_for_blocks(str(tmp_path / "blocks"), write=True, direct=True)
     yield descriptor
     os.close(descriptor)
 
@@ -109,12 +111,12 @@ def buffered_fd(tmp_path: Path) -> Iterator[int]:
 
 
 @pytest.fixture
-def open_pipeline() -> Iterator[Callable[..., Pipeline]]:
+def open_pipeline(rung: Backend) -> Iterator[Callable[..., Pipeline]]:
     """Opens pipelines, and closes them at the end."""
     opened: list[tuple[Pipeline, FaultTable | None]] = []  # the table too: it must outlive its pipeline
 
     def open_one(slot_count: int, slot_bytes: int = SLOT_BYTES, table: FaultTable | None = None) -> Pipeline:
-        pipeline = Pipeline(slot_count, slot_bytes, None if table is None else table.c_table)
+        pipeline = Pipeline(slot_count, slot_bytes, rung, io_table=None if table is None else table.c_table)
         opened.append((pipeline, table))
         return pipeline
 
@@ -218,13 +220,14 @@ def test_a_block_is_made_of_many_extents(stage: Stage) -> None:
     assert torch.equal(before, after)
 
 
+@pytest.mark.every_backend
 def test_several_files_in_any_order(open_pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
     pipeline = open_pipeline(3)
     sizes = [3 * SLOT_BYTES + 1, ALIGNMENT, 5 * SLOT_BYTES]
     before = [noise(nbytes, seed) for seed, nbytes in enumerate(sizes)]
     after = [torch.zeros_like(tensor) for tensor in before]
     paths = [tmp_path / f"{index}" for index in range(3)]
-    fds = [Filesystem().open_for_blocks(str(path), write=True) for path in paths]
+    fds = [Filesystem().open_for_blocks(str(path), write=True, direct=True) for path in paths]
     plan = cut([[Extent(index, 0, 0, nbytes)] for index, nbytes in enumerate(sizes)], SLOT_BYTES)
     backwards = range(len(plan.blocks))[::-1]
     written = run(pipeline, make_job(WRITE, plan, [*map(plain, before)], order=backwards), fds)
@@ -253,6 +256,7 @@ def test_a_read_may_want_only_a_part_of_a_block(stage: Stage) -> None:
     assert torch.equal(after, expected)
 
 
+@pytest.mark.every_backend
 def test_padding_is_zero_whatever_the_slot_held(open_pipeline: Callable[..., Pipeline], fd: int) -> None:
     pipeline = open_pipeline(1)
     ones = torch.full((SLOT_BYTES,), 255, dtype=torch.uint8)
@@ -414,6 +418,7 @@ def test_blocks_that_changed_places_do_not_verify(stage: Stage) -> None:
     assert failure is not None and failure.kind == FailureKind.CHECKSUM
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("flipped", [0, 5 * ALIGNMENT, 2 * SLOT_BYTES + 99])
 def test_a_corrupt_block_reaches_no_tensor(open_pipeline: Callable[..., Pipeline], fd: int, flipped: int) -> None:
     pipeline = open_pipeline(1)  # one at a time, so that the blocks before it have been copied out
@@ -450,6 +455,7 @@ def test_an_undisturbed_source_is_not_torn(stage: Stage) -> None:
     assert job.checksums() == checksums_of(plan, [bytes_of(tensor)])
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("block", [0, 1])
 def test_a_writer_between_the_two_looks_is_caught(open_pipeline: Callable[..., Pipeline], fd: int, block: int) -> None:
     pipeline = open_pipeline(2)
@@ -480,6 +486,7 @@ def test_abort_before_the_files_are_there(stage: Stage, direction: Direction) ->
     assert_usable(stage.pipeline, stage.fd)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("direction", Direction)
 def test_abort_drains_what_is_under_way(
     open_pipeline: Callable[..., Pipeline], buffered_fd: int, direction: Direction
@@ -600,6 +607,7 @@ def test_a_failed_job_holds_nobody_up(stage: Stage) -> None:
 # -- many jobs --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("attach_backwards", [False, True])
 def test_more_jobs_at_once_than_slots(
     open_pipeline: Callable[..., Pipeline], tmp_path: Path, attach_backwards: bool
@@ -608,7 +616,9 @@ def test_more_jobs_at_once_than_slots(
     plan = whole(2 * SLOT_BYTES + 1, SLOT_BYTES)
     tensors = [noise(2 * SLOT_BYTES + 1, seed) for seed in range(JOBS_MAX)]
     jobs = [make_job(WRITE, plan, [plain(tensor)]) for tensor in tensors]
-    fds = [Filesystem().open_for_blocks(str(tmp_path / f"{index}"), write=True) for index in range(JOBS_MAX)]
+    fds = [
+        Filesystem().open_for_blocks(str(tmp_path / f"{index}"), write=True, direct=True) for index in range(JOBS_MAX)
+    ]
     for job in jobs:
         pipeline.submit(job)
     for index in range(JOBS_MAX)[:: -1 if attach_backwards else 1]:
@@ -619,6 +629,7 @@ def test_more_jobs_at_once_than_slots(
         os.close(descriptor)
 
 
+@pytest.mark.every_backend
 def test_a_job_too_many_waits_for_a_place(open_pipeline: Callable[..., Pipeline], fd: int) -> None:
     pipeline, plan = open_pipeline(2), whole(SLOT_BYTES, SLOT_BYTES)
     jobs = [make_job(WRITE, plan, [plain(noise(SLOT_BYTES, seed))]) for seed in range(JOBS_MAX + 1)]
@@ -636,13 +647,14 @@ def test_a_job_too_many_waits_for_a_place(open_pipeline: Callable[..., Pipeline]
     assert {finish(pipeline, job).failure for job in jobs[1:]} == {None}
 
 
+@pytest.mark.every_backend
 def test_jobs_from_several_threads(open_pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
     pipeline = open_pipeline(3)
     plan = whole(3 * SLOT_BYTES + 7, SLOT_BYTES)
     wrong: list[object] = []
 
     def save_and_restore(number: int) -> None:
-        descriptor = Filesystem().open_for_blocks(str(tmp_path / f"{number}"), write=True)
+        descriptor = Filesystem().open_for_blocks(str(tmp_path / f"{number}"), write=True, direct=True)
         for seed in range(10):
             before = noise(3 * SLOT_BYTES + 7, 100 * number + seed)
             after = torch.zeros_like(before)
@@ -702,7 +714,7 @@ def status_bytes(field: str) -> int:
 
 def test_one_ring_and_one_thread_and_nothing_is_left(tmp_path: Path) -> None:
     rings_before, threads_before, descriptors_before = rings(), len(native_threads()), descriptors()
-    descriptor = Filesystem().open_for_blocks(str(tmp_path / "blocks"), write=True)
+    descriptor = Filesystem().open_for_blocks(str(tmp_path / "blocks"), write=True, direct=True)
     pipeline = Pipeline(4, SLOT_BYTES)
     tensor, plan = noise(9 * SLOT_BYTES), whole(9 * SLOT_BYTES, SLOT_BYTES)
     for _ in range(2):
@@ -721,6 +733,7 @@ def test_one_ring_and_one_thread_and_nothing_is_left(tmp_path: Path) -> None:
     assert descriptors() == descriptors_before
 
 
+@pytest.mark.every_backend
 def test_memory_does_not_grow_with_saves(open_pipeline: Callable[..., Pipeline], fd: int) -> None:
     slot_bytes = 64 << 10
     pipeline = open_pipeline(4, slot_bytes)
@@ -741,6 +754,7 @@ def test_memory_does_not_grow_with_saves(open_pipeline: Callable[..., Pipeline],
     until(lambda: len(native_threads()) == threads)
 
 
+@pytest.mark.every_backend
 def test_an_idle_thread_sleeps(open_pipeline: Callable[..., Pipeline], fd: int) -> None:
     pipeline = open_pipeline(2)
 
@@ -762,8 +776,9 @@ def test_an_idle_thread_sleeps(open_pipeline: Callable[..., Pipeline], fd: int) 
     until(all_sleep)
 
 
-def test_close_drains(fd: int) -> None:
-    pipeline = Pipeline(2, SLOT_BYTES)
+@pytest.mark.every_backend
+def test_close_drains(fd: int, rung: Backend) -> None:
+    pipeline = Pipeline(2, SLOT_BYTES, rung)
     tensor, plan = noise(50 * SLOT_BYTES), whole(50 * SLOT_BYTES, SLOT_BYTES)
     job = make_job(WRITE, plan, [plain(tensor)], checked=True)
     pipeline.submit(job)
@@ -774,9 +789,10 @@ def test_close_drains(fd: int) -> None:
     assert content(fd, len(tensor)) == bytes_of(tensor)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("direction", Direction)
-def test_close_gives_up_jobs_that_never_got_files(direction: Direction) -> None:
-    pipeline = Pipeline(2, SLOT_BYTES)
+def test_close_gives_up_jobs_that_never_got_files(direction: Direction, rung: Backend) -> None:
+    pipeline = Pipeline(2, SLOT_BYTES, rung)
     jobs = [make_job(direction, whole(9 * SLOT_BYTES, SLOT_BYTES), [plain(noise(9 * SLOT_BYTES))]) for _ in range(3)]
     for job in jobs:
         pipeline.submit(job)
@@ -787,8 +803,9 @@ def test_close_gives_up_jobs_that_never_got_files(direction: Direction) -> None:
 @pytest.mark.parametrize(("slot_count", "slot_bytes"), [(0, 4096), (1, 0), (1, 4095), (1, 512), (40_000, 4096)])
 def test_sizes_that_make_no_pipeline(slot_count: int, slot_bytes: int) -> None:
     descriptors_before = descriptors()
-    with pytest.raises(PlatformError, match="Invalid argument"):
+    with pytest.raises(OpenError) as caught:
         Pipeline(slot_count, slot_bytes)
+    assert caught.value.errno == errno.EINVAL
     assert descriptors() == descriptors_before
 
 
@@ -797,10 +814,11 @@ def test_no_descriptors_is_a_platform_error() -> None:
     threads = len(native_threads())
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
     try:
-        with pytest.raises(PlatformError, match=r"Too many open files.*ulimit -n"):
+        with pytest.raises(OpenError) as caught:
             Pipeline(1, 4096)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (caught.value.refused, caught.value.errno) == (Refused.RESOURCES, errno.EMFILE)
     until(lambda: len(native_threads()) == threads)
 
 
@@ -884,7 +902,7 @@ before = kept_from_forks()
 pipeline = Pipeline(2, 4096)
 pipelines_memory = set(kept_from_forks()) - set(before)
 assert pipelines_memory, "the slots would be copied"
-fd = Filesystem().open_for_blocks(sys.argv[1], write=True)
+fd = Filesystem().open_for_blocks(sys.argv[1], write=True, direct=True)
 assert run(pipeline, job(), [fd]).failure is None
 waiting = job()
 pipeline.submit(waiting)
@@ -901,18 +919,24 @@ def test_a_fork_has_no_pipeline_and_harms_nobody(tmp_path: Path) -> None:
 
 
 MEMLOCK = """
-import os, resource, sys
+import errno, os, resource, sys
 from jobs import *
+from engine.native import OpenError, Refused
 from engine.filesystem import Filesystem
 
-fd = Filesystem().open_for_blocks(sys.argv[1], write=True)
+fd = Filesystem().open_for_blocks(sys.argv[1], write=True, direct=True)
 resource.setrlimit(resource.RLIMIT_MEMLOCK, (8 << 20, 8 << 20))
 if os.geteuid() == 0:  # root is not bound by the limit; nobody is
     os.setgroups([])
     os.setgid(65534)
     os.setuid(65534)
-pipeline = Pipeline(16, 1 << 20)
-assert not pipeline.registered_buffers
+try:
+    Pipeline(16, 1 << 20)
+except OpenError as error:
+    assert (error.refused, error.errno) == (Refused.BUFFERS, errno.ENOMEM)
+else:
+    raise AssertionError("16 MiB were pinned")
+pipeline = Pipeline(16, 1 << 20, "io_uring_plain")
 before = noise(40_000_001)
 written = run(pipeline, make_job(Direction.WRITE, whole(40_000_001, 1 << 20), [plain(before)]), [fd])
 after = torch.zeros_like(before)
@@ -939,7 +963,7 @@ class Stray(FaultTable):
         return 1
 
 table = Stray()
-pipeline = Pipeline(2, 4096, table.c_table)
+pipeline = Pipeline(2, 4096, io_table=table.c_table)
 fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
 run(pipeline, make_job(Direction.WRITE, whole(1, 4096), [plain(noise(1))]), [fd])
 """
@@ -1390,7 +1414,7 @@ def test_success_means_the_right_bytes(
     backwards: bool,
 ) -> None:
     table = FaultTable(script, refusals, backwards)
-    pipeline = Pipeline(slot_count, SLOT_BYTES, table.c_table)
+    pipeline = Pipeline(slot_count, SLOT_BYTES, io_table=table.c_table)
     try:
         done = faulty(pipeline, table, buffered_fd, direction)
         check_blocks(done, buffered_fd)
@@ -1407,7 +1431,7 @@ def test_success_means_the_right_bytes(
 )
 def test_no_corrupt_byte_is_read(buffered_fd: int, slot_count: int, script: dict[int, Fault]) -> None:
     table = FaultTable(script)
-    pipeline = Pipeline(slot_count, SLOT_BYTES, table.c_table)
+    pipeline = Pipeline(slot_count, SLOT_BYTES, io_table=table.c_table)
     try:
         check_blocks(faulty(pipeline, table, buffered_fd, READ), buffered_fd)
         table.heal()

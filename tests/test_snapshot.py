@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 import engine
 
+pytestmark = pytest.mark.every_backend
+
 BLOCK_BYTES = 64 << 10
 TINY = {"staging_bytes": 2 * BLOCK_BYTES, "block_bytes": BLOCK_BYTES}
 

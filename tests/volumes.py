@@ -1,0 +1,147 @@
+"""Volumes: real file systems for tests, on loop devices or in memory, mounted for as long as a test wants.
+
+Theory of operation.  `volume` makes a directory of its own, with a sparse image file and a mount point in it, and takes
+it all away again at the end, whatever happened.  The image lies in memory where there is room for all of it, else under
+the system's temporary directory: it is the file system's code that is wanted, and a flush for every fsync on the disk
+below is not.  Mounting is root's: who is not root asks sudo, without a password if that works, and otherwise on the
+terminal.  The mounted root is the caller's.
+
+A run that is killed cannot clean up.  Every volume's directory is held by flock(2) while its maker lives, so the next
+run knows those that nobody holds, and removes them first.
+
+A killed process may hold its files a moment longer than its parent can see, because its io_uring is torn down in the
+background.  Unmounting that finds the volume busy is therefore done lazily: its name goes at once, and the kernel lets
+go of the image with the last file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_PREFIX = "engine-volume-"
+_IMAGE, _MOUNT = "image", "mount"
+
+# What makes an empty file system in an image file, quietly.  ext4 as on a disk, however small the image: blocks of a
+# page, and none kept for root, so that root and others run out of space at the same byte.
+_MAKERS = {
+    "ext4": ("mkfs.ext4", "-q", "-F", "-b", "4096", "-m", "0"),
+    "xfs": ("mkfs.xfs", "-q", "-f"),
+    "btrfs": ("mkfs.btrfs", "-q", "-f"),
+}
+
+# The smallest images that the makers take (Debian 12: xfsprogs 6.1, btrfs-progs 6.2); they are sparse files.
+XFS_BYTES_MIN = 300 << 20
+BTRFS_BYTES_MIN = 110 << 20
+
+# Memory that looks like a directory, on every Linux with glibc (shm_overview(7)).
+_MEMORY = "/dev/shm"
+
+# Debian keeps mkfs, mount and umount where an ordinary user's PATH may not lead.
+_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+
+
+@contextmanager
+def volume(kind: str, nbytes: int, *, mkfs: Sequence[str] = (), mount: Sequence[str] = ()) -> Iterator[Path]:
+    """A new file system, as the directory it is mounted on.
+
+    Args:
+        kind: ext4, xfs, btrfs, tmpfs or ramfs.
+        nbytes: its size; ramfs has none.
+        mkfs: more arguments for mkfs.
+        mount: more options for mount.
+    """
+    _remove_leftovers()
+    base, lock = _make_base(nbytes)
+    try:
+        _mount(kind, nbytes, base, mkfs, mount)
+        yield base / _MOUNT
+    finally:
+        _remove(base)
+        os.close(lock)
+
+
+def _make_base(nbytes: int) -> tuple[Path, int]:
+    """A directory with room for an image, and the descriptor by which it is held."""
+    while True:
+        base = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_MEMORY if _fits_in_memory(nbytes) else None))
+        # Before it is held another run may take it for a leftover.
+        with suppress(FileNotFoundError):
+            lock = os.open(base, os.O_RDONLY | os.O_DIRECTORY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if base.exists():
+                return base, lock
+            os.close(lock)
+
+
+def _fits_in_memory(nbytes: int) -> bool:
+    if not os.access(_MEMORY, os.W_OK):
+        return False
+    status = os.statvfs(_MEMORY)
+    return status.f_bavail * status.f_frsize > nbytes
+
+
+def _mount(kind: str, nbytes: int, base: Path, mkfs: Sequence[str], options: Sequence[str]) -> None:
+    image, mount = base / _IMAGE, base / _MOUNT
+    mount.mkdir()
+    if kind in _MAKERS:
+        image.touch()
+        os.truncate(image, nbytes)
+        _run([*_MAKERS[kind], *mkfs, str(image)])
+        # With "loop" the device is made by the mount and goes with it.
+        where = ["-t", kind, "-o", ",".join(["loop", *options]), str(image)]
+    else:
+        where = ["-t", kind, "-o", ",".join([f"size={nbytes}", *options]), "none"]
+    _run([*_as_root(), "mount", *where, str(mount)])
+    _run([*_as_root(), "chown", f"{os.getuid()}:{os.getgid()}", str(mount)])
+
+
+def _remove(base: Path) -> None:
+    """Unmount and delete, however much of it is there."""
+    mount = base / _MOUNT
+    if os.path.ismount(mount):
+        try:
+            _run([*_as_root(), "umount", str(mount)])
+        except RuntimeError:
+            _run([*_as_root(), "umount", "--lazy", str(mount)])
+    # By name, not as a tree: what is still mounted must not be deleted.
+    with suppress(FileNotFoundError):
+        mount.rmdir()
+    (base / _IMAGE).unlink(missing_ok=True)
+    base.rmdir()
+
+
+@functools.cache
+def _remove_leftovers() -> None:
+    """Remove what killed runs have left; once in a process is enough."""
+    for base in [found for place in (_MEMORY, tempfile.gettempdir()) for found in Path(place).glob(_PREFIX + "*")]:
+        # Another user's, or gone in the meantime, or held by a run that lives.
+        with suppress(PermissionError, FileNotFoundError, BlockingIOError):
+            lock = os.open(base, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(base)
+            finally:
+                os.close(lock)
+
+
+@functools.cache
+def _as_root() -> tuple[str, ...]:
+    """What to put before a command that only root may run."""
+    if os.getuid() == 0:
+        return ()
+    quiet = subprocess.run(["sudo", "-n", "true"], capture_output=True, check=False)
+    return ("sudo", "-n") if quiet.returncode == 0 else ("sudo",)
+
+
+def _run(command: Sequence[str]) -> None:
+    """Run a command that must succeed; sudo may ask for a password on the terminal."""
+    done = subprocess.run(command, env={**os.environ, "PATH": _PATH}, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
