@@ -17,10 +17,11 @@ NATIVE_SOURCES := $(wildcard native/*)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test pytest lint types format sanitize crash-campaign clean
+.PHONY: help setup demo test pytest lint types format sanitize sanitize-address sanitize-thread \
+	crash-campaign kill-campaign fuzz clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
 
 setup: $(ENGINE_STAMP) ## Install what is missing into .venv and build the extension
 
@@ -39,12 +40,16 @@ types: setup ## Check types
 pytest: setup
 	$(BIN)/python -m pytest
 
-# A campaign's crash states, and the one number that says which they are.
+# A campaign's crash states or kills, and the one number that says which they are.
 STATES ?= 1000000
+KILLS ?= 5000
 SEED ?= 1
 
 crash-campaign: setup ## Try a million crash states (STATES=, SEED=)
 	$(BIN)/python tests/crash_campaign.py --states $(STATES) --seed $(SEED)
+
+kill-campaign: setup ## Kill a training 5000 times on four file systems (KILLS=, SEED=)
+	$(BIN)/python tests/kill_campaign.py --kills $(KILLS) --seed $(SEED)
 
 format: setup ## Rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
@@ -66,22 +71,83 @@ $(ENGINE_STAMP): $(TOOLS_STAMP) pyproject.toml $(NATIVE_SOURCES)
 
 # -- Sanitizers ------------------------------------------------------------------------------------------------------
 #
-# An environment of its own holds the extension built with ENGINE_SANITIZE, and sees the packages of .venv through a
-# .pth file.  Python does not process .pth files it finds that way, so the plain build of .venv stays out of sight.
+# An environment for each holds the extension built with ENGINE_SANITIZE, and sees the packages of .venv through a .pth
+# file.  Python does not process .pth files it finds that way, so the plain build of .venv stays out of sight.  pytest
+# leaves descriptor 2 alone (--capture=sys), so that a finding is seen though it ends the process.
 
-SANITIZE := build/sanitize
-SANITIZE_TESTS := tests/test_native.py tests/test_engine.py
-# ASan must be the first library of the process, and looks for the C++ throw of torch when it starts, so libstdc++
-# has to be there too.  Leaks are not looked for: CPython keeps memory until it exits.  pytest leaves descriptor 2
-# alone (--capture=sys), so that a finding is seen though it ends the process.
-SANITIZE_ENV = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) libstdc++.so.6" ASAN_OPTIONS=detect_leaks=0
+SANITIZE_TESTS := tests/test_native.py tests/test_engine.py tests/test_snapshot.py
 SITE_PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
 
-sanitize: $(SANITIZE)/engine.stamp ## Run the tests that drive native code under ASan and UBSan
-	$(SANITIZE_ENV) $(SANITIZE)/bin/python -m pytest --capture=sys $(SANITIZE_TESTS)
+sanitize: sanitize-address sanitize-thread ## Run the tests that drive native code under ASan, UBSan and TSan
 
-$(SANITIZE)/engine.stamp: $(ENGINE_STAMP)
-	$(BIN)/python -m venv $(SANITIZE)
-	$(BIN)/python -c '$(SITE_PACKAGES)' >"$$($(SANITIZE)/bin/python -c '$(SITE_PACKAGES)')/tools.pth"
-	$(SANITIZE)/bin/python $(INSTALL_ENGINE) . --no-deps --config-settings=cmake.define.ENGINE_SANITIZE="address;undefined"
+# ASan must be the first library of the process, and looks for the C++ throw of torch when it starts, so libstdc++ has
+# to be there too.  Leaks are not looked for: CPython keeps memory until it exits.
+sanitize-address: build/address/engine.stamp ## Only ASan and UBSan
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) libstdc++.so.6" ASAN_OPTIONS=detect_leaks=0 \
+	    build/address/bin/python -m pytest --capture=sys $(SANITIZE_TESTS)
+
+# TSan's shadow memory wants the addresses where they are without randomisation.  It knows no fork of several threads
+# that starts one, which is what the test left out does; and torch's threads are not ours to look at, so there are none.
+sanitize-thread: build/thread/engine.stamp ## Only TSan
+	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" OMP_NUM_THREADS=1 \
+	    TSAN_OPTIONS="suppressions=tests/tsan.supp exitcode=66" \
+	    setarch -R build/thread/bin/python -m pytest --capture=sys $(SANITIZE_TESTS) \
+	    --deselect tests/test_native.py::test_a_fork_has_no_pipeline_and_harms_nobody
+
+build/address/engine.stamp: SANITIZERS := address;undefined
+build/thread/engine.stamp: SANITIZERS := thread
+
+build/%/engine.stamp: $(ENGINE_STAMP)
+	$(BIN)/python -m venv build/$*
+	$(BIN)/python -c '$(SITE_PACKAGES)' >"$$(build/$*/bin/python -c '$(SITE_PACKAGES)')/tools.pth"
+	build/$*/bin/python $(INSTALL_ENGINE) . --no-deps --config-settings=cmake.define.ENGINE_SANITIZE="$(SANITIZERS)"
 	@touch $@
+
+# -- Fuzzing -----------------------------------------------------------------------------------------------------------
+#
+# An environment of its own, as for the sanitizers, holds atheris and the engine, installed and not editable: atheris
+# counts branches only of what Python's own loader loads.  What libFuzzer finds new is kept in build/fuzz/corpus from one
+# run to the next; fuzz/corpus holds what a run starts from, and a finding is left in build/fuzz.
+
+FUZZ := build/fuzz
+FUZZ_TARGETS := manifest extra header directory
+# Of one target.  One input may take a minute and 2 GiB: far beyond what any does, torch and the sanitizers included.
+SECONDS ?= 600
+FUZZ_LIMITS = -max_total_time=$(SECONDS) -timeout=60 -rss_limit_mb=2048 -artifact_prefix=$(FUZZ)/
+FUZZ_CFLAGS := -g -O1 -std=gnu11 -D_GNU_SOURCE -Inative -Wall -Wextra -fno-omit-frame-pointer \
+	-fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all
+FUZZ_OBJECTS := $(patsubst native/%.c,$(FUZZ)/%.o,$(filter-out native/checksum.c,$(wildcard native/*.c))) \
+	$(FUZZ)/checksum_baseline.o $(if $(filter x86_64,$(shell uname -m)),$(FUZZ)/checksum_avx2.o)
+
+fuzz: $(FUZZ_TARGETS:%=fuzz-%) fuzz-job ## Fuzz every target for ten minutes (SECONDS=)
+
+.PHONY: fuzz-job $(FUZZ_TARGETS:%=fuzz-%)
+$(FUZZ_TARGETS:%=fuzz-%): fuzz-%: $(FUZZ)/engine.stamp
+	@mkdir -p $(FUZZ)/corpus/$* $(FUZZ)/scratch
+	TMPDIR=$(FUZZ)/scratch $(FUZZ)/bin/python fuzz/run.py $* $(FUZZ_LIMITS) $(FUZZ)/corpus/$* fuzz/corpus/$*
+	@rm -rf $(FUZZ)/scratch
+
+fuzz-job: $(FUZZ)/job
+	@mkdir -p $(FUZZ)/corpus/job
+	$(FUZZ)/job $(FUZZ_LIMITS) $(FUZZ)/corpus/job fuzz/corpus/job
+
+$(FUZZ)/tools.stamp: $(ENGINE_STAMP) .ci/prepare
+	.ci/prepare $(PYTHON) fuzz
+	$(BIN)/python -m venv $(FUZZ)
+	{ $(BIN)/python -c '$(SITE_PACKAGES)'; pwd; echo "$$PWD/tests"; } \
+	    >"$$($(FUZZ)/bin/python -c '$(SITE_PACKAGES)')/tools.pth"
+	$(FUZZ)/bin/python $(PIP_INSTALL) --constraint constraints.txt atheris
+	@touch $@
+
+$(FUZZ)/engine.stamp: $(FUZZ)/tools.stamp $(wildcard engine/*.py) $(NATIVE_SOURCES)
+	$(FUZZ)/bin/python $(PIP_INSTALL) --no-build-isolation --no-deps --force-reinstall .
+	@touch $@
+
+$(FUZZ)/job: fuzz/job.c $(FUZZ_OBJECTS)
+	clang $(FUZZ_CFLAGS) $^ -luring -lpthread -o $@
+
+$(FUZZ)/%.o: native/%.c $(FUZZ)/tools.stamp $(wildcard native/*.h)
+	clang $(FUZZ_CFLAGS) -c $< -o $@
+
+$(FUZZ)/checksum_%.o: native/checksum.c $(FUZZ)/tools.stamp $(wildcard native/*.h)
+	clang $(FUZZ_CFLAGS) $(if $(filter avx2,$*),-mavx2) -DENGINE_CHECKSUM_SUFFIX=_$* -c $< -o $@

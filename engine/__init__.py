@@ -44,7 +44,7 @@ from engine.errors import (
     TornSnapshot,
     UsageError,
 )
-from engine.reader import PassedOver, RestoreInfo
+from engine.reader import Damage, PassedOver, RestoreInfo
 from engine.writer import CheckpointInfo, ChunkStatus, Save
 
 __all__ = [
@@ -58,6 +58,7 @@ __all__ = [
     "ChunkStatus",
     "ClosedError",
     "CorruptError",
+    "Damage",
     "Engine",
     "EngineError",
     "EngineWarning",

@@ -15,7 +15,8 @@ One engine at a time: `.engine/lock` is held by flock(2) on a descriptor that th
 forked child closes, so that neither can hold the lock on after the engine has gone.
 
 After a failed sync of a directory nobody knows which renames will last, so from then on nothing is retired, taken
-from spare or deleted; saves go on in fresh directories, and the next open starts from what is there.
+from spare or deleted; saves go on in fresh directories, and the next open starts from what is there.  Their names
+are numbered, step-N.1.partial, since a save of the same step may have failed and must stay as it is.
 
 A reader pins the step it reads, and a pinned step is not retired.  All methods may be called from any thread.
 Called by `commit`, `writer`, `reader` and `engine`.
@@ -25,8 +26,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 import re
+import stat
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -34,11 +37,12 @@ from contextlib import contextmanager, suppress
 
 from engine.errors import CorruptError, LockedError, NoSpaceError, NotFoundError, StepError, StorageError
 from engine.filesystem import Filesystem, telling
-from engine.manifest import MANIFEST_BYTES_MAX, MANIFEST_NAME, Manifest, decode
+from engine.manifest import MANIFEST_BYTES_MAX, MANIFEST_NAME, STEP_MAX, Manifest, decode
 
-_STEP_NAME = re.compile(r"step-(\d{8,19})")
-_PARTIAL_NAME = re.compile(r"step-\d{8,19}\.partial")
-_SPARE_NAME = re.compile(r"\d{8,19}")
+# ASCII: the digits of other scripts are digits for a regular expression, and names of nobody's.
+_STEP_NAME = re.compile(r"step-(\d{8,19})", re.ASCII)
+_PARTIAL_NAME = re.compile(r"step-\d{8,19}(?:\.\d+)?\.partial", re.ASCII)
+_SPARE_NAME = re.compile(r"\d{8,19}", re.ASCII)
 
 
 def step_name(step: int) -> str:
@@ -55,8 +59,9 @@ class Catalog:
         spare_max: how many spare directories to keep; more are deleted.
 
     Raises:
+        CorruptError: the lock is not a file.
         LockedError: another engine has the directory.
-        StorageError: the directory cannot be made, read or synced.
+        StorageError: the directory cannot be made, read or synced, or a link stands where ours should be.
     """
 
     def __init__(self, root: str, filesystem: Filesystem, spare_max: int) -> None:
@@ -67,6 +72,7 @@ class Catalog:
         self._spare = os.path.join(self._private, "spare")
         self._mutex = threading.RLock()
         self._sound = True  # no sync of a directory has failed
+        self._fresh_paths: dict[int, str] = {}  # partials of another name than their step gives them
         self._pins: set[tuple[int, object]] = set()  # one for each reader
         self._make_directories()
         self._lock: int | None = _take_lock(os.path.join(self._private, "lock"), self.root)
@@ -89,7 +95,7 @@ class Catalog:
 
     def partial_path(self, step: int) -> str:
         """Where a step lies while it is being written."""
-        return self.path(step) + ".partial"
+        return self._fresh_paths.get(step) or self.path(step) + ".partial"
 
     def manifest(self, step: int) -> tuple[Manifest, int]:
         """The manifest of a committed step, and its length in bytes.
@@ -146,12 +152,15 @@ class Catalog:
 
     def begin(self, step: int, names: Sequence[str]) -> str:
         """Make `step-N.partial` and return its path: a spare, with those of its files that are wanted, or new."""
+        self._check_place()
         partial = self.partial_path(step)
         if self._sound:
             self._remove(partial)  # there only if an earlier save of this step failed and could not be deleted
         with self._mutex:
-            spares = self._spares()
-            if not spares or not self._sound:
+            if not self._sound:
+                partial = self._fresh_paths[step] = self._fresh_path(step)
+            spares = self._spares() if self._sound else []
+            if not spares:
                 self.filesystem.make_directory(partial)
                 return partial
             self.filesystem.rename(os.path.join(self._spare, spares[0]), partial)
@@ -227,13 +236,29 @@ class Catalog:
     def close(self) -> None:
         """Give the directory back."""
         if self._lock is not None:
-            os.close(self._lock)
+            self.filesystem.close(self._lock)
             self._lock = None
 
     # -- how --------------------------------------------------------------------------------------------------
 
+    def _check_place(self) -> None:
+        """See whether the directory is still the one that was locked: another Engine may have the one in its place.
+
+        Raises:
+            StorageError: it was removed (ENOENT) or replaced (ESTALE).
+        """
+        assert self._lock is not None
+        path = os.path.join(self._private, "lock")
+        with telling("stat", path):
+            is_ours = os.path.samestat(os.lstat(path), os.fstat(self._lock))
+        if not is_ours:
+            raise StorageError(errno.ESTALE, "stat", path)
+
     def _make_directories(self) -> None:
         """Create what is missing of the root and our own directories, each made durable in its parent."""
+        for path in (self._private, self._spare):
+            if os.path.islink(path):  # it would lead what is retired, deleted and locked out of the directory
+                raise StorageError(errno.ELOOP, "open", path)
         missing = []
         path = self._spare
         while not os.path.isdir(path):
@@ -265,9 +290,11 @@ class Catalog:
                 self._make_spare(path)
         self._sync_moves()
         self._trim_spares()
-        # A set: step-000000001 has the number of step-00000001, but is not its name.
+        # A set: step-000000001 has the number of step-00000001, but is not its name.  No manifest has a step beyond
+        # STEP_MAX, and the step after one could not be named.
         steps = {int(match.group(1)) for match in map(_STEP_NAME.fullmatch, names) if match}
-        whole = (s for s in steps if step_name(s) in names and self.filesystem.is_directory(self.path(s)))
+        steps = {s for s in steps if s <= STEP_MAX and step_name(s) in names}
+        whole = (s for s in steps if self.filesystem.is_directory(self.path(s)))
         return tuple(sorted(whole))
 
     def _retire(self, steps: Sequence[int]) -> None:
@@ -291,6 +318,12 @@ class Catalog:
         except StorageError:
             self._sound = False
             raise
+
+    def _fresh_path(self, step: int) -> str:
+        """Where to write a step, when what lies there already must stay as it is."""
+        names = self.filesystem.list_directory(self.root)
+        numbered = (f"{step_name(step)}.{number}.partial" for number in itertools.count(1))
+        return os.path.join(self.root, next(name for name in numbered if name not in names))
 
     def _forget(self, step: int) -> None:
         # One assignment of a new tuple: steps() reads it without the lock.
@@ -322,9 +355,19 @@ class Catalog:
         """Delete a directory, if it is there, with all that the user may have put in it."""
         if not self.filesystem.is_directory(path):
             return
-        for name in self.filesystem.list_directory(path):
-            self._unlink(os.path.join(path, name))
-        self.filesystem.remove_directory(path)
+        # A stack of our own: directories nest deeper than Python's does.
+        pending = [(path, iter(self.filesystem.list_directory(path)))]
+        while pending:
+            directory, names = pending[-1]
+            for name in names:
+                inner = os.path.join(directory, name)
+                if self.filesystem.is_directory(inner):
+                    pending.append((inner, iter(self.filesystem.list_directory(inner))))
+                    break
+                self.filesystem.unlink(inner)
+            else:
+                self.filesystem.remove_directory(directory)
+                pending.pop()
 
     def _unlink(self, path: str) -> None:
         if self.filesystem.is_directory(path):
@@ -335,23 +378,38 @@ class Catalog:
 
 def _take_lock(path: str, root: str) -> int:
     with telling("open", path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    try:
+        _lock(descriptor, path, root)
+    except BaseException:
+        with suppress(OSError):
+            os.close(descriptor)
+        raise
+    with suppress(OSError):  # for whoever finds it locked; a full disk must not keep a restore out
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    return descriptor
+
+
+def _lock(descriptor: int, path: str, root: str) -> None:
+    """Lock the open lock file, or say who has it."""
+    with telling("stat", path):
+        status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+        raise CorruptError(f"{path} is not a file of our own, and the lock is written to; remove it")
     try:
         with telling("flock", path):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except StorageError as error:
         if error.errno != errno.EWOULDBLOCK:
-            os.close(descriptor)
             raise
-        owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
-        os.close(descriptor)
+        owner = ""
+        with suppress(OSError):
+            owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
         raise LockedError(
-            f"{root} is in use by another Engine (process {owner}); close that one, or use another directory"
+            f"{root} is in use by another Engine (process {owner or 'unknown'}); close that one, or use another "
+            "directory"
         ) from None
-    with suppress(OSError):  # for whoever finds it locked; a full disk must not keep a restore out
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-    return descriptor
 
 
 _open_catalogs: weakref.WeakSet[Catalog] = weakref.WeakSet()

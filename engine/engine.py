@@ -29,7 +29,7 @@ from typing import Any, Literal
 from engine.arena import Arena
 from engine.backend import Choice, Probe, degradation, open_pipeline
 from engine.catalog import Catalog
-from engine.errors import ArenaError, ArgumentError, BusyError, ClosedError, EngineWarning, UsageError
+from engine.errors import ArenaError, ArgumentError, BusyError, ClosedError, EngineWarning, StepError, UsageError
 from engine.extra import encode as encode_extra
 from engine.extra import encode_options
 from engine.filesystem import Filesystem
@@ -38,7 +38,7 @@ from engine.layout import Layout
 from engine.manifest import BLOCK_BYTES_MAX, STEP_MAX
 from engine.native import Backend, Milestone, Packed, Pipeline
 from engine.plan import ALIGNMENT, chunk_size
-from engine.reader import Reader, RestoreInfo, Select, Tensors
+from engine.reader import Damage, Reader, RestoreInfo, Select, Tensors
 from engine.workers import Workers, is_worker
 from engine.writer import PackedPlan, Save, Writer, pack_plan, pack_sources
 
@@ -235,6 +235,21 @@ class Engine:
         self._check_usable()
         return self._reader.load(step, select)[0]
 
+    def verify(self, step: int | None = None) -> tuple[Damage, ...]:
+        """Read every block of a checkpoint, into no tensor, and return all that is damaged: nothing if it is sound.
+
+        Blocks.
+
+        Args:
+            step: which; None for the newest.
+
+        Raises:
+            NotFoundError: there is no such checkpoint.
+            StorageError: it could not be read, for a reason that says nothing of it, such as too many open files.
+        """
+        self._check_usable()
+        return self._reader.verify(step)
+
     def steps(self) -> list[int]:
         """Committed steps, oldest first."""
         self._check_usable()
@@ -314,6 +329,8 @@ class Engine:
         committed, damaged = self._catalog.steps, self._reader.damaged
         if step is None:
             taken = self._in_flight.reserve(ticket, None, committed)
+            if taken > STEP_MAX:
+                raise StepError(f"step {taken - 1} is the last that there can be; roll back to an earlier one")
         else:
             taken = self._in_flight.reserve(ticket, step, lambda: [s for s in committed() if s not in damaged])
         # Only these: a later step may be committed at this moment by a save that was in flight.

@@ -5,8 +5,8 @@ branches under `EngineError`, and nothing else is ever raised on purpose:
 
 * `UsageError`     the call was wrong; changing the call helps, trying again does not.
 * `CheckpointError` the bytes on disk are missing or not what was written.
-* `StorageError`   the operating system refused an operation on a file; carries errno, operation, path
-                   and offset, and is also an `OSError`.
+* `StorageError`   the operating system refused an operation on a file; carries errno, operation, path,
+                   offset and remedy, and is also an `OSError`.
 * `PlatformError`  this host cannot do it; carries the cause and the remedy.
 
 Messages name the thing, the value and the remedy.  This module imports nothing of the engine.
@@ -14,8 +14,46 @@ Messages name the thing, the value and the remedy.  This module imports nothing 
 
 from __future__ import annotations
 
+import errno as codes
 import os
-from errno import ENOSPC
+
+_DEVICE = "the disk or its file system is failing: see dmesg, and go on in a directory on another one"
+_REPLACED = "something else has removed or replaced it; open a new Engine, which starts from what is there"
+_IN_THE_WAY = "something else has put it there; open a new Engine, which clears away what an engine has left"
+_FORBIDDEN = "give this user the right to read and write there, or use another directory"
+_PASSING = "the kernel was short of something for a moment; save or restore again"
+
+# What the user can do about each errno that an operation on files can meet (errno(3), and the pages of the calls).
+_REMEDIES = {
+    codes.EIO: _DEVICE,
+    codes.EREMOTEIO: _DEVICE,
+    codes.ENODATA: _DEVICE,
+    codes.EBADMSG: _DEVICE,
+    codes.EUCLEAN: _DEVICE,
+    codes.ENXIO: _DEVICE,
+    codes.ENODEV: _DEVICE,
+    codes.ENOSPC: "free space or lower keep",
+    codes.EDQUOT: "free space, lower keep, or have the quota raised",
+    codes.EROFS: "mount it for writing; if the kernel has made it read-only, see dmesg for the failure",
+    codes.EFBIG: "raise the limit on file size (ulimit -f), or use a file system that takes larger files",
+    codes.EMFILE: "raise the limit on open files (ulimit -n), or close some",
+    codes.ENFILE: "raise the system's limit on open files (sysctl fs.file-max)",
+    codes.ENOMEM: "free memory, or give the Engine a smaller staging_bytes",
+    codes.EINTR: _PASSING,
+    codes.EAGAIN: _PASSING,
+    codes.EBUSY: _PASSING,
+    codes.EACCES: _FORBIDDEN,
+    codes.EPERM: _FORBIDDEN,
+    codes.ENOENT: _REPLACED,
+    codes.ENOTDIR: _REPLACED,
+    codes.ESTALE: _REPLACED,
+    codes.EEXIST: _IN_THE_WAY,
+    codes.ENOTEMPTY: _IN_THE_WAY,
+    codes.ELOOP: "no link may stand in its place; name the real directory",
+    codes.ENAMETOOLONG: "use a directory with a shorter path",
+    codes.ECANCELED: "it was interrupted before it was done; save again",
+}
+_REMEDY = "see errno(3) for what this means, and dmesg for what the kernel says"
 
 
 class EngineError(Exception):
@@ -86,6 +124,7 @@ class StorageError(EngineError, OSError):
         operation: the operation refused, e.g. ``"write"`` or ``"fsync"``.
         path: the file or directory it was refused on.
         offset: the file offset in bytes, or None where the operation has none.
+        remedy: what the user can do about it.
     """
 
     def __init__(self, errno: int, operation: str, path: str, offset: int | None = None) -> None:
@@ -99,20 +138,26 @@ class StorageError(EngineError, OSError):
         assert self.errno is not None
         return type(self), (self.errno, self.operation, self.path, self.offset)
 
+    @property
+    def remedy(self) -> str:
+        """What the user can do about it, in one line."""
+        return _REMEDIES.get(self.errno or 0, _REMEDY)
+
     def __str__(self) -> str:
         at = "" if self.offset is None else f" at byte {self.offset}"
-        return f"{self.operation} of {self.path}{at}: {self.strerror} (errno {self.errno})"
+        return f"{self.operation} of {self.path}{at}: {self.strerror} (errno {self.errno}); {self.remedy}"
 
 
 class NoSpaceError(StorageError):
     """A save was not begun, because the file system has not the room for it.
 
     Attributes:
-        missing_bytes: how much more it would need.
+        needed_bytes: what it would take up.
+        missing_bytes: how much of that there is no room for.
     """
 
     def __init__(self, path: str, needed_bytes: int, missing_bytes: int) -> None:
-        super().__init__(ENOSPC, "reserve", path)
+        super().__init__(codes.ENOSPC, "save", path)
         self.needed_bytes = needed_bytes
         self.missing_bytes = missing_bytes
 
@@ -123,7 +168,7 @@ class NoSpaceError(StorageError):
     def __str__(self) -> str:
         return (
             f"the save needs {self.needed_bytes} bytes in {self.path}, and {self.missing_bytes} of them are missing; "
-            "free so much, or keep fewer checkpoints"
+            f"{self.remedy}"
         )
 
 

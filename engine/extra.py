@@ -57,22 +57,50 @@ CONVERTIBLE = (int, float, str, tuple, list, set, frozenset, dict)
 
 
 class _Spot(NamedTuple):
-    """Where in the tree a value stands: its path, as one would write it in Python, and how deep that is."""
+    """Where in the tree a value stands: the spot around it, its own step of the path, and how deep that is.
 
-    path: str
+    The path is put together only for an error: one string for each value would take time and memory in proportion to
+    the square of what was given.
+    """
+
+    around: _Spot | None
+    step: str | None  # None: the subscript of `key`
+    key: object
     depth: int
 
+    @classmethod
+    def root(cls, name: str, depth: int = 0) -> _Spot:
+        """The outermost value, as the caller calls it."""
+        return cls(None, name, None, depth)
+
+    @property
+    def path(self) -> str:
+        """The path, as one would write it in Python."""
+        steps: list[str] = []
+        spot: _Spot | None = self
+        while spot is not None:
+            steps.append(_subscript(spot.key) if spot.step is None else spot.step)
+            spot = spot.around
+        return "".join(reversed(steps))
+
     def at(self, step: str) -> _Spot:
-        return _Spot(self.path + step, self.depth + 1)
+        """Inside it, at something that has no key."""
+        return _Spot(self, step, None, self.depth + 1)
 
     def item(self, key: object) -> _Spot:
-        try:
-            return self.at(f"[{json.dumps(key) if isinstance(key, str) else repr(key)}]")
-        except ValueError:  # an integer of more digits than Python prints (sys.get_int_max_str_digits)
-            return self.at("[...]")
+        """Inside it, under a key."""
+        return _Spot(self, None, key, self.depth + 1)
 
     def corrupt(self, problem: str) -> CorruptError:
+        """The error that says so."""
         return CorruptError(f"{self.path} {problem}; the manifest is damaged, restore another step")
+
+
+def _subscript(key: object) -> str:
+    try:
+        return f"[{json.dumps(key) if isinstance(key, str) else repr(key)}]"
+    except ValueError:  # an integer of more digits than Python prints (sys.get_int_max_str_digits)
+        return "[...]"
 
 
 def encode(value: object, where: str = "extra") -> Json:
@@ -85,7 +113,7 @@ def encode(value: object, where: str = "extra") -> Json:
     Raises:
         ExtraError: something in it cannot be stored; the message holds the path to it and the remedy.
     """
-    return _Encoder(_EXTRA).encode(value, _Spot(where, 0))
+    return _Encoder(_EXTRA).encode(value, _Spot.root(where))
 
 
 def decode(value: object, where: str = "extra") -> object:
@@ -94,7 +122,7 @@ def decode(value: object, where: str = "extra") -> object:
     Raises:
         CorruptError: this is not what `encode` makes.
     """
-    return _decode(value, _Spot(where, 0))
+    return _decode(value, _Spot.root(where))
 
 
 def encode_options(options: Mapping[str, object]) -> Json:
@@ -105,7 +133,7 @@ def encode_options(options: Mapping[str, object]) -> Json:
     """
     encoder = _Encoder(_OPTIONS)
     pairs: list[Json] = [
-        [key, encoder.encode(value, _Spot(f"the optimizer's {key}", 1))] for key, value in options.items()
+        [key, encoder.encode(value, _Spot.root(f"the optimizer's {key}", 1))] for key, value in options.items()
     ]
     return {"dict": pairs}
 
@@ -334,7 +362,7 @@ def _read_tensor(payload: object, spot: _Spot) -> torch.Tensor:
     if not isinstance(shape, list) or not all(type(extent) is int and 0 <= extent < 2**63 for extent in shape):
         raise spot.corrupt("has a shape that is not a list of sizes")
     data = _read_binary(text, spot)
-    if len(data) != math.prod(shape) * DTYPES[dtype].itemsize:  # Python's integers: no product overflows
+    if len(data) != _tensor_bytes(dtype, shape, len(data)):
         raise spot.corrupt(f"has {len(data)} bytes, which is not what {dtype} of shape {shape} takes")
     flat = torch.empty(len(data), dtype=torch.uint8, device="cpu")
     ctypes.memmove(flat.data_ptr(), data, len(data))
@@ -342,6 +370,16 @@ def _read_tensor(payload: object, spot: _Spot) -> torch.Tensor:
         return flat.view(getattr(torch, dtype)).view(shape)
     except RuntimeError:  # no elements, yet sizes whose strides overflow torch's 64 bits
         raise spot.corrupt(f"has the impossible shape {shape}") from None
+
+
+def _tensor_bytes(dtype: str, shape: list[int], at_most: int) -> int:
+    """Bytes of a tensor, or any number beyond `at_most`: many large sizes would make a number of millions of digits."""
+    nbytes = 0 if 0 in shape else DTYPES[dtype].itemsize
+    for extent in shape:
+        nbytes *= extent
+        if nbytes > at_most:
+            break
+    return nbytes
 
 
 _WRITERS: Mapping[type, Callable[[_Encoder, Any, _Spot], Json]] = {

@@ -94,7 +94,7 @@ class Filesystem:
         except OSError:
             return False
         finally:
-            os.close(descriptor)
+            self.close(descriptor)
         return True
 
     def rename(self, source: str, target: str) -> None:
@@ -121,7 +121,7 @@ class Filesystem:
             with telling("fsync", path):
                 os.fsync(descriptor)
         finally:
-            os.close(descriptor)
+            self.close(descriptor)
 
     def open_for_blocks(self, path: str, write: bool, direct: bool) -> int:
         """Open a data file for aligned blocks, past the page cache if `direct`.
@@ -146,7 +146,7 @@ class Filesystem:
         try:
             self.unlink(path)
         except StorageError:
-            os.close(descriptor)
+            self.close(descriptor)
             raise
         return descriptor
 
@@ -203,7 +203,7 @@ class Filesystem:
                     view = view[os.write(descriptor, view) :]
             self.sync_file(descriptor, path)
         finally:
-            os.close(descriptor)
+            self.close(descriptor)
 
     def read_file(self, path: str, bytes_max: int) -> bytes:
         """The whole content of a regular file, which may not be longer than `bytes_max`."""
@@ -214,8 +214,7 @@ class Filesystem:
                 raise CorruptError(f"{path} has {nbytes} bytes, and at most {bytes_max} make sense")
             return file.read(nbytes)
 
-    @staticmethod
-    def _open_regular(path: str, flags: int) -> int:
+    def _open_regular(self, path: str, flags: int) -> int:
         """Open a file of a checkpoint, which is a regular file and there, or else the checkpoint is damaged."""
         try:
             with telling("open", path):
@@ -223,8 +222,22 @@ class Filesystem:
         except StorageError as error:
             if error.errno in _NOT_THERE and not flags & os.O_CREAT:
                 raise CorruptError(f"{path} is missing, or a link") from None
+            if not flags & os.O_CREAT and _is_irregular(path):  # a socket, or a device that may not be opened
+                raise CorruptError(f"{path} is not a regular file") from None
             raise
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)
-            raise CorruptError(f"{path} is not a regular file")
+        try:
+            with telling("stat", path):
+                is_regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+            if not is_regular:
+                raise CorruptError(f"{path} is not a regular file")
+        except BaseException:
+            self.close(descriptor)
+            raise
         return descriptor
+
+
+def _is_irregular(path: str) -> bool:
+    try:
+        return not stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError:
+        return False

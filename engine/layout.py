@@ -140,6 +140,8 @@ def lay_out(specs: Iterable[TensorSpec], aliases: Mapping[str, str] | None = Non
     """
     ordered = sorted(specs, key=_file_order)
     _check_specs(ordered)
+    for alias in aliases or {}:
+        _check_name(alias)
     groups: dict[str, list[TensorSpec]] = {}
     for spec in ordered:
         groups.setdefault(FILES[spec.role], []).append(spec)
@@ -206,8 +208,12 @@ def _check_specs(specs: Sequence[TensorSpec]) -> None:
     for spec in specs:
         if spec.name in seen:
             raise ArenaError(f"two tensors are called {spec.name!r}; names must be unique")
-        if spec.name == "__metadata__" or not spec.name.isprintable():
-            raise ArenaError(f"a tensor cannot be called {spec.name!r}: safetensors keeps or cannot show that name")
+        _check_name(spec.name)
         if any(extent < 0 for extent in spec.shape):
             raise ArenaError(f"tensor {spec.name!r} has a negative dimension in {spec.shape}")
         seen.add(spec.name)
+
+
+def _check_name(name: str) -> None:
+    if name == "__metadata__" or not name.isprintable():
+        raise ArenaError(f"a tensor cannot be called {name!r}: safetensors keeps or cannot show that name")

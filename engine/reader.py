@@ -9,6 +9,9 @@ byte of the arena changes, and is never answered by trying another checkpoint.  
 explicit `step=` raise, and makes "the newest" pass over to the next older checkpoint with a warning.  If a
 restore fails half-way the arena is marked torn, and no checkpoint is taken of it until a whole restore succeeds.
 
+`verify` reads the same blocks through the same jobs, into no tensor: one job a chunk, and after a failure one a block,
+since a job ends at its first failure and verification is to find them all.
+
 Called by `engine` only.
 """
 
@@ -18,7 +21,7 @@ import errno
 import fnmatch
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 
@@ -40,9 +43,9 @@ from engine.errors import (
 )
 from engine.extra import decode as decode_extra
 from engine.layout import Segment
-from engine.manifest import Manifest, SegmentRecord, affected
-from engine.native import Direction, FailureKind, Job, Milestone, Pipeline
-from engine.plan import Extent, Plan, block_rows, extent_rows, lay_extents
+from engine.manifest import MANIFEST_NAME, Manifest, SegmentRecord, affected
+from engine.native import BlockState, Direction, FailureKind, Job, Milestone, Pipeline
+from engine.plan import Block, Extent, Plan, block_rows, extent_rows, lay_extents
 
 # What the kernel says when the medium does not give back what was written: an I/O error of the device, of a remote
 # one, or a checksum or structure of the file system's own (btrfs, XFS).
@@ -51,6 +54,9 @@ _MEDIA_ERRORS = (errno.EIO, errno.EREMOTEIO, errno.ENODATA, errno.EBADMSG, errno
 # Slots of a pipeline opened for a checkpoint whose blocks do not fit the engine's: one is read, the other is copied
 # out.
 _LARGE_SLOT_COUNT = 2
+
+# In the place of a descriptor: the file is not there (engine_native.h, set_file).
+_NO_FILE = -1
 
 Select = str | Sequence[str] | None
 Tensors = dict[str, Tensor]
@@ -74,6 +80,23 @@ class RestoreInfo(NamedTuple):
     passed_over: tuple[PassedOver, ...]
 
 
+class Damage(NamedTuple):
+    """A part of a checkpoint that is not what was written.
+
+    Attributes:
+        path: the file.
+        chunk, offset: where in the file; None where the file as a whole is meant, or what lies beyond its chunks.
+        tensors: the names of those affected, shortened where they are many.
+        reason: what is wrong, in a sentence that holds all of the above.
+    """
+
+    path: str
+    chunk: int | None
+    offset: int | None
+    tensors: str
+    reason: str
+
+
 class _Target(NamedTuple):
     """A wanted tensor of the checkpoint, and where its bytes go: a source of the job and an offset there."""
 
@@ -83,7 +106,7 @@ class _Target(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """A checkpoint whose manifest is valid and whose files are open, in the manifest's order."""
+    """A checkpoint whose manifest is valid, with its files open in the manifest's order."""
 
     manifest: Manifest
     path: str
@@ -138,8 +161,7 @@ class Reader:
             for record in manifest.segments:
                 if record.name in absent or not wanted(record):
                     continue
-                tensor = torch.empty(record.shape, dtype=getattr(torch, record.dtype), device="cpu")
-                tensors[record.name] = tensor
+                tensors[record.name] = tensor = _make_tensor(record)
                 targets.append(_Target(record, len(sources), 0))
                 sources.append(Source(tensor.data_ptr(), tensor.element_size(), (), ()))
             aliases = {alias: tensors[name] for alias, name in manifest.aliases.items() if name in tensors}
@@ -153,11 +175,56 @@ class Reader:
             raise ArgumentError(f"select={select!r} matches no tensor of step {info.step}")
         return tensors, info
 
+    def verify(self, step: int | None) -> tuple[Damage, ...]:
+        """Read every block of a committed checkpoint and tell what is not as it was written.  Blocks."""
+        if step is None:
+            committed = self._catalog.steps()
+            if not committed:
+                raise self._nothing()
+            step = committed[-1]
+        with self._catalog.pinned(step):
+            path = self._catalog.path(step)
+            try:
+                manifest, _ = self._catalog.manifest(step)
+                decode_extra(manifest.extra)
+                _options(manifest)
+            except (CorruptError, StorageError) as error:
+                _demand_damage(error)
+                return (Damage(os.path.join(path, MANIFEST_NAME), None, None, "everything", str(error)),)
+            return tuple(self._verify_files(manifest, path))
+
+    def _verify_files(self, manifest: Manifest, path: str) -> Iterator[Damage]:
+        """Everything wrong with the data files.  One of a wrong length is read all the same."""
+        descriptors: list[int] = []
+        try:
+            for index, file in enumerate(manifest.files):
+                descriptors.append(_NO_FILE)
+                try:
+                    descriptors[index] = self._open(manifest, path, index)
+                    damage = self._wrong_length(manifest, path, index, descriptors[index])
+                    if damage is not None:
+                        yield damage
+                except (CorruptError, StorageError) as error:
+                    _demand_damage(error)
+                    names = affected(manifest.segments, index, 0, file.nbytes)
+                    yield Damage(os.path.join(path, file.name), None, None, names, str(error))
+            yield from self._verify_blocks(_Found(manifest, path, descriptors))
+        finally:
+            self._close(descriptors)
+
+    def _verify_blocks(self, found: _Found) -> Iterator[Damage]:
+        """Everything wrong with the blocks of the files that are there."""
+        plan = found.manifest.geometry()
+        checksums = found.manifest.block_checksums()
+        with self._pipeline_for(plan.blocks) as pipeline:
+            for chunk, start, end in zip(plan.chunks, plan.block_starts, plan.block_starts[1:], strict=False):
+                if found.descriptors[chunk.file_index] != _NO_FILE:
+                    yield from _verify_chunk(pipeline, found, plan.blocks[start:end], checksums[start:end])
+
     def _newest(self, step: int | None, fill: Callable[[_Found], int]) -> RestoreInfo:
         """Run `fill` on the step asked for, or on the newest that it does not find damaged."""
         passed_over: list[PassedOver] = []
-        candidates = self._catalog.steps()[::-1] if step is None else [step]
-        for candidate in candidates:
+        for candidate in self._candidates(step):
             try:
                 with self._catalog.pinned(candidate):
                     path = self._catalog.path(candidate)
@@ -165,11 +232,14 @@ class Reader:
                     extra = decode_extra(manifest.extra)
                     with self._opened(manifest, path) as descriptors:
                         nbytes = manifest_bytes + fill(_Found(manifest, path, descriptors))
-            except (CorruptError, StorageError) as error:
-                # A refusal for want of descriptors, memory or permission says nothing of the checkpoint.
-                damaged = isinstance(error, CorruptError) or error.errno in _MEDIA_ERRORS
-                if step is not None or not damaged:
+            except NotFoundError:
+                if step is not None:
                     raise
+                continue  # retired since it was listed: a save in flight has committed a newer one
+            except (CorruptError, StorageError) as error:
+                if step is not None:
+                    raise
+                _demand_damage(error)
                 passed_over.append(PassedOver(candidate, str(error)))
                 self.damaged.add(candidate)
                 warnings.warn(f"step {candidate} is passed over: {error}", EngineWarning, stacklevel=4)
@@ -178,7 +248,20 @@ class Reader:
         if passed_over:
             reasons = "; ".join(f"step {bad.step}: {bad.reason}" for bad in passed_over)
             raise CorruptError(f"none of the checkpoints in {self._catalog.root} can be restored: {reasons}")
-        raise NotFoundError(f"{self._catalog.root} holds no committed checkpoint")
+        raise self._nothing()
+
+    def _nothing(self) -> NotFoundError:
+        return NotFoundError(f"{self._catalog.root} holds no committed checkpoint")
+
+    def _candidates(self, step: int | None) -> Iterator[int]:
+        """The step asked for, or all, the newest first; listed anew each time, since saves may be in flight."""
+        if step is not None:
+            yield step
+            return
+        tried: set[int] = set()
+        while left := [s for s in self._catalog.steps() if s not in tried]:
+            tried.add(left[-1])
+            yield left[-1]
 
     def _read(
         self,
@@ -199,43 +282,90 @@ class Reader:
             return 0
         checksums = manifest.block_checksums()
         blocks = [plan.blocks[index] for index in wanted]
-        job = Job(
-            Direction.READ,
-            manifest.seed,
-            sources,
-            native.pack_extents(extent_rows(plan)),
-            native.pack_blocks(block_rows(blocks)),
-            native.pack_order(range(len(blocks))),
-            len(plan.files),
-            checksums=[checksums[index] for index in wanted],
-            owners=owners,
-        )
-        if manifest.block_bytes <= self._pipeline.slot_bytes:
-            _drive(self._pipeline, job, found.descriptors)
-        else:
-            with closing(open_like(self._pipeline, _LARGE_SLOT_COUNT, manifest.block_bytes)) as pipeline:
-                _drive(pipeline, job, found.descriptors)
+        job = _make_job(manifest, extent_rows(plan), blocks, [checksums[index] for index in wanted], sources, owners)
+        with self._pipeline_for(blocks) as pipeline:
+            _drive(pipeline, job, found.descriptors)
         if job.failure is not None:
-            block = None if job.failure.block is None else blocks[job.failure.block]
-            raise _explain(job.failure, manifest, found.path, block)
+            raise _explain(job.failure, manifest, found.path, blocks)
         return job.counters["io_bytes"]
+
+    @contextmanager
+    def _pipeline_for(self, blocks: Sequence[Block]) -> Iterator[Pipeline]:
+        """The engine's pipeline, or one of larger slots that lives as long as it is needed.
+
+        Slots are as large as the largest block that is there, and not as the manifest says that one may be: they are
+        allocated and pinned, and a few bytes on disk must not cost gigabytes.
+        """
+        slot_bytes = max((block.write_bytes for block in blocks), default=0)
+        if slot_bytes <= self._pipeline.slot_bytes:
+            yield self._pipeline
+        else:
+            with closing(open_like(self._pipeline, _LARGE_SLOT_COUNT, slot_bytes)) as pipeline:
+                yield pipeline
 
     @contextmanager
     def _opened(self, manifest: Manifest, path: str) -> Iterator[list[int]]:
         """The data files, open and of the length that the manifest says: checked before anything is allocated."""
-        filesystem = self._catalog.filesystem
         descriptors: list[int] = []
         try:
-            for file in manifest.files:
-                file_path = os.path.join(path, file.name)
-                descriptors.append(filesystem.open_for_blocks(file_path, write=False, direct=self._pipeline.direct))
-                nbytes = filesystem.size(descriptors[-1], file_path)
-                if nbytes != file.nbytes:
-                    raise CorruptError(f"{file_path} has {nbytes} bytes, and its manifest says {file.nbytes}")
+            for index in range(len(manifest.files)):
+                descriptors.append(self._open(manifest, path, index))
+                damage = self._wrong_length(manifest, path, index, descriptors[index])
+                if damage is not None:
+                    raise CorruptError(damage.reason)
             yield descriptors
         finally:
-            for descriptor in descriptors:
-                filesystem.close(descriptor)
+            self._close(descriptors)
+
+    def _open(self, manifest: Manifest, path: str, index: int) -> int:
+        file = manifest.files[index]
+        try:
+            file_path = os.path.join(path, file.name)
+            return self._catalog.filesystem.open_for_blocks(file_path, write=False, direct=self._pipeline.direct)
+        except CorruptError as error:
+            names = affected(manifest.segments, index, 0, file.nbytes)
+            raise CorruptError(f"{error}; affected: {names}") from None
+
+    def _wrong_length(self, manifest: Manifest, path: str, index: int, descriptor: int) -> Damage | None:
+        """What is wrong with the length of a file, if anything is."""
+        file = manifest.files[index]
+        file_path = os.path.join(path, file.name)
+        nbytes = self._catalog.filesystem.size(descriptor, file_path)
+        if nbytes == file.nbytes:
+            return None
+        reason = f"{file_path} has {nbytes} bytes, and its manifest says {file.nbytes}"
+        if nbytes > file.nbytes:
+            return Damage(file_path, None, file.nbytes, "no tensor", f"{reason}; affected: no tensor")
+        chunk = _chunk_at(manifest, index, nbytes)
+        names = affected(manifest.segments, index, nbytes, file.nbytes - nbytes)
+        return Damage(file_path, chunk, nbytes, names, f"{reason}; it ends in chunk {chunk}; affected: {names}")
+
+    def _close(self, descriptors: Sequence[int]) -> None:
+        for descriptor in descriptors:
+            if descriptor != _NO_FILE:
+                self._catalog.filesystem.close(descriptor)
+
+
+def _make_job(
+    manifest: Manifest,
+    extents: Iterable[tuple[int, int, int, int]],
+    blocks: Sequence[Block],
+    checksums: Sequence[int],
+    sources: native.Packed,
+    owners: object = None,
+) -> Job:
+    """The read of these blocks, which refer to these extents."""
+    return Job(
+        Direction.READ,
+        manifest.seed,
+        sources,
+        native.pack_extents(extents),
+        native.pack_blocks(block_rows(blocks)),
+        native.pack_order(range(len(blocks))),
+        len(manifest.files),
+        checksums=checksums,
+        owners=owners,
+    )
 
 
 def _drive(pipeline: Pipeline, job: Job, descriptors: Sequence[int]) -> None:
@@ -249,12 +379,49 @@ def _drive(pipeline: Pipeline, job: Job, descriptors: Sequence[int]) -> None:
         raise
 
 
+def _verify_chunk(
+    pipeline: Pipeline, found: _Found, blocks: Sequence[Block], checksums: Sequence[int]
+) -> Iterator[Damage]:
+    """Read a chunk's blocks into no tensor; after a failure, those that it has left open one by one."""
+    nothing = native.pack_sources(())
+
+    def read(start: int, end: int) -> Job:
+        job = _make_job(found.manifest, (), blocks[start:end], checksums[start:end], nothing)
+        _drive(pipeline, job, found.descriptors)
+        return job
+
+    job = read(0, len(blocks))
+    if job.failure is None:
+        return
+    damage = [_damage(job.failure, found, blocks)]
+    for index, state in enumerate(job.states()):
+        if state != BlockState.WRITTEN and index != job.failure.block:
+            single = read(index, index + 1)
+            if single.failure is not None:
+                damage.append(_damage(single.failure, found, blocks[index : index + 1]))
+    yield from sorted(damage, key=lambda row: row.offset or 0)
+
+
+def _make_tensor(record: SegmentRecord) -> Tensor:
+    try:
+        return torch.empty(record.shape, dtype=getattr(torch, record.dtype), device="cpu")
+    except RuntimeError:
+        if record.nbytes:
+            raise  # no memory
+        # No elements, yet sizes whose strides overflow torch's 64 bits: no tensor ever had it.
+        raise CorruptError(f"tensor {record.name!r} has the impossible shape {record.shape}") from None
+
+
 def _options(manifest: Manifest) -> dict[str, Any]:
     """What the optimizer kept besides tensors, in the shape that `Arena.options` gives it."""
     options = decode_extra(manifest.options, "options")
     shape = {"param_groups": list, "state": dict, "absent": list}
     if not isinstance(options, dict) or (options and {k: type(v) for k, v in options.items()} != shape):
         raise CorruptError("the manifest's options are not an optimizer's")
+    if options:
+        dicts = all(type(value) is dict for value in (*options["param_groups"], *options["state"].values()))
+        if not dicts or not all(type(name) is str for name in (*options["state"], *options["absent"])):
+            raise CorruptError("the manifest's options are not an optimizer's")
     return options
 
 
@@ -317,20 +484,44 @@ def _match(
     return [_Target(record, *here[name][1]) for name, record in stored.items()]
 
 
-def _explain(failure: native.Failure, manifest: Manifest, path: str, block: Any) -> Exception:
+def _demand_damage(error: Exception) -> None:
+    """Raise an error that says nothing of the checkpoint: a refusal for want of descriptors, memory or permission."""
+    if not isinstance(error, CorruptError) and getattr(error, "errno", None) not in _MEDIA_ERRORS:
+        raise error
+
+
+def _damage(failure: native.Failure, found: _Found, blocks: Sequence[Block]) -> Damage:
+    """The native failure as damage, or raise it where the disk is not to blame."""
+    error = _explain(failure, found.manifest, found.path, blocks)
+    _demand_damage(error)
+    if failure.block is None:
+        raise error
+    block = blocks[failure.block]
+    return Damage(
+        os.path.join(found.path, found.manifest.files[block.file_index].name),
+        _chunk_at(found.manifest, block.file_index, block.file_offset),
+        block.file_offset,
+        affected(found.manifest.segments, block.file_index, block.file_offset, block.nbytes),
+        str(error),
+    )
+
+
+def _chunk_at(manifest: Manifest, file_index: int, offset: int) -> int:
+    """The index of the chunk that holds this byte of a file."""
+    return next(c.index for c in manifest.chunks if c.file == file_index and c.offset <= offset < c.offset + c.nbytes)
+
+
+def _explain(failure: native.Failure, manifest: Manifest, path: str, blocks: Sequence[Block]) -> Exception:
     """The native failure as the error that says whose fault it is, and what it affects."""
     if failure.kind == FailureKind.ABORTED:
         return ClosedError("the Engine was closed before the restore had begun; open a new one")
-    if block is None:
+    if failure.block is None:
         return StorageError(failure.errno, "read", path)
+    block = blocks[failure.block]
     file = os.path.join(path, manifest.files[block.file_index].name)
     if failure.kind == FailureKind.IO:
         return StorageError(failure.errno, "read", file, block.file_offset)
-    chunk = next(
-        c.index
-        for c in manifest.chunks
-        if c.file == block.file_index and c.offset <= block.file_offset < c.offset + c.nbytes
-    )
+    chunk = _chunk_at(manifest, block.file_index, block.file_offset)
     what = "does not match its checksum" if failure.kind == FailureKind.CHECKSUM else "cannot be read: the file ends"
     return CorruptError(
         f"{file}: the block at byte {block.file_offset} (chunk {chunk}, {block.nbytes} bytes) {what}; "

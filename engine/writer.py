@@ -327,7 +327,7 @@ class Writer:
             finally:
                 self._pipeline.wait(job, Milestone.DONE)
             if job.failure is not None:
-                raise _explain(job.failure, packed, files)
+                raise _explain(job.failure, packed, files, self._catalog.partial_path(save.step))
             return commit(self._catalog, save.step, files, encode(self._manifest(save, meta)))
         finally:
             for file in files:
@@ -370,10 +370,10 @@ class Writer:
             _log.warning("old checkpoints could not be retired, and stay: %s", error)
 
 
-def _explain(failure: native.Failure, packed: PackedPlan, files: Sequence[WrittenFile]) -> Exception:
-    """The native failure as the error that says what to do about it."""
+def _explain(failure: native.Failure, packed: PackedPlan, files: Sequence[WrittenFile], partial: str) -> Exception:
+    """The native failure as the error that says what to do about it; `partial` is where the files lie."""
     block = None if failure.block is None else packed.plan.blocks[failure.block]
-    path = files[block.file_index].path if block is not None and files else "the checkpoint's files"
+    path = files[block.file_index].path if block is not None and files else partial
     offset = None if block is None else block.file_offset
     if failure.kind == FailureKind.TORN and block is not None:
         return TornSnapshot(

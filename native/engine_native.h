@@ -14,7 +14,7 @@
  *
  * Ownership.  The caller owns the eng_job and everything it points to, and keeps all of it, the sources' memory
  * and the file descriptors unchanged and alive until ENG_DONE has been reached.  The pipeline owns the slots.
- * It allocates nothing after eng_open.
+ * It allocates nothing after eng_open, but when a ring has broken and is replaced.
  *
  * Errors.  Functions return 0 or a negative errno.  A job's first failure is latched in `failure`, `error` and
  * `failed_block`; the rest of the job is dropped, what is in flight is drained, and then ENG_DONE is reached.

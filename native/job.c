@@ -6,6 +6,10 @@
  */
 #include "job.h"
 
+/* No address space is larger (x86-64 with five levels of page tables: 2^57), and within it the sums that walk a strided
+ * source do not overflow. */
+static const int64_t REACH_MAX = (int64_t)1 << 57;
+
 static int source_is_valid(const eng_source *source)
 {
     if (source->ndim == 0)
@@ -15,9 +19,16 @@ static int source_is_valid(const eng_source *source)
     if ((source->itemsize & (source->itemsize - 1)) != 0)
         return 0;
     uint64_t nbytes = source->itemsize;
-    for (uint32_t d = 0; d < source->ndim; d++)
+    for (uint32_t d = 0; d < source->ndim; d++) {
+        int64_t reach;
         if (source->shape[d] <= 0 || __builtin_mul_overflow(nbytes, (uint64_t)source->shape[d], &nbytes))
             return 0;
+        if (__builtin_mul_overflow(source->shape[d], source->stride[d], &reach) ||
+            __builtin_mul_overflow(reach, (int64_t)source->itemsize, &reach))
+            return 0;
+        if (reach > REACH_MAX || reach < -REACH_MAX)
+            return 0;
+    }
     return nbytes <= INT64_MAX;
 }
 

@@ -284,10 +284,12 @@ static void complete(eng_pipeline *p, uint32_t index, int32_t result)
     settle(p, entry_index);
 }
 
-/* The ring itself is gone: every job fails.  Slots that the kernel may still write to are never used again. */
+/* The ring itself is gone: every job fails, and the next one gets a new ring.  Slots that the kernel may still write to
+ * are never used again. */
 static void break_down(eng_pipeline *p, int error)
 {
     p->broken = error;
+    p->refusal_count = 0;
     p->free_count = 0;
     p->moving_count = 0;
     while (p->queue_count > 0) {
@@ -323,22 +325,28 @@ void pipeline_reap(eng_pipeline *p, uint32_t wait)
 
 /* ---- the inbox ---- */
 
-static void attach_files(eng_pipeline *p, uint32_t entry_index)
+/* Give a job its files, and start what waited for them.  0 if the ring is found to be gone, and the job with it. */
+static int attach_files(eng_pipeline *p, uint32_t entry_index)
 {
     entry *e = &p->entries[entry_index];
     if (e->failed || e->has_files)
-        return;
+        return 1;
     e->has_files = 1;
     for (uint32_t i = 0; i < e->job->file_count; i++) {
         const int result = p->io.set_file(p->io.context, entry_index * ENG_JOB_FILES_MAX + i, e->fds[i]);
+        if (result == -EOPNOTSUPP || result == -ENXIO) { /* it is no ring any more (io_uring_register(2), ERRORS) */
+            break_down(p, -result);
+            return 0;
+        }
         if (result < 0) {
             fail(p, entry_index, ENG_IO_FAILURE, -result, UINT32_MAX);
-            return;
+            return 1;
         }
     }
     for (uint32_t i = 0; i < p->config.slot_count && !e->failed; i++)
         if (p->slots[i].state == SLOT_STAGED && p->slots[i].entry == entry_index)
             start_io(p, i);
+    return 1;
 }
 
 void pipeline_accept(eng_pipeline *p, uint32_t entry_index)
@@ -352,7 +360,7 @@ void pipeline_accept(eng_pipeline *p, uint32_t entry_index)
 
     if (submitted) {
         p->queue[p->queue_count++] = entry_index;
-        if (p->broken)
+        if (p->broken && service_mend(p) != 0)
             fail(p, entry_index, ENG_IO_FAILURE, p->broken, UINT32_MAX);
         else if (!job_is_valid(e->job, p->config.slot_bytes))
             fail(p, entry_index, ENG_INVALID_FAILURE, EINVAL, UINT32_MAX);
@@ -361,8 +369,8 @@ void pipeline_accept(eng_pipeline *p, uint32_t entry_index)
     }
     if (aborted)
         fail(p, entry_index, ENG_ABORTED_FAILURE, abort_error, UINT32_MAX);
-    if (attached)
-        attach_files(p, entry_index);
+    if (attached && !attach_files(p, entry_index))
+        return;
     if (submitted || aborted || attached)
         settle(p, entry_index);
 }

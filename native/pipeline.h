@@ -52,7 +52,7 @@ struct eng_pipeline {
     uint32_t free_count;
     uint32_t moving_count;    /* operations under way */
     uint32_t refusal_count;
-    int broken;               /* errno that the ring itself died of */
+    int broken;               /* errno that the ring itself died of, until it is replaced */
     entry entries[ENG_JOBS_MAX];
     uint32_t queue[ENG_JOBS_MAX]; /* entries in order of arrival */
     uint32_t queue_count;
@@ -72,6 +72,10 @@ uint64_t pipeline_now_ns(void);
 
 /* Take one entry's inbox: a new job, its files, an abort. */
 void pipeline_accept(struct eng_pipeline *p, uint32_t entry_index);
+
+/* Replace a ring that broke, and its slots with it: the kernel may still be moving those, and keeps their pages until
+ * it is done.  Returns 0 or an errno.  In service.c, which opens rings. */
+int service_mend(struct eng_pipeline *p);
 
 /* Abort the jobs that have no files: the pipeline is closing, and they will never get any. */
 void pipeline_cancel_unattached(struct eng_pipeline *p);

@@ -58,6 +58,46 @@ static int open_way(eng_pipeline *p)
     return result;
 }
 
+/* All slots, free. */
+static int map_slots(eng_pipeline *p)
+{
+    const size_t nbytes = (size_t)p->config.slot_count * p->config.slot_bytes;
+    p->memory = mmap(NULL, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p->memory == MAP_FAILED)
+        return -ENOMEM;
+    /* Huge pages make pinning and copying cheaper where the host gives them; a fork must not copy slots that
+     * the kernel is writing from. */
+    madvise(p->memory, nbytes, MADV_HUGEPAGE);
+    madvise(p->memory, nbytes, MADV_DONTFORK);
+    memset(p->slots, 0, p->config.slot_count * sizeof *p->slots);
+    for (p->free_count = 0; p->free_count < p->config.slot_count; p->free_count++)
+        p->free_slots[p->free_count] = p->config.slot_count - 1 - p->free_count;
+    return 0;
+}
+
+static void unmap_slots(eng_pipeline *p)
+{
+    if (p->memory != MAP_FAILED)
+        munmap(p->memory, (size_t)p->config.slot_count * p->config.slot_bytes);
+    p->memory = MAP_FAILED;
+}
+
+int service_mend(eng_pipeline *p)
+{
+    if (p->config.io != NULL)
+        return p->broken; /* the table is the caller's, and so is mending it */
+    p->ring_fd = -1;
+    if (p->ring != NULL)
+        ring_close(p->ring);
+    p->ring = NULL;
+    unmap_slots(p);
+    int result = map_slots(p);
+    if (result == 0)
+        result = open_way(p);
+    p->broken = -result;
+    return p->broken;
+}
+
 static void *run(void *argument)
 {
     eng_pipeline *p = argument;
@@ -92,8 +132,7 @@ static void *run(void *argument)
 
 static void release(eng_pipeline *p)
 {
-    if (p->memory != MAP_FAILED)
-        munmap(p->memory, (size_t)p->config.slot_count * p->config.slot_bytes);
+    unmap_slots(p);
     if (p->wake_fd >= 0)
         close(p->wake_fd);
     pthread_cond_destroy(&p->changed);
@@ -127,23 +166,11 @@ static int start_thread(eng_pipeline *p)
     return p->opened < 0 ? p->opened : 0;
 }
 
-static int map_slots(eng_pipeline *p)
+static int allocate_slots(eng_pipeline *p)
 {
-    const size_t nbytes = (size_t)p->config.slot_count * p->config.slot_bytes;
     p->slots = calloc(p->config.slot_count, sizeof *p->slots);
     p->free_slots = calloc(p->config.slot_count, sizeof *p->free_slots);
-    p->memory = mmap(NULL, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (p->slots == NULL || p->free_slots == NULL || p->memory == MAP_FAILED)
-        return -ENOMEM;
-    /* Huge pages make pinning and copying cheaper where the host gives them; a fork must not copy slots that
-     * the kernel is writing from. */
-    madvise(p->memory, nbytes, MADV_HUGEPAGE);
-    madvise(p->memory, nbytes, MADV_DONTFORK);
-    while (p->free_count < p->config.slot_count) {
-        p->free_slots[p->free_count] = p->config.slot_count - 1 - p->free_count;
-        p->free_count++;
-    }
-    return 0;
+    return p->slots == NULL || p->free_slots == NULL ? -ENOMEM : 0;
 }
 
 int eng_open(eng_config *config, eng_pipeline **pipeline)
@@ -164,7 +191,9 @@ int eng_open(eng_config *config, eng_pipeline **pipeline)
     pthread_cond_init(&p->changed, &monotonic);
     pthread_condattr_destroy(&monotonic);
     p->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    int result = p->wake_fd < 0 ? -errno : map_slots(p);
+    int result = p->wake_fd < 0 ? -errno : allocate_slots(p);
+    if (result == 0)
+        result = map_slots(p);
     if (result == 0)
         result = start_thread(p);
     config->refused = result < 0 ? p->config.refused : ENG_REFUSED_NOTHING;

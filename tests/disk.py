@@ -1,7 +1,8 @@
 """File systems that a test can stop or break, and a look at what an engine left on disk.
 
 `GatedFilesystem` holds every save at the point where it would make its files, so that a test can look at an
-engine in the middle of one.  `FailingFilesystem` refuses one operation with an errno.
+engine in the middle of one.  `FailingFilesystem` refuses one operation with an errno; `syscalls.SystemCalls` goes
+deeper.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -95,6 +96,7 @@ class FaultTable:
         self._always = always
         self._refusals = list(refusals)
         self._backwards = backwards
+        self._order: random.Random | None = None
         self._gate = gate
         self._completed: list[tuple[int, int]] = []
         # cffi's callbacks live as long as their objects do, so a table must be kept as long as its pipeline.
@@ -106,11 +108,22 @@ class FaultTable:
         set_file, start, reap = self._callbacks
         self.c_table = ffi.new("eng_io_table *", {"set_file": set_file, "start": start, "reap": reap})
 
+    def arm(self, script: Mapping[int, Fault], always: Fault | None = None, order: random.Random | None = None) -> None:
+        """From now on: what goes wrong, counted from here, and in what order completions come, if in a random one.
+        Called while no job is under way."""
+        self._script = {len(self.operations) + number: fault for number, fault in script.items()}
+        self._always = always
+        self._order = order
+
+    def refuse(self, refusals: Sequence[int]) -> None:
+        """From now on `reap` returns these errnos instead of completions.  Called while no job is under way."""
+        self._refusals = list(refusals)
+
     def heal(self) -> None:
         """Nothing goes wrong any more.  Called while no job is under way."""
         self._script.clear()
         self._refusals.clear()
-        self._always = None
+        self._always = self._order = None
 
     def _callback(self, signature: str, function: Any) -> Any:
         """A bug in here must fail the test and not hang it: it is kept, and the pipeline sees an errno."""
@@ -151,6 +164,8 @@ class FaultTable:
         assert self._completed, "the pipeline reaps with nothing under way"
         if self._backwards:
             taken = [self._completed.pop()]
+        elif self._order is not None:
+            taken = [self._completed.pop(self._order.randrange(len(self._completed)))]
         else:
             taken, self._completed = self._completed[:capacity], self._completed[capacity:]
         for index, (slot, result) in enumerate(taken):

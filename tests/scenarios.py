@@ -196,6 +196,17 @@ def failure(operation: str, suffix: str, world: World) -> None:
         it.save(5)
 
 
+def retried(suffix: str, world: World) -> None:
+    """A save whose sync of a directory is refused, and one of the same step after it, which may delete nothing."""
+    with session(world, keep=1, max_async=1) as it:
+        it.save(1, 2)
+        with refusing(world, "sync_directory", suffix):
+            it.attempt(3)
+        it.save(3, 4)
+    with session(world, payload=11, keep=1, max_async=1) as it:
+        it.save(5)
+
+
 def failed_retirement(suffix: str, place: int, world: World) -> None:
     """A save that is durable, but the retiring of the one before it is not, and what comes after that."""
     with session(world, keep=1, max_async=1) as it:
@@ -263,6 +274,7 @@ SCENARIOS: dict[str, Callable[[World], None]] = {
     "leftovers": leftovers,
     **{f"overlapping_{a}_{b}_{hold}": partial(overlapping, a, b, hold) for a, b in ((3, 4), (4, 3)) for hold in _HOLDS},
     **{f"failure_{operation}{suffix}": partial(failure, operation, suffix) for operation, suffix in _REFUSALS},
+    **{f"retried{suffix}": partial(retried, suffix) for suffix in ("/spare", "/run")},
     # R2 is the first fsync of spare there, and the second of the root, after C6.
     "failed_retirement_/spare": partial(failed_retirement, "/spare", 0),
     "failed_retirement_/run": partial(failed_retirement, "/run", 1),

@@ -1,7 +1,16 @@
-"""Hypothesis strategies for segment tables, the ways to cut them, and the manifests of that: for the pure modules."""
+"""Hypothesis strategies for segment tables, the ways to cut them, and the manifests of that: for the pure modules.
+
+`nearly_valid` is what a hostile writer would store: a manifest as good as any, one field changed, and the digest right.
+`tagged` is the same for `engine.extra`.  Both are used by tests and by the fuzz targets.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from typing import Any
+
+import msgspec
 from hypothesis import strategies as st
 
 from engine.layout import ARENA_ALIGNMENT, DTYPES, ROLES, Layout, TensorSpec, align_up, lay_out
@@ -20,9 +29,14 @@ ANY_SHAPES = SMALL_SHAPES | st.sampled_from(FAR_EDGES).map(lambda extent: [exten
 
 
 @st.composite
-def specs(draw: st.DrawFn, shapes: st.SearchStrategy[list[int]], max_count: int = 12) -> list[TensorSpec]:
+def specs(
+    draw: st.DrawFn,
+    shapes: st.SearchStrategy[list[int]],
+    max_count: int = 12,
+    names: st.SearchStrategy[str] = NAMES,
+) -> list[TensorSpec]:
     """A table of tensors with distinct names."""
-    names = draw(st.lists(NAMES, unique=True, max_size=max_count))
+    drawn = draw(st.lists(names, unique=True, max_size=max_count))
     return [
         TensorSpec(
             name,
@@ -31,7 +45,7 @@ def specs(draw: st.DrawFn, shapes: st.SearchStrategy[list[int]], max_count: int 
             draw(st.sampled_from(ROLES)),
             name.rpartition(".")[0],
         )
-        for name in names
+        for name in drawn
     ]
 
 
@@ -92,3 +106,88 @@ def manifests(draw: st.DrawFn) -> Manifest:
         options=draw(JSON),
         extra=draw(JSON),
     )
+
+
+def sealed(body: bytes) -> bytes:
+    """A manifest.json of this body, with the digest that fits."""
+    return b'{"sha256":"%s","body":%s}\n' % (hashlib.sha256(body).hexdigest().encode(), body)
+
+
+# What a field may be told to hold: past every width of integer, and every way for a name to lead elsewhere.
+HOSTILE = st.sampled_from(
+    [
+        *(None, True, -1, 0, 1, 4095, 4096, 4097, 2**30, 2**31, 2**32, 2**53 + 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1),
+        *(-(2**63), 2**64, 10**40, 0.5, 1e308, "", ".", "..", "../model.safetensors", "/model.safetensors"),
+        *(
+            "a/b.safetensors",
+            "a\0.safetensors",
+            "manifest.json",
+            "model.safetensors",
+            "\ud800",
+            "\N{OHM SIGN}",
+            "x" * 300,
+        ),
+        *([], [0], [-1], [2**62, 2**62, 0], [2**32, 2**32], [1] * 100, {}, {"dict": []}, {"": None}),
+    ]
+)
+
+
+@st.composite
+def nearly_valid(draw: st.DrawFn, base: st.SearchStrategy[Manifest] | None = None) -> bytes:
+    """A manifest.json with the right digest and one thing wrong in it, or nothing that matters."""
+    manifest = draw(manifests() if base is None else base)
+    body: Any = msgspec.to_builtins(manifest)
+    within, key = body, draw(st.sampled_from(sorted(body)))
+    while isinstance(within[key], list | dict | tuple) and within[key] and draw(st.integers(0, 3)):
+        if isinstance(within[key], tuple):
+            within[key] = list(within[key])
+        within = within[key]
+        key = draw(st.sampled_from(sorted(within) if isinstance(within, dict) else range(len(within))))
+    change(draw, within, key)
+    return sealed(json.dumps(body, separators=(",", ":"), ensure_ascii=draw(st.booleans())).encode(errors="replace"))
+
+
+def change(draw: st.DrawFn, within: Any, key: Any) -> None:
+    """Change one value of a JSON tree in place: another value, a neighbour of it, gone, or there twice."""
+    value = within[key]
+    kinds = ["hostile", "gone"]
+    if type(value) is int:
+        kinds += ["more", "less"]
+    if isinstance(within, list):
+        kinds += ["twice", "swapped"]
+    match draw(st.sampled_from(kinds)):
+        case "hostile":
+            within[key] = draw(HOSTILE)
+        case "gone":
+            del within[key]
+        case "more":
+            within[key] = value + draw(st.sampled_from([1, 8, 4096, 2**32]))
+        case "less":
+            within[key] = value - draw(st.sampled_from([1, 8, 4096, 2**32]))
+        case "twice":
+            within.insert(key, value)
+        case "swapped":
+            other = draw(st.integers(0, len(within) - 1))
+            within[key], within[other] = within[other], within[key]
+
+
+# The tags of engine.extra, and one that is none.
+TAGS = ("int", "float", "bytes", "tuple", "set", "frozenset", "dict", "ordered_dict", "counter", "tensor", "list")
+TEXTS = ("0x1f", "-0x0", "0x" + "f" * 40, "7ff8000000000000", "aGk=", "AACAPw==", "float32", "uint8", "nonsense", "")
+
+
+def _tagged_around(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    pairs = st.lists(st.lists(inner, min_size=2, max_size=2), max_size=3)
+    tensors = st.tuples(
+        st.sampled_from(["float32", "uint8", "complex128", "float128"]),
+        st.lists(st.sampled_from([0, 1, 2, 4, 2**31, 2**62, 2**63]), max_size=4),
+        st.sampled_from(["", "AACAPw==", "AAAAAAAAAAAAAAAAAAAAAA==", "=A"]),
+    ).map(list)
+    payloads = inner | st.lists(inner, max_size=3) | pairs | tensors
+    return st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(TAGS), payloads, min_size=1, max_size=1)
+
+
+def tagged() -> st.SearchStrategy[Any]:
+    """JSON that looks like what `engine.extra.encode` makes, and often is."""
+    leaves = JSON_SCALARS | st.sampled_from(TEXTS) | st.text(st.characters(exclude_categories=["Cs"]), max_size=4)
+    return st.recursive(leaves, _tagged_around, max_leaves=12)

@@ -566,11 +566,9 @@ from engine.catalog import Catalog
 from engine.filesystem import Filesystem
 
 catalog = Catalog(sys.argv[1], Filesystem(), spare_max=1)
-child = os.fork() if sys.argv[2] == "forked" else 0
-if child == 0 and sys.argv[2] == "forked":
-    time.sleep(60)
-    os._exit(0)
-print(child, flush=True)
+forked = sys.argv[2] == "forked"
+if not forked or os.fork() == 0:
+    print(os.getpid() if forked else 0, flush=True)  # in the child, once it has closed its copy of the lock
 time.sleep(60)
 """
 

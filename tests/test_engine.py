@@ -9,6 +9,7 @@ import random
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy
 import pytest
@@ -485,6 +486,16 @@ def test_an_arena_half_restored_is_not_saved(opened: engine.Engine, tmp_path: Pa
     flip(tmp_path / "step-00000000" / "model.safetensors", 500_000)
     opened.restore(arena)
     opened.checkpoint(arena, step=1).result()
+
+
+def test_a_restore_finds_the_newest_while_saves_retire_what_it_listed(tmp_path: Path) -> None:
+    arena = engine.Arena.wrap({"a": torch.zeros(10)})
+    with engine.Engine(tmp_path, keep=1, **SMALL) as eng:
+        eng.checkpoint(arena, step=0).result()
+        listed = eng.steps()
+        eng.checkpoint(arena, step=1).result()
+        with mock.patch.object(eng._catalog, "steps", side_effect=[listed, eng.steps()]):
+            assert eng.restore(arena).step == 1
 
 
 def test_a_host_that_is_out_of_descriptors_does_not_pass_over_the_newest(tmp_path: Path) -> None:

@@ -672,6 +672,35 @@ def test_jobs_from_several_threads(open_pipeline: Callable[..., Pipeline], tmp_p
     assert not wrong
 
 
+def ring_descriptors() -> set[int]:
+    """The numbers of this process's rings."""
+    names = [int(name) for name in os.listdir("/proc/self/fd")]
+    links = {name: f"/proc/self/fd/{name}" for name in names}
+    return {name for name, link in links.items() if os.path.lexists(link) and "io_uring" in os.readlink(link)}
+
+
+@pytest.mark.parametrize("direction", Direction)
+def test_a_broken_ring_is_replaced_for_the_next_job(fd: int, direction: Direction) -> None:
+    others, descriptors_before = ring_descriptors(), descriptors()
+    pipeline = Pipeline(2, SLOT_BYTES)
+    tensor, plan = noise(9 * SLOT_BYTES), whole(9 * SLOT_BYTES, SLOT_BYTES)
+    written = run(pipeline, make_job(WRITE, plan, [plain(tensor)]), [fd])
+    for _ in range(3):
+        null = os.open("/dev/null", os.O_RDWR)
+        (own,) = ring_descriptors() - others
+        os.dup2(null, own)  # from here on the kernel takes nothing from it
+        os.close(null)
+        target = torch.zeros_like(tensor)
+        source = tensor if direction == WRITE else target
+        jobs = [make_job(direction, plan, [plain(source)], checksums=written.checksums()) for _ in range(2)]
+        failure = run(pipeline, jobs[0], [fd]).failure
+        assert failure is not None and failure.kind == FailureKind.IO and failure.errno != 0
+        assert run(pipeline, jobs[1], [fd]).failure is None
+        assert content(fd, len(tensor)) == bytes_of(tensor) and torch.equal(source, tensor)
+    pipeline.close()
+    assert descriptors() == descriptors_before
+
+
 # -- opening and closing ----------------------------------------------------------------------------------------------
 
 

@@ -93,13 +93,14 @@ def _mount(kind: str, nbytes: int, base: Path, mkfs: Sequence[str], options: Seq
     if kind in _MAKERS:
         image.touch()
         os.truncate(image, nbytes)
-        _run([*_MAKERS[kind], *mkfs, str(image)])
+        # As root: mkfs.btrfs asks every loop device whether the image is mounted, and others' images may be private.
+        _run([*as_root(), *_MAKERS[kind], *mkfs, str(image)])
         # With "loop" the device is made by the mount and goes with it.
         where = ["-t", kind, "-o", ",".join(["loop", *options]), str(image)]
     else:
         where = ["-t", kind, "-o", ",".join([f"size={nbytes}", *options]), "none"]
-    _run([*_as_root(), "mount", *where, str(mount)])
-    _run([*_as_root(), "chown", f"{os.getuid()}:{os.getgid()}", str(mount)])
+    _run([*as_root(), "mount", *where, str(mount)])
+    _run([*as_root(), "chown", f"{os.getuid()}:{os.getgid()}", str(mount)])
 
 
 def _remove(base: Path) -> None:
@@ -107,9 +108,9 @@ def _remove(base: Path) -> None:
     mount = base / _MOUNT
     if os.path.ismount(mount):
         try:
-            _run([*_as_root(), "umount", str(mount)])
+            _run([*as_root(), "umount", str(mount)])
         except RuntimeError:
-            _run([*_as_root(), "umount", "--lazy", str(mount)])
+            _run([*as_root(), "umount", "--lazy", str(mount)])
     # By name, not as a tree: what is still mounted must not be deleted.
     with suppress(FileNotFoundError):
         mount.rmdir()
@@ -132,7 +133,7 @@ def _remove_leftovers() -> None:
 
 
 @functools.cache
-def _as_root() -> tuple[str, ...]:
+def as_root() -> tuple[str, ...]:
     """What to put before a command that only root may run."""
     if os.getuid() == 0:
         return ()

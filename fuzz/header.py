@@ -1,0 +1,64 @@
+"""For any tensors, the file that we lay out is one that the stock safetensors library reads, and each tensor's bytes
+are where the manifest says.
+
+We read no safetensors header ourselves, so this holds what we write: every input is choices for hypothesis, which make
+a table of tensors, names of any kind included.  Names that cannot be stored are refused with ArenaError.
+"""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import deserialize
+from strategies import NAMES, SMALL_SHAPES, specs
+
+from engine.errors import ArenaError
+from engine.layout import DTYPES, Layout, TensorSpec, lay_out
+from engine.manifest import segment_records
+
+ANY_NAMES = st.text(max_size=12) | st.sampled_from(["__metadata__", "\ud800", "\0", '"', "\\", "\u2028", "a/../b"])
+# A prime, so that no two places of a file within a page look alike.
+PATTERN_BYTES = 251
+
+
+def one_input(data: bytes) -> None:
+    """Hold the invariant for one input."""
+    laid_out.hypothesis.fuzz_one_input(data)
+
+
+@given(
+    specs(SMALL_SHAPES) | specs(SMALL_SHAPES, max_count=2, names=ANY_NAMES),
+    st.just({}) | st.dictionaries(NAMES, NAMES, max_size=2) | st.dictionaries(ANY_NAMES, ANY_NAMES, max_size=2),
+)
+def laid_out(tensors: list[TensorSpec], aliases: dict[str, str]) -> None:
+    """The invariant, for a table of tensors."""
+    try:
+        layout = lay_out(tensors, aliases)
+    except ArenaError:
+        assert not all(map(is_storable, [*(spec.name for spec in tensors), *aliases]))
+        return
+    check(layout)
+
+
+def is_storable(name: str) -> bool:
+    """Whether a tensor may be called so."""
+    return name.isprintable() and name != "__metadata__"
+
+
+def check(layout: Layout) -> None:
+    """The invariant, for a layout."""
+    records = segment_records(layout)
+    seen = 0
+    for index, file in enumerate(layout.files):
+        data = bytes(at % PATTERN_BYTES for at in range(file.nbytes - len(file.header)))
+        content = file.header + data
+        stored = dict(deserialize(content))
+        for record in (record for record in records if record.file == index):
+            found = stored.pop(record.name)
+            assert bytes(found["data"]) == content[record.offset : record.offset + record.nbytes]
+            dtype = DTYPES[record.dtype]
+            trailing = [dtype.components] if dtype.components > 1 else []
+            assert found["shape"] == [*record.shape, *trailing] and found["dtype"] == dtype.code
+            seen += 1
+        assert not stored, "the header names what the manifest does not"
+    assert seen == len(records)

@@ -1,0 +1,369 @@
+/*
+ * No job, however wrong, makes the pipeline read or write memory that is not its own, hang, or report what is not so.
+ *
+ * Every input makes a job that is right, changes a few of its numbers, and gives it to a pipeline whose I/O table is
+ * in memory and fails as the input says.  What must hold: ASan and UBSan find nothing; the job is done; one that
+ * contradicts itself fails as invalid before a byte moves; one that has not failed has every block in state WRITTEN;
+ * what reaches the table of a write is what its checksum says.
+ *
+ * The caller's side of the contract (engine_native.h, "Ownership") is kept: arrays are as long as their counts say, and
+ * addresses are the caller's to give.  A job that passes validation and would break that is not run.
+ */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "engine_native.h"
+#include "job.h"
+
+enum {
+    SLOTS = 3,
+    SLOT_BYTES = 2 * ENG_ALIGNMENT,
+    SOURCES_MAX = 4,
+    BLOCKS_MAX = 8,
+    EXTENTS_MAX = 32,
+    FILES = 3,
+    SHAPE_MAX = 12,     /* small enough that a strided source is a few pages at most */
+    SPAN_MAX = 1 << 20, /* of a strided source whose numbers were changed: beyond it is no memory of ours */
+    POKES_MAX = 4,
+    REFUSALS_MAX = 16   /* well below those after which the pipeline takes the ring for gone (pipeline.c) */
+};
+
+/* Far beyond what any input takes: it ends one that hangs. */
+static const uint64_t HANG_NS = 20000000000u;
+
+typedef struct {
+    const uint8_t *at;
+    size_t left;
+} input;
+
+typedef struct {
+    eng_job job;
+    eng_source sources[SOURCES_MAX];
+    eng_block blocks[BLOCKS_MAX];
+    eng_extent extents[EXTENTS_MAX];
+    uint32_t order[BLOCKS_MAX];
+    uint64_t checksums[BLOCKS_MAX];
+    uint8_t states[BLOCKS_MAX];
+    uint8_t *memory[SOURCES_MAX];
+    uint64_t memory_bytes[SOURCES_MAX];
+} trial;
+
+/* What the pipeline's thread works on, set while it has nothing to do. */
+static trial *current;
+static input script;
+static eng_completion completed[SLOTS];
+static uint32_t completed_count, refusal_count;
+static eng_pipeline *pipeline;
+static int broken;
+
+static void fail(const char *what, int line)
+{
+    fprintf(stderr, "fuzz/job.c:%d: not so: %s\n", line, what);
+    abort();
+}
+
+#define REQUIRE(truth) ((truth) ? (void)0 : fail(#truth, __LINE__))
+
+/* ---- the input ---- */
+
+static uint64_t take(input *in, size_t nbytes)
+{
+    uint64_t value = 0;
+    for (size_t i = 0; i < nbytes && in->left > 0; i++, in->at++, in->left--)
+        value = value << 8 | *in->at;
+    return value;
+}
+
+static uint32_t below(input *in, uint32_t bound)
+{
+    return (uint32_t)(take(in, bound > 256 ? 2 : 1) % bound);
+}
+
+/* ---- a job that is right ---- */
+
+/* The least and greatest offset in bytes that a strided source reaches; 0 if that is beyond SPAN_MAX. */
+static int span(const eng_source *source, int64_t *low, int64_t *high)
+{
+    *low = 0, *high = source->itemsize;
+    for (uint32_t d = 0; d < source->ndim; d++) {
+        int64_t reach;
+        if (source->shape[d] <= 0 || __builtin_mul_overflow(source->shape[d] - 1, source->stride[d], &reach)
+            || __builtin_mul_overflow(reach, (int64_t)source->itemsize, &reach) || reach > SPAN_MAX || reach < -SPAN_MAX)
+            return 0;
+        *(reach < 0 ? low : high) += reach;
+    }
+    return *high - *low <= SPAN_MAX;
+}
+
+static void make_source(trial *t, uint32_t index, input *in)
+{
+    eng_source *source = &t->sources[index];
+    int64_t low = 0, high;
+    source->ndim = below(in, 2) ? 0 : 1 + below(in, 3);
+    source->itemsize = 1u << below(in, 5);
+    high = 1 + below(in, 4 * ENG_ALIGNMENT);
+    for (uint32_t d = 0; d < source->ndim; d++) {
+        source->shape[d] = 1 + below(in, SHAPE_MAX);
+        source->stride[d] = (int64_t)below(in, 64) - 32;
+    }
+    if (source->ndim > 0)
+        REQUIRE(span(source, &low, &high));
+    t->memory_bytes[index] = (uint64_t)(high - low);
+    t->memory[index] = malloc(t->memory_bytes[index]);
+    REQUIRE(t->memory[index] != NULL);
+    memset(t->memory[index], (int)index + 1, t->memory_bytes[index]);
+    source->address = (uint64_t)(uintptr_t)t->memory[index] - (uint64_t)low;
+}
+
+static uint64_t stored_bytes(const eng_source *source, uint64_t memory_bytes)
+{
+    uint64_t nbytes = source->itemsize;
+    for (uint32_t d = 0; d < source->ndim; d++)
+        nbytes *= (uint64_t)source->shape[d];
+    return source->ndim > 0 ? nbytes : memory_bytes;
+}
+
+/* One extent that continues a block; 0 bytes if it has no room. */
+static uint32_t make_extent(trial *t, uint32_t block_offset, input *in)
+{
+    eng_extent *extent = &t->extents[t->job.extent_count];
+    const uint32_t index = below(in, t->job.source_count);
+    const eng_source *source = &t->sources[index];
+    const uint64_t unit = source->ndim > 0 ? source->itemsize : 1;
+    const uint64_t units = stored_bytes(source, t->memory_bytes[index]) / unit;
+    const uint64_t start = take(in, 2) % units;
+    uint64_t nbytes = (1 + take(in, 2) % (units - start)) * unit;
+    if (nbytes > SLOT_BYTES - block_offset)
+        nbytes = (SLOT_BYTES - block_offset) / unit * unit;
+    *extent = (eng_extent){start * unit, block_offset, (uint32_t)nbytes, index, 0};
+    t->job.extent_count += nbytes > 0;
+    return (uint32_t)nbytes;
+}
+
+static uint8_t stored_byte(uint64_t file_offset)
+{
+    return (uint8_t)(file_offset ^ file_offset >> 12);
+}
+
+static void make_block(trial *t, uint32_t index, input *in)
+{
+    uint8_t content[SLOT_BYTES];
+    eng_block *block = &t->blocks[index];
+    *block = (eng_block){(uint64_t)index * SLOT_BYTES, 0, below(in, t->job.file_count), t->job.extent_count, 0};
+    for (uint32_t wanted = 1 + below(in, 3); wanted > 0 && t->job.extent_count < EXTENTS_MAX; wanted--)
+        block->nbytes += make_extent(t, block->nbytes, in);
+    block->extent_count = t->job.extent_count - block->extent_start;
+    t->order[index] = index;
+    for (uint32_t i = 0; i < block->nbytes; i++)
+        content[i] = stored_byte(block->file_offset + i);
+    t->checksums[index] = eng_block_checksum(content, block->nbytes, t->job.seed, block->file, block->file_offset);
+}
+
+static void make_job(trial *t, input *in)
+{
+    eng_job *job = &t->job;
+    *job = (eng_job){.direction = below(in, 2), .checked = below(in, 2), .seed = take(in, 8)};
+    job->file_count = 1 + below(in, FILES);
+    job->source_count = 1 + below(in, SOURCES_MAX);
+    for (uint32_t i = 0; i < job->source_count; i++)
+        make_source(t, i, in);
+    const uint32_t count = 1 + below(in, BLOCKS_MAX);
+    for (uint32_t i = 0; i < count && job->extent_count < EXTENTS_MAX; i++, job->block_count++)
+        make_block(t, i, in);
+    job->urgent_count = below(in, job->block_count + 1);
+    job->sources = t->sources, job->blocks = t->blocks, job->extents = t->extents;
+    job->order = t->order, job->checksums = t->checksums, job->states = t->states;
+}
+
+/* ---- and what is changed in it ---- */
+
+static uint64_t hostile(input *in)
+{
+    static const uint64_t EDGES[] = {0, 1, 7, 4095, 4096, 8192, INT32_MAX, UINT32_MAX, INT64_MAX, 1ull << 63, UINT64_MAX};
+    const uint32_t choice = below(in, 16);
+    return choice < sizeof EDGES / sizeof *EDGES ? EDGES[choice] : take(in, 8);
+}
+
+static void poke(trial *t, input *in)
+{
+    eng_job *job = &t->job;
+    eng_source *source = &t->sources[below(in, SOURCES_MAX)];
+    eng_block *block = &t->blocks[below(in, BLOCKS_MAX)];
+    eng_extent *extent = &t->extents[below(in, EXTENTS_MAX)];
+    const uint32_t choice = below(in, 20);
+    const uint64_t value = hostile(in);
+    switch (choice) {
+    case 0: job->direction = (uint32_t)value; break;
+    case 1: job->checked = (uint32_t)value; break;
+    case 2: job->source_count = (uint32_t)(value % (SOURCES_MAX + 1)); break; /* counts stay within the arrays */
+    case 3: job->extent_count = (uint32_t)(value % (EXTENTS_MAX + 1)); break;
+    case 4: job->block_count = (uint32_t)(value % (BLOCKS_MAX + 1)); break;
+    case 5: job->urgent_count = (uint32_t)value; break;
+    case 6: job->file_count = (uint32_t)value; break;
+    case 7: source->itemsize = (uint32_t)value; break;
+    case 8: source->ndim = (uint32_t)value; break;
+    case 9: source->shape[below(in, ENG_DIMS_MAX)] = (int64_t)value; break;
+    case 10: source->stride[below(in, ENG_DIMS_MAX)] = (int64_t)value; break;
+    case 11: block->file_offset = value; break;
+    case 12: block->nbytes = (uint32_t)value; break;
+    case 13: block->file = (uint32_t)value; break;
+    case 14: block->extent_start = (uint32_t)value; break;
+    case 15: block->extent_count = (uint32_t)value; break;
+    case 16: extent->source_offset = value; break;
+    case 17: extent->block_offset = (uint32_t)value; break;
+    case 18: extent->nbytes = (uint32_t)value; break;
+    default: t->order[below(in, BLOCKS_MAX)] = (uint32_t)value; break;
+    }
+}
+
+/* Whether a job that is valid touches only memory that we gave it. */
+static int is_ours(const trial *t)
+{
+    for (uint32_t b = 0; b < t->job.block_count; b++)
+        for (uint32_t i = 0; i < t->blocks[b].extent_count; i++) {
+            const eng_extent *extent = &t->extents[t->blocks[b].extent_start + i];
+            const eng_source *source = &t->sources[extent->source];
+            const uint64_t start = (uint64_t)(uintptr_t)t->memory[extent->source], all = t->memory_bytes[extent->source];
+            int64_t low = 0, high = 0;
+            if (source->ndim == 0 && (extent->source_offset > all || extent->nbytes > all - extent->source_offset
+                                      || source->address != start))
+                return 0;
+            if (source->ndim > 0 && (!span(source, &low, &high) || source->address + (uint64_t)low < start
+                                     || source->address + (uint64_t)high > start + all))
+                return 0;
+        }
+    return 1;
+}
+
+/* ---- the table ---- */
+
+static int set_file(void *context, uint32_t file, int32_t fd)
+{
+    (void)context, (void)fd;
+    return file < ENG_JOBS_MAX * ENG_JOB_FILES_MAX ? 0 : -EINVAL;
+}
+
+/* What reaches the table is some block, whole from its start, with the checksum that was told. */
+static void check_written(const eng_io *io)
+{
+    const eng_job *job = &current->job;
+    int starts = 0, matches = 0;
+    for (uint32_t i = 0; i < job->block_count; i++) {
+        const eng_block *block = &job->blocks[i];
+        if (block->file != io->file % ENG_JOB_FILES_MAX || block->file_offset != io->file_offset)
+            continue;
+        starts = 1;
+        matches |= block->nbytes <= io->nbytes
+            && eng_block_checksum(io->address, block->nbytes, job->seed, block->file, block->file_offset)
+                == job->checksums[i];
+    }
+    REQUIRE(!starts || matches);
+}
+
+static int32_t outcome(uint32_t nbytes)
+{
+    switch (below(&script, 16)) {
+    case 10: return (int32_t)below(&script, nbytes + 1);
+    case 11: return (int32_t)(nbytes - ENG_ALIGNMENT);
+    case 12: return -EINTR;
+    case 13: return -EIO;
+    case 14: return (int32_t)nbytes + 1;
+    case 15: return -ENOMEM;
+    default: return (int32_t)nbytes;
+    }
+}
+
+static int start(void *context, const eng_io *io)
+{
+    (void)context;
+    REQUIRE(io->slot < SLOTS && completed_count < SLOTS);
+    REQUIRE(io->nbytes > 0 && io->nbytes <= SLOT_BYTES && io->nbytes % ENG_ALIGNMENT == 0);
+    REQUIRE(io->file_offset % ENG_ALIGNMENT == 0 && io->file_offset <= INT64_MAX - io->nbytes);
+    if (below(&script, 32) == 31)
+        return -EBUSY;
+    if (io->direction == ENG_WRITE)
+        check_written(io);
+    else
+        for (uint32_t i = 0; i < io->nbytes; i++)
+            io->address[i] = stored_byte(io->file_offset + i);
+    completed[completed_count++] = (eng_completion){io->slot, outcome(io->nbytes)};
+    return 0;
+}
+
+static int reap(void *context, eng_completion *completions, uint32_t capacity, uint32_t wait)
+{
+    (void)context, (void)wait;
+    const uint32_t choice = below(&script, 64);
+    if (choice == 62 && refusal_count++ < REFUSALS_MAX)
+        return -EINTR;
+    if (choice == 63) {
+        broken = 1;
+        return -EBADF; /* the ring is gone, and the pipeline with it */
+    }
+    uint32_t count = 0;
+    for (; completed_count > 0 && count < capacity; count++)
+        completions[count] = completed[--completed_count];
+    return (int)count;
+}
+
+/* ---- one input ---- */
+
+static void check_end(const eng_job *job, int valid, int aborted)
+{
+    REQUIRE(eng_reached(job, ENG_URGENT) && eng_reached(job, ENG_ALL_STAGED));
+    REQUIRE(job->failure <= ENG_ABORTED_FAILURE);
+    if (!valid)
+        REQUIRE(job->failure == ENG_INVALID_FAILURE && job->io_bytes == 0);
+    if (job->failure == ENG_ABORTED_FAILURE)
+        REQUIRE(aborted);
+    if (job->failure == ENG_NO_FAILURE)
+        for (uint32_t i = 0; i < job->block_count; i++)
+            REQUIRE(job->states[i] == ENG_WRITTEN);
+}
+
+static void run(trial *t, input *in)
+{
+    static const int32_t FDS[ENG_JOB_FILES_MAX];
+    static const eng_io_table TABLE = {NULL, set_file, start, reap};
+    const int valid = job_is_valid(&t->job, SLOT_BYTES), aborted = below(in, 16) == 15;
+    if (valid && !is_ours(t))
+        return;
+    if (pipeline == NULL) {
+        eng_config config = {.slot_count = SLOTS, .slot_bytes = SLOT_BYTES, .io = &TABLE};
+        REQUIRE(eng_open(&config, &pipeline) == 0);
+    }
+    current = t, script = *in, completed_count = refusal_count = 0;
+    REQUIRE(eng_submit(pipeline, &t->job) == 0);
+    /* A job that has failed, or that names more files than there can be, does not want them any more. */
+    const int attached = eng_attach(pipeline, &t->job, FDS);
+    REQUIRE(attached == 0 || attached == -ESRCH);
+    if (aborted)
+        eng_abort(pipeline, &t->job, EIO);
+    REQUIRE(eng_wait(pipeline, &t->job, ENG_DONE, HANG_NS) == 1);
+    check_end(&t->job, valid, aborted);
+    if (broken) {
+        eng_stop(pipeline);
+        eng_close(pipeline);
+        pipeline = NULL, broken = 0;
+    }
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t nbytes);
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t nbytes)
+{
+    input in = {data, nbytes};
+    /* On the heap, so that ASan sees what leaves it. */
+    trial *t = calloc(1, sizeof *t);
+    REQUIRE(t != NULL);
+    make_job(t, &in);
+    for (uint32_t pokes = below(&in, POKES_MAX + 1); pokes > 0; pokes--)
+        poke(t, &in);
+    run(t, &in);
+    for (uint32_t i = 0; i < SOURCES_MAX; i++)
+        free(t->memory[i]);
+    free(t);
+    return 0;
+}
