@@ -20,9 +20,9 @@ if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
     )
 
 from engine.arena import Arena
-from engine.backend import Attempt, Probe, probe
+from engine.backend import Attempt, Probe
 from engine.defaults import checkpoint, restore
-from engine.engine import Engine
+from engine.engine import Engine, probe
 from engine.errors import (
     ArenaError,
     ArgumentError,

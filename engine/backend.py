@@ -12,7 +12,8 @@ with the very slots that it would work with, by writing one block to a file with
 reading it back.  The first that works is taken.  Plan, statuses, checksums and commit are the same for all of them.
 
 A rung is refused by what is wrong with the way.  A full or failing disk is not: every other rung would meet it too,
-and an Engine must open on a full disk to restore from it.  Each cause has its own text, with its own remedy.
+and an Engine must open on a full disk to restore from it.  Where the disk has not even room for the file, a rung is
+taken that could be opened.  Each cause has its own text, with its own remedy.
 
 Called by `engine` and `reader`.
 """
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from engine import native
-from engine.errors import PlatformError, StorageError
+from engine.errors import MEDIA_ERRORS, PlatformError, StorageError, remedy_for
 from engine.filesystem import Filesystem
 from engine.native import ALIGNMENT, Backend, Direction, FailureKind, Job, Milestone, OpenError, Pipeline, Refused
 
@@ -35,8 +36,9 @@ Choice = Literal["auto", "io_uring", "io_uring_plain", "threads", "buffered"]
 
 LADDER: tuple[Backend, ...] = get_args(Backend)
 
-# What a disk may say of a write, whichever way it comes: nothing about the way.
-_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+# What a disk, or a limit on what may lie there, may say of a write, whichever way it comes: nothing about the way.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_STORAGE_ERRORS = (*_NO_ROOM, errno.EROFS, errno.EFBIG, errno.ENXIO, errno.ENODEV, *MEDIA_ERRORS)
 
 # What is written and read back: no two of its 8-byte words are equal.
 _PATTERN = b"".join(number.to_bytes(8, "little") for number in range(ALIGNMENT // 8))
@@ -94,20 +96,16 @@ def open_pipeline(
     raise PlatformError(f"{tried} in {directory}: {causes}", remedy if choice == "auto" else f"{remedy}; or use 'auto'")
 
 
-def probe(directory: str | os.PathLike[str], *, staging_bytes: int = 256 << 20, block_bytes: int = 4 << 20) -> Probe:
-    """Find out which backend an Engine of this configuration would use in a directory, and why not a better one.
-
-    Blocks while a block is written and read.  Takes no lock and leaves nothing behind.
+def find(directory: str, filesystem: Filesystem, slot_count: int, slot_bytes: int) -> Probe:
+    """What `open_pipeline` would find in a directory.  Blocks on the disk; leaves nothing open or behind.
 
     Raises:
-        StorageError: no file can be made in the directory, for instance because it is not there.
+        StorageError: no file can be made in the directory.
     """
-    pipeline, found = _climb_down(
-        os.path.realpath(directory), Filesystem(), LADDER, max(staging_bytes // block_bytes, 1), block_bytes
-    )
+    pipeline, probe = _climb_down(directory, filesystem, LADDER, slot_count, slot_bytes)
     if pipeline is not None:
         pipeline.close()
-    return found
+    return probe
 
 
 def open_like(pipeline: Pipeline, slot_count: int, slot_bytes: int) -> Pipeline:
@@ -148,7 +146,8 @@ def _climb_down(
 
 
 def _try(directory: str, filesystem: Filesystem, backend: Backend, slot_count: int, slot_bytes: int) -> Pipeline:
-    """A pipeline that has written and read a block; PlatformError if this backend does not work."""
+    """A pipeline that has written and read a block, if there is room for one; PlatformError if this backend does not
+    work."""
     descriptor = _open_scratch(directory, filesystem, direct=backend != "buffered")
     try:
         try:
@@ -156,39 +155,43 @@ def _try(directory: str, filesystem: Filesystem, backend: Backend, slot_count: i
         except OpenError as error:
             raise _explain_open(error, slot_count * slot_bytes) from None
         try:
-            _round_trip(pipeline, descriptor)
+            if descriptor is not None:
+                _round_trip(pipeline, descriptor)
         except BaseException:
             pipeline.close()
             raise
         return pipeline
     finally:
-        filesystem.close(descriptor)
+        if descriptor is not None:
+            filesystem.close(descriptor)
 
 
-def _open_scratch(directory: str, filesystem: Filesystem, direct: bool) -> int:
-    """A nameless file; PlatformError if it cannot have O_DIRECT with blocks aligned as ours are."""
-    remedy = "keep checkpoints on ext4, XFS or another file system with direct I/O"
+def _open_scratch(directory: str, filesystem: Filesystem, direct: bool) -> int | None:
+    """A nameless file, or None where there is no room for one; PlatformError if it cannot have O_DIRECT with blocks
+    aligned as ours are."""
     try:
         descriptor = filesystem.open_scratch(directory, direct)
     except StorageError as error:
+        if error.errno in _NO_ROOM:  # no inode is left
+            return None
         if not direct or error.errno != errno.EINVAL:  # what open(2) says where there is no O_DIRECT
             raise
-        raise PlatformError(f"the file system of {directory} has no direct I/O (O_DIRECT)", remedy) from None
+        raise PlatformError(f"the file system of {directory} has no direct I/O (O_DIRECT)", _ELSEWHERE) from None
     wanted = native.direct_alignment(descriptor)
     if direct and wanted > ALIGNMENT:
         filesystem.close(descriptor)
         cause = f"direct I/O in {directory} is aligned to {wanted} bytes, and blocks to {ALIGNMENT}"
-        raise PlatformError(cause, remedy)
+        raise PlatformError(cause, _ELSEWHERE)
     return descriptor
 
 
 def _round_trip(pipeline: Pipeline, descriptor: int) -> None:
     """Write one block and read it back; PlatformError if the way does not work."""
     written = _move(pipeline, Direction.WRITE, descriptor, _PATTERN, None)
-    if _refused(written, "write"):
+    if _refused(written, "write", pipeline.backend):
         return  # nothing is there to be read
     read = _move(pipeline, Direction.READ, descriptor, bytearray(ALIGNMENT), written.checksums())
-    _refused(read, "read")
+    _refused(read, "read", pipeline.backend)
 
 
 def _move(
@@ -211,19 +214,23 @@ def _move(
     return job
 
 
-def _refused(job: Job, operation: str) -> bool:
+def _refused(job: Job, operation: str, backend: Backend) -> bool:
     """Whether the disk refused a job; PlatformError if the way did."""
     failure = job.failure
     if failure is None or (failure.kind == FailureKind.IO and failure.errno in _STORAGE_ERRORS):
         return failure is not None
     if failure.kind != FailureKind.IO:
         raise PlatformError(f"a block's {operation} did not move what it should have", "see the kernel's log")
-    remedy = _REMEDIES.get(failure.errno, _ALLOW)
+    remedy = _REMEDIES.get(failure.errno, _ALLOW) if backend in _RINGS else remedy_for(failure.errno)
     raise PlatformError(f"a {operation} of one block is refused: {_named(failure.errno)}", remedy)
 
 
 # -- causes and remedies ----------------------------------------------------------------------------------------------
 
+# The backends to which what is said of io_uring applies.
+_RINGS: tuple[Backend, ...] = ("io_uring", "io_uring_plain")
+
+_ELSEWHERE = "keep checkpoints on ext4, XFS or another file system with direct I/O"
 _ALLOW = "let a seccomp profile or security module that refuses it allow io_uring_setup, _enter and _register"
 _REMEDIES = {
     errno.ENOMEM: "give the Engine a smaller staging_bytes, or the process more memory",
@@ -252,7 +259,8 @@ def _explain_open(error: OpenError, staging_bytes: int) -> PlatformError:
         Refused.BUFFERS: "the registration of staging slots (io_uring_register)",
         Refused.FILES: "the registration of files (io_uring_register)",
     }[error.refused]
-    return PlatformError(f"the kernel refused {what}: {_named(error.errno)}", _REMEDIES.get(error.errno, _ALLOW))
+    otherwise = remedy_for(error.errno) if error.refused == Refused.RESOURCES else _ALLOW
+    return PlatformError(f"the kernel refused {what}: {_named(error.errno)}", _REMEDIES.get(error.errno, otherwise))
 
 
 def _explain_ring(error: int, _staging_bytes: int) -> tuple[str, str] | None:
@@ -273,17 +281,19 @@ def _explain_ring(error: int, _staging_bytes: int) -> tuple[str, str] | None:
         return "this kernel has no io_uring, as gVisor's and some of RHEL's and WSL's have none", (
             "use a kernel of 5.6 or later that is built with CONFIG_IO_URING"
         )
-    if error == errno.ENOMEM:  # until 5.12 the ring itself was charged
-        return f"RLIMIT_MEMLOCK is {_limit(resource.RLIMIT_MEMLOCK)}, too small for an io_uring", _MEMLOCK
+    limit = _limit(resource.RLIMIT_MEMLOCK)
+    if error == errno.ENOMEM and limit is not None:  # until 5.12 the ring itself was charged
+        return f"RLIMIT_MEMLOCK is {limit}, too small for an io_uring", _MEMLOCK
     return None
 
 
 def _explain_buffers(error: int, staging_bytes: int) -> tuple[str, str] | None:
     """io_uring_register(2), IORING_REGISTER_BUFFERS, ERRORS."""
-    if error != errno.ENOMEM:
-        return None
     limit = _limit(resource.RLIMIT_MEMLOCK)
-    return f"RLIMIT_MEMLOCK is {limit}, and {staging_bytes} bytes of staging slots are to be pinned", _MEMLOCK
+    if error != errno.ENOMEM or limit is None:  # without a limit it is memory that is short
+        return None
+    cause = f"RLIMIT_MEMLOCK is {limit}, and {staging_bytes} bytes of staging slots are to be pinned"
+    return f"{cause}, beside what this user has pinned already", _MEMLOCK
 
 
 def _explain_files(error: int, _staging_bytes: int) -> tuple[str, str] | None:
@@ -295,9 +305,10 @@ def _explain_files(error: int, _staging_bytes: int) -> tuple[str, str] | None:
     return f"RLIMIT_NOFILE is {limit}, below the ring's table of {table} files", _REMEDIES[errno.EMFILE]
 
 
-def _limit(which: int) -> str:
+def _limit(which: int) -> int | None:
+    """A limit of this process, or None where there is none."""
     soft = resource.getrlimit(which)[0]
-    return "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
+    return None if soft == resource.RLIM_INFINITY else soft
 
 
 def _named(error: int) -> str:
@@ -307,7 +318,8 @@ def _named(error: int) -> str:
 def _content(path: str) -> str:
     """What a file of the kernel's says; nothing where it is not there."""
     try:
-        return Path(path).read_text(encoding="ascii").strip()
+        # A process may have any bytes for its name, which /proc/self/status begins with.
+        return Path(path).read_text(encoding="ascii", errors="replace").strip()
     except OSError:
         return ""
 

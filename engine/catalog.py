@@ -59,7 +59,7 @@ class Catalog:
         spare_max: how many spare directories to keep; more are deleted.
 
     Raises:
-        CorruptError: the lock is not a file.
+        CorruptError: the lock is not a regular file.
         LockedError: another engine has the directory.
         StorageError: the directory cannot be made, read or synced, or a link stands where ours should be.
     """
@@ -135,6 +135,7 @@ class Catalog:
         """See whether a save of so many bytes has the room, before anything of it is there.
 
         What the spare that it will take holds is room too: files of the same names are overwritten, others deleted.
+        Of two saves that begin at the same time both may find the same room, and one is refused when it allocates.
 
         Raises:
             NoSpaceError: it has not; says how much is missing.
@@ -150,9 +151,24 @@ class Catalog:
         if room < nbytes:
             raise NoSpaceError(self.root, nbytes, nbytes - room)
 
+    def check_place(self) -> None:
+        """See whether the directory is still the one that was locked: another Engine may have the one in its place.
+
+        Asked before anything there is made, moved or deleted, so that what is wrong is found before it does harm.
+
+        Raises:
+            StorageError: it was removed (ENOENT) or replaced (ESTALE).
+        """
+        assert self._lock is not None
+        path = os.path.join(self._private, "lock")
+        with telling("stat", path):
+            is_ours = os.path.samestat(os.lstat(path), os.fstat(self._lock))
+        if not is_ours:
+            raise StorageError(errno.ESTALE, "stat", path)
+
     def begin(self, step: int, names: Sequence[str]) -> str:
         """Make `step-N.partial` and return its path: a spare, with those of its files that are wanted, or new."""
-        self._check_place()
+        self.check_place()
         partial = self.partial_path(step)
         if self._sound:
             self._remove(partial)  # there only if an earlier save of this step failed and could not be deleted
@@ -175,6 +191,7 @@ class Catalog:
 
     def publish(self, step: int) -> str:
         """The commit point: rename to `step-N`, and make that durable."""
+        self.check_place()
         with self._mutex:
             assert step not in self._steps, f"step {step} is committed already"
             self.filesystem.rename(self.partial_path(step), self.path(step))
@@ -193,6 +210,7 @@ class Catalog:
         if not self._sound:
             return  # a power cut may yet show it under its final name, and then it must be whole
         with suppress(StorageError):
+            self.check_place()  # another engine may be writing a partial of the same name
             self._remove(self.partial_path(step))
 
     def retire(self, keep: int) -> None:
@@ -223,6 +241,7 @@ class Catalog:
 
     def set_aside(self, step: int) -> str:
         """Rename a damaged step to `step-N.damaged`, out of the way of a new one, and leave it to the user."""
+        self.check_place()
         with self._mutex:
             names = self.filesystem.list_directory(self.root)
             aside = step_name(step) + ".damaged"
@@ -240,19 +259,6 @@ class Catalog:
             self._lock = None
 
     # -- how --------------------------------------------------------------------------------------------------
-
-    def _check_place(self) -> None:
-        """See whether the directory is still the one that was locked: another Engine may have the one in its place.
-
-        Raises:
-            StorageError: it was removed (ENOENT) or replaced (ESTALE).
-        """
-        assert self._lock is not None
-        path = os.path.join(self._private, "lock")
-        with telling("stat", path):
-            is_ours = os.path.samestat(os.lstat(path), os.fstat(self._lock))
-        if not is_ours:
-            raise StorageError(errno.ESTALE, "stat", path)
 
     def _make_directories(self) -> None:
         """Create what is missing of the root and our own directories, each made durable in its parent."""
@@ -298,6 +304,7 @@ class Catalog:
         return tuple(sorted(whole))
 
     def _retire(self, steps: Sequence[int]) -> None:
+        self.check_place()
         try:
             for step in steps:
                 try:
@@ -380,23 +387,24 @@ def _take_lock(path: str, root: str) -> int:
     with telling("open", path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     try:
+        with telling("stat", path):
+            status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise CorruptError(f"{path} is not a regular file; remove it")
         _lock(descriptor, path, root)
     except BaseException:
         with suppress(OSError):
             os.close(descriptor)
         raise
-    with suppress(OSError):  # for whoever finds it locked; a full disk must not keep a restore out
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    if status.st_nlink == 1:  # else it is also a file of another directory's, say of a copy made with cp --link
+        with suppress(OSError):  # for whoever finds it locked; a full disk must not keep a restore out
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return descriptor
 
 
 def _lock(descriptor: int, path: str, root: str) -> None:
     """Lock the open lock file, or say who has it."""
-    with telling("stat", path):
-        status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
-        raise CorruptError(f"{path} is not a file of our own, and the lock is written to; remove it")
     try:
         with telling("flock", path):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -407,8 +415,8 @@ def _lock(descriptor: int, path: str, root: str) -> None:
         with suppress(OSError):
             owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
         raise LockedError(
-            f"{root} is in use by another Engine (process {owner or 'unknown'}); close that one, or use another "
-            "directory"
+            f"{root} is in use by another Engine (process {owner if owner.isdecimal() else 'unknown'}); close that "
+            "one, or use another directory"
         ) from None
 
 

@@ -38,6 +38,7 @@ def commit(catalog: Catalog, step: int, files: Sequence[WrittenFile], manifest: 
         filesystem.truncate(file.descriptor, file.nbytes, file.path)
     for file in files:
         filesystem.sync_file(file.descriptor, file.path)
+    catalog.check_place()  # the descriptors lead to what was locked, and names may not any more
     filesystem.write_new_file(os.path.join(partial, MANIFEST_NAME), manifest)
     filesystem.sync_directory(partial)
     return catalog.publish(step)

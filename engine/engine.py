@@ -22,14 +22,24 @@ import time
 import warnings
 import weakref
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal
 
 from engine.arena import Arena
-from engine.backend import Choice, Probe, degradation, open_pipeline
+from engine.backend import Choice, Probe, degradation, find, open_pipeline
 from engine.catalog import Catalog
-from engine.errors import ArenaError, ArgumentError, BusyError, ClosedError, EngineWarning, StepError, UsageError
+from engine.errors import (
+    ArenaError,
+    ArgumentError,
+    BusyError,
+    ClosedError,
+    EngineWarning,
+    PlatformError,
+    StepError,
+    UsageError,
+)
 from engine.extra import encode as encode_extra
 from engine.extra import encode_options
 from engine.filesystem import Filesystem
@@ -97,32 +107,29 @@ class Engine:
     ) -> None:
         _check_range("keep", keep, 1, None)
         _check_range("max_async", max_async, 1, MAX_ASYNC_MAX)
-        _check_range("block_bytes", block_bytes, ALIGNMENT, BLOCK_BYTES_MAX)
-        _check_range("staging_bytes", staging_bytes, 2 * block_bytes, None)
-        if block_bytes % ALIGNMENT:
-            raise ArgumentError(f"block_bytes is {block_bytes}; it must be a multiple of {ALIGNMENT}")
+        slot_count = _slot_count(staging_bytes, block_bytes)
         _check_choice("backend", backend, Choice)
         self._block_bytes = block_bytes
-        self._catalog = Catalog(os.fspath(directory), filesystem or Filesystem(), spare_max=max_async)
-        try:
-            slot_count = min(staging_bytes // block_bytes, SLOT_COUNT_MAX)
+        with ExitStack() as undo:
+            self._catalog = Catalog(os.fspath(directory), filesystem or Filesystem(), spare_max=max_async)
+            undo.callback(self._catalog.close)
             self._pipeline, self._probe = open_pipeline(
                 self._catalog.root, self._catalog.filesystem, backend, slot_count, block_bytes
             )
-        except BaseException:
-            self._catalog.close()
-            raise
+            undo.callback(self._pipeline.close)
+            self._workers = _start_workers(max_async)
+            undo.callback(self._workers.close)
+            degraded = degradation(self._probe)
+            if degraded is not None:
+                warnings.warn(degraded, EngineWarning, stacklevel=2)  # which may raise, if the user wants it so
+            undo.pop_all()
         self._writer = Writer(self._catalog, self._pipeline, keep)
         self._reader = Reader(self._catalog, self._pipeline)
         self._in_flight = InFlight(max_async)
         self._closing = False
         self._packs: weakref.WeakKeyDictionary[Arena, _Packs] = weakref.WeakKeyDictionary()
-        self._workers = Workers(max_async)
         # For an Engine that nobody has closed: at its collection, or at exit.  In a forked child it does nothing.
         self._closer = weakref.finalize(self, _shut_down, self._in_flight, self._workers, self._pipeline, self._catalog)
-        degraded = degradation(self._probe)
-        if degraded is not None:
-            warnings.warn(degraded, EngineWarning, stacklevel=2)
 
     # -- saving -----------------------------------------------------------------------------------------------
 
@@ -372,6 +379,40 @@ def _shut_down(in_flight: InFlight, workers: Workers, pipeline: Pipeline, catalo
     workers.close()
     pipeline.close()
     catalog.close()
+
+
+def probe(directory: str | os.PathLike[str], *, staging_bytes: int = 256 << 20, block_bytes: int = 4 << 20) -> Probe:
+    """Find out which backend an Engine of this configuration would use in a directory, and why not a better one.
+
+    Blocks while a block is written and read.  Takes no lock and leaves nothing behind.  For that time it has the slots
+    of such an Engine: beside another one a limit on locked memory may not be enough for both.
+
+    Raises:
+        ArgumentError: a number is out of range.
+        StorageError: no file can be made in the directory, for instance because it is not there.
+    """
+    return find(os.path.realpath(directory), Filesystem(), _slot_count(staging_bytes, block_bytes), block_bytes)
+
+
+def _slot_count(staging_bytes: int, block_bytes: int) -> int:
+    """How many slots an Engine has.
+
+    Raises:
+        ArgumentError: a number is out of range.
+    """
+    _check_range("block_bytes", block_bytes, ALIGNMENT, BLOCK_BYTES_MAX)
+    _check_range("staging_bytes", staging_bytes, 2 * block_bytes, None)
+    if block_bytes % ALIGNMENT:
+        raise ArgumentError(f"block_bytes is {block_bytes}; it must be a multiple of {ALIGNMENT}")
+    return min(staging_bytes // block_bytes, SLOT_COUNT_MAX)
+
+
+def _start_workers(count: int) -> Workers:
+    try:
+        return Workers(count)
+    except RuntimeError as error:  # what threading makes of pthread_create(3) and EAGAIN
+        cause = f"{count} commit threads could not be started: {error}"
+        raise PlatformError(cause, "raise the limit on threads (ulimit -u, or pids.max of the cgroup)") from None
 
 
 def _check_range(name: str, value: int | None, low: int, high: int | None) -> None:

@@ -21,15 +21,16 @@ _DEVICE = "the disk or its file system is failing: see dmesg, and go on in a dir
 _REPLACED = "something else has removed or replaced it; open a new Engine, which starts from what is there"
 _IN_THE_WAY = "something else has put it there; open a new Engine, which clears away what an engine has left"
 _FORBIDDEN = "give this user the right to read and write there, or use another directory"
+_UNFIT = "the file system does not do what is asked of it; keep checkpoints on ext4, XFS or btrfs"
 _PASSING = "the kernel was short of something for a moment; save or restore again"
+
+# What the kernel says when the medium does not give back what was written: an I/O error of the device, of a remote
+# one, or a checksum or structure of the file system's own (btrfs, XFS).
+MEDIA_ERRORS = (codes.EIO, codes.EREMOTEIO, codes.ENODATA, codes.EBADMSG, codes.EUCLEAN)
 
 # What the user can do about each errno that an operation on files can meet (errno(3), and the pages of the calls).
 _REMEDIES = {
-    codes.EIO: _DEVICE,
-    codes.EREMOTEIO: _DEVICE,
-    codes.ENODATA: _DEVICE,
-    codes.EBADMSG: _DEVICE,
-    codes.EUCLEAN: _DEVICE,
+    **dict.fromkeys(MEDIA_ERRORS, _DEVICE),
     codes.ENXIO: _DEVICE,
     codes.ENODEV: _DEVICE,
     codes.ENOSPC: "free space or lower keep",
@@ -50,10 +51,17 @@ _REMEDIES = {
     codes.EEXIST: _IN_THE_WAY,
     codes.ENOTEMPTY: _IN_THE_WAY,
     codes.ELOOP: "no link may stand in its place; name the real directory",
+    codes.EINVAL: _UNFIT,
+    codes.EOPNOTSUPP: _UNFIT,
     codes.ENAMETOOLONG: "use a directory with a shorter path",
     codes.ECANCELED: "it was interrupted before it was done; save again",
 }
 _REMEDY = "see errno(3) for what this means, and dmesg for what the kernel says"
+
+
+def remedy_for(errno: int) -> str:
+    """What the user can do about the refusal of an operation on files, in one line."""
+    return _REMEDIES.get(errno, _REMEDY)
 
 
 class EngineError(Exception):
@@ -141,7 +149,7 @@ class StorageError(EngineError, OSError):
     @property
     def remedy(self) -> str:
         """What the user can do about it, in one line."""
-        return _REMEDIES.get(self.errno or 0, _REMEDY)
+        return remedy_for(self.errno or 0)
 
     def __str__(self) -> str:
         at = "" if self.offset is None else f" at byte {self.offset}"

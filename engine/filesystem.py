@@ -141,8 +141,13 @@ class Filesystem:
             if error.errno not in _NO_TMPFILE:
                 raise
         path = os.path.join(directory, f".scratch-{secrets.token_hex(8)}")
-        with telling("open", path):
-            descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with telling("open", path):
+                descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+        except StorageError:
+            with suppress(StorageError):
+                self.unlink(path)  # without O_DIRECT a file system makes the file, and then refuses to open it
+            raise
         try:
             self.unlink(path)
         except StorageError:
@@ -156,16 +161,19 @@ class Filesystem:
             return os.fstat(descriptor).st_size
 
     def free_bytes(self, directory: str) -> int | None:
-        """What a file system has left for this user (statvfs(3)); None where it does not say, as ramfs and some of
-        FUSE."""
+        """What a file system has left for this user, quotas aside (statvfs(3)); None where it does not say, as ramfs
+        and some of FUSE."""
         with telling("statvfs", directory):
             status = os.statvfs(directory)
-        return status.f_bavail * status.f_frsize if status.f_blocks else None
+        # What ext4 reserves is root's to use.
+        free = status.f_bfree if os.geteuid() == 0 else status.f_bavail
+        return free * status.f_frsize if status.f_blocks else None
 
     def allocated_bytes(self, path: str) -> int:
-        """What a file takes up on disk, holes left out."""
+        """What a file takes up on disk by itself, holes left out: nothing if it has another name."""
         with telling("stat", path):
-            return os.lstat(path).st_blocks * _STAT_BLOCK_BYTES
+            status = os.lstat(path)
+        return status.st_blocks * _STAT_BLOCK_BYTES if status.st_nlink == 1 else 0
 
     def allocate(self, descriptor: int, nbytes: int, path: str) -> None:
         """Reserve the file's blocks, so that no write can run out of space; keeps what is there.

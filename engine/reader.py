@@ -17,7 +17,6 @@ Called by `engine` only.
 
 from __future__ import annotations
 
-import errno
 import fnmatch
 import os
 import warnings
@@ -33,6 +32,7 @@ from engine.arena import Arena, Source
 from engine.backend import open_like
 from engine.catalog import Catalog
 from engine.errors import (
+    MEDIA_ERRORS,
     ArgumentError,
     ClosedError,
     CorruptError,
@@ -46,10 +46,6 @@ from engine.layout import Segment
 from engine.manifest import MANIFEST_NAME, Manifest, SegmentRecord, affected
 from engine.native import BlockState, Direction, FailureKind, Job, Milestone, Pipeline
 from engine.plan import Block, Extent, Plan, block_rows, extent_rows, lay_extents
-
-# What the kernel says when the medium does not give back what was written: an I/O error of the device, of a remote
-# one, or a checksum or structure of the file system's own (btrfs, XFS).
-_MEDIA_ERRORS = (errno.EIO, errno.EREMOTEIO, errno.ENODATA, errno.EBADMSG, errno.EUCLEAN)
 
 # Slots of a pipeline opened for a checkpoint whose blocks do not fit the engine's: one is read, the other is copied
 # out.
@@ -177,21 +173,27 @@ class Reader:
 
     def verify(self, step: int | None) -> tuple[Damage, ...]:
         """Read every block of a committed checkpoint and tell what is not as it was written.  Blocks."""
-        if step is None:
-            committed = self._catalog.steps()
-            if not committed:
-                raise self._nothing()
-            step = committed[-1]
-        with self._catalog.pinned(step):
-            path = self._catalog.path(step)
+        for candidate in self._candidates(step):
             try:
-                manifest, _ = self._catalog.manifest(step)
-                decode_extra(manifest.extra)
-                _options(manifest)
-            except (CorruptError, StorageError) as error:
-                _demand_damage(error)
-                return (Damage(os.path.join(path, MANIFEST_NAME), None, None, "everything", str(error)),)
-            return tuple(self._verify_files(manifest, path))
+                with self._catalog.pinned(candidate):
+                    return self._verify(candidate)
+            except NotFoundError:
+                if step is not None:
+                    raise
+                # else retired since it was listed, as in _newest
+        raise self._nothing()
+
+    def _verify(self, step: int) -> tuple[Damage, ...]:
+        """Everything wrong with a pinned step."""
+        path = self._catalog.path(step)
+        try:
+            manifest, _ = self._catalog.manifest(step)
+            decode_extra(manifest.extra)
+            _options(manifest)
+        except (CorruptError, StorageError) as error:
+            _demand_damage(error)
+            return (Damage(os.path.join(path, MANIFEST_NAME), None, None, "everything", str(error)),)
+        return tuple(self._verify_files(manifest, path))
 
     def _verify_files(self, manifest: Manifest, path: str) -> Iterator[Damage]:
         """Everything wrong with the data files.  One of a wrong length is read all the same."""
@@ -486,7 +488,7 @@ def _match(
 
 def _demand_damage(error: Exception) -> None:
     """Raise an error that says nothing of the checkpoint: a refusal for want of descriptors, memory or permission."""
-    if not isinstance(error, CorruptError) and getattr(error, "errno", None) not in _MEDIA_ERRORS:
+    if not isinstance(error, CorruptError) and getattr(error, "errno", None) not in MEDIA_ERRORS:
         raise error
 
 

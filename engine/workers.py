@@ -31,16 +31,23 @@ def is_worker() -> bool:
 
 
 class Workers:
-    """`count` threads that run what is submitted, in order of submission.  A call that is submitted never raises."""
+    """`count` threads that run what is submitted, in order of submission.  A call that is submitted never raises.
+
+    Raises:
+        RuntimeError: a thread could not be started; none is left.
+    """
 
     def __init__(self, count: int) -> None:
         self._calls: SimpleQueue[Call | None] = SimpleQueue()
-        self._threads = [
-            threading.Thread(target=_work, args=(self._calls,), daemon=True, name=f"engine-commit-{index}")
-            for index in range(count)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        try:
+            for index in range(count):
+                thread = threading.Thread(target=_work, args=(self._calls,), daemon=True, name=f"engine-commit-{index}")
+                thread.start()
+                self._threads.append(thread)
+        except BaseException:
+            self.close()
+            raise
 
     def submit(self, call: Call) -> None:
         """Have a call run.  Returns at once."""

@@ -73,8 +73,8 @@ uint64_t pipeline_now_ns(void);
 /* Take one entry's inbox: a new job, its files, an abort. */
 void pipeline_accept(struct eng_pipeline *p, uint32_t entry_index);
 
-/* Replace a ring that broke, and its slots with it: the kernel may still be moving those, and keeps their pages until
- * it is done.  Returns 0 or an errno.  In service.c, which opens rings. */
+/* Replace a ring that broke, and its slots with it, which the kernel may still be moving.  Returns 0 or an errno.  In
+ * service.c, which opens rings. */
 int service_mend(struct eng_pipeline *p);
 
 /* Abort the jobs that have no files: the pipeline is closing, and they will never get any. */

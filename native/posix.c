@@ -16,8 +16,8 @@
 #include <string.h>
 #include <unistd.h>
 
-/* As many blocks as are under way at a time.  fio moved the most bytes at a depth of 4 blocks of 4 MiB, on the host of
- * docs/durability.md as on NVMe drives; each further thread costs a stack and gains nothing. */
+/* As many blocks as are under way at a time: the lesser of the two depths at which `make bench` has fio move blocks of 4
+ * MiB.  Each block is many requests of the drive's own, and each further thread costs a stack. */
 enum { WORKER_COUNT = 4 };
 
 struct posix {
@@ -125,20 +125,18 @@ static int posix_reap(void *context, eng_completion *completions, uint32_t capac
 static int start_workers(posix *posix)
 {
     char name[16]; /* pthread_setname_np(3) */
-    int result = 0;
-    while (posix->worker_count < WORKER_COUNT && result == 0) {
-        const uint32_t index = posix->worker_count;
-        result = pthread_create(&posix->workers[index], NULL, work, posix);
+    for (uint32_t i = 0; i < WORKER_COUNT; i++) {
+        const int result = pthread_create(&posix->workers[i], NULL, work, posix);
         if (result != 0)
-            break;
-        snprintf(name, sizeof name, "engine-move-%u", index);
-        pthread_setname_np(posix->workers[index], name);
+            return -result;
         posix->worker_count++;
+        snprintf(name, sizeof name, "engine-move-%u", i);
+        pthread_setname_np(posix->workers[i], name);
     }
-    return -result;
+    return 0;
 }
 
-int posix_open(eng_config *config, int wake_fd, posix **opened, eng_io_table *table)
+int posix_open(const eng_config *config, int wake_fd, posix **opened, eng_io_table *table)
 {
     posix *posix = calloc(1, sizeof *posix);
     if (posix == NULL)
@@ -147,6 +145,7 @@ int posix_open(eng_config *config, int wake_fd, posix **opened, eng_io_table *ta
     posix->completions = calloc(config->slot_count, sizeof *posix->completions);
     posix->capacity = config->slot_count;
     posix->wake_fd = wake_fd;
+    memset(posix->fds, -1, sizeof posix->fds); /* no descriptor, where 0 would be one */
     pthread_mutex_init(&posix->mutex, NULL);
     pthread_cond_init(&posix->queued, NULL);
     const int result = posix->operations == NULL || posix->completions == NULL ? -ENOMEM : start_workers(posix);

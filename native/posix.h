@@ -12,8 +12,8 @@
 typedef struct posix posix;
 
 /* Start the threads.  `wake_fd` is an eventfd: whatever makes it readable, a completion or another thread, makes
- * reap() return.  Records in `config` what was refused. */
-int posix_open(eng_config *config, int wake_fd, posix **posix, eng_io_table *table);
+ * reap() return. */
+int posix_open(const eng_config *config, int wake_fd, posix **posix, eng_io_table *table);
 
 /* Join the threads.  Nothing is under way any more. */
 void posix_close(posix *posix);

@@ -1,11 +1,11 @@
 /*
  * ring.c: one io_uring, set up as this kernel allows, behind the eng_io_table of ring.h.
  *
- * Setup asks for the flags that suit one thread that submits and reaps, and peels off those that the kernel does
- * not know (io_uring_setup(2): an unknown flag is EINVAL).  Slots are registered as fixed buffers, which spares
- * pinning pages for every write; where RLIMIT_MEMLOCK does not allow that, plain reads and writes are used and
- * the caller is told.  No SQPOLL (a polling kernel thread steals a core from training), no IOPOLL (needs poll
- * queues that few hosts configure, and would not see the eventfd).
+ * Setup asks for the flags that suit one thread that submits and reaps, and peels off those that the kernel does not
+ * know (io_uring_setup(2): an unknown flag is EINVAL).  A registered ring has its slots as fixed buffers, which spares
+ * pinning pages for every write, and its files in a table; where RLIMIT_MEMLOCK or RLIMIT_NOFILE does not allow that,
+ * it is not opened, and a plain one is the caller's to try.  No SQPOLL (a polling kernel thread steals a core from
+ * training), no IOPOLL (needs poll queues that few hosts configure, and would not see the eventfd).
  */
 #include "ring.h"
 

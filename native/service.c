@@ -82,15 +82,29 @@ static void unmap_slots(eng_pipeline *p)
     p->memory = MAP_FAILED;
 }
 
+/* Give the memory of slots back but not its addresses, which are never used again.  What a ring has pinned stays the
+ * kernel's until it is done; a read that it has yet to begin, or that goes through the page cache, finds nothing to write
+ * to, where otherwise it would find what was mapped next. */
+static void abandon_slots(eng_pipeline *p)
+{
+    const size_t nbytes = (size_t)p->config.slot_count * p->config.slot_bytes;
+    /* Where this fails they stay as they are, which does as well. */
+    mmap(p->memory, nbytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    p->memory = MAP_FAILED;
+}
+
 int service_mend(eng_pipeline *p)
 {
     if (p->config.io != NULL)
         return p->broken; /* the table is the caller's, and so is mending it */
-    p->ring_fd = -1;
-    if (p->ring != NULL)
+    if (p->ring != NULL) {
+        p->ring_fd = -1;
+        abandon_slots(p);
         ring_close(p->ring);
-    p->ring = NULL;
-    unmap_slots(p);
+        p->ring = NULL;
+    } else {
+        unmap_slots(p); /* an attempt to mend has failed, and no ring has seen these */
+    }
     int result = map_slots(p);
     if (result == 0)
         result = open_way(p);

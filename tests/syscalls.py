@@ -48,11 +48,13 @@ class Call(NamedTuple):
     """A call: what a StorageError would name it, and the path it is about.
 
     `is_probe`: it asks whether a file is ours alone, or writes a pid for people to read, and a refusal is no failure.
+    `is_scratch`: it makes a file without a name, and no room for that is no failure either.
     """
 
     operation: str
     path: str
     is_probe: bool = False
+    is_scratch: bool = False
 
 
 class SystemCalls:
@@ -107,7 +109,8 @@ class SystemCalls:
                 path, is_probe = self._paths[target]
                 noted = Call(operation, path, is_probe or (name in ("ftruncate", "pwrite") and path.endswith("/lock")))
             else:
-                noted = Call(operation, target, name == "open" and arguments[0] & _ACCESS == os.O_RDWR)
+                access = arguments[0] & _ACCESS if name == "open" else None
+                noted = Call(operation, target, access == os.O_RDWR, access == os.O_RDWR | os.O_TMPFILE)
             if name == "close":
                 real(target)
                 del self._paths[int(target)]

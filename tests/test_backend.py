@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from disk import same, stored
+from leaks import held
 from volumes import volume
 
 import engine
@@ -26,7 +29,7 @@ from engine import backend, native
 from engine.backend import LADDER, Attempt, Probe
 from engine.errors import EngineWarning, PlatformError, StorageError
 from engine.filesystem import Filesystem
-from engine.native import OpenError, Pipeline, Refused
+from engine.native import Failure, FailureKind, OpenError, Pipeline, Refused
 
 SMALL = {"staging_bytes": 1 << 20, "block_bytes": 64 << 10}
 
@@ -90,6 +93,15 @@ def test_this_host_has_the_best(tmp_path: Path) -> None:
         assert (eng.backend, eng.probe) == ("io_uring", found)
 
 
+def test_a_probe_has_as_many_slots_as_an_engine(tmp_path: Path) -> None:
+    """With small blocks more slots than a ring takes would fit into the memory."""
+    with engine.Engine(tmp_path, block_bytes=4096) as eng:
+        assert engine.probe(tmp_path, block_bytes=4096) == eng.probe
+    for wrong in ({"block_bytes": 0}, {"block_bytes": 5000}, {"staging_bytes": 4096}):
+        with pytest.raises(engine.ArgumentError, match="it must be"):
+            engine.probe(tmp_path, **wrong)
+
+
 @pytest.mark.parametrize("name", LADDER)
 def test_each_can_be_insisted_on(tmp_path: Path, name: native.Backend) -> None:
     tensors = {"a": torch.rand(100_000)}
@@ -120,6 +132,13 @@ def test_a_seccomp_filter_leaves_threads(tmp_path: Path, error: str) -> None:
     assert "seccomp" in warning and error in warning and "allows io_uring_setup" in warning
 
 
+def test_a_process_of_any_name_is_told_why(tmp_path: Path) -> None:
+    """The kernel tells of filters below the process's name, which is bytes (PR_SET_NAME)."""
+    change = "import ctypes; ctypes.CDLL(None).prctl(15, bytes([0xFF, 0xC3])); seccomp.refuse(errno.ENOSYS)"
+    used, _, warning = on_a_host(tmp_path, change)
+    assert used == "threads" and "a seccomp filter" in warning
+
+
 def test_a_filter_of_registration_alone_leaves_a_plain_ring(tmp_path: Path) -> None:
     used, count, warning = on_a_host(tmp_path, "seccomp.refuse(errno.EPERM, (seccomp.REGISTER,))")
     assert (used, count) == ("io_uring_plain", "1")
@@ -144,7 +163,9 @@ def test_little_locked_memory_leaves_a_plain_ring() -> None:
 
 
 def test_few_descriptors_leave_a_plain_ring(tmp_path: Path) -> None:
-    used, count, warning = on_a_host(tmp_path, "resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))")
+    change = "resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))"
+    # Within an ordinary user's memlock, which would be told of instead.
+    used, count, warning = on_a_host(tmp_path, change, "staging_bytes=4 << 20, block_bytes=1 << 20")
     assert (used, count) == ("io_uring_plain", "1")
     assert "RLIMIT_NOFILE is 128, below the ring's table of 512 files" in warning and "ulimit -n" in warning
 
@@ -158,17 +179,27 @@ def test_a_file_system_without_direct_io_leaves_the_page_cache() -> None:
             engine.Engine(path / "run", backend="threads", **SMALL)
 
 
+def test_a_file_system_without_direct_io_or_nameless_files_is_left_clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It makes the file before it refuses to open it."""
+    without_nameless_files(monkeypatch)
+    with volume("ramfs", 0) as path:
+        assert engine.probe(path, **SMALL).backend == "buffered"
+        assert os.listdir(path) == []
+
+
 @pytest.mark.parametrize("kind", ["ext4", "tmpfs"])
+@pytest.mark.filterwarnings("ignore:'buffered' is used")  # tmpfs has had O_DIRECT since Linux 6.6
 def test_a_full_disk_keeps_nobody_from_restoring(kind: str) -> None:
     tensors = {"a": torch.rand(100_000)}
     with volume(kind, 32 << 20) as path:
         with engine.Engine(path / "run", **SMALL) as eng:
+            used = eng.backend
             eng.checkpoint(engine.Arena.wrap(tensors), step=1).result()
         with open(path / "filler", "wb", buffering=0) as filler, pytest.raises(OSError, match="No space left"):
             while True:
                 filler.write(bytes(1 << 20) if kind == "ext4" else bytes(1 << 12))
         with engine.Engine(path / "run", **SMALL) as eng:
-            assert eng.backend == "io_uring"
+            assert eng.backend == used
             assert same(eng.load(1)["a"], tensors["a"])
 
 
@@ -192,7 +223,8 @@ def test_the_sysctl_is_told_from_a_filter(
 
 
 def test_every_cause_has_its_own_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_SYSCTL", "/nowhere")
+    monkeypatch.setattr(backend, "_content", lambda path: "")  # neither sysctl nor filter, wherever the tests run
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (4096, 4096))
     errors = [
         refusal(Refused.RING, errno.EPERM),  # a filter
         refusal(Refused.RING, errno.ENOSYS),
@@ -207,6 +239,57 @@ def test_every_cause_has_its_own_text(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({error.cause for error in errors}) == len(errors)
     assert all(error.remedy for error in errors)
     assert "has no io_uring" in errors[1].cause and "CONFIG_IO_URING" in errors[1].remedy
+
+
+@pytest.mark.parametrize("refused", [Refused.RING, Refused.BUFFERS])
+def test_a_limit_that_is_not_there_is_not_blamed(monkeypatch: pytest.MonkeyPatch, refused: Refused) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY,) * 2)
+    error = refusal(refused, errno.ENOMEM)
+    assert "RLIMIT" not in str(error) and "ENOMEM" in error.cause and "memory" in error.remedy
+
+
+@pytest.mark.parametrize("name", LADDER)
+def test_who_has_no_ring_is_told_nothing_of_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: native.Backend
+) -> None:
+    monkeypatch.setattr(native.Job, "failure", Failure(FailureKind.IO, errno.EPERM, 0))
+    with pytest.raises(PlatformError, match="a write of one block is refused: EPERM") as caught:
+        engine.Engine(tmp_path, backend=name, **SMALL)
+    assert ("io_uring" in caught.value.remedy) == name.startswith("io_uring")
+
+
+@pytest.mark.parametrize("error", ["EUCLEAN", "EFBIG", "ENODEV", "EIO"])
+def test_a_disk_that_fails_refuses_no_backend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: str) -> None:
+    monkeypatch.setattr(native.Job, "failure", Failure(FailureKind.IO, getattr(errno, error), 0))
+    assert engine.probe(tmp_path, **SMALL).backend == "io_uring"
+
+
+def test_an_engine_that_is_not_opened_gives_everything_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Not even who keeps the exception keeps the directory."""
+    before = held()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refuse(monkeypatch, {"io_uring": errno.EPERM})
+        with pytest.raises(EngineWarning) as warned:
+            engine.Engine(tmp_path, **SMALL)
+    monkeypatch.undo()
+    engine.Engine(tmp_path, **SMALL).close()
+    real_start, started = threading.Thread.start, []
+
+    def start(thread: threading.Thread) -> None:
+        if len(started) == 1:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        real_start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(PlatformError, match=r"2 commit threads could not be started.*ulimit -u") as refused:
+        engine.Engine(tmp_path, **SMALL)
+    monkeypatch.undo()
+    assert not started[0].is_alive()
+    engine.Engine(tmp_path, **SMALL).close()
+    assert held().threads == before.threads and held().slot_mappings == before.slot_mappings
+    assert warned.value and refused.value
 
 
 def test_a_backend_that_is_insisted_on_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -261,6 +344,13 @@ def test_a_directory_that_is_not_there_cannot_be_probed(tmp_path: Path) -> None:
 
 
 def test_a_file_system_without_nameless_files_is_probed_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    without_nameless_files(monkeypatch)
+    assert engine.probe(tmp_path, **SMALL).backend == "io_uring"
+    assert os.listdir(tmp_path) == []
+
+
+def without_nameless_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the kernel refuse O_TMPFILE."""
     real_open = os.open
 
     def without_tmpfile(path: str, flags: int, mode: int = 0o777) -> int:
@@ -269,8 +359,6 @@ def test_a_file_system_without_nameless_files_is_probed_too(monkeypatch: pytest.
         return real_open(path, flags, mode)
 
     monkeypatch.setattr(os, "open", without_tmpfile)
-    assert engine.probe(tmp_path, **SMALL).backend == "io_uring"
-    assert os.listdir(tmp_path) == []
 
 
 def test_a_probe_needs_no_lock_and_takes_none(tmp_path: Path) -> None:
@@ -303,6 +391,30 @@ def test_a_save_without_room_says_how_much_is_missing() -> None:
         assert sorted(path.rglob("*")) == before, "something was begun"
         eng.checkpoint(arena, step=4).result()
         assert eng.steps() == [4]
+
+
+def test_what_is_reserved_for_root_is_room_for_root() -> None:
+    with volume("ext4", 64 << 20, mkfs=("-m", "50")) as path, engine.Engine(path / "run", **SMALL) as eng:
+        error = eng.checkpoint(engine.Arena.wrap({"a": torch.rand(9_000_000)}), step=1).exception()
+        assert isinstance(error, engine.NoSpaceError) == (os.geteuid() != 0), error
+        assert eng.steps() == ([1] if os.geteuid() == 0 else [])
+
+
+def test_a_spare_with_another_name_is_no_room() -> None:
+    """Deleting it gives nothing back."""
+    arena = engine.Arena.wrap({"a": torch.rand(1_000_000)})
+    with volume("ext4", 16 << 20) as path, engine.Engine(path / "run", keep=1, max_async=1, **SMALL) as eng:
+        for step in (1, 2):
+            eng.checkpoint(arena, step=step).result()
+        (spare,) = (path / "run" / ".engine" / "spare").rglob("model.safetensors")
+        (path / "backup").hardlink_to(spare)
+        free = Filesystem().free_bytes(str(path))
+        assert free is not None
+        with open(path / "filler", "wb") as filler:
+            os.posix_fallocate(filler.fileno(), 0, free - (2 << 20))
+        assert isinstance(eng.checkpoint(arena, step=3).exception(), engine.NoSpaceError)
+        (path / "backup").unlink()
+        eng.checkpoint(arena, step=3).result()
 
 
 def test_a_file_system_that_does_not_say_is_tried() -> None:

@@ -132,6 +132,44 @@ def test_names_of_steps_sort_as_numbers(step: int, name: str, catalog: Catalog) 
     assert catalog.steps() == [step]
 
 
+MOVES: dict[str, Callable[[Catalog], object]] = {
+    "begin": lambda catalog: catalog.begin(4, [DATA_NAME]),
+    "publish": lambda catalog: catalog.publish(3),
+    "retire": lambda catalog: catalog.retire(1),
+    "rollback": lambda catalog: catalog.retire_after(1),
+    "set aside": lambda catalog: catalog.set_aside(2),
+    "discard": lambda catalog: catalog.discard(3),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_nothing_is_moved_in_a_directory_that_was_put_in_the_place_of_ours(tmp_path: Path, move: str) -> None:
+    """There are directories of the same names in it, and they are another engine's."""
+    root = tmp_path / "run"
+    with ExitStack() as opened:
+
+        def open_and_save() -> Catalog:
+            catalog = Catalog(str(root), Filesystem(), spare_max=1)
+            opened.callback(catalog.close)
+            save(catalog, 1)
+            save(catalog, 2)
+            fill(catalog.begin(3, [DATA_NAME]), b"3")
+            return catalog
+
+        ours = open_and_save()
+        root.rename(tmp_path / "moved")
+        theirs = open_and_save()
+        before = sorted(root.rglob("*"))
+        if move == "discard":  # which raises nothing
+            ours.discard(3)
+        else:
+            with pytest.raises(StorageError, match="open a new Engine") as refused:
+                MOVES[move](ours)
+            assert refused.value.errno == errno.ESTALE
+        assert sorted(root.rglob("*")) == before
+        MOVES[move](theirs)
+
+
 def test_a_directory_is_made_with_its_parents(tmp_path: Path, filesystem: Recorded) -> None:
     root = tmp_path / "runs" / "exp1"
     with_parents = Catalog(str(root), filesystem, spare_max=1)

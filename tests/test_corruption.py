@@ -26,7 +26,7 @@ import engine
 from engine import native
 from engine import reader as reader_module
 from engine.backend import open_like
-from engine.errors import ArenaError, CorruptError, NotFoundError, StepError, StorageError
+from engine.errors import ArenaError, CorruptError, LockedError, NotFoundError, StepError, StorageError
 from engine.extra import decode as decode_extra
 from engine.layout import TensorSpec, lay_out
 from engine.manifest import decode
@@ -499,16 +499,22 @@ def test_a_link_in_the_place_of_our_own_directory_leads_nowhere(copy: Path, tmp_
 
 
 def test_a_lock_with_another_name_is_not_written_to(copy: Path, tmp_path: Path) -> None:
+    """As it has in a directory that was copied with cp --link, which must not keep its engine out."""
     precious = tmp_path / "precious"
     precious.write_text("precious")
     (copy / ".engine/lock").unlink()
     (copy / ".engine/lock").hardlink_to(precious)
-    with pytest.raises(CorruptError, match="lock is not a file of our own"):
-        opened(copy)
+    with opened(copy) as eng:
+        assert eng.steps() == [1, 2]
+        with pytest.raises(LockedError, match=r"\(process unknown\)"):
+            opened(copy)
     assert precious.read_text() == "precious"
+
+
+def test_a_lock_that_is_a_device_is_refused(copy: Path) -> None:
     (copy / ".engine/lock").unlink()
     make_device(copy / ".engine/lock")
-    with pytest.raises(CorruptError, match="lock is not a file of our own"):
+    with pytest.raises(CorruptError, match="lock is not a regular file"):
         opened(copy)
 
 

@@ -496,6 +496,8 @@ def test_a_restore_finds_the_newest_while_saves_retire_what_it_listed(tmp_path: 
         eng.checkpoint(arena, step=1).result()
         with mock.patch.object(eng._catalog, "steps", side_effect=[listed, eng.steps()]):
             assert eng.restore(arena).step == 1
+        with mock.patch.object(eng._catalog, "steps", side_effect=[listed, eng.steps()]) as steps:
+            assert eng.verify() == () and steps.call_count == 2
 
 
 def test_a_host_that_is_out_of_descriptors_does_not_pass_over_the_newest(tmp_path: Path) -> None:

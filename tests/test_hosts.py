@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,6 +113,8 @@ def test_a_disk_without_inodes() -> None:
                     path.touch()
             refusal(lambda: save(eng, 2), errno.ENOSPC)
             check_steps(root, [1])
+        with engine.Engine(root, **SMALL) as eng:  # not even a file without a name can be made
+            assert eng.restore(filled(0)).step == 1
             for path in fillers:
                 path.unlink(missing_ok=True)
             save(eng, 2)
@@ -160,6 +163,43 @@ def test_a_directory_that_goes_under_a_running_engine(tmp_path: Path, how: str) 
     with engine.Engine(root, **SMALL) as again:
         save(again, 3)
     check_steps(root, [2, 3] if how == "replaced" else [3])
+
+
+def test_a_replaced_directory_is_left_alone(tmp_path: Path) -> None:
+    """What another engine has there has the same names: its save in flight, and its steps."""
+    root, gated = tmp_path / "run", GatedFilesystem()
+    options = {**SMALL, "staging_bytes": 2 * ARENA_BYTES}  # a save is staged, whoever holds its files up
+    with engine.Engine(root, filesystem=gated, **options) as eng:
+        gated.gate.set()
+        save(eng, 1)
+        save(eng, 2)
+        gated.gate.clear()
+        under_way = eng.checkpoint(filled(3), 3)
+        until(lambda: (root / "step-00000003.partial" / "model.safetensors").exists())
+        root.rename(tmp_path / "moved")
+        others = GatedFilesystem()
+        with engine.Engine(root, filesystem=others, **options) as other:
+            others.gate.set()
+            save(other, 1)
+            save(other, 2)
+            others.gate.clear()
+            saving = other.checkpoint(filled(3), 3)
+            until(lambda: (root / "step-00000003.partial" / "model.safetensors").exists())
+            gated.gate.set()
+            refusal(lambda: under_way.result(HANG_S), errno.ESTALE)
+            refusal(lambda: save(eng, 4), errno.ESTALE)
+            refusal(lambda: eng.rollback(1), errno.ESTALE)
+            others.gate.set()
+            assert saving.result(HANG_S).step == 3
+            check_steps(root, [2, 3])
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread will do."""
+    end = time.monotonic() + HANG_S
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -229,6 +269,9 @@ def test_a_limit_on_file_size(tmp_path: Path) -> None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
                 assert "ulimit -f" in str(refusal(lambda: save(eng, 2), errno.EFBIG))
                 assert eng.restore(filled(0)).step == 1
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+        with engine.Engine(root, **SMALL) as eng:  # it says nothing of the backend
+            assert eng.restore(filled(0)).step == 1
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
             check_steps(root, [1])
             save(eng, 2)
@@ -314,7 +357,7 @@ def child(root, act, handled, out):
         if act == "result" or step < 3:
             out.write(b"%d\\n" % saving.result(HANG_S).step)
 
-def signalled(root, act, handled, delay_s):
+def signalled(root, act, handled, delay_s, until_saved):
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -328,9 +371,10 @@ def signalled(root, act, handled, delay_s):
     os.close(writing)
     with os.fdopen(reading, "rb") as told:
         assert told.read(1) == b"."
+        steps = told.readline().split() if until_saved else []  # or a slow host would have nothing to lose
         signal.sigtimedwait([], delay_s)  # sleeps, without needing to be woken
         os.kill(pid, signal.SIGTERM)
-        steps = told.read().split()
+        steps += told.read().split()
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     assert status == (7 if handled else -signal.SIGTERM), (act, status)
     return int(steps[-1]) if steps else 0
@@ -340,7 +384,7 @@ for act in ("checkpoint", "restore", "result"):
     for handled in (False, True):
         root, newest = Path(sys.argv[1]) / f"{act}-{handled}", 0
         for _ in range(4):
-            told = signalled(root, act, handled, random.uniform(0, 0.1))
+            told = signalled(root, act, handled, random.uniform(0, 0.1), until_saved=newest == 0)
             with engine.Engine(root, **{**SMALL, "backend": "threads"}) as eng:
                 steps = eng.steps()
                 assert not steps or steps[-1] >= max(told, newest), (steps, told, newest)

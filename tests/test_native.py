@@ -679,13 +679,35 @@ def ring_descriptors() -> set[int]:
     return {name for name, link in links.items() if os.path.lexists(link) and "io_uring" in os.readlink(link)}
 
 
+def slots() -> set[int]:
+    """Where staging slots are mapped: memory without a name that no fork gets (proc_pid_smaps(5))."""
+    found: set[int] = set()
+    for words in map(str.split, Path("/proc/self/smaps").read_text().splitlines()):
+        if not words[0].endswith(":"):
+            start, is_anonymous = int(words[0].split("-")[0], 16), len(words) == 5
+        elif words[0] == "VmFlags:" and "dc" in words and is_anonymous:
+            found.add(start)
+    return found
+
+
+def is_inaccessible(address: int) -> bool:
+    """Whether an address is mapped for nobody to use (proc_pid_maps(5))."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(number, 16) for number in line.split()[0].split("-"))
+        if start <= address < end:
+            return line.split()[1] == "---p"
+    return False
+
+
+@pytest.mark.parametrize("backend", ["io_uring", "io_uring_plain"])
 @pytest.mark.parametrize("direction", Direction)
-def test_a_broken_ring_is_replaced_for_the_next_job(fd: int, direction: Direction) -> None:
-    others, descriptors_before = ring_descriptors(), descriptors()
-    pipeline = Pipeline(2, SLOT_BYTES)
+def test_a_broken_ring_is_replaced_for_the_next_job(fd: int, direction: Direction, backend: Backend) -> None:
+    others, descriptors_before, slots_before = ring_descriptors(), descriptors(), slots()
+    pipeline = Pipeline(2, SLOT_BYTES, backend)
     tensor, plan = noise(9 * SLOT_BYTES), whole(9 * SLOT_BYTES, SLOT_BYTES)
     written = run(pipeline, make_job(WRITE, plan, [plain(tensor)]), [fd])
     for _ in range(3):
+        (broken,) = slots() - slots_before
         null = os.open("/dev/null", os.O_RDWR)
         (own,) = ring_descriptors() - others
         os.dup2(null, own)  # from here on the kernel takes nothing from it
@@ -697,6 +719,7 @@ def test_a_broken_ring_is_replaced_for_the_next_job(fd: int, direction: Directio
         assert failure is not None and failure.kind == FailureKind.IO and failure.errno != 0
         assert run(pipeline, jobs[1], [fd]).failure is None
         assert content(fd, len(tensor)) == bytes_of(tensor) and torch.equal(source, tensor)
+        assert is_inaccessible(broken), "a late read may land in other memory"
     pipeline.close()
     assert descriptors() == descriptors_before
 
