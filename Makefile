@@ -13,12 +13,13 @@ INSTALL_ENGINE := $(PIP_INSTALL) --no-build-isolation --config-settings=cmake.de
 # A stamp is a file whose age says when its step last succeeded.
 TOOLS_STAMP := .venv/tools.stamp
 ENGINE_STAMP := .venv/engine.stamp
+BENCH_STAMP := .venv/bench.stamp
 NATIVE_SOURCES := $(wildcard native/*)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test pytest lint types format sanitize sanitize-address sanitize-thread \
-	crash-campaign kill-campaign fuzz clean
+	crash-campaign kill-campaign fuzz bench bench-compare clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -51,6 +52,12 @@ crash-campaign: setup ## Try a million crash states (STATES=, SEED=)
 kill-campaign: setup ## Kill a training 5000 times on four file systems (KILLS=, SEED=)
 	$(BIN)/python tests/kill_campaign.py --kills $(KILLS) --seed $(SEED)
 
+bench: $(BENCH_STAMP) ## Measure the engine beside fio and its peers, into docs/perf.md: 20 minutes, 40 GB of disk
+	$(BIN)/python -m engine.bench --publish docs
+
+bench-compare: setup ## Say whether this tree is slower than another revision, beyond noise (BASE=)
+	$(BIN)/python -m engine.bench.compare $(BASE)
+
 format: setup ## Rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -67,6 +74,12 @@ $(TOOLS_STAMP): constraints.txt .ci/prepare
 # Editable: Python's sources are read where they lie, and the compiled module from .venv.
 $(ENGINE_STAMP): $(TOOLS_STAMP) pyproject.toml $(NATIVE_SOURCES)
 	$(BIN)/python $(INSTALL_ENGINE) ".[test]" --constraint constraints.txt
+	@touch $@
+
+# What is not to be had here, fio or a peer, is a row of the benchmark that says so.
+$(BENCH_STAMP): $(ENGINE_STAMP) .ci/prepare .ci/peers
+	-.ci/prepare $(PYTHON) bench
+	.ci/peers $(BIN)
 	@touch $@
 
 # -- Sanitizers ------------------------------------------------------------------------------------------------------

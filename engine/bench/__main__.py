@@ -1,0 +1,393 @@
+"""The command line of the benchmark: which sections to run at which scale, and what to do with the record.
+
+    python -m engine.bench --quick
+    python -m engine.bench --output build/bench --publish docs      # what make bench runs
+    python -m engine.bench --from docs/perf/record.json --publish docs
+
+Theory of operation.  The sections run one after the other, each within its share of the time: who is fast has all its
+rounds, and a slow host has fewer.  Everything is written below a temporary directory in `--directory`, which decides
+what file system and device are measured, and is removed at the end.  Sizes that do not fit there, or not in memory, are
+left out, and the record says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+import engine
+from engine.bench import charts, footprint, goals, host, limits, report, slowdown
+from engine.bench.loaders import LOADERS, LOADING_PEERS
+from engine.bench.measure import Rounds, Turn, timed_load, timed_save
+from engine.bench.record import Record, decode, encode
+from engine.bench.savers import PEERS, SAVERS, STAGING_BYTES, Ours, Saver
+from engine.bench.states import State, make_state
+
+MB, GB = 10**6, 10**9
+MAIN_COUNT = 148  # tensors, as in the measurements that the goals were set by
+WARM_UP = 3  # saves: two are kept, so the third is the first that recycles, and the next is as all that follow
+FIRST_ROUNDS_PEERS = 3  # first saves of peers are no goal, and one of them starts a process each time
+
+# Peers that scale as they do at any size; the others take minutes at 2 GB, or at 10,000 tensors.
+SCALE_PEERS = ("engine", "torch.save", "safetensors")
+# How TensorStore lays out its files is no question that a training answers.
+TRAINING = ("engine", *(name for name in PEERS if name != "TensorStore files"))
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """How much of everything."""
+
+    main_bytes: int = 500 * MB
+    rounds: int = 7
+    sizes: tuple[int, ...] = (10 * MB, 100 * MB, 500 * MB, 2 * GB, 8 * GB)
+    peers_bytes_max: int = 2 * GB
+    tensors_bytes: int = 100 * MB
+    tensor_counts: tuple[int, ...] = (10, 148, 1000, 10_000, 100_000)
+    flights: tuple[int, ...] = (1, 2, 3, 4)
+    flight_saves: int = 8
+    scale_rounds: int = 5
+    intervals: tuple[int, ...] = slowdown.INTERVALS
+    memory_peers: bool = True  # each is a process that imports torch, makes the state and saves four times
+    slowdown_rounds: int = 3
+    # What a section may take; together 14 minutes of the 20 that there are, the rest is setting up.
+    seconds: float = 120.0
+    slowdown_seconds: float = 210.0
+
+
+QUICK = Scales(
+    main_bytes=100 * MB,
+    rounds=2,
+    sizes=(10 * MB, 100 * MB),
+    tensors_bytes=20 * MB,
+    tensor_counts=(10, 1000),
+    flights=(1, 2),
+    scale_rounds=2,
+    intervals=(10,),
+    memory_peers=False,
+    slowdown_rounds=1,
+    seconds=15.0,
+    slowdown_seconds=1.0,
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    # DCP says so at each save: one process is what is meant.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    record = _measure(options) if options.source is None else decode(options.source.read_text(encoding="utf-8"))
+    outcomes = goals.outcomes(record, PEERS, LOADING_PEERS)
+    for table in report.tables(record, outcomes):
+        print(report.terminal(table))
+    for note in record.notes:
+        print(note)
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "record.json").write_text(encode(record), encoding="utf-8")
+        charts.draw(record, options.output)
+    if options.publish is not None:
+        _publish(record, outcomes, options.publish, again=options.source is not None)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m engine.bench", description="Measure the engine and its peers.")
+    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: two minutes")
+    parser.add_argument("--size", type=float, metavar="MB", help="the size that most is measured at")
+    parser.add_argument("--rounds", type=int, help="how many rounds of each section")
+    parser.add_argument("--only", type=lambda text: text.split(","), metavar="NAME,...", help="only these subjects")
+    parser.add_argument("--sections", type=lambda text: text.split(","), metavar="NAME,...", help="only these")
+    parser.add_argument(
+        "--directory", type=Path, default=Path("runs"), help="where to write, which is what is measured"
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="write the record and the charts here")
+    parser.add_argument(
+        "--publish", type=Path, metavar="DOCS", help="write perf.md's tables and charts, and the history"
+    )
+    parser.add_argument("--from", type=Path, dest="source", metavar="RECORD", help="measure nothing, read this record")
+    return parser
+
+
+def _publish(record: Record, outcomes: list[goals.Outcome], docs: Path, *, again: bool) -> None:
+    """Charts, record, tables and history of a run; the same record again makes no second line in the history."""
+    perf = docs / "perf"
+    drawn = charts.draw(record, perf)
+    (perf / "record.json").write_text(encode(record), encoding="utf-8")
+    report.publish(record, outcomes, docs / "perf.md", [f"perf/{name}" for name in drawn])
+    if not again:
+        with (perf / "history.jsonl").open("a", encoding="utf-8") as history:
+            history.write(report.history_line(record, outcomes))
+
+
+def _measure(options: argparse.Namespace) -> Record:
+    scales = QUICK if options.quick else Scales()
+    if options.size is not None:
+        scales = replace(scales, main_bytes=int(options.size * MB))
+    if options.rounds is not None:
+        scales = replace(scales, rounds=options.rounds, scale_rounds=options.rounds, slowdown_rounds=options.rounds)
+    if (options.output or options.publish) and importlib.util.find_spec("matplotlib") is None:
+        raise SystemExit("charts need matplotlib, which is not installed; make bench installs it")
+    unknown = set(options.sections or ()) - set(SECTIONS)
+    if unknown:
+        raise SystemExit(f"there is no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    options.directory.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=options.directory, prefix="bench-") as place:
+        record = Record(
+            command=_command(options),
+            date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+            commit=host.commit(),
+            host={**host.describe(Path(place)), "backend": engine.probe(place).backend or "none"},
+            main_bytes=scales.main_bytes,
+            main_count=MAIN_COUNT,
+            staging_bytes=STAGING_BYTES,
+        )
+        rounds = Rounds(record, Path(place), options.only)
+        for name, section in SECTIONS.items():
+            if options.sections is None or name in options.sections:
+                print(f"{time.monotonic() - began:5.0f} s  {name}", file=sys.stderr, flush=True)
+                section(rounds, scales)
+    record.seconds = time.monotonic() - began
+    return record
+
+
+def _command(options: argparse.Namespace) -> str:
+    """What to type for the same run; where it wrote is nobody's business but the host's, which is described."""
+    words = ["python -m engine.bench"]
+    words += ["--quick"] if options.quick else []
+    words += [f"--size {options.size:g}"] if options.size is not None else []
+    words += [f"--rounds {options.rounds}"] if options.rounds is not None else []
+    words += [f"--only {','.join(options.only)!r}"] if options.only is not None else []
+    words += [f"--sections {','.join(options.sections)}"] if options.sections is not None else []
+    return " ".join(words)
+
+
+# -- the sections ----------------------------------------------------------------------------------------------------
+
+
+def _main(rounds: Rounds, scales: Scales) -> None:
+    """The limit, everybody's saves, and first saves: at one size, in the same rounds."""
+    state = make_state(scales.main_bytes, MAIN_COUNT)
+    shape = (scales.main_bytes, MAIN_COUNT)
+    savers = rounds.open_savers(SAVERS, state, WARM_UP)
+    saves = {(name, ""): _save_turn(saver) for name, saver in savers.items()}
+    firsts = {(name, ""): _first_turn(rounds, type(saver), state) for name, saver in savers.items()}
+    fio = limits.fio_turns(rounds, scales.main_bytes)
+    memcpy = limits.memcpy_turns(rounds, scales.main_bytes)
+    end = time.monotonic() + 2 * scales.seconds  # three sections in one
+    for number in range(scales.rounds):
+        if number and time.monotonic() > end:
+            break
+        if number == FIRST_ROUNDS_PEERS:
+            firsts = {key: turn for key, turn in firsts.items() if key[0] == Ours.name}
+        _one_round(rounds, number, shape, {"save": saves, "limit": {**fio, **memcpy}, "first": firsts})
+    for saver in savers.values():
+        saver.close()
+    _clear(rounds)
+
+
+def _one_round(
+    rounds: Rounds, number: int, shape: tuple[int, int], turns: Mapping[str, dict[tuple[str, str], Turn]]
+) -> None:
+    """One turn of everything; what takes no part any more is taken out of the turns."""
+    for section, each in turns.items():
+        kind = "limit" if section == "limit" else "save"
+        out = rounds.run(section, kind, each, shape, range(number, number + 1), seconds=0)
+        for key in out:
+            del each[key]
+
+
+def _load(rounds: Rounds, scales: Scales) -> None:
+    """Whole restores and parts of them, from a cold page cache."""
+    state = make_state(scales.main_bytes, MAIN_COUNT)
+    shape = (scales.main_bytes, MAIN_COUNT)
+    wholes: dict[tuple[str, str], Turn] = {}
+    parts: dict[tuple[str, str], Turn] = {}
+    with ExitStack() as stack:
+        for kind in LOADERS:
+            if not rounds.wanted(kind.name):
+                continue
+            rounds.introduce(kind.name, "load", kind.how)
+            try:
+                loader = kind(rounds.directory / "load" / kind.name.replace(" ", "-"), state)
+            except Exception as error:  # whatever a peer raises
+                rounds.refuse(kind.name, "load", error)
+                continue
+            stack.callback(loader.close)
+            wholes[kind.name, ""] = lambda loader=loader: timed_load(loader.load, loader.files())  # type: ignore[misc]
+            if kind.parts:
+                layer = f"layers.{MAIN_COUNT // 2}"
+                parts[kind.name, ""] = lambda loader=loader, layer=layer: timed_load(  # type: ignore[misc]
+                    lambda: loader.load_part(layer), loader.files()
+                )
+        rounds.run("load", "load", wholes, shape, range(scales.rounds), seconds=scales.seconds)
+        rounds.run("part", "load", parts, shape, range(scales.rounds), seconds=scales.seconds / 4)
+    _clear(rounds)
+
+
+def _memory(rounds: Rounds, scales: Scales) -> None:
+    """Everybody's peak at the main size, and ours at the largest."""
+    shape = (scales.main_bytes, MAIN_COUNT)
+    names = tuple(saver.name for saver in SAVERS) if scales.memory_peers else (Ours.name,)
+    turns = footprint.turns(rounds, *shape, names)
+    rounds.run("memory", "save", turns, shape, range(1), seconds=0)
+    largest = max(_fitting(rounds, scales.sizes), default=0)
+    if largest > scales.main_bytes:
+        shape = (largest, MAIN_COUNT)
+        rounds.run("memory", "save", footprint.turns(rounds, *shape, ("engine",)), shape, range(1), seconds=0)
+
+
+def _size(rounds: Rounds, scales: Scales) -> None:
+    """Ours, and peers as long as that is no matter of minutes, with fio at each size."""
+    for nbytes in _fitting(rounds, scales.sizes):
+        small = nbytes <= scales.peers_bytes_max
+        state = make_state(nbytes, MAIN_COUNT, plain=small)
+        kinds = [saver for saver in SAVERS if saver.name in (SCALE_PEERS if small else ("engine",))]
+        savers = rounds.open_savers(kinds, state, WARM_UP)
+        saves = {(name, ""): _save_turn(saver) for name, saver in savers.items()}
+        shape = (nbytes, MAIN_COUNT)
+        # The main size has all of fio's settings; which is best differs little with size, so one does here.
+        fio = limits.fio_turns(rounds, nbytes, ((4, 16),)) if nbytes != scales.main_bytes else {}
+        for number in range(scales.scale_rounds if small else 2):
+            _one_round(rounds, number, shape, {"size": saves, "limit": fio})
+        for saver in savers.values():
+            saver.close()
+        _clear(rounds)
+
+
+def _tensors(rounds: Rounds, scales: Scales) -> None:
+    """The same bytes in ever more tensors; the first save of an arena apart, which plans it."""
+    for count in scales.tensor_counts:
+        state = make_state(scales.tensors_bytes, count)
+        shape = (scales.tensors_bytes, count)
+        kinds = [saver for saver in SAVERS if saver.name in SCALE_PEERS]
+        savers = rounds.open_savers(kinds, state, 0)
+        saves = {(name, ""): _save_turn(saver) for name, saver in savers.items()}
+        firsts = {(name, "first"): turn for (name, _), turn in saves.items()}
+        for name, _ in rounds.run("tensors", "save", firsts, shape, range(1), seconds=0):
+            del saves[name, ""]
+        again = {(name, ""): _third_turn(turn) for (name, _), turn in saves.items()}
+        rounds.run("tensors", "save", again, shape, range(scales.scale_rounds), seconds=scales.seconds / 4)
+        for saver in savers.values():
+            saver.close()
+        _clear(rounds)
+
+
+def _flight(rounds: Rounds, scales: Scales) -> None:
+    """Ours, several saves one after the other."""
+    if not rounds.wanted(Ours.name):
+        return
+    state = make_state(scales.main_bytes, MAIN_COUNT, plain=False)
+    assert state.arena is not None
+    with ExitStack() as stack:
+        turns: dict[tuple[str, str], Turn] = {}
+        for count in scales.flights:
+            eng = stack.enter_context(engine.Engine(rounds.directory / f"flight-{count}", max_async=count))
+            turn = _flight_turn(eng, state.arena, scales.flight_saves)
+            turn()  # there is something to recycle
+            turns[Ours.name, f"max_async={count}"] = turn
+        shape = (scales.main_bytes, MAIN_COUNT)
+        rounds.run("flight", "save", turns, shape, range(scales.scale_rounds), seconds=scales.seconds / 2)
+    _clear(rounds)
+
+
+def _slowdown(rounds: Rounds, scales: Scales) -> None:
+    """A training with checkpoints."""
+    count, seconds = scales.slowdown_rounds, scales.slowdown_seconds
+    slowdown.measure(rounds, TRAINING, scales.intervals, count, seconds=seconds)
+    _clear(rounds)
+
+
+SECTIONS: dict[str, Callable[[Rounds, Scales], None]] = {
+    "main": _main,
+    "load": _load,
+    "slowdown": _slowdown,
+    "memory": _memory,
+    "size": _size,
+    "tensors": _tensors,
+    "flight": _flight,
+}
+
+
+def _save_turn(saver: Saver) -> Turn:
+    return lambda: timed_save(saver)
+
+
+def _third_turn(turn: Turn) -> Turn:
+    """A turn that is taken twice more before its first: until both checkpoints that are kept are there."""
+    remaining = iter(range(WARM_UP - 1))
+
+    def warmed() -> Mapping[str, float]:
+        for _ in remaining:
+            turn()
+        return turn()
+
+    return warmed
+
+
+def _first_turn(rounds: Rounds, kind: type[Saver], state: State) -> Turn:
+    """A save into a new directory, which is taken away again outside the time."""
+
+    def turn() -> Mapping[str, float]:
+        directory = rounds.directory / "first"
+        saver = kind(directory, state)
+        try:
+            return timed_save(saver)
+        finally:
+            saver.close()
+            shutil.rmtree(directory)
+
+    return turn
+
+
+def _flight_turn(eng: engine.Engine, arena: engine.Arena, count: int) -> Turn:
+    def turn() -> Mapping[str, float]:
+        began = time.perf_counter()
+        for save in [eng.checkpoint(arena) for _ in range(count)]:
+            save.result()
+        return {"seconds_s": time.perf_counter() - began, "save_count": float(count)}
+
+    return turn
+
+
+def _fitting(rounds: Rounds, sizes: tuple[int, ...]) -> list[int]:
+    """The sizes that there is room for: an arena, or its tensors, beside the original; on disk what is kept, what is
+    being written, and fio's files."""
+    memory = _available_memory()
+    room = shutil.disk_usage(rounds.directory).free
+    fitting = [size for size in sizes if 2.2 * size < memory and 5.2 * size < room]
+    for size in sorted(set(sizes) - set(fitting)):
+        note = f"{size / MB:.0f} MB left out: {memory / GB:.0f} GB of memory and {room / GB:.0f} GB of disk are free"
+        if note not in rounds.record.notes:
+            rounds.record.notes.append(note)
+    return fitting
+
+
+def _available_memory() -> int:
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/meminfo has no line MemAvailable")
+
+
+def _clear(rounds: Rounds) -> None:
+    """Take away what a section has written."""
+    for path in rounds.directory.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

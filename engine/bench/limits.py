@@ -1,0 +1,113 @@
+"""What the host can do at all: fio on the same file system, and memcpy.
+
+Theory of operation.  fio is given what the engine has: io_uring, O_DIRECT, fixed buffers and one registered file, in
+one thread.  It writes as many bytes as the state has, and syncs at the end: to a file that is not there yet (fresh), to
+one whose blocks are reserved (preallocated), and to one that it has written before (overwritten).  The limit is the
+best of two block sizes and two depths.  A job takes its turn in the rounds like everybody else, and its time is fio's
+own, without its start.
+
+memcpy is that of the C library, in one thread, over memory that has been touched and is larger than any cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from engine.bench.measure import Rounds, Turn, forget
+
+FIO, MEMCPY = "fio", "memcpy"
+WRITES = ("fresh", "preallocated", "overwritten")
+BLOCK_MIB, DEPTHS = (1, 4), (4, 16)
+HOW = (
+    "--ioengine=io_uring --direct=1 --fixedbufs=1 --registerfiles=1 --end_fsync=1, blocks of 1 and 4 MiB, depths 4, 16"
+)
+
+
+def setting(what: str, block_mib: int, depth: int) -> str:
+    """The setting of a job, as samples have it; all of one kind begin with what they do."""
+    return f"{what}, {block_mib} MiB x {depth}"
+
+
+def fio_turns(
+    rounds: Rounds, nbytes: int, shapes: tuple[tuple[int, int], ...] | None = None
+) -> dict[tuple[str, str], Turn]:
+    """Turns for fio in each way; none, and a row that says why, if there is no fio."""
+    if not rounds.wanted(FIO):
+        return {}
+    rounds.introduce(FIO, "limit", HOW)
+    if shutil.which("fio") is None:
+        rounds.refuse(FIO, "limit", FileNotFoundError("fio is not installed; make bench does it"))
+        return {}
+    shapes = shapes or tuple((block, depth) for block in BLOCK_MIB for depth in DEPTHS)
+    path = rounds.directory / "fio"
+    _job(path, nbytes, 4, 16, "write")  # there is something to overwrite and to read
+    return {
+        (FIO, setting(what, *shape)): _turn(path, nbytes, what, *shape)
+        for what in (*WRITES, "read")
+        for shape in shapes
+    }
+
+
+def memcpy_turns(rounds: Rounds, nbytes: int) -> dict[tuple[str, str], Turn]:
+    """A turn for memcpy."""
+    if not rounds.wanted(MEMCPY):
+        return {}
+    rounds.introduce(MEMCPY, "limit", "memmove of the C library, one thread")
+    source, target = ctypes.create_string_buffer(nbytes), ctypes.create_string_buffer(nbytes)
+    ctypes.memset(source, 1, nbytes)
+    ctypes.memset(target, 2, nbytes)
+
+    def turn() -> Mapping[str, float]:
+        began_ns = time.perf_counter_ns()
+        ctypes.memmove(target, source, nbytes)
+        return {"seconds_s": (time.perf_counter_ns() - began_ns) / 1e9}
+
+    return {(MEMCPY, "one thread"): turn}
+
+
+def _turn(path: Path, nbytes: int, what: str, block_mib: int, depth: int) -> Callable[[], Mapping[str, float]]:
+    def turn() -> Mapping[str, float]:
+        target = path
+        if what == "read":
+            forget(path)
+        elif what != "overwritten":
+            target = path.with_name(f"fio-{what}")
+            target.unlink(missing_ok=True)
+            if what == "preallocated":
+                with target.open("wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, nbytes)
+                    os.fsync(file.fileno())
+        try:
+            return {"seconds_s": _job(target, nbytes, block_mib, depth, "read" if what == "read" else "write")}
+        finally:
+            if target != path:
+                target.unlink()
+
+    return turn
+
+
+def _job(path: Path, nbytes: int, block_mib: int, depth: int, rw: str) -> float:
+    """Run fio once; its own time in seconds, which it knows in milliseconds."""
+    block_bytes = block_mib << 20
+    options = {
+        **{"name": "limit", "filename": str(path), "rw": rw, "size": max(block_bytes, nbytes // 4096 * 4096)},
+        **{"bs": block_bytes, "iodepth": depth, "ioengine": "io_uring", "direct": 1, "fixedbufs": 1},
+        **{"registerfiles": 1, "end_fsync": int(rw == "write"), "fallocate": "none", "thread": 1},
+        # A whole block at the end: O_DIRECT refuses anything else, and a state is hardly ever a whole number of them.
+        **{"blockalign": 4096, "bs_unaligned": 0, "invalidate": 0, "output-format": "json"},
+    }
+    command = ["fio", *(f"--{name}={value}" for name, value in options.items())]
+    run = subprocess.run(command, check=False, capture_output=True, text=True)
+    if run.returncode:
+        raise OSError(f"fio ended with {run.returncode}: {(run.stderr or run.stdout).strip().splitlines()[-1]}")
+    [job] = json.loads(run.stdout)["jobs"]
+    done = job[rw]
+    # Bytes and milliseconds are rounded, so the time is scaled to the bytes that were asked for.
+    return float(done["runtime"] / 1000 * nbytes / done["io_bytes"])

@@ -1,0 +1,114 @@
+"""The record of a run: every single sample, whom it is of, on which host; as JSON and back.
+
+Theory of operation.  A sample says what was done (`section`), by whom (`subject`), to how much (`nbytes` in
+`tensor_count` tensors), under which `setting`, in which round, and what was measured: values by name, whose unit is
+the last word of the name (``_s`` seconds, ``_bytes``).  Nothing derived is stored.  The sections are:
+
+    limit      fio and memcpy: ``seconds_s``; the setting is what and how
+    save       recycled or rotated files: ``held_s``, ``staged_s``, ``durable_s``, ``cpu_s``; ours with ``stats.*``
+    first      the same, the first save of a new directory
+    size       the same as save, over sizes
+    tensors    the same as save, over numbers of tensors
+    flight     several saves one after the other: ``seconds_s`` for all; the setting is how many may be in flight
+    load       with a cold page cache: ``ready_s``, ``cpu_s``, ``read_bytes``
+    part       one layer of it, cold: the same
+    memory     ``peak_bytes`` and ``anonymous_bytes`` beyond what there was before, in a process of its own
+    slowdown   a training with a checkpoint every so many steps: ``seconds_s``; the setting is the interval
+
+Pure.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+FORMAT = "engine.bench/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One measurement."""
+
+    section: str
+    subject: str
+    nbytes: int
+    tensor_count: int
+    setting: str
+    round: int
+    values: Mapping[str, float]
+
+
+@dataclass(slots=True)
+class Subject:
+    """Somebody measured: how it was used, and why it was not, if it was not."""
+
+    name: str
+    kind: str  # "save", "load" or "limit"
+    how: str
+    unavailable: str | None = None
+
+
+@dataclass(slots=True)
+class Record:
+    """One run."""
+
+    command: str
+    date: str
+    commit: str
+    host: Mapping[str, str]
+    main_bytes: int
+    main_count: int
+    staging_bytes: int
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    subjects: list[Subject] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+
+    def select(
+        self,
+        section: str,
+        subject: str | None = None,
+        *,
+        nbytes: int | None = None,
+        tensor_count: int | None = None,
+        setting: str | None = None,
+    ) -> list[Sample]:
+        """The samples of a section; None stands for any."""
+        wanted = {"subject": subject, "nbytes": nbytes, "tensor_count": tensor_count, "setting": setting}
+        demands = [(name, value) for name, value in wanted.items() if value is not None]
+        return [
+            sample
+            for sample in self.samples
+            if sample.section == section and all(getattr(sample, name) == value for name, value in demands)
+        ]
+
+
+def values(samples: Iterable[Sample], name: str) -> list[float]:
+    """One value of each sample that has it."""
+    return [sample.values[name] for sample in samples if name in sample.values]
+
+
+def encode(record: Record) -> str:
+    """JSON, one sample a line, so that two records can be told apart with diff."""
+    fields = asdict(record)
+    samples = fields.pop("samples")
+    head = json.dumps({"format": FORMAT, **fields}, indent=1)
+    lines = ",\n".join(f"  {json.dumps(sample)}" for sample in samples)
+    return f'{head[:-2]},\n "samples": [\n{lines}\n ]\n}}\n'
+
+
+def decode(text: str) -> Record:
+    """The record of a JSON text.
+
+    Raises:
+        ValueError: it is none, or of another format.
+    """
+    fields: dict[str, Any] = json.loads(text)
+    if fields.pop("format", None) != FORMAT:
+        raise ValueError(f"this is no record of format {FORMAT}")
+    subjects = [Subject(**subject) for subject in fields.pop("subjects")]
+    samples = [Sample(**sample) for sample in fields.pop("samples")]
+    return Record(**fields, subjects=subjects, samples=samples)

@@ -1,0 +1,575 @@
+"""The benchmark: that a tiny run says all it should, and that what it says follows from the samples.
+
+Nothing here depends on how long anything took.  The run is of a few megabytes, the engine and torch.save; the goals are
+computed from samples made up for the purpose, one of each met and missed.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import engine
+from engine.bench import charts, compare, footprint, goals, measure, report, states
+from engine.bench.__main__ import main
+from engine.bench.limits import fio_turns
+from engine.bench.loaders import LOADERS, OursLoader, SafetensorsLoader
+from engine.bench.noise import GROUP_MAX, chance, spread
+from engine.bench.record import FORMAT, Record, Sample, Subject, decode, encode, values
+from engine.bench.savers import SAVERS, Ours, Pending, Safetensors, Saver, TorchSave
+
+PEERS, LOADING_PEERS = ("torch.save", "safetensors"), ("safetensors",)
+PNG = b"\x89PNG\r\n\x1a\n"
+
+finite = st.floats(min_value=0.001, max_value=1000)
+groups = st.lists(finite, min_size=1, max_size=5)
+
+
+def make_record(samples: list[Sample] | None = None) -> Record:
+    return Record(
+        command="python -m engine.bench",
+        date="2026-01-01 00:00 UTC",
+        commit="abc",
+        host={"processor": "any"},
+        main_bytes=10**9,
+        main_count=148,
+        staging_bytes=256 << 20,
+        subjects=[Subject("engine", "save", "as it is"), Subject("torch.save", "save", "as it is")],
+        samples=samples or [],
+    )
+
+
+def sample(section: str, subject: str, setting: str = "", number: int = 0, **measured: float) -> Sample:
+    return Sample(section, subject, 10**9, 148, setting, number, measured)
+
+
+# -- a tiny run --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Record, str]:
+    """Where a tiny run has left its files, what it recorded, and what it printed."""
+    place = tmp_path_factory.mktemp("bench")
+    docs = place / "docs"
+    docs.mkdir()
+    begin, end = report.MARKERS
+    (docs / "perf.md").write_text(f"# Before\n\n{begin}What was measured before.\n{end}\nAfter.\n", encoding="utf-8")
+    (docs / "perf").mkdir()
+    command = [sys.executable, "-m", "engine.bench", "--quick", "--size", "2", "--rounds", "1"]
+    what = ["--only", "engine,torch.save,memcpy", "--sections", "main,load,flight", "--directory", str(place / "runs")]
+    where = ["--output", str(place / "output"), "--publish", str(docs)]
+    done = subprocess.run([*command, *what, *where], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return place, decode((place / "output/record.json").read_text(encoding="utf-8")), done.stdout
+
+
+def test_a_run_prints_every_table(run: tuple[Path, Record, str]) -> None:
+    _, _, printed = run
+    for title in ("Goals", "The limit", "Saving 2 MB in 148 tensors", "Restoring 2 MB", "Saves one after the other"):
+        assert f"\n{title}" in f"\n{printed}", title
+    assert "torch.save(tensors, path), fsync of file and directory" in printed
+
+
+def test_a_run_records_every_sample_that_was_asked_for(run: tuple[Path, Record, str]) -> None:
+    _, record, _ = run
+    assert {(s.section, s.subject) for s in record.samples} == {
+        *(("save", "engine"), ("save", "torch.save"), ("first", "engine"), ("first", "torch.save")),
+        *(("limit", "memcpy"), ("load", "engine"), ("part", "engine"), ("flight", "engine")),
+    }
+    for each in record.select("save"):
+        assert 0 < each.values["held_s"] <= each.values["staged_s"] <= each.values["durable_s"]
+        assert each.values["cpu_s"] > 0
+    [save] = record.select("save", "engine")
+    assert save.values["stats.io_bytes"] >= 2 * 10**6, "the engine's own counters are in its samples"
+    assert (record.main_bytes, record.main_count) == (2 * 10**6, 148)
+
+
+def test_a_run_tells_the_host_and_not_the_machine(run: tuple[Path, Record, str]) -> None:
+    place, record, _ = run
+    assert {"processor", "cores", "memory", "kernel", "file system", "device", "torch", "fio", "backend"} <= set(
+        record.host
+    )
+    text = encode(record)
+    assert str(place) not in text and os.uname().nodename not in record.host.values()
+    assert "--directory" not in record.command and "--size 2" in record.command
+
+
+def test_the_json_has_the_documented_shape(run: tuple[Path, Record, str]) -> None:
+    place, record, _ = run
+    read = json.loads((place / "output/record.json").read_text(encoding="utf-8"))
+    assert read["format"] == FORMAT
+    assert set(read["samples"][0]) == {"section", "subject", "nbytes", "tensor_count", "setting", "round", "values"}
+    assert set(read["subjects"][0]) == {"name", "kind", "how", "unavailable"}
+    assert decode(encode(record)) == record
+
+
+def test_a_run_draws_what_it_has_samples_for(run: tuple[Path, Record, str]) -> None:
+    place, _, _ = run
+    for directory in (place / "output", place / "docs/perf"):
+        drawn = {path.name: path.read_bytes() for path in directory.glob("*.png")}
+        assert set(drawn) == {"saving.png", "holding.png", "restoring.png"}
+        assert all(content.startswith(PNG) and len(content) > 10_000 for content in drawn.values())
+
+
+def test_a_run_is_published_between_the_markers(run: tuple[Path, Record, str]) -> None:
+    place, record, _ = run
+    page = (place / "docs/perf.md").read_text(encoding="utf-8")
+    assert page.startswith("# Before\n") and page.endswith("\nAfter.\n") and "What was measured before" not in page
+    assert record.command in page and "![saving](perf/saving.png)" in page and "| torch.save |" in page
+    [line] = (place / "docs/perf/history.jsonl").read_text(encoding="utf-8").splitlines()
+    history = json.loads(line)
+    assert set(history["durable_s"]) == {"engine", "torch.save"} and history["commit"] == record.commit
+
+
+def test_a_record_is_published_again_without_a_second_line(run: tuple[Path, Record, str], tmp_path: Path) -> None:
+    place, _, _ = run
+    docs = tmp_path / "docs"
+    shutil.copytree(place / "docs", docs)
+    assert main(["--from", str(docs / "perf/record.json"), "--publish", str(docs)]) == 0
+    for name in ("perf.md", "perf/record.json", "perf/history.jsonl"):
+        assert (docs / name).read_bytes() == (place / "docs" / name).read_bytes(), name
+
+
+def test_nothing_is_left_behind(run: tuple[Path, Record, str]) -> None:
+    place, _, _ = run
+    assert list((place / "runs").iterdir()) == []
+
+
+def test_a_section_that_there_is_not_is_refused() -> None:
+    with pytest.raises(SystemExit, match="there is no section nothing"):
+        main(["--sections", "nothing"])
+
+
+# -- peers -------------------------------------------------------------------------------------------------------------
+
+
+class Broken(TorchSave):
+    """A peer that does not work here."""
+
+    name = "broken"
+
+    def save(self, step: int) -> Pending:
+        raise OSError(f"nothing works below {self.directory}")
+
+
+class Failing(TorchSave):
+    """A peer that works until it has been warmed up."""
+
+    name = "failing"
+
+    def save(self, step: int) -> Pending:
+        if step > 3:
+            raise OSError("no more")
+        return super().save(step)
+
+
+def test_a_peer_that_is_not_installed_or_fails_is_a_row_that_says_why(tmp_path: Path) -> None:
+    class Missing(TorchSave):
+        name = "missing"
+        packages = ("no_such_package",)
+
+    rounds = measure.Rounds(make_record(), tmp_path)
+    rounds.record.subjects.clear()
+    opened = rounds.open_savers((Missing, Broken, TorchSave), states.make_state(10**9 // 10**5, 2, adopted=False), 1)
+    assert list(opened) == ["torch.save"]
+    why = {subject.name: subject.unavailable for subject in rounds.record.subjects}
+    assert why["missing"] is not None and "no_such_package" in why["missing"]
+    assert why["broken"] == "OSError: nothing works below DIR/broken" and why["torch.save"] is None
+    text = "".join(report.terminal(table) for table in report.tables(rounds.record, []))
+    assert "No module named 'no_such_package'" in text and "nothing works below" in text
+
+
+def test_a_peer_that_fails_in_the_middle_is_out_and_the_others_go_on(tmp_path: Path) -> None:
+    rounds = measure.Rounds(make_record(), tmp_path)
+    state = states.make_state(10_000, 2, adopted=False)
+    opened = rounds.open_savers((Failing, TorchSave), state, 2)
+    turns = {(name, ""): lambda saver=saver: measure.timed_save(saver) for name, saver in opened.items()}
+    out = rounds.run("save", "save", turns, (10_000, 2), range(3), seconds=60)
+    assert out == {("failing", "")}
+    assert [s.round for s in rounds.record.select("save", "torch.save")] == [0, 1, 2]
+    assert len(rounds.record.select("save", "failing")) == 1
+    assert rounds.record.notes == ["failing failed later: OSError: no more"]
+
+
+def test_without_fio_its_row_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    rounds = measure.Rounds(make_record(), tmp_path)
+    assert fio_turns(rounds, 4096) == {}
+    [row] = [subject for subject in rounds.record.subjects if subject.name == "fio"]
+    assert row.unavailable is not None and "not installed" in row.unavailable
+
+
+@pytest.mark.parametrize("kind", [TorchSave, Safetensors, Ours], ids=lambda kind: kind.name)
+def test_two_checkpoints_are_kept_and_hold_the_state(kind: type[Saver], tmp_path: Path) -> None:
+    state = states.make_state(100_000, 3)
+    saver = kind(tmp_path / "saves", state)
+    for _ in range(4):
+        measure.timed_save(saver)
+    saver.close()
+    kept = sorted(path for path in (tmp_path / "saves").glob("step-*"))
+    assert [path.name for path in kept] == ["step-00000003", "step-00000004"]
+    path = kept[-1] / "model.safetensors" if kept[-1].is_dir() else kept[-1]
+    read = torch.load(path) if kind is TorchSave else load_file(path)
+    assert set(read) == set(state.tensors)
+    assert all(torch.equal(read[name], tensor) for name, tensor in state.tensors.items())
+
+
+@pytest.mark.parametrize("kind", [OursLoader, SafetensorsLoader], ids=lambda kind: kind.name)
+def test_a_load_puts_back_what_was_saved(kind: type[OursLoader | SafetensorsLoader], tmp_path: Path) -> None:
+    state = states.make_state(100_000, 3)
+    loader = kind(tmp_path / "load", state)
+    live = state.arena.state_dict() if kind is OursLoader and state.arena is not None else dict(state.tensors)
+    saved = {name: tensor.clone() for name, tensor in live.items()}
+
+    def changed(load: Callable[[], object]) -> set[str]:
+        """The tensors that are not as saved after being overwritten and then loaded."""
+        for tensor in live.values():
+            tensor.zero_()
+        measured = measure.timed_load(load, loader.files())
+        assert measured["ready_s"] > 0
+        return {name for name, tensor in live.items() if not torch.equal(tensor, saved[name])}
+
+    assert changed(loader.load) == set()
+    assert changed(lambda: loader.load_part("layers.1")) == {"layers.0.weight", "layers.2.weight"}
+    loader.close()
+
+
+def test_every_name_is_its_own_and_can_be_given_on_the_command_line() -> None:
+    for kinds in (SAVERS, LOADERS):
+        names = [kind.name for kind in kinds]
+        assert len(set(names)) == len(names) and not any("," in name for name in names)
+
+
+@pytest.mark.parametrize("kind", [Ours, TorchSave], ids=lambda kind: kind.name)
+def test_memory_is_what_a_saver_needs_beyond_the_state(kind: type[Saver], tmp_path: Path) -> None:
+    """Ours has its staging, and torch.save nothing that would not have been in its process before."""
+    rounds = measure.Rounds(make_record(), tmp_path)
+    [turn] = footprint.turns(rounds, 8 << 20, 4, (kind.name,)).values()
+    peak_bytes = turn()["peak_bytes"]
+    staging_bytes = (256 << 20) if kind is Ours else 0
+    assert staging_bytes * 0.95 <= peak_bytes < staging_bytes + (64 << 20)
+
+
+# -- states ------------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 50), st.integers(1, 3000))
+@settings(max_examples=30, deadline=None)
+def test_a_state_has_its_bytes_in_its_tensors(tensor_count: int, units: int) -> None:
+    nbytes = 4 * (tensor_count + units)
+    tensors = states.make_tensors(nbytes, tensor_count)
+    assert len(tensors) == tensor_count and sum(tensor.nbytes for tensor in tensors.values()) == nbytes
+    sizes = {len(tensor) for tensor in tensors.values()}
+    assert max(sizes) - min(sizes) <= 1
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors.values()}) == tensor_count
+
+
+def test_a_state_longer_than_the_pattern_goes_on_with_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(states, "PATTERN_COUNT", 10)
+    joined = torch.cat(list(states.make_tensors(4 * 25, 3).values()))
+    assert torch.equal(joined[:10], joined[10:20]) and torch.equal(joined[:5], joined[20:])
+
+
+def test_the_adopted_state_is_the_same_numbers() -> None:
+    state = states.make_state(10_000, 7)
+    assert state.arena is not None and state.arena.fenced and not state.arena.unfenced
+    adopted = state.arena.state_dict()
+    assert set(adopted) == set(state.tensors)
+    assert all(torch.equal(adopted[name], tensor) for name, tensor in state.tensors.items())
+
+
+# -- statistics --------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(finite, min_size=1, max_size=30))
+def test_the_spread_lies_within_the_numbers(numbers: list[float]) -> None:
+    low, middle, high = spread(numbers)
+    assert min(numbers) <= low <= middle <= high <= max(numbers)
+    assert middle == pytest.approx(median(numbers))
+
+
+@given(groups, groups)
+@settings(deadline=None)
+def test_chance_is_a_probability_and_knows_no_order(first: list[float], second: list[float]) -> None:
+    likely = chance(first, second)
+    assert 0 < likely <= 1
+    assert chance(second, first) == pytest.approx(likely)
+    assert chance(sorted(first), second) == likely
+
+
+@given(groups)
+@settings(deadline=None)
+def test_groups_that_are_the_same_do_not_differ(numbers: list[float]) -> None:
+    assert chance(numbers, numbers) == 1
+
+
+@pytest.mark.parametrize(("count", "expected"), [(3, 2 / 20), (4, 2 / 70), (6, 2 / 924)])
+def test_groups_wholly_apart_have_the_least_chance_there_is(count: int, expected: float) -> None:
+    """Of all ways to divide the numbers, this one and its mirror image."""
+    assert chance([float(i) for i in range(count)], [1000.0 + i for i in range(count)]) == pytest.approx(expected)
+
+
+def test_groups_too_large_to_try_are_refused() -> None:
+    with pytest.raises(ValueError, match="1 to 9"):
+        chance([1.0] * (GROUP_MAX + 1), [1.0])
+    with pytest.raises(ValueError, match="groups of 0"):
+        chance([], [1.0])
+
+
+# -- goals -------------------------------------------------------------------------------------------------------------
+
+
+def outcome(record: Record, what: str) -> goals.Outcome:
+    [found] = [each for each in goals.outcomes(record, PEERS, LOADING_PEERS) if each.what.startswith(what)]
+    return found
+
+
+def test_without_samples_no_goal_is_met_or_missed() -> None:
+    outcomes = goals.outcomes(make_record(), PEERS, LOADING_PEERS)
+    assert len(outcomes) >= 15
+    assert {each.verdict for each in outcomes} == {"not measured"}
+
+
+@pytest.mark.parametrize(
+    ("what", "samples", "measured", "verdict"),
+    [
+        pytest.param(
+            "durable throughput, recycled",
+            [sample("save", "engine", durable_s=0.2), sample("limit", "fio", "overwritten, 1 MiB x 4", seconds_s=0.19)],
+            0.95,
+            "met",
+            id="throughput met",
+        ),
+        pytest.param(
+            "durable throughput, recycled",
+            [
+                sample("save", "engine", durable_s=0.2),
+                sample("limit", "fio", "overwritten, 1 MiB x 4", seconds_s=0.19),
+                sample("limit", "fio", "overwritten, 4 MiB x 4", seconds_s=0.1),
+                sample("limit", "fio", "fresh, 4 MiB x 4", seconds_s=0.01),
+            ],
+            0.5,
+            "missed",
+            id="the best of fio's settings counts, of that kind",
+        ),
+        pytest.param(
+            "durable, against torch.save",
+            [sample("save", "engine", durable_s=0.1), sample("save", "torch.save", durable_s=0.39)],
+            3.9,
+            "missed",
+            id="peer missed",
+        ),
+        pytest.param(
+            "loop held, beside DCP async_save",
+            [sample("save", "engine", held_s=0.001), sample("save", "DCP async_save", held_s=0.2)],
+            0.005,
+            "met",
+            id="held met",
+        ),
+        pytest.param(
+            "CPU seconds per GB",
+            [
+                sample("save", "engine", cpu_s=0.3),
+                sample("save", "torch.save", cpu_s=1.0),
+                sample("save", "safetensors", cpu_s=0.5),
+            ],
+            0.6,
+            "missed",
+            id="the best peer counts",
+        ),
+        pytest.param(
+            "arena free again",
+            [
+                sample("limit", "memcpy", "one thread", seconds_s=0.05),
+                sample("save", "engine staged whole", staged_s=0.0625),
+            ],
+            0.8,
+            "met",
+            id="staging met",
+        ),
+        pytest.param(
+            "peak extra memory",
+            [sample("memory", "engine", peak_bytes=(256 + 17) << 20)],
+            17,
+            "missed",
+            id="memory missed",
+        ),
+        pytest.param(
+            "training slowdown, a checkpoint",
+            [
+                sample("slowdown", "no checkpoints", "every 10", seconds_s=1.0),
+                sample("slowdown", "engine", "every 10", seconds_s=1.04),
+                sample("slowdown", "no checkpoints", "every 10", seconds_s=1.02),
+                sample("slowdown", "no checkpoints", "every 10", number=1, seconds_s=2.0),
+                sample("slowdown", "engine", "every 10", number=1, seconds_s=2.0),
+            ],
+            100 * (1.04 / 1.01 - 1) / 2,
+            "met",
+            id="each round beside its own segments without checkpoints",
+        ),
+        pytest.param(
+            "training slowdown every 5",
+            [
+                sample("slowdown", "no checkpoints", "every 5", seconds_s=1.0),
+                sample("slowdown", "engine", "every 5", seconds_s=1.5),
+                sample("slowdown", "torch.save", "every 5", seconds_s=1.4),
+                sample("slowdown", "safetensors", "every 5", seconds_s=1.7),
+            ],
+            -10,
+            "missed",
+            id="one peer is less in the way",
+        ),
+        pytest.param(
+            "restore, cold, against",
+            [sample("load", "engine", ready_s=0.2), sample("load", "safetensors", ready_s=0.3)],
+            1.5,
+            "met",
+            id="restore met",
+        ),
+        pytest.param(
+            "one layer: blocks read",
+            [sample("part", "engine", read_bytes=10**9 / 148 + 3 * (4 << 20))],
+            3,
+            "missed",
+            id="three blocks too many",
+        ),
+    ],
+)
+def test_a_goal_is_computed_from_samples(what: str, samples: list[Sample], measured: float, verdict: str) -> None:
+    found = outcome(make_record(samples), what)
+    assert found.measured == pytest.approx(measured)
+    assert found.verdict == verdict
+
+
+def test_the_goals_about_scale() -> None:
+    def scaled(section: str, nbytes: int, count: int, setting: str, **measured: float) -> Sample:
+        return replace(sample(section, "engine", setting, **measured), nbytes=nbytes, tensor_count=count)
+
+    record = make_record(
+        [
+            scaled("size", 10, 148, "", held_s=0.001, durable_s=0.01),
+            scaled("size", 8000, 148, "", held_s=0.003, durable_s=2.0),
+            scaled("tensors", 100, 10, "first", held_s=0.001, durable_s=0.1),
+            scaled("tensors", 100, 100_000, "first", held_s=0.4, durable_s=0.5),
+            scaled("tensors", 100, 100_000, "", held_s=0.05, durable_s=0.3),
+        ]
+    )
+    assert outcome(record, "loop held, the largest size").verdict == "missed"
+    assert outcome(record, "loop held, a tensor").measured == pytest.approx(0.5)
+    assert outcome(record, "loop held, a tensor").verdict == "met"
+    plan = outcome(record, "the most tensors: a first save's plan")
+    assert plan.measured == pytest.approx(20) and plan.verdict == "missed"
+    assert outcome(record, "the most tensors: loop held").verdict == "missed"
+
+
+def test_a_missed_goal_stands_as_missed_in_both_tables() -> None:
+    record = make_record([sample("save", "engine", durable_s=0.1), sample("save", "torch.save", durable_s=0.2)])
+    table = report.tables(record, goals.outcomes(record, PEERS, LOADING_PEERS))[0]
+    for text in (report.terminal(table), report.markdown(table)):
+        [line] = [line for line in text.splitlines() if "against torch.save" in line]
+        assert "missed" in line and "2 x" in line and "met" not in line.replace("missed", "")
+
+
+# -- tables and charts -------------------------------------------------------------------------------------------------
+
+
+def test_every_chart_is_drawn_when_there_are_samples(tmp_path: Path) -> None:
+    times = {"held_s": 0.01, "staged_s": 0.02, "durable_s": 0.1, "cpu_s": 0.1}
+    record = make_record(
+        [
+            *(sample("save", name, **times) for name in ("engine", "torch.save")),
+            sample("load", "engine", ready_s=0.1),
+            *(sample("slowdown", name, f"every {n}", seconds_s=n) for n in (1, 10) for name in ("engine", goals.NONE)),
+            *(replace(sample("size", "engine", **times), nbytes=size) for size in (10**7, 10**9)),
+            *(replace(sample("tensors", "engine", **times), tensor_count=count) for count in (10, 1000)),
+            sample("limit", "fio", "overwritten, 1 MiB x 4", seconds_s=0.09),
+            sample("memory", "engine", peak_bytes=2e8),
+        ]
+    )
+    record.subjects.append(Subject("engine", "load", "as it is"))
+    assert charts.draw(record, tmp_path) == list(charts.CHARTS)
+    assert all((tmp_path / name).read_bytes().startswith(PNG) for name in charts.CHARTS)
+
+
+def test_a_page_without_its_markers_is_left_alone(tmp_path: Path) -> None:
+    page = tmp_path / "perf.md"
+    page.write_text("# No markers\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="0 times"):
+        report.publish(make_record(), [], page, [])
+    assert page.read_text(encoding="utf-8") == "# No markers\n"
+
+
+def test_the_committed_page_has_its_markers() -> None:
+    text = (Path(__file__).parent.parent / "docs/perf.md").read_text(encoding="utf-8")
+    assert all(text.count(marker) == 1 for marker in report.MARKERS)
+
+
+def test_json_of_another_format_is_refused() -> None:
+    with pytest.raises(ValueError, match="no record of format"):
+        decode('{"format": "another/1"}')
+
+
+@given(st.lists(st.dictionaries(st.sampled_from(["held_s", "cpu_s"]), finite, max_size=2), max_size=5))
+def test_a_record_survives_json(measured: list[dict[str, float]]) -> None:
+    record = make_record([sample("save", "engine", number=i, **each) for i, each in enumerate(measured)])
+    assert decode(encode(record)) == record
+    assert values(record.samples, "held_s") == [each["held_s"] for each in measured if "held_s" in each]
+
+
+# -- comparing revisions -----------------------------------------------------------------------------------------------
+
+
+def runs_of(durable_s: list[float]) -> list[Record]:
+    return [
+        make_record(
+            [
+                sample("save", "engine", held_s=0.001, staged_s=0.05, durable_s=seconds),
+                sample("first", "engine", durable_s=0.2),
+                sample("load", "engine", ready_s=0.1),
+            ]
+        )
+        for seconds in durable_s
+    ]
+
+
+@pytest.mark.parametrize(
+    ("after", "verdict"),
+    [
+        ([0.120, 0.121, 0.122, 0.123, 0.124, 0.125], "slower"),
+        ([0.080, 0.081, 0.082, 0.083, 0.084, 0.085], "faster"),
+        ([0.099, 0.140, 0.110, 0.098, 0.112, 0.108], "no difference"),
+        ([0.1060, 0.1061, 0.1062, 0.1063, 0.1064, 0.1065], "slower"),
+        ([0.1026, 0.1027, 0.1028, 0.1029, 0.1030, 0.1031], "no difference"),
+    ],
+    ids=["slower", "faster", "noise", "a little, and surely", "too little to mention"],
+)
+def test_a_change_is_told_from_noise(after: list[float], verdict: str) -> None:
+    base = [0.100, 0.101, 0.102, 0.1021, 0.1022, 0.1023]
+    verdicts = compare.compare(runs_of(base), runs_of(after))
+    assert verdicts["save", "durable_s"][-1] == verdict
+    assert {told for key, (*_, told) in verdicts.items() if key != ("save", "durable_s")} == {"no difference"}
+    assert any(verdict in line and "durable_s" in line for line in compare.describe(verdicts))
+
+
+def test_only_the_public_interface_is_used() -> None:
+    """The table of rooms lets the benchmark know "engine": what it takes from there is public."""
+    taken = set()
+    for path in Path(measure.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "engine":
+                taken.add(node.attr)
+    assert {"Arena", "Engine", "probe"} <= taken <= set(engine.__all__)
