@@ -285,7 +285,7 @@ class Job:
     @property
     def counters(self) -> dict[str, int]:
         """What the pipeline measured: times in ns on the clock of time.monotonic_ns(), bytes and retries."""
-        names = ("submitted_ns", "staged_ns", "done_ns", "staging_ns", "io_bytes", "retry_count")
+        names = ("submitted_ns", "staged_ns", "done_ns", "copying_ns", "hashing_ns", "io_bytes", "retry_count")
         return {name: int(getattr(self.c_job, name)) for name in names}
 
 

@@ -176,7 +176,8 @@ class Save(Future[CheckpointInfo]):
         """What the save took, as far as it has come; times in ns.
 
         ``held_ns``: inside `checkpoint()`.  ``staged_ns``: from the call until the arena could change again.
-        ``durable_ns``: from the call until committed.  ``staging_ns``: of the native thread, copying and hashing.
+        ``durable_ns``: from the call until committed.  ``copying_ns``, ``hashing_ns``: of the
+        native thread, on each of these.
         ``io_bytes``, ``retry_count``: bytes written, operations tried again.
         """
         if self._job is None:
@@ -186,7 +187,8 @@ class Save(Future[CheckpointInfo]):
             "held_ns": self._held_ns,
             "staged_ns": max(0, counters["staged_ns"] - self._began_ns),
             "durable_ns": self._durable_ns,
-            "staging_ns": counters["staging_ns"],
+            "copying_ns": counters["copying_ns"],
+            "hashing_ns": counters["hashing_ns"],
             "io_bytes": counters["io_bytes"],
             "retry_count": counters["retry_count"],
         }

@@ -1,8 +1,5 @@
 /*
  * host.c: staging between host memory and slots (host.h says what; this is how).
- *
- * A block is copied in pieces small enough to stay in the second-level cache, and each piece is hashed right
- * after it was copied, so the hash reads cache and not memory.
  */
 #include "host.h"
 
@@ -10,14 +7,10 @@
 
 #include "checksum.h"
 
-/* A quarter of the smallest second-level cache of a current server core (512 KiB on Zen, 1 to 2 MiB on Xeon), so that
- * a piece and its source fit together. */
-enum { PIECE_BYTES = 128 << 10 };
-
 uint64_t host_block_seed(uint64_t seed, uint32_t file, uint64_t file_offset)
 {
     const uint64_t place[3] = {seed, file, file_offset};
-    return checksum_table_baseline.whole(place, sizeof place, 0);
+    return checksum_baseline(place, sizeof place, 0);
 }
 
 /* Copy `count` elements between a strided row and packed bytes.  A size known to the compiler makes the copy of
@@ -84,38 +77,23 @@ static void copy_extent(const eng_source *source, uint64_t offset, uint8_t *slot
         memcpy(slot, memory, nbytes);
 }
 
-uint64_t host_gather(const eng_job *job, const eng_block *block, uint8_t *slot)
+void host_gather(const eng_job *job, const eng_block *block, uint8_t *slot)
 {
-    const checksum_table *checksum = checksum_variant();
     const eng_extent *extents = job->extents + block->extent_start;
-    checksum_state state;
-    uint64_t hashed = 0, filled = 0;
+    uint64_t filled = 0;
 
-    checksum->begin(&state, host_block_seed(job->seed, block->file, block->file_offset));
     for (uint32_t i = 0; i < block->extent_count; i++) {
         const eng_extent *extent = &extents[i];
-        for (uint64_t done = 0; done < extent->nbytes;) {
-            uint64_t nbytes = extent->nbytes - done;
-            if (nbytes > PIECE_BYTES)
-                nbytes = PIECE_BYTES;
-            copy_extent(&job->sources[extent->source], extent->source_offset + done, slot + filled, nbytes, 0);
-            done += nbytes;
-            filled += nbytes;
-            if (filled - hashed >= PIECE_BYTES) {
-                checksum->update(&state, slot + hashed, filled - hashed);
-                hashed = filled;
-            }
-        }
+        copy_extent(&job->sources[extent->source], extent->source_offset, slot + filled, extent->nbytes, 0);
+        filled += extent->nbytes;
     }
-    checksum->update(&state, slot + hashed, filled - hashed);
     memset(slot + filled, 0, (size_t)(-filled & (ENG_ALIGNMENT - 1)));
-    return checksum->end(&state);
 }
 
 uint64_t host_checksum(const eng_job *job, const eng_block *block, const uint8_t *slot)
 {
     const uint64_t seed = host_block_seed(job->seed, block->file, block->file_offset);
-    return checksum_variant()->whole(slot, block->nbytes, seed);
+    return checksum_variant()(slot, block->nbytes, seed);
 }
 
 void host_scatter(const eng_job *job, const eng_block *block, const uint8_t *slot)
@@ -131,5 +109,5 @@ void host_scatter(const eng_job *job, const eng_block *block, const uint8_t *slo
 
 uint64_t eng_block_checksum(const void *bytes, uint64_t nbytes, uint64_t seed, uint32_t file, uint64_t file_offset)
 {
-    return checksum_variant()->whole(bytes, nbytes, host_block_seed(seed, file, file_offset));
+    return checksum_variant()(bytes, nbytes, host_block_seed(seed, file, file_offset));
 }

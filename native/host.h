@@ -1,8 +1,8 @@
 /*
  * host.h: staging between host memory and slots.  Called by the pipeline's thread only.
  *
- * Both directions hash the block under its own seed while its bytes are warm.  A job has been validated before
- * it comes here: extents lie inside their block, and the extents of a write cover it without gaps.
+ * A job has been validated before it comes here: extents lie inside their block, and the extents of a write cover it
+ * without gaps.
  */
 #ifndef HOST_H
 #define HOST_H
@@ -13,9 +13,8 @@
  * not verify. */
 uint64_t host_block_seed(uint64_t seed, uint32_t file, uint64_t file_offset);
 
-/* Copy a block's extents from their sources into `slot`, zero the padding up to ENG_ALIGNMENT, and return the
- * checksum of the stored bytes. */
-uint64_t host_gather(const eng_job *job, const eng_block *block, uint8_t *slot);
+/* Copy a block's extents from their sources into `slot`, and zero the padding up to ENG_ALIGNMENT. */
+void host_gather(const eng_job *job, const eng_block *block, uint8_t *slot);
 
 /* The checksum of the stored bytes of a block in `slot`. */
 uint64_t host_checksum(const eng_job *job, const eng_block *block, const uint8_t *slot);

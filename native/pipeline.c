@@ -1,11 +1,15 @@
 /*
  * pipeline.c: the slot state machine.
  *
- *     FREE -> STAGING -> STAGED -> MOVING -> FREE          a block of a write
- *     FREE ------------> MOVING -> STAGING -> FREE         a block of a read: verified, then copied out
+ *     FREE -> STAGING -> STAGED -> MOVING -> MOVED -> FREE   a block of a write
+ *     FREE ------------> MOVING -> STAGING ---------> FREE   a block of a read: verified, then copied out
  *
  * A write waits in STAGED until its job has files, so that staging can begin before the files are made.  Jobs
  * are served in order of arrival: an older save frees its arena first.
+ *
+ * The arena is wanted back soonest, and the device is slower than memory, so copying comes before everything else. A
+ * block is hashed when there is nothing to copy, while the device works; from its slot, whose bytes are those that are
+ * written.  A slot is free again when its block has both been written and been hashed: MOVED waits for the second.
  */
 #include "pipeline.h"
 
@@ -55,16 +59,31 @@ static void reach(eng_pipeline *p, eng_job *job, uint32_t milestones)
 
 /* ---- slots ---- */
 
+static uint32_t take_unhashed(eng_pipeline *p, uint32_t at)
+{
+    const uint32_t index = p->unhashed[at];
+    p->unhashed_count--;
+    memmove(&p->unhashed[at], &p->unhashed[at + 1], (p->unhashed_count - at) * sizeof *p->unhashed);
+    p->slots[index].hashed = 1;
+    return index;
+}
+
 static uint32_t take_slot(eng_pipeline *p, uint32_t entry_index, uint32_t block)
 {
     const uint32_t index = p->free_slots[--p->free_count];
-    p->slots[index] = (slot){SLOT_STAGING, entry_index, block, 0, 0};
+    p->slots[index] = (slot){SLOT_STAGING, entry_index, block, 0, 0, 1};
     p->entries[entry_index].slot_count++;
     return index;
 }
 
 static void free_slot(eng_pipeline *p, uint32_t index)
 {
+    if (!p->slots[index].hashed) {
+        uint32_t at = 0;
+        while (p->unhashed[at] != index)
+            at++;
+        take_unhashed(p, at);
+    }
     p->entries[p->slots[index].entry].slot_count--;
     p->slots[index].state = SLOT_FREE;
     p->free_slots[p->free_count++] = index;
@@ -83,15 +102,24 @@ static void fail(eng_pipeline *p, uint32_t entry_index, uint32_t kind, int error
     e->job->failed_block = block;
     if (block < e->job->block_count)
         set_state(e->job, block, ENG_FAILED);
-    for (uint32_t i = 0; i < p->config.slot_count; i++)
-        if (p->slots[i].state == SLOT_STAGED && p->slots[i].entry == entry_index)
+    for (uint32_t i = 0; i < p->config.slot_count; i++) {
+        const int idle = p->slots[i].state == SLOT_STAGED || p->slots[i].state == SLOT_MOVED;
+        if (idle && p->slots[i].entry == entry_index)
             free_slot(p, i);
+    }
     reach(p, e->job, ENG_URGENT | ENG_ALL_STAGED);
 }
 
 static int is_rechecked(const entry *e)
 {
-    return !e->job->checked || e->recheck_next == e->job->block_count;
+    const int due = e->job->checked && e->job->direction == ENG_WRITE;
+    return !due || e->recheck_next == e->job->block_count;
+}
+
+/* Whether the next block to look at a second time has the checksum of the first. */
+static int may_recheck(const entry *e)
+{
+    return e->next == e->job->block_count && !is_rechecked(e) && e->recheck_next < e->hashed_count;
 }
 
 /* Let go of a job that has nothing left to do.  Its memory is the caller's again once ENG_DONE is reached. */
@@ -169,9 +197,11 @@ static void begin_block(eng_pipeline *p, uint32_t entry_index)
         return;
     }
     const uint64_t start_ns = pipeline_now_ns();
-    job->checksums[block] = host_gather(job, &job->blocks[block], slot_memory(p, index));
-    job->staging_ns += pipeline_now_ns() - start_ns;
+    host_gather(job, &job->blocks[block], slot_memory(p, index));
+    job->copying_ns += pipeline_now_ns() - start_ns;
     p->slots[index].state = SLOT_STAGED;
+    p->slots[index].hashed = 0;
+    p->unhashed[p->unhashed_count++] = index;
     set_state(job, block, ENG_STAGED);
     note_staged(p, e);
     if (e->has_files)
@@ -184,7 +214,8 @@ static void recheck_block(eng_pipeline *p, uint32_t entry_index)
     entry *e = &p->entries[entry_index];
     const uint32_t block = e->job->order[e->recheck_next];
     const uint32_t index = take_slot(p, entry_index, block);
-    const uint64_t checksum = host_gather(e->job, &e->job->blocks[block], slot_memory(p, index));
+    host_gather(e->job, &e->job->blocks[block], slot_memory(p, index));
+    const uint64_t checksum = host_checksum(e->job, &e->job->blocks[block], slot_memory(p, index));
     free_slot(p, index);
     if (checksum != e->job->checksums[block]) {
         fail(p, entry_index, ENG_TORN_FAILURE, 0, block);
@@ -203,7 +234,7 @@ uint32_t pipeline_fill(eng_pipeline *p)
         const int may_begin = e->job->direction == ENG_WRITE || e->has_files;
         if (!e->failed && may_begin && e->next < e->job->block_count) {
             begin_block(p, entry_index);
-        } else if (!e->failed && e->next == e->job->block_count && !is_rechecked(e)) {
+        } else if (!e->failed && may_recheck(e)) {
             recheck_block(p, entry_index);
         } else {
             at++;
@@ -215,7 +246,36 @@ uint32_t pipeline_fill(eng_pipeline *p)
     return begun;
 }
 
-/* The whole block has moved: a write is done; a read is verified, then copied out. */
+static void finish_write(eng_pipeline *p, uint32_t index)
+{
+    entry *e = &p->entries[p->slots[index].entry];
+    set_state(e->job, p->slots[index].block, ENG_WRITTEN);
+    e->finished_count++;
+    free_slot(p, index);
+}
+
+uint32_t pipeline_hash(eng_pipeline *p)
+{
+    if (p->unhashed_count == 0)
+        return 0;
+    const uint32_t index = take_unhashed(p, 0);
+    const slot *s = &p->slots[index];
+    const uint32_t entry_index = s->entry;
+    entry *e = &p->entries[entry_index];
+    if (e->failed)
+        return 1; /* still moving, and nobody will ask */
+    const uint64_t start_ns = pipeline_now_ns();
+    e->job->checksums[s->block] = host_checksum(e->job, &e->job->blocks[s->block], slot_memory(p, index));
+    e->job->hashing_ns += pipeline_now_ns() - start_ns;
+    e->hashed_count++;
+    if (s->state == SLOT_MOVED) {
+        finish_write(p, index);
+        settle(p, entry_index);
+    }
+    return 1;
+}
+
+/* The whole block has moved: a write is done once it is hashed; a read is verified, then copied out. */
 static void finish_block(eng_pipeline *p, uint32_t index)
 {
     slot *s = &p->slots[index];
@@ -223,17 +283,24 @@ static void finish_block(eng_pipeline *p, uint32_t index)
     eng_job *job = e->job;
     const eng_block *block = &job->blocks[s->block];
 
-    if (job->direction == ENG_READ) {
-        s->state = SLOT_STAGING;
-        const uint64_t start_ns = pipeline_now_ns();
-        if (host_checksum(job, block, slot_memory(p, index)) != job->checksums[s->block]) {
-            fail(p, s->entry, ENG_CHECKSUM_FAILURE, 0, s->block);
-            free_slot(p, index);
-            return;
-        }
-        host_scatter(job, block, slot_memory(p, index));
-        job->staging_ns += pipeline_now_ns() - start_ns;
+    if (job->direction == ENG_WRITE) {
+        s->state = SLOT_MOVED;
+        if (s->hashed)
+            finish_write(p, index);
+        return;
     }
+    s->state = SLOT_STAGING;
+    const uint64_t start_ns = pipeline_now_ns();
+    const uint64_t checksum = host_checksum(job, block, slot_memory(p, index));
+    const uint64_t hashed_ns = pipeline_now_ns();
+    job->hashing_ns += hashed_ns - start_ns;
+    if (checksum != job->checksums[s->block]) {
+        fail(p, s->entry, ENG_CHECKSUM_FAILURE, 0, s->block);
+        free_slot(p, index);
+        return;
+    }
+    host_scatter(job, block, slot_memory(p, index));
+    job->copying_ns += pipeline_now_ns() - hashed_ns;
     set_state(job, s->block, ENG_WRITTEN);
     e->finished_count++;
     free_slot(p, index);
@@ -291,6 +358,8 @@ static void break_down(eng_pipeline *p, int error)
     p->broken = error;
     p->refusal_count = 0;
     p->free_count = 0;
+    while (p->unhashed_count > 0)
+        take_unhashed(p, 0);
     p->moving_count = 0;
     while (p->queue_count > 0) {
         const uint32_t entry_index = p->queue[0];

@@ -17,7 +17,7 @@
 #include "posix.h"
 #include "ring.h"
 
-enum slot_state { SLOT_FREE, SLOT_STAGING, SLOT_STAGED, SLOT_MOVING };
+enum slot_state { SLOT_FREE, SLOT_STAGING, SLOT_STAGED, SLOT_MOVING, SLOT_MOVED };
 
 typedef struct {
     enum slot_state state;
@@ -25,6 +25,7 @@ typedef struct {
     uint32_t block;
     uint32_t done_bytes;      /* of this block; a multiple of ENG_ALIGNMENT while more is to come */
     uint32_t retry_count;
+    int hashed;               /* or in need of no hash; else the slot is in `unhashed` */
 } slot;
 
 typedef struct {
@@ -37,6 +38,7 @@ typedef struct {
     int has_files, failed;
     uint32_t next;            /* index into order of the next block to begin */
     uint32_t recheck_next;    /* the same for the second hash of a checked job */
+    uint32_t hashed_count;    /* blocks of a write that have their checksum: the first so many of order */
     uint32_t finished_count;
     uint32_t slot_count;      /* slots this job holds */
 } entry;
@@ -50,6 +52,8 @@ struct eng_pipeline {
     slot *slots;
     uint32_t *free_slots;
     uint32_t free_count;
+    uint32_t *unhashed;       /* slots that were staged and not hashed, in that order */
+    uint32_t unhashed_count;
     uint32_t moving_count;    /* operations under way */
     uint32_t refusal_count;
     int broken;               /* errno that the ring itself died of, until it is replaced */
@@ -82,6 +86,9 @@ void pipeline_cancel_unattached(struct eng_pipeline *p);
 
 /* Begin a few blocks, oldest job first.  Returns how many. */
 uint32_t pipeline_fill(struct eng_pipeline *p);
+
+/* Hash the block that was staged first of those that have no checksum yet.  Returns 1, or 0 if there is none. */
+uint32_t pipeline_hash(struct eng_pipeline *p);
 
 /* Hand over what has begun and take what has completed; with `wait`, sleep until there is something. */
 void pipeline_reap(struct eng_pipeline *p, uint32_t wait);

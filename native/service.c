@@ -1,8 +1,8 @@
 /*
  * service.c: the pipeline's thread, and the calls that other threads make to it.
  *
- * One turn of the thread: take what callers left in the inbox, stage a few blocks into free slots, hand their
- * writes over in one submission, and reap what has completed; sleep only when none of that moved.
+ * One turn of the thread: take what callers left in the inbox, stage a few blocks into free slots or, if there are
+ * none, hash one; hand writes over in one submission, and reap what has completed.  Sleep only when none of that moved.
  */
 #include <errno.h>
 #include <poll.h>
@@ -128,11 +128,12 @@ static void *run(void *argument)
         if (stopping)
             pipeline_cancel_unattached(p);
         const uint32_t begun = pipeline_fill(p);
+        const int idle = begun == 0 && pipeline_hash(p) == 0;
         if (p->moving_count > 0)
-            pipeline_reap(p, begun == 0);
-        else if (begun == 0 && p->queue_count == 0 && stopping)
+            pipeline_reap(p, idle);
+        else if (idle && p->queue_count == 0 && stopping)
             break;
-        else if (begun == 0 && !__atomic_load_n(&p->stopping, __ATOMIC_ACQUIRE))
+        else if (idle && !__atomic_load_n(&p->stopping, __ATOMIC_ACQUIRE))
             sleep_until_woken(p); /* not if a close has come since: its wake may be read already */
     }
     if (p->ring != NULL)
@@ -152,6 +153,7 @@ static void release(eng_pipeline *p)
     pthread_cond_destroy(&p->changed);
     pthread_mutex_destroy(&p->mutex);
     free(p->free_slots);
+    free(p->unhashed);
     free(p->slots);
     free(p);
 }
@@ -184,7 +186,8 @@ static int allocate_slots(eng_pipeline *p)
 {
     p->slots = calloc(p->config.slot_count, sizeof *p->slots);
     p->free_slots = calloc(p->config.slot_count, sizeof *p->free_slots);
-    return p->slots == NULL || p->free_slots == NULL ? -ENOMEM : 0;
+    p->unhashed = calloc(p->config.slot_count, sizeof *p->unhashed);
+    return p->slots == NULL || p->free_slots == NULL || p->unhashed == NULL ? -ENOMEM : 0;
 }
 
 int eng_open(eng_config *config, eng_pipeline **pipeline)
