@@ -44,6 +44,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from engine.errors import ArenaError, ArgumentError, MismatchError, UsageError
+from engine.extra import Names
 from engine.gather import Census, Lie, dense_stride, gather, gather_tensors, lie_of, makes_state_late, merge_dims
 from engine.layout import ARENA_ALIGNMENT, DTYPES, ROLES, Layout, Segment, TensorSpec, lay_out
 
@@ -219,22 +220,14 @@ class Arena:
         """What the optimizer keeps besides tensors, as of the last `refresh()`; {} without one."""
         if self._optimizer is None:
             return {}
-        entries, optional = self._census.entries, self._census.optional
-        absent = [name for name in optional if not entries[name].tensors]
-        awaited = {(id(param), key) for param, key in map(optional.__getitem__, absent)}
-        state = {}
-        for name, param in self._census.params.items():
-            items = self._optimizer.state.get(param, {}).items()
-            plain = {k: v for k, v in items if not isinstance(v, Tensor) and (id(param), k) not in awaited}
-            if plain:
-                state[name] = plain
+        groups, absent, plain = self._kept
         return {
             "param_groups": [
-                _hyperparameters(group) | {"params": list(names)}
-                for group, names in zip(self._optimizer.param_groups, self._census.groups, strict=True)
+                _hyperparameters(group) | {"params": Names(names)}
+                for group, names in zip(self._optimizer.param_groups, groups, strict=True)
             ],
-            "state": state,
-            "absent": absent,
+            "state": {name: {key: state[key] for key in keys} for name, state, keys in plain},
+            "absent": Names(absent),
         }
 
     def check_options(self, options: Mapping[str, Any]) -> None:
@@ -322,6 +315,7 @@ class Arena:
                 self._pages, self._address = _allocate(layout)
             self._layout, self._table = layout, table
         self._census = census
+        self._kept = _kept_besides(self._optimizer, census)
         self._awaits_state = any(not census.entries[name].tensors for name in census.optional)
         self._tensors = [tensor for entry in census.entries.values() for tensor in entry.tensors]
         self._complex = [tensor for tensor in self._tensors if tensor.is_complex()]
@@ -469,6 +463,32 @@ _Look = tuple[list[int], list[tuple[torch.dtype, torch.Size, bool]], list[tuple[
 _dtype_shape_requires_grad = attrgetter("dtype", "shape", "requires_grad")
 
 
+class _Kept(NamedTuple):
+    """What `Arena.options` looks at, found once for each census, because every save asks.
+
+    Attributes:
+        groups: the names of each group's parameters.
+        absent: names of optional state that the optimizer has not made yet.
+        plain: the parameters that have state which is no tensor: name, state, and the keys of what is none.
+    """
+
+    groups: tuple[Names, ...]
+    absent: Names
+    plain: Sequence[tuple[str, Mapping[Any, Any], Sequence[Any]]]
+
+
+def _kept_besides(optimizer: Optimizer | None, census: Census) -> _Kept:
+    absent = Names(name for name in census.optional if not census.entries[name].tensors)
+    awaited = {(id(param), key) for param, key in map(census.optional.__getitem__, absent)}
+    plain = []
+    for name, param in census.params.items():
+        state = {} if optimizer is None else optimizer.state.get(param, {})
+        keys = [k for k, v in state.items() if not isinstance(v, Tensor) and (id(param), k) not in awaited]
+        if keys:
+            plain.append((name, state, keys))
+    return _Kept(tuple(map(Names, census.groups)), absent, plain)
+
+
 class _Table(NamedTuple):
     """What a layout, its places and its plans depend on: specs, strides and aliases by name, and `unfenced`."""
 
@@ -503,6 +523,8 @@ def _allocate(layout: Layout) -> tuple[mmap.mmap, int]:
     """
     # Private: a forked DataLoader worker must not write into its parent's weights.  An empty map cannot be made.
     pages = mmap.mmap(-1, max(layout.arena_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel that is built without them
+        pages.madvise(mmap.MADV_HUGEPAGE)  # staging, and the training itself, walk all of it
     address = torch.frombuffer(pages, dtype=torch.uint8).data_ptr()
     assert address % ARENA_ALIGNMENT == 0
     return pages, address

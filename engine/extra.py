@@ -56,6 +56,12 @@ EXACT_INT_MAX = 2**53
 CONVERTIBLE = (int, float, str, tuple, list, set, frozenset, dict)
 
 
+class Names(list[str]):
+    """Strings that are known to be text, encoded as a list of them without another look: there may be one a tensor."""
+
+    __slots__ = ()
+
+
 class _Spot(NamedTuple):
     """Where in the tree a value stands: the spot around it, its own step of the path, and how deep that is.
 
@@ -200,6 +206,9 @@ class _Encoder:
     def binary(self, value: bytes, spot: _Spot) -> Json:
         self._charge(len(value), spot)
         return {"bytes": base64.b64encode(value).decode()}
+
+    def names(self, value: Names, spot: _Spot) -> list[Json]:
+        return list(value)
 
     def elements(self, value: Iterable[object], spot: _Spot) -> list[Json]:
         return [self.encode(member, spot.item(index)) for index, member in enumerate(value)]
@@ -384,6 +393,7 @@ def _tensor_bytes(dtype: str, shape: list[int], at_most: int) -> int:
 
 _WRITERS: Mapping[type, Callable[[_Encoder, Any, _Spot], Json]] = {
     type(None): _Encoder.plain,
+    Names: _Encoder.names,
     bool: _Encoder.plain,
     int: _Encoder.integer,
     float: _Encoder.real,

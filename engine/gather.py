@@ -75,6 +75,7 @@ class Watch:
         self._owners: list[dict[Any, Any]] = []
         self._keys: list[object] = []
         self._values: list[object] = []
+        self._mappings: list[tuple[dict[Any, Any], tuple[Any, ...], tuple[Any, ...]]] = []
         self._lists: list[tuple[list[Any], tuple[Any, ...]]] = []
         self._answers: list[tuple[Callable[[], bool], bool]] = []
 
@@ -95,6 +96,10 @@ class Watch:
         for key in owner:
             self.member(owner, key)
 
+    def mapping(self, owner: dict[Any, Any]) -> None:
+        """Watch a whole dictionary whose keys are tensors: those are hashed in Python, and here not at all."""
+        self._mappings.append((owner, tuple(owner.keys()), tuple(owner.values())))
+
     def sequence(self, items: list[Any]) -> None:
         """Watch a whole list."""
         self._lists.append((items, tuple(items)))
@@ -108,6 +113,10 @@ class Watch:
         return (
             list(map(len, self._sized)) == self._counts
             and all(map(is_, map(dict.get, self._owners, self._keys), self._values))
+            and all(
+                len(owner) == len(keys) and all(map(is_, owner, keys)) and all(map(is_, owner.values(), values))
+                for owner, keys, values in self._mappings
+            )
             and all(len(items) == len(seen) and all(map(is_, items, seen)) for items, seen in self._lists)
             and all(question() is seen for question, seen in self._answers)
         )
@@ -259,7 +268,7 @@ def _find_optimizer(
     watch.member(vars(optimizer), "state")  # load_state_dict() puts other objects there
     watch.member(vars(optimizer), "param_groups")
     watch.sequence(optimizer.param_groups)
-    watch.members(optimizer.state)
+    watch.mapping(optimizer.state)
     for group_index, group in enumerate(optimizer.param_groups):
         watch.member(group, "params")
         watch.sequence(group["params"])

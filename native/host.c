@@ -1,9 +1,17 @@
 /*
  * host.c: staging between host memory and slots (host.h says what; this is how).
+ *
+ * What is copied into a slot is next read by the device, so long runs are stored past the caches: a cached store first
+ * reads the line that it overwrites, which costs a third of the memory's bandwidth.  Two pages at a time, because one
+ * core keeps more reads under way when they come from two streams.  For 500 MB in blocks of 4 MiB, a Xeon that memcpy
+ * gave 7.2 GB/s gave this 10.7, one page at a time 9.4, and four or eight no more (docs/perf.md).
  */
 #include "host.h"
 
 #include <string.h>
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
 
 #include "checksum.h"
 
@@ -12,6 +20,52 @@ uint64_t host_block_seed(uint64_t seed, uint32_t file, uint64_t file_offset)
     const uint64_t place[3] = {seed, file, file_offset};
     return checksum_baseline(place, sizeof place, 0);
 }
+
+#if defined(__x86_64__)
+enum {
+    LINE_BYTES = 64,
+    RUN_BYTES = 4096, /* a page: the hardware's prefetchers do not cross one */
+    PREFETCH_BYTES = 256, /* four lines ahead of each stream, to hide the memory's latency */
+    STREAM_BYTES_MIN = 64 << 10 /* below this a run may be in the cache, and the setting up is worth more */
+};
+
+static void store_line(uint8_t *to, const uint8_t *from)
+{
+    const __m128i a = _mm_loadu_si128((const __m128i *)from);
+    const __m128i b = _mm_loadu_si128((const __m128i *)(from + 16));
+    const __m128i c = _mm_loadu_si128((const __m128i *)(from + 32));
+    const __m128i d = _mm_loadu_si128((const __m128i *)(from + 48));
+    _mm_stream_si128((__m128i *)to, a);
+    _mm_stream_si128((__m128i *)(to + 16), b);
+    _mm_stream_si128((__m128i *)(to + 32), c);
+    _mm_stream_si128((__m128i *)(to + 48), d);
+}
+
+static void copy_to_slot(uint8_t *to, const uint8_t *from, size_t nbytes)
+{
+    const size_t head = (size_t)(-(uintptr_t)to & (LINE_BYTES - 1));
+    if (nbytes < STREAM_BYTES_MIN) {
+        memcpy(to, from, nbytes);
+        return;
+    }
+    memcpy(to, from, head);
+    size_t done = head;
+    for (; nbytes - done >= 2 * RUN_BYTES; done += 2 * RUN_BYTES)
+        for (size_t at = done; at < done + RUN_BYTES; at += LINE_BYTES) {
+            _mm_prefetch((const char *)from + at + PREFETCH_BYTES, _MM_HINT_T0);
+            store_line(to + at, from + at);
+            _mm_prefetch((const char *)from + at + RUN_BYTES + PREFETCH_BYTES, _MM_HINT_T0);
+            store_line(to + at + RUN_BYTES, from + at + RUN_BYTES);
+        }
+    memcpy(to + done, from + done, nbytes - done);
+    _mm_sfence(); /* before whoever is told of it looks */
+}
+#else
+static void copy_to_slot(uint8_t *to, const uint8_t *from, size_t nbytes)
+{
+    memcpy(to, from, nbytes);
+}
+#endif
 
 /* Copy `count` elements between a strided row and packed bytes.  A size known to the compiler makes the copy of
  * one element one move. */
@@ -74,7 +128,7 @@ static void copy_extent(const eng_source *source, uint64_t offset, uint8_t *slot
     if (scatter)
         memcpy(memory, slot, nbytes);
     else
-        memcpy(slot, memory, nbytes);
+        copy_to_slot(slot, memory, nbytes);
 }
 
 void host_gather(const eng_job *job, const eng_block *block, uint8_t *slot)
