@@ -1,8 +1,9 @@
 /*
  * host.c: staging between host memory and slots (host.h says what; this is how).
  *
- * What is copied into a slot is next read by the device, so long runs are stored past the caches: a cached store first
- * reads the line that it overwrites, which costs a third of the memory's bandwidth.  Two pages at a time, because one
+ * What is copied into a slot is next read by the device, and what is copied out of one by a training, much later. So
+ * long runs are stored past the caches: a cached store first reads the line that it overwrites, which costs a third of
+ * the memory's bandwidth.  Two pages at a time, because one
  * core keeps more reads under way when they come from two streams.  For 500 MB in blocks of 4 MiB, a Xeon that memcpy
  * gave 7.2 GB/s gave this 10.7, one page at a time 9.4, and four or eight no more (docs/perf.md).
  */
@@ -41,7 +42,7 @@ static void store_line(uint8_t *to, const uint8_t *from)
     _mm_stream_si128((__m128i *)(to + 48), d);
 }
 
-static void copy_to_slot(uint8_t *to, const uint8_t *from, size_t nbytes)
+static void copy_run(uint8_t *to, const uint8_t *from, size_t nbytes)
 {
     const size_t head = (size_t)(-(uintptr_t)to & (LINE_BYTES - 1));
     if (nbytes < STREAM_BYTES_MIN) {
@@ -61,7 +62,7 @@ static void copy_to_slot(uint8_t *to, const uint8_t *from, size_t nbytes)
     _mm_sfence(); /* before whoever is told of it looks */
 }
 #else
-static void copy_to_slot(uint8_t *to, const uint8_t *from, size_t nbytes)
+static void copy_run(uint8_t *to, const uint8_t *from, size_t nbytes)
 {
     memcpy(to, from, nbytes);
 }
@@ -126,9 +127,9 @@ static void copy_extent(const eng_source *source, uint64_t offset, uint8_t *slot
     }
     uint8_t *memory = (uint8_t *)(uintptr_t)source->address + offset;
     if (scatter)
-        memcpy(memory, slot, nbytes);
+        copy_run(memory, slot, nbytes);
     else
-        copy_to_slot(slot, memory, nbytes);
+        copy_run(slot, memory, nbytes);
 }
 
 void host_gather(const eng_job *job, const eng_block *block, uint8_t *slot)
