@@ -3,9 +3,9 @@
  *
  * What is copied into a slot is next read by the device, and what is copied out of one by a training, much later. So
  * long runs are stored past the caches: a cached store first reads the line that it overwrites, which costs a third of
- * the memory's bandwidth.  Two pages at a time, because one
- * core keeps more reads under way when they come from two streams.  For 500 MB in blocks of 4 MiB, a Xeon that memcpy
- * gave 7.2 GB/s gave this 10.7, one page at a time 9.4, and four or eight no more (docs/perf.md).
+ * the memory's bandwidth.  Two pages at a time, because one core keeps more reads under way when they come from two
+ * streams.  Measured with 500 MB in blocks of 4 MiB on the host of docs/perf.md: memcpy moved 7.2 GB/s, this 10.7, one
+ * page at a time 9.4, and four or eight no more than two.
  */
 #include "host.h"
 
