@@ -356,9 +356,9 @@ class TensorStore(_Asynchronous):
 
         return Pending(staged, self.syncer.submit(settle).result)
 
-    def store(self, path: Path, name: str) -> dict[str, str]:
+    def store(self, path: Path, name: str) -> dict[str, Any]:
         """Where an array goes."""
-        return {"driver": "ocdbt", "base": f"file://{path}/", "path": f"{name}/"}
+        return {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path}/"}, "path": f"{name}/"}
 
     def spec(self, path: Path, name: str, tensor: torch.Tensor) -> dict[str, Any]:
         """An array of one chunk: the tensor as it is."""
@@ -377,7 +377,7 @@ class TensorStoreFiles(TensorStore):
     name = "TensorStore files"
     how = "the same with a directory of files for each array"
 
-    def store(self, path: Path, name: str) -> dict[str, str]:
+    def store(self, path: Path, name: str) -> dict[str, Any]:
         return {"driver": "file", "path": f"{path / name}/"}
 
 
