@@ -12,9 +12,13 @@ Rules: every method may be called from any thread, and only `admit` waits.  Call
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 from engine.errors import ClosedError, StepError
+
+# How long to sleep between looks for a place: saves take a hundred times as long.
+_PAUSE_S = 0.001
 
 
 class Ticket:
@@ -33,10 +37,9 @@ class InFlight:
     def __init__(self, count_max: int) -> None:
         self._count_max = count_max
         self._tickets: set[Ticket] = set()
-        # Entered itself, not through the Condition: Condition.__enter__ is Python, and an interrupt inside it would
-        # leave the lock taken for ever; a lock's own is one call into C.
+        # A lock and no Condition: those wait in Python, and an interrupt inside that would leave the lock as it should
+        # not be.  Entering and leaving a lock are one call into C each.
         self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
         self._closed = False
 
     def admit(self, ticket: Ticket, wait: bool) -> bool:
@@ -45,21 +48,21 @@ class InFlight:
         Raises:
             ClosedError: `close` was called, perhaps while this waited.
         """
-        with self._lock:
-            while len(self._tickets) >= self._count_max and not self._closed:
-                if not wait:
-                    return False
-                self._changed.wait()
-            if self._closed:
-                raise ClosedError("the Engine has been closed; open a new one")
-            self._tickets.add(ticket)
-            return True
+        while True:
+            with self._lock:
+                if self._closed:
+                    raise ClosedError("the Engine has been closed; open a new one")
+                if len(self._tickets) < self._count_max:
+                    self._tickets.add(ticket)
+                    return True
+            if not wait:
+                return False
+            time.sleep(_PAUSE_S)
 
     def close(self) -> None:
         """Admit nobody any more."""
         with self._lock:
             self._closed = True
-            self._changed.notify_all()
 
     def reserve(self, ticket: Ticket, step: int | None, committed: Callable[[], list[int]]) -> int:
         """Give a ticket its step: the one asked for, or with None the next one.
@@ -98,7 +101,6 @@ class InFlight:
         """Give a place back, if the ticket has one."""
         with self._lock:
             self._tickets.discard(ticket)
-            self._changed.notify_all()
 
     def while_idle(self, action: Callable[[], list[int]]) -> list[int]:
         """Run `action` with no save in flight, and none admitted before it has ended.

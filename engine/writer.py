@@ -49,6 +49,9 @@ from engine.plan import ALIGNMENT, Plan, block_rows, extent_rows, make_plan
 
 _log = logging.getLogger("engine")
 
+# How long to sleep between looks for a save's end: a save takes hundreds of times as long.
+_PAUSE_S = 0.0005
+
 
 class CheckpointInfo(NamedTuple):
     """A committed checkpoint.  `nbytes` counts its data files."""
@@ -134,6 +137,7 @@ class Save(Future[CheckpointInfo]):
     def __init__(self, step: int) -> None:
         """Not for callers: `Engine.checkpoint` makes Saves."""
         super().__init__()
+        self._ended = False
         self.set_running_or_notify_cancel()
         self.step = step
         self.checkpoint_id = secrets.token_hex(16)
@@ -209,12 +213,31 @@ class Save(Future[CheckpointInfo]):
     def result(self, timeout: float | None = None) -> CheckpointInfo:
         """As `Future.result`; raises ForkedError in a forked child, to which no result ever comes."""
         self._check_owner()
-        return super().result(timeout)
+        self._await_end(timeout)
+        return super().result(None if self._ended else 0)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """As `Future.exception`, and as `result`."""
         self._check_owner()
-        return super().exception(timeout)
+        self._await_end(timeout)
+        return super().exception(None if self._ended else 0)
+
+    def set_result(self, result: CheckpointInfo) -> None:
+        """Called by the commit thread."""
+        self._ended = True
+        super().set_result(result)
+
+    def set_exception(self, exception: BaseException | None) -> None:
+        """Called by whoever ends the save."""
+        self._ended = True
+        super().set_exception(exception)
+
+    def _await_end(self, timeout: float | None) -> None:
+        """Wait outside the Future's lock, which the commit thread needs: it is waited for in Python, where Ctrl-C could
+        leave it taken for ever."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while not self._ended and (end is None or time.monotonic() < end):
+            time.sleep(_PAUSE_S)
 
     @property
     def plan(self) -> Plan:
