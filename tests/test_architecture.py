@@ -1,14 +1,16 @@
 """The rules of construction, held against the sources.
 
 Theory of operation.  Nothing here imports the engine: Python is read with `ast`, C with a brace counter, the
-rest as text.  `ROOMS` is the table of docs/architecture.md: who may import whom.  A file that is not in the
-table fails, and so does a row whose file has gone; a new file is given its place here, below what it knows.
+rest as text; git says what is committed.  `ROOMS` is the table of docs/architecture.md: who may import whom.  A
+file that is not in the table fails, and so does a row whose file has gone; a new file is given its place here,
+below what it knows.
 """
 
 from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +90,9 @@ EMPTY_NAMES = {"utils", "util", "helpers", "helper", "manager", "data2", "misc"}
 PYTHON_FILES = sorted((ROOT / "engine").rglob("*.py"))
 C_FILES = sorted([*(ROOT / "native").glob("*.c"), *(ROOT / "native").glob("*.h")])
 SOURCE_DIRECTORIES = ("engine", "native", "tests", "fuzz", "docs", ".ci")
+TOP_FILES = {
+    *("README.md", "LICENSE", "CHANGELOG.md", "Makefile", "pyproject.toml", "constraints.txt", ".gitignore"),
+}
 TEXT_SUFFIXES = {"", ".py", ".c", ".h", ".md", ".toml", ".txt", ".sh", ".json", ".svg", ".typed"}
 
 
@@ -262,6 +267,12 @@ def test_no_native_file_is_dead() -> None:
     includes = "".join(path.read_text(encoding="utf-8") for path in C_FILES)
     dead += [path.name for path in C_FILES if path.suffix == ".h" and f'#include "{path.name}"' not in includes]
     assert not dead, f"nothing builds or includes {dead}"
+
+
+def test_nothing_is_committed_by_accident() -> None:
+    listed = subprocess.run(["git", "-C", ROOT, "ls-files"], check=True, capture_output=True, text=True).stdout
+    tops = {name.split("/")[0] for name in listed.splitlines()}
+    assert tops == TOP_FILES | set(SOURCE_DIRECTORIES), "what a run has left behind is committed, or a file is missing"
 
 
 def test_every_decision_is_linked() -> None:
