@@ -2,7 +2,8 @@
  * service.c: the pipeline's thread, and the calls that other threads make to it.
  *
  * One turn of the thread: take what callers left in the inbox, stage a few blocks into free slots or, if there are
- * none, hash one; hand writes over in one submission, and reap what has completed.  Sleep only when none of that moved.
+ * none, hash one; hand what has begun over in one submission, and reap what has completed.  Sleep only when none of
+ * that moved.
  */
 #include <errno.h>
 #include <poll.h>

@@ -596,6 +596,53 @@ def test_nothing_urgent_is_staged_at_once(open_pipeline: Callable[..., Pipeline]
     finish(pipeline, job)
 
 
+def test_reads_leave_slots_to_work_on(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:
+    """64 MiB are under way at a time, however many slots there are."""
+    stored = bytes_of(noise(6 * ALIGNMENT))
+    rewrite(buffered_fd, 0, stored)
+    gate = threading.Event()
+    table = FaultTable(gate=gate)
+    pipeline = open_pipeline(5, 32 << 20, table)
+    plan, tensor = whole(len(stored), ALIGNMENT), torch.zeros(len(stored), dtype=torch.uint8)
+    job = make_job(READ, plan, [plain(tensor)], checksums=checksums_of(plan, [stored]))
+    pipeline.submit(job)
+    pipeline.attach(job, [buffered_fd])
+    until(lambda: len(table.operations) == 2)
+    assert not pipeline.wait(job, Milestone.DONE, LOOK_NS)
+    assert len(table.operations) == 2
+    gate.set()
+    assert finish(pipeline, job).failure is None
+    assert bytes_of(tensor) == stored
+
+
+class Watching(FaultTable):
+    """Notes how many blocks of a job were there when each operation was started."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.job: Job | None = None
+        self.seen: list[int] = []
+
+    def _start(self, context: Any, io: Any) -> int:
+        assert self.job is not None
+        self.seen.append(self.job.states().count(BlockState.WRITTEN))
+        return super()._start(context, io)
+
+
+def test_the_device_is_given_its_next_blocks_before_the_last_are_verified(
+    open_pipeline: Callable[..., Pipeline], buffered_fd: int
+) -> None:
+    stored = bytes_of(noise(4 * ALIGNMENT))
+    rewrite(buffered_fd, 0, stored)
+    table = Watching()
+    pipeline = open_pipeline(4, 32 << 20, table)
+    plan, tensor = whole(len(stored), ALIGNMENT), torch.zeros(len(stored), dtype=torch.uint8)
+    table.job = make_job(READ, plan, [plain(tensor)], checksums=checksums_of(plan, [stored]))
+    assert run(pipeline, table.job, [buffered_fd]).failure is None
+    assert bytes_of(tensor) == stored
+    assert table.seen == [0, 0, 0, 0]  # two are under way at a time, and the last two when the first two had come
+
+
 def test_a_failed_job_holds_nobody_up(stage: Stage) -> None:
     job = make_job(WRITE, whole(9 * SLOT_BYTES, SLOT_BYTES), [plain(noise(9 * SLOT_BYTES))], urgent_count=9)
     stage.pipeline.submit(job)
