@@ -105,7 +105,8 @@ class Engine:
         backend: Choice = "auto",
         filesystem: Filesystem | None = None,
     ) -> None:
-        _check_range("keep", keep, 1, None)
+        if keep is not None:
+            _check_range("keep", keep, 1, None)
         _check_range("max_async", max_async, 1, MAX_ASYNC_MAX)
         slot_count = _slot_count(staging_bytes, block_bytes)
         _check_choice("backend", backend, Choice)
@@ -167,11 +168,7 @@ class Engine:
         """
         began_ns = time.monotonic_ns()
         self._check_usable()
-        _check_range("step", 0 if step is None else step, 0, STEP_MAX)
-        _check_range("chunk_count", 1 if chunk_count is None else chunk_count, 1, None)
-        _check_range("chunk_bytes", 1 if chunk_bytes is None else chunk_bytes, 1, None)
-        _check_choice("snapshot", snapshot or "lazy", Snapshot)
-        _check_choice("on_busy", on_busy, OnBusy)
+        _check_options(step, chunk_count, chunk_bytes, snapshot, on_busy)
         if arena.torn:
             raise ArenaError("a restore of this arena failed half-way; restore it whole before saving it")
         ticket = Ticket()
@@ -415,9 +412,22 @@ def _start_workers(count: int) -> Workers:
         raise PlatformError(cause, "raise the limit on threads (ulimit -u, or pids.max of the cgroup)") from None
 
 
-def _check_range(name: str, value: int | None, low: int, high: int | None) -> None:
-    if value is None and name == "keep":
-        return
+def _check_options(
+    step: int | None, chunk_count: int | None, chunk_bytes: int | None, snapshot: str | None, on_busy: str
+) -> None:
+    """What `checkpoint` was told; what it was not told costs nothing."""
+    if step is not None:
+        _check_range("step", step, 0, STEP_MAX)
+    if chunk_count is not None:
+        _check_range("chunk_count", chunk_count, 1, None)
+    if chunk_bytes is not None:
+        _check_range("chunk_bytes", chunk_bytes, 1, None)
+    if snapshot is not None:
+        _check_choice("snapshot", snapshot, Snapshot)
+    _check_choice("on_busy", on_busy, OnBusy)
+
+
+def _check_range(name: str, value: int, low: int, high: int | None) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ArgumentError(f"{name} is {value!r}; it must be an integer")
     if value < low or (high is not None and value > high):

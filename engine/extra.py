@@ -33,7 +33,7 @@ import re
 import struct
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 
@@ -211,7 +211,11 @@ class _Encoder:
         return list(value)
 
     def elements(self, value: Iterable[object], spot: _Spot) -> list[Json]:
-        return [self.encode(member, spot.item(index)) for index, member in enumerate(value)]
+        room = spot.depth < DEPTH_MAX
+        return [
+            member if room and _is_json(member) else self.encode(member, spot.item(index))
+            for index, member in enumerate(value)
+        ]
 
     def sequence(self, value: tuple[object, ...], spot: _Spot) -> Json:
         return {"tuple": self.elements(value, spot)}
@@ -221,8 +225,12 @@ class _Encoder:
         return {_TAGS[type(value)]: sorted(encoded, key=repr)}
 
     def mapping(self, value: dict[object, object], spot: _Spot) -> Json:
+        room = spot.depth < DEPTH_MAX
         pairs: list[Json] = [
-            [self._hashable(key, spot.at(".keys()")), self.encode(member, spot.item(key))]
+            [
+                key if room and _is_json(key) else self._hashable(key, spot.at(".keys()")),
+                member if room and _is_json(member) else self.encode(member, spot.item(key)),
+            ]
             for key, member in value.items()
         ]
         return {_TAGS[type(value)]: pairs}
@@ -262,6 +270,21 @@ def _conversion(value: object) -> str:
         if isinstance(value, base):
             return f"pass {base.__name__}(...) of it"
     return ""
+
+
+def _is_json(value: object) -> TypeGuard[bool | int | float | str | None]:
+    """Whether JSON holds a value as it is, and there is nothing in it to refuse.
+
+    Most values are such, and a spot for each would be most of the work: every save encodes the optimizer's options in
+    the caller's time.
+    """
+    if type(value) is str:
+        return value.isascii()
+    if type(value) is float:
+        return math.isfinite(value)
+    if type(value) is int:
+        return -EXACT_INT_MAX <= value <= EXACT_INT_MAX
+    return value is None or type(value) is bool
 
 
 def _is_text(value: str) -> bool:
