@@ -521,13 +521,19 @@ def _allocate(layout: Layout) -> tuple[mmap.mmap, int]:
     Pages straight from the kernel cost nothing until they are touched, so that adopting a training does not need
     its memory twice: as they fill, what the tensors leave is freed.
     """
-    # Private: a forked DataLoader worker must not write into its parent's weights.  An empty map cannot be made.
-    pages = mmap.mmap(-1, max(layout.arena_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel that is built without them
-        pages.madvise(mmap.MADV_HUGEPAGE)  # staging, and the training itself, walk all of it
+    pages = allocate_pages(max(layout.arena_bytes, 1))  # an empty map cannot be made
     address = torch.frombuffer(pages, dtype=torch.uint8).data_ptr()
     assert address % ARENA_ALIGNMENT == 0
     return pages, address
+
+
+def allocate_pages(nbytes: int) -> mmap.mmap:
+    """Zeroed pages of this process alone, huge ones where the kernel has them: whoever walks them is as much faster."""
+    # Private: a forked DataLoader worker must not write into its parent's weights.
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel that is built without them
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
 
 
 def _point(tensor: Tensor, view: Tensor) -> None:

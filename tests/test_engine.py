@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import fnmatch
 import os
 import random
 import shutil
@@ -15,12 +16,16 @@ import numpy
 import pytest
 import torch
 from disk import FAILURES, FailingFilesystem, GatedFilesystem, names, same, stored
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import engine
 from engine import plan, writer
 from engine.layout import DTYPES
+from engine.manifest import SegmentRecord
+from engine.reader import selector
 
 pytestmark = pytest.mark.every_backend
 
@@ -252,6 +257,31 @@ def test_select_takes_the_name_of_a_layer(opened: engine.Engine) -> None:
     }
     chosen = {name for name in opened.load(select="layers.3") if not name.startswith("optimizer.")}
     assert chosen == {"layers.3.scale"}, "neither what is in its children, nor layers.31"
+
+
+@given(
+    st.lists(st.text("ab.*?[!]-", max_size=6), min_size=1, max_size=3),
+    st.tuples(st.text("ab.*[]", max_size=5), st.text("ab.*[]", max_size=5)),
+)
+def test_select_matches_what_fnmatch_does(patterns: list[str], named: tuple[str, str]) -> None:
+    name, layer = named
+    record = SegmentRecord(
+        name=name, dtype="float32", shape=(1,), role="model", layer=layer, file=0, offset=4096, nbytes=4
+    )
+    expected = any(fnmatch.fnmatchcase(n, p) for p in patterns for n in (name, layer, f"{layer}."))
+    assert selector(patterns)(record) == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bool", "complex128"])
+def test_a_large_tensor_is_loaded_into_memory_of_its_own(opened: engine.Engine, dtype: str) -> None:
+    """Such memory comes from the kernel, and is as good as any: in its shape, written to, and gone with the tensor."""
+    shape = (3, 700_001) if dtype != "complex128" else (3, 50_001)
+    stored = (torch.arange(shape[0] * shape[1]).view(shape) % 2).to(getattr(torch, dtype))
+    opened.checkpoint(engine.Arena.wrap({"a": stored, "b": stored.clone()})).result()
+    loaded = opened.load()
+    assert same(loaded["a"], stored) and same(loaded["b"], stored)
+    loaded["a"].zero_()
+    assert same(loaded["b"], stored)
 
 
 def make_momentum(rate: float = 0.1) -> tuple[nn.Module, torch.optim.Optimizer]:
