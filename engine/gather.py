@@ -66,6 +66,11 @@ class Entry(NamedTuple):
     tensors: tuple[Tensor, ...]
 
 
+# Of a dictionary, up to here looking each member up takes less than walking all of it: a walk is set up in Python, and
+# that takes as long as some eight calls.
+_MEMBERS_MAX = 8
+
+
 class Watch:
     """Notices when one of the dictionaries and lists of a walk no longer holds the very same objects."""
 
@@ -95,13 +100,16 @@ class Watch:
         self._values.append(owner.get(key))
 
     def members(self, owner: dict[Any, Any]) -> None:
-        """Watch a whole dictionary."""
+        """Watch a whole dictionary whose keys are strings."""
+        if len(owner) > _MEMBERS_MAX:
+            self.mapping(owner)
+            return
         self.size(owner)
         for key in owner:
             self.member(owner, key)
 
     def mapping(self, owner: dict[Any, Any]) -> None:
-        """Watch a whole dictionary whose keys are tensors: those are hashed in Python, and here not at all."""
+        """Watch a whole dictionary, without looking anything up in it: tensors as keys are hashed in Python."""
         self._mappings.append((owner, tuple(owner.keys()), tuple(owner.values())))
 
     def sequence(self, items: list[Any]) -> None:

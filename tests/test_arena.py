@@ -894,7 +894,7 @@ def test_fast_path_does_not_gather(optimizer_name: str, monkeypatch: pytest.Monk
     train(model, optimizer, "convnet", 1)  # SGD makes its momentum here
     arena.refresh()
     del gathers[:]
-    looks = count_calls(monkeypatch, "_look")
+    looks = count_calls(monkeypatch, "_is_unmoved")
     for seed in range(5):
         train(model, optimizer, "convnet", 1, seed)
         arena.refresh()
