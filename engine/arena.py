@@ -507,8 +507,8 @@ def _look(tensor: Tensor) -> _Look:
 def _is_unmoved(seen: _Seen, conjugated: Sequence[tuple[Tensor, bool]]) -> bool:
     """Whether all tensors lie as they lay when `_look` saw them.
 
-    Every save asks, and most of what that costs, 0.5 us a tensor, is the latency of memory.  So all of a tensor is looked
-    at in one go, and nothing is kept that Python's garbage collector would come to walk.
+    Every save asks, and most of what that costs, 0.5 us a tensor, is the latency of memory.  So all of a tensor is
+    looked at in one go, and nothing is kept that Python's garbage collector would come to walk.
 
     Args:
         conjugated: those that can be conjugated lazily, and whether they were.

@@ -201,7 +201,7 @@ def _move(
         direction,
         0,
         native.pack_sources([Source(native.address_of(memory))]),
-        native.pack_extents([(0, 0, ALIGNMENT, 0)]),
+        native.pack_extents([0], [0], [ALIGNMENT], [0]),
         native.pack_blocks([(0, ALIGNMENT, 0, 0, 1)]),
         native.pack_order([0]),
         file_count=1,

@@ -21,8 +21,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import pairwise, starmap
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -77,8 +79,8 @@ class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     header_bytes: int
 
 
-class SegmentRecord(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One tensor and its place: an array in JSON, as there may be a hundred thousand."""
+class SegmentRecord(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+    """One tensor and its place: an array in JSON, as there may be a hundred thousand; no cycle can go through one."""
 
     name: str
     dtype: str
@@ -136,33 +138,26 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def segment_records(layout: Layout) -> tuple[SegmentRecord, ...]:
     """The rows of a layout's segments: the same for every save of an arena."""
-    return tuple(
-        SegmentRecord(s.name, s.dtype, s.shape, s.role, s.layer, s.file_index, s.file_offset, s.nbytes)
-        for s in layout.segments
+    rows = map(
+        attrgetter("name", "dtype", "shape", "role", "layer", "file_index", "file_offset", "nbytes"), layout.segments
     )
+    return tuple(starmap(SegmentRecord, rows))
 
 
 def chunk_layers(plan: Plan, segments: Sequence[SegmentRecord]) -> tuple[tuple[str, ...], ...]:
     """For each chunk of a plan, the layers it holds a part of, in order."""
-    layers: list[dict[str, None]] = [{} for _ in plan.chunks]
-    cursor = 0
-    for segment in segments:
-        if segment.nbytes == 0:
-            continue
-        while not _touches(plan.chunks[cursor], segment):
-            cursor += 1
-        at = cursor
-        while at < len(plan.chunks) and _touches(plan.chunks[at], segment):
-            layers[at][segment.layer] = None
-            at += 1
-    return tuple(tuple(names) for names in layers)
-
-
-def _touches(chunk: Chunk, segment: SegmentRecord) -> bool:
-    """Whether a chunk holds a byte of a segment."""
-    if chunk.file_index != segment.file:
-        return False
-    return segment.offset < chunk.offset + chunk.nbytes and segment.offset + segment.nbytes > chunk.offset
+    columns = []
+    for index in range(len(plan.files)):
+        stored = [segment for segment in segments if segment.nbytes and segment.file == index]
+        starts = [segment.offset for segment in stored]
+        ends = [segment.offset + segment.nbytes for segment in stored]
+        columns.append((starts, ends, [segment.layer for segment in stored]))
+    found = []
+    for chunk in plan.chunks:
+        starts, ends, layers = columns[chunk.file_index]
+        first, last = bisect_right(ends, chunk.offset), bisect_left(starts, chunk.offset + chunk.nbytes)
+        found.append(tuple(dict.fromkeys(layers[first:last])))
+    return tuple(found)
 
 
 def affected(segments: Iterable[SegmentRecord], file_index: int, offset: int, nbytes: int) -> str:

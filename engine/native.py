@@ -23,6 +23,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
+from itertools import repeat
 from typing import Any, Literal, NamedTuple, Protocol
 
 from engine.errors import ClosedError, ForkedError
@@ -149,9 +150,12 @@ class Packed(NamedTuple):
     row_count: int
 
 
-def pack_extents(rows: Iterable[tuple[int, int, int, int]]) -> Packed:
-    """Pack rows of (source_offset, block_offset, nbytes, source)."""
-    return _pack("eng_extent", _EXTENT, b"".join([_EXTENT.pack(*row, 0) for row in rows]))
+def pack_extents(
+    source_offsets: Sequence[int], block_offsets: Sequence[int], nbytes: Sequence[int], sources: Sequence[int]
+) -> Packed:
+    """Pack extents, which are given in columns."""
+    rows = map(_EXTENT.pack, source_offsets, block_offsets, nbytes, sources, repeat(0))
+    return _pack("eng_extent", _EXTENT, b"".join(rows))
 
 
 def pack_blocks(rows: Iterable[tuple[int, int, int, int, int]]) -> Packed:

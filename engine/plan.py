@@ -22,9 +22,12 @@ Rules: no torch, no I/O, integers of any size, deterministic.  Called by `manife
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import compress, repeat
+from operator import add, eq, le, sub
+from typing import NamedTuple, overload
 
 from engine.errors import ArgumentError
 from engine.layout import DTYPES, HEADER_ALIGNMENT, Layout, align_up
@@ -47,6 +50,63 @@ class Extent(NamedTuple):
     source_offset: int
     file_offset: int
     nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Extents(Sequence[Extent]):
+    """Extents in columns, because there may be a hundred thousand.  So many tuples take a second, most of it in
+    Python's garbage collector, which comes to walk them; columns of integers are worked on by loops of C's."""
+
+    sources: list[int]
+    source_offsets: list[int]
+    file_offsets: list[int]
+    nbytes: list[int]
+
+    def __len__(self) -> int:
+        return len(self.nbytes)
+
+    @overload
+    def __getitem__(self, index: int) -> Extent: ...
+    @overload
+    def __getitem__(self, index: slice) -> Extents: ...
+    def __getitem__(self, index: int | slice) -> Extent | Extents:
+        columns = (self.sources, self.source_offsets, self.file_offsets, self.nbytes)
+        if isinstance(index, slice):
+            return Extents(*(column[index] for column in columns))
+        return Extent(*(column[index] for column in columns))
+
+    def chosen(self, choice: Iterable[object]) -> Extents:
+        """Those for which there is something true in `choice`."""
+        truths = list(choice)
+        columns = (self.sources, self.source_offsets, self.file_offsets, self.nbytes)
+        return Extents(*(list(compress(column, truths)) for column in columns))
+
+    def file_ends(self) -> list[int]:
+        """Where in the file each ends."""
+        return list(map(add, self.file_offsets, self.nbytes))
+
+    def append(self, source: int, source_offset: int, file_offset: int, nbytes: int) -> None:
+        """Add one."""
+        self.sources.append(source)
+        self.source_offsets.append(source_offset)
+        self.file_offsets.append(file_offset)
+        self.nbytes.append(nbytes)
+
+    def append_within(self, extents: Extents, start: int, end: int) -> None:
+        """Add what of these lies in a range of the file; each of them does in part."""
+        if not extents:
+            return
+        first = len(self)
+        self.sources.extend(extents.sources)
+        self.source_offsets.extend(extents.source_offsets)
+        self.file_offsets.extend(extents.file_offsets)
+        self.nbytes.extend(extents.nbytes)
+        before = max(0, start - self.file_offsets[first])
+        self.source_offsets[first] += before
+        self.file_offsets[first] += before
+        self.nbytes[first] -= before
+        self.nbytes[-1] -= max(0, self.file_offsets[-1] + self.nbytes[-1] - end)
+        assert self.nbytes[first] > 0 and self.nbytes[-1] > 0, (start, end)
 
 
 class Block(NamedTuple):
@@ -88,17 +148,28 @@ class Plan(NamedTuple):
     files: tuple[PlannedFile, ...]
     chunks: tuple[Chunk, ...]
     blocks: tuple[Block, ...]
-    extents: tuple[Extent, ...]
+    extents: Extents
     block_starts: tuple[int, ...]
     block_bytes: int
 
 
-def extent_rows(plan: Plan) -> Iterator[tuple[int, int, int, int]]:
-    """The plan's extents as the pipeline takes them: (source_offset, block_offset, nbytes, source)."""
+class ExtentColumns(NamedTuple):
+    """Extents as the pipeline takes them: offsets are within the block."""
+
+    source_offsets: Sequence[int]
+    block_offsets: Sequence[int]
+    nbytes: Sequence[int]
+    sources: Sequence[int]
+
+
+def extent_columns(plan: Plan) -> ExtentColumns:
+    """The plan's extents as the pipeline takes them."""
+    extents = plan.extents
+    block_offsets: list[int] = []
     for block in plan.blocks:
-        for extent in plan.extents[block.extent_start : block.extent_start + block.extent_count]:
-            block_offset = extent.file_offset - block.file_offset
-            yield extent.source_offset, block_offset, extent.nbytes, extent.source
+        file_offsets = extents.file_offsets[block.extent_start : block.extent_start + block.extent_count]
+        block_offsets.extend(map(sub, file_offsets, repeat(block.file_offset)))
+    return ExtentColumns(extents.source_offsets, block_offsets, extents.nbytes, extents.sources)
 
 
 def block_rows(blocks: Iterable[Block]) -> Iterator[tuple[int, int, int, int, int]]:
@@ -149,12 +220,20 @@ def make_plan(layout: Layout, places: Sequence[tuple[int, int]], block_bytes: in
     """
     assert len(places) == len(layout.segments), (len(places), len(layout.segments))
     files = tuple(PlannedFile(file.name, file.nbytes, len(file.header)) for file in layout.files)
-    runs: list[list[Extent]] = [[Extent(index, 0, 0, file.header_bytes)] for index, file in enumerate(files)]
-    for segment, (source, source_offset) in zip(layout.segments, places, strict=True):
-        runs[segment.file_index].append(Extent(source, source_offset, segment.file_offset, segment.nbytes))
+    sources = [source for source, _ in places]
+    source_offsets = [source_offset for _, source_offset in places]
+    file_offsets = [segment.file_offset for segment in layout.segments]
+    nbytes = [segment.nbytes for segment in layout.segments]
+    file_indices = [segment.file_index for segment in layout.segments]
+    runs = []
+    for index, file in enumerate(files):
+        # Segments are in the order of files.
+        here = slice(bisect_left(file_indices, index), bisect_right(file_indices, index))
+        header = (index, 0, 0, file.header_bytes)
+        columns = (sources, source_offsets, file_offsets, nbytes)
+        runs.append(Extents(*([first, *column[here]] for first, column in zip(header, columns, strict=True))))
     chunks = tuple(chunk for index, file in enumerate(files) for chunk in cut_file(index, file, chunk_bytes))
-    plan = plan_geometry(files, chunks, block_bytes)
-    return lay_extents(plan, runs)
+    return lay_extents(plan_geometry(files, chunks, block_bytes), runs)
 
 
 def cut_file(file_index: int, file: PlannedFile, chunk_bytes: int) -> Iterable[Chunk]:
@@ -178,53 +257,48 @@ def plan_geometry(files: tuple[PlannedFile, ...], chunks: tuple[Chunk, ...], blo
             nbytes = min(block_bytes, chunk.nbytes - offset)
             blocks.append(Block(chunk.file_index, chunk.offset + offset, nbytes, 0, 0))
         block_starts.append(len(blocks))
-    return Plan(files, chunks, tuple(blocks), (), tuple(block_starts), block_bytes)
+    return Plan(files, chunks, tuple(blocks), Extents([], [], [], []), tuple(block_starts), block_bytes)
 
 
-def lay_extents(plan: Plan, runs: Sequence[Sequence[Extent]]) -> Plan:
+def lay_extents(plan: Plan, runs: Sequence[Extents]) -> Plan:
     """Cut each file's runs at its block boundaries.  Blocks that no run touches get no extents.
 
     Args:
         plan: a plan whose blocks are in order of file and offset.
         runs: for each file, what to read or write, in order of file offset and not overlapping.
     """
-    merged = [list(merge_runs(file_runs)) for file_runs in runs]
-    cursors = [0] * len(merged)
-    extents: list[Extent] = []
+    merged = [merge_runs(file_runs) for file_runs in runs]
+    ends = [file_runs.file_ends() for file_runs in merged]
+    extents = Extents([], [], [], [])
     blocks: list[Block] = []
     for block in plan.blocks:
         file_runs = merged[block.file_index]
-        cursor = cursors[block.file_index]
-        extent_start = len(extents)
         block_end = block.file_offset + block.nbytes
-        while cursor < len(file_runs) and file_runs[cursor].file_offset < block_end:
-            run = file_runs[cursor]
-            start = max(run.file_offset, block.file_offset)
-            end = min(run.file_offset + run.nbytes, block_end)
-            assert start < end, (run, block)
-            extents.append(Extent(run.source, run.source_offset + start - run.file_offset, start, end - start))
-            if run.file_offset + run.nbytes > block_end:
-                break  # the rest of this run belongs to the next block
-            cursor += 1
-        cursors[block.file_index] = cursor
-        blocks.append(block._replace(extent_start=extent_start, extent_count=len(extents) - extent_start))
-    assert cursors == [len(file_runs) for file_runs in merged], "a run lies outside every block"
-    return plan._replace(blocks=tuple(blocks), extents=tuple(extents))
+        first = bisect_right(ends[block.file_index], block.file_offset)
+        last = bisect_left(file_runs.file_offsets, block_end, lo=first)
+        extent_start = len(extents)
+        extents.append_within(file_runs[first:last], block.file_offset, block_end)
+        blocks.append(block._replace(extent_start=extent_start, extent_count=last - first))
+    wanted_bytes = sum(sum(file_runs.nbytes) for file_runs in merged)
+    assert sum(extents.nbytes) == wanted_bytes, "a run lies outside every block"
+    return plan._replace(blocks=tuple(blocks), extents=extents)
 
 
-def merge_runs(runs: Iterable[Extent]) -> Iterable[Extent]:
+def merge_runs(runs: Extents) -> Extents:
     """Join neighbours that continue each other in source and file; drop empty runs."""
-    last: Extent | None = None
-    for run in runs:
-        if run.nbytes == 0:
-            continue
-        if last is not None:
-            assert run.file_offset >= last.file_offset + last.nbytes, (last, run)
-            follows = (last.source, last.source_offset + last.nbytes, last.file_offset + last.nbytes)
-            if (run.source, run.source_offset, run.file_offset) == follows:
-                last = last._replace(nbytes=last.nbytes + run.nbytes)
-                continue
-            yield last
-        last = run
-    if last is not None:
-        yield last
+    runs = runs.chosen(runs.nbytes)
+    source_ends = map(add, runs.source_offsets, runs.nbytes)
+    file_ends = runs.file_ends()
+    assert all(map(le, file_ends, runs.file_offsets[1:])), "runs overlap"
+    ended = zip(runs.sources, source_ends, file_ends, strict=True)
+    begun = zip(runs.sources[1:], runs.source_offsets[1:], runs.file_offsets[1:], strict=True)
+    heads = [0, *(index for index, follows in enumerate(map(eq, begun, ended), 1) if not follows)]
+    if len(heads) >= len(runs):
+        return runs
+    tails = [*(index - 1 for index in heads[1:]), len(runs) - 1]
+    return Extents(
+        [runs.sources[index] for index in heads],
+        [runs.source_offsets[index] for index in heads],
+        [runs.file_offsets[index] for index in heads],
+        [file_ends[tail] - runs.file_offsets[head] for head, tail in zip(heads, tails, strict=True)],
+    )

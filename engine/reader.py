@@ -21,7 +21,7 @@ import fnmatch
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 
@@ -46,7 +46,7 @@ from engine.extra import decode as decode_extra
 from engine.layout import Segment
 from engine.manifest import MANIFEST_NAME, Manifest, SegmentRecord, affected
 from engine.native import BlockState, Direction, FailureKind, Job, Milestone, Pipeline
-from engine.plan import Block, Extent, Plan, block_rows, extent_rows, lay_extents
+from engine.plan import Block, ExtentColumns, Extents, Plan, block_rows, extent_columns, lay_extents
 
 # Slots of a pipeline opened for a checkpoint whose blocks do not fit the engine's: one is read, the other is copied
 # out.
@@ -289,7 +289,7 @@ class Reader:
             return 0
         checksums = manifest.block_checksums()
         blocks = [plan.blocks[index] for index in wanted]
-        job = _make_job(manifest, extent_rows(plan), blocks, [checksums[index] for index in wanted], sources, owners)
+        job = _make_job(manifest, extent_columns(plan), blocks, [checksums[index] for index in wanted], sources, owners)
         with self._pipeline_for(blocks) as pipeline:
             _drive(pipeline, job, found.descriptors)
         if job.failure is not None:
@@ -355,7 +355,7 @@ class Reader:
 
 def _make_job(
     manifest: Manifest,
-    extents: Iterable[tuple[int, int, int, int]],
+    extents: ExtentColumns,
     blocks: Sequence[Block],
     checksums: Sequence[int],
     sources: native.Packed,
@@ -366,7 +366,7 @@ def _make_job(
         Direction.READ,
         manifest.seed,
         sources,
-        native.pack_extents(extents),
+        native.pack_extents(*extents),
         native.pack_blocks(block_rows(blocks)),
         native.pack_order(range(len(blocks))),
         len(manifest.files),
@@ -390,10 +390,10 @@ def _verify_chunk(
     pipeline: Pipeline, found: _Found, blocks: Sequence[Block], checksums: Sequence[int]
 ) -> Iterator[Damage]:
     """Read a chunk's blocks into no tensor; after a failure, those that it has left open one by one."""
-    nothing = native.pack_sources(())
+    nothing, no_extents = native.pack_sources(()), ExtentColumns((), (), (), ())
 
     def read(start: int, end: int) -> Job:
-        job = _make_job(found.manifest, (), blocks[start:end], checksums[start:end], nothing)
+        job = _make_job(found.manifest, no_extents, blocks[start:end], checksums[start:end], nothing)
         _drive(pipeline, job, found.descriptors)
         return job
 
@@ -436,9 +436,9 @@ def _options(manifest: Manifest) -> dict[str, Any]:
 
 
 def _plan_read(manifest: Manifest, targets: Sequence[_Target]) -> Plan:
-    runs: list[list[Extent]] = [[] for _ in manifest.files]
+    runs = [Extents([], [], [], []) for _ in manifest.files]
     for record, source, offset in targets:
-        runs[record.file].append(Extent(source, offset, record.offset, record.nbytes))
+        runs[record.file].append(source, offset, record.offset, record.nbytes)
     return lay_extents(manifest.geometry(), runs)
 
 

@@ -19,7 +19,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ from engine.manifest import (
     segment_records,
 )
 from engine.native import BlockState, Direction, FailureKind, Job, Milestone, Packed, Pipeline
-from engine.plan import ALIGNMENT, Plan, block_rows, extent_rows, make_plan
+from engine.plan import ALIGNMENT, Plan, block_rows, extent_columns, make_plan
 
 _log = logging.getLogger("engine")
 
@@ -74,17 +74,44 @@ class ChunkStatus:
     status: str
 
 
-class PackedPlan(NamedTuple):
-    """A plan with all that every save of the same arena has in common, ready for the pipeline."""
+@dataclass(slots=True)
+class PackedPlan:
+    """A plan with all that every save of the same arena has in common, ready for the pipeline.
+
+    What only the manifest says of it is made when it is first asked for: in no caller's time.
+    """
 
     plan: Plan
     layout: Layout
-    segments: tuple[SegmentRecord, ...]
-    layers: tuple[tuple[str, ...], ...]
     extents: Packed
     blocks: Packed
     order: Packed
     urgent_count: int
+    _described: _Described | None = None
+
+    @property
+    def segments(self) -> tuple[SegmentRecord, ...]:
+        """The manifest's rows of the tensors."""
+        return self.describe().segments
+
+    @property
+    def layers(self) -> tuple[tuple[str, ...], ...]:
+        """For each chunk, the layers that it holds a part of."""
+        return self.describe().layers
+
+    def describe(self) -> _Described:
+        """Made when it is first asked for, on a commit thread.  Should two of them ask at once, each makes the same."""
+        if self._described is None:
+            segments = segment_records(self.layout)
+            self._described = _Described(segments, chunk_layers(self.plan, segments))
+        return self._described
+
+
+class _Described(NamedTuple):
+    """What the manifest says of a plan, and the pipeline need not know."""
+
+    segments: tuple[SegmentRecord, ...]
+    layers: tuple[tuple[str, ...], ...]
 
 
 def pack_plan(arena: Arena, block_bytes: int, chunk_bytes: int) -> PackedPlan:
@@ -92,15 +119,12 @@ def pack_plan(arena: Arena, block_bytes: int, chunk_bytes: int) -> PackedPlan:
     layout = arena.layout
     file_count = len(layout.files)
     plan = make_plan(layout, [(source + file_count, at) for source, at in arena.places], block_bytes, chunk_bytes)
-    segments = segment_records(layout)
-    urgent = _urgent_blocks(plan, segments, arena.unfenced)
+    urgent = _urgent_blocks(plan, layout, arena.unfenced)
     order = sorted(range(len(plan.blocks)), key=lambda block: block not in urgent)
     return PackedPlan(
         plan=plan,
         layout=layout,
-        segments=segments,
-        layers=chunk_layers(plan, segments),
-        extents=native.pack_extents(extent_rows(plan)),
+        extents=native.pack_extents(*extent_columns(plan)),
         blocks=native.pack_blocks(block_rows(plan.blocks)),
         order=native.pack_order(order),
         urgent_count=len(urgent),
@@ -113,9 +137,12 @@ def pack_sources(arena: Arena) -> Packed:
     return native.pack_sources([*headers, *arena.sources])
 
 
-def _urgent_blocks(plan: Plan, segments: Sequence[SegmentRecord], unfenced: Container[str]) -> set[int]:
+def _urgent_blocks(plan: Plan, layout: Layout, unfenced: Collection[str]) -> set[int]:
     """The blocks that hold a part of what no fence protects: that may change next, so they are staged first."""
-    ranges = [(s.file, s.offset, s.offset + s.nbytes) for s in segments if s.name in unfenced and s.nbytes]
+    if not unfenced:
+        return set()
+    stored = (s for s in layout.segments if s.nbytes and s.name in unfenced)
+    ranges = [(s.file_index, s.file_offset, s.file_offset + s.nbytes) for s in stored]
     urgent = set()
     cursor = 0
     for index, block in enumerate(plan.blocks):
@@ -346,6 +373,8 @@ class Writer:
             try:
                 self._make_files(save.step, packed.plan, files)
                 self._pipeline.attach(job, [file.descriptor for file in files])
+                self._pipeline.wait(job, Milestone.STAGED)
+                packed.describe()  # now: the caller has been let go, and the device writes
             except BaseException as error:
                 self._pipeline.abort(job, getattr(error, "errno", None) or errno.ECANCELED)
                 raise

@@ -6,14 +6,24 @@ The cutting is `engine.plan`'s, which has tests of its own, and the packing is d
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from engine import native
 from engine.native import Direction, Job, Milestone, Pipeline
-from engine.plan import Chunk, Extent, Plan, PlannedFile, block_rows, extent_rows, lay_extents, plan_geometry
+from engine.plan import (
+    Chunk,
+    Extent,
+    Extents,
+    Plan,
+    PlannedFile,
+    block_rows,
+    extent_columns,
+    lay_extents,
+    plan_geometry,
+)
 
 SEED = 0x0123_4567_89AB_CDEF
 
@@ -52,12 +62,20 @@ def bytes_of(tensor: torch.Tensor) -> bytes:
     return tensor.numpy().tobytes()
 
 
+def columns(runs: Iterable[Extent]) -> Extents:
+    """Runs as a plan takes them."""
+    extents = Extents([], [], [], [])
+    for run in runs:
+        extents.append(*run)
+    return extents
+
+
 def cut(files: Sequence[Sequence[Extent]], block_bytes: int) -> Plan:
     """A plan of files that are made of these runs, one chunk each."""
     sizes = [max(run.file_offset + run.nbytes for run in runs) for runs in files]
     planned = tuple(PlannedFile(f"{index}", nbytes, 0) for index, nbytes in enumerate(sizes))
     chunks = tuple(Chunk(index, 0, 0, nbytes) for index, nbytes in enumerate(sizes))
-    return lay_extents(plan_geometry(planned, chunks, block_bytes), files)
+    return lay_extents(plan_geometry(planned, chunks, block_bytes), [columns(runs) for runs in files])
 
 
 def whole(nbytes: int, block_bytes: int) -> Plan:
@@ -72,7 +90,7 @@ def make_job(direction: Direction, plan: Plan, sources: Sequence[Memory], seed: 
         direction,
         seed,
         native.pack_sources(sources),
-        native.pack_extents(extent_rows(plan)),
+        native.pack_extents(*extent_columns(plan)),
         native.pack_blocks(block_rows(plan.blocks)),
         native.pack_order(order),
         len(plan.files),

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jobs import columns
 from strategies import ANY_SHAPES, EDGES, FAR_EDGES, SMALL_SHAPES, planned, specs
 
 from engine.errors import ArgumentError
@@ -21,6 +22,7 @@ from engine.plan import (
     ceil_div,
     chunk_size,
     cut_file,
+    extent_columns,
     lay_extents,
     make_plan,
     merge_runs,
@@ -173,6 +175,19 @@ def test_chunks_cut_the_data_evenly_and_the_first_has_the_header(arguments: Argu
 
 
 @given(planned(ANY_SHAPES))
+def test_the_columns_of_the_pipeline_are_the_extents_by_block(arguments: Arguments) -> None:
+    plan = make_plan(*arguments)
+    rows = list(zip(*extent_columns(plan), strict=True))
+    assert len(rows) == len(plan.extents)
+    for block in plan.blocks:
+        here = slice(block.extent_start, block.extent_start + block.extent_count)
+        assert rows[here] == [
+            (extent.source_offset, extent.file_offset - block.file_offset, extent.nbytes, extent.source)
+            for extent in plan.extents[here]
+        ]
+
+
+@given(planned(ANY_SHAPES))
 def test_the_plan_is_deterministic(arguments: Arguments) -> None:
     layout, where, *sizes = arguments
     assert make_plan(layout, where, *sizes) == make_plan(layout, tuple(where), *sizes)
@@ -192,7 +207,7 @@ def test_a_part_is_laid_into_the_blocks_it_lies_in_and_no_others(arguments: Argu
     whole = make_plan(layout, where, block_bytes, chunk_bytes)
     geometry = plan_geometry(whole.files, whole.chunks, block_bytes)
     part = [[run for run in runs if data.draw(st.booleans())] for runs in stored_runs(layout, where)]
-    plan = lay_extents(geometry, part)
+    plan = lay_extents(geometry, [columns(runs) for runs in part])
     wanted = [byte_map(runs) for runs in part]
     assert [byte_map(runs) for runs in planned_runs(plan)] == wanted
     for block, cut in zip(plan.blocks, whole.blocks, strict=True):
@@ -210,7 +225,7 @@ def test_merged_runs_are_the_same_bytes_in_the_fewest_runs(steps: list[tuple[int
         file_offset += gap_bytes
         runs.append(Extent(source, start, file_offset, nbytes))
         file_offset += nbytes
-    merged = list(merge_runs(runs))
+    merged = list(merge_runs(columns(runs)))
     assert byte_map(merged) == byte_map(runs)
     assert merged == joined(run for run in runs if run.nbytes)
     assert all(run.nbytes for run in merged)
@@ -287,6 +302,6 @@ def test_runs_outside_every_block_or_overlapping_are_our_bug() -> None:
     plan = make_plan(layout, [(1, 0)], ALIGNMENT, ALIGNMENT)
     end = plan.files[0].nbytes
     with pytest.raises(AssertionError, match="outside every block"):
-        lay_extents(plan, [[Extent(1, 0, end - 1, 2)]])
-    with pytest.raises(AssertionError):
-        lay_extents(plan, [[Extent(1, 0, 0, 2), Extent(1, 5, 1, 2)]])
+        lay_extents(plan, [columns([Extent(1, 0, end - 1, 2)])])
+    with pytest.raises(AssertionError, match="overlap"):
+        lay_extents(plan, [columns([Extent(1, 0, 0, 2), Extent(1, 5, 1, 2)])])
