@@ -411,23 +411,20 @@ def test_without_samples_no_goal_is_met_or_missed() -> None:
         pytest.param(
             "training slowdown, a checkpoint",
             [
-                sample("slowdown", "no checkpoints", "every 10", seconds_s=1.0),
-                sample("slowdown", "engine", "every 10", seconds_s=1.04),
-                sample("slowdown", "no checkpoints", "every 10", seconds_s=1.02),
-                sample("slowdown", "no checkpoints", "every 10", number=1, seconds_s=2.0),
-                sample("slowdown", "engine", "every 10", number=1, seconds_s=2.0),
+                sample("slowdown", "engine", "every 10", excess_s=0.02, step_s=0.1),
+                sample("slowdown", "engine", "every 10", number=1, excess_s=0.03, step_s=0.2),
+                sample("slowdown", "engine", "every 1", excess_s=0.02, step_s=0.1),
             ],
-            100 * (1.04 / 1.01 - 1) / 2,
+            100 * (0.02 / 1 + 0.03 / 2) / 2,
             "met",
-            id="each round beside its own segments without checkpoints",
+            id="what a checkpoint costs in its period of steps",
         ),
         pytest.param(
             "training slowdown every 5",
             [
-                sample("slowdown", "no checkpoints", "every 5", seconds_s=1.0),
-                sample("slowdown", "engine", "every 5", seconds_s=1.5),
-                sample("slowdown", "torch.save", "every 5", seconds_s=1.4),
-                sample("slowdown", "safetensors", "every 5", seconds_s=1.7),
+                sample("slowdown", "engine", "every 5", excess_s=0.25, step_s=0.1),
+                sample("slowdown", "torch.save", "every 5", excess_s=0.2, step_s=0.1),
+                sample("slowdown", "safetensors", "every 5", excess_s=0.35, step_s=0.1),
             ],
             -10,
             "missed",
@@ -464,6 +461,7 @@ def test_the_goals_about_scale() -> None:
             scaled("size", 10, 148, "", held_s=0.001, durable_s=0.01),
             scaled("size", 8000, 148, "", held_s=0.003, durable_s=2.0),
             scaled("tensors", 100, 10, "first", held_s=0.001, durable_s=0.1),
+            scaled("tensors", 100, 10, "", held_s=0.002, durable_s=0.1),
             scaled("tensors", 100, 100_000, "first", held_s=0.4, durable_s=0.5),
             scaled("tensors", 100, 100_000, "", held_s=0.05, durable_s=0.3),
         ]
@@ -472,7 +470,7 @@ def test_the_goals_about_scale() -> None:
     assert outcome(record, "loop held, a tensor").measured == pytest.approx(0.5)
     assert outcome(record, "loop held, a tensor").verdict == "met"
     plan = outcome(record, "the most tensors: a first save's plan")
-    assert plan.measured == pytest.approx(20) and plan.verdict == "missed"
+    assert plan.measured == pytest.approx(100 * (0.45 - 0.098) / 2.0) and plan.verdict == "missed"
     assert outcome(record, "the most tensors: loop held").verdict == "missed"
 
 
@@ -493,7 +491,11 @@ def test_every_chart_is_drawn_when_there_are_samples(tmp_path: Path) -> None:
         [
             *(sample("save", name, **times) for name in ("engine", "torch.save")),
             sample("load", "engine", ready_s=0.1),
-            *(sample("slowdown", name, f"every {n}", seconds_s=n) for n in (1, 10) for name in ("engine", goals.NONE)),
+            *(
+                sample("slowdown", name, f"every {n}", excess_s=0.1, step_s=0.1)
+                for n in (1, 10)
+                for name in ("engine", goals.NONE)
+            ),
             *(replace(sample("size", "engine", **times), nbytes=size) for size in (10**7, 10**9)),
             *(replace(sample("tensors", "engine", **times), tensor_count=count) for count in (10, 1000)),
             sample("limit", "fio", "overwritten, 1 MiB x 4", seconds_s=0.09),

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from engine.bench.goals import NONE, OURS, best_limit, main_samples, slowdowns
+from engine.bench.goals import ADOPTED, NONE, OURS, best_limit, interval, main_samples, slowdowns
 from engine.bench.host import one_line
 from engine.bench.noise import spread
 from engine.bench.record import Record, Sample, values
@@ -95,15 +95,15 @@ def _training(record: Record, axes: Any) -> bool:
     samples = record.select("slowdown")
     if not samples:
         return False
-    settings = sorted({s.setting for s in samples}, key=lambda text: int(text.split()[-1]))
-    intervals = [int(setting.split()[-1]) for setting in settings]
-    for subject in sorted({s.subject for s in samples} - {NONE}):
+    settings = sorted({s.setting for s in samples}, key=interval)
+    intervals = [interval(setting) for setting in settings]
+    for subject in sorted({s.subject for s in samples} - {NONE, ADOPTED}):
         found = [slowdowns(record, subject, setting) for setting in settings]
         points = [(at, median(each) * 100) for at, each in zip(intervals, found, strict=True) if each]
         axes.plot(*zip(*points, strict=True), "o-", label=subject, linewidth=3 if subject == OURS else 1)
     axes.set_xscale("log")
     axes.set_yscale("symlog", linthresh=10)  # noise around none lies on both sides of it
-    axes.set_xticks(intervals, [str(interval) for interval in intervals])
+    axes.set_xticks(intervals, [str(each) for each in intervals])
     axes.axhline(3, color=LIMIT_COLOUR, linestyle=":", linewidth=1)
     axes.grid(alpha=0.3)
     axes.set_title("How much longer training takes with checkpoints")

@@ -20,7 +20,8 @@ OURS = "engine"
 BLOCK_BYTES = 4 << 20  # the default of Engine
 MEMORY_SLACK_BYTES = 16 << 20
 SLOWDOWN_AT = "every 10"  # steps: the headline setting of PCcheck
-NONE = "no checkpoints"  # the subject of a segment of training that saves nothing
+# The subjects of segments of training that save nothing: ordinary tensors, and an arena that has adopted them.
+NONE, ADOPTED = "no checkpoints", "no checkpoints, adopted"
 
 Number = TypeVar("Number", int, float)
 
@@ -92,13 +93,14 @@ def limits(record: Record, what: str, nbytes: int) -> dict[str, float]:
 
 
 def slowdowns(record: Record, subject: str, setting: str) -> list[float]:
-    """A subject's slowdown in each round: its time over that of the same steps without checkpoints, less one."""
-    found = []
-    for sample in record.select("slowdown", subject, setting=setting):
-        plain = [s for s in record.select("slowdown", NONE, setting=setting) if s.round == sample.round]
-        if plain:
-            found.append(sample.values["seconds_s"] / (sum(values(plain, "seconds_s")) / len(plain)) - 1)
-    return found
+    """A subject's slowdown in each round: what a checkpoint costs, beside the undisturbed steps of its period."""
+    samples = record.select("slowdown", subject, setting=setting)
+    return [s.values["excess_s"] / (interval(setting) * s.values["step_s"]) for s in samples]
+
+
+def interval(setting: str) -> int:
+    """The number of steps between checkpoints."""
+    return int(setting.split()[-1])
 
 
 def _limit(record: Record, what: str) -> float:
@@ -188,7 +190,7 @@ def _slowdown(record: Record, peers: list[str]) -> list[Outcome]:
         theirs = [median(found) for peer in peers if (found := slowdowns(record, peer, setting))]
         return (min(_known(theirs)) - median(_known(slowdowns(record, OURS, setting)))) * 100
 
-    settings = sorted({s.setting for s in record.select("slowdown")}, key=lambda text: int(text.split()[-1]))
+    settings = sorted({s.setting for s in record.select("slowdown")}, key=interval)
     return [
         _at_most(f"training slowdown, a checkpoint {SLOWDOWN_AT} steps", 3, ours, unit="%"),
         *(
@@ -248,13 +250,18 @@ def _many_tensors(record: Record) -> list[Outcome]:
     def first(count: int, name: str) -> float:
         return _median(record.select("tensors", OURS, tensor_count=count, setting="first"), name)
 
+    def beyond(count: int) -> float:
+        """A first save without the look at every tensor, which each save takes and which is no plan."""
+        look = _median(record.select("tensors", OURS, tensor_count=count, setting=""), "held_s")
+        return first(count, "durable_s") - look
+
     def share() -> float:
         counts = {sample.tensor_count for sample in record.select("tensors", OURS)}
         sizes = {sample.nbytes for sample in record.select("size", OURS)}
         if len(counts) < 2 or not sizes:
             raise _Unknown
         largest = _median(record.select("size", OURS, nbytes=max(sizes)), "durable_s")
-        return (first(max(counts), "durable_s") - first(min(counts), "durable_s")) / largest * 100
+        return (beyond(max(counts)) - beyond(min(counts))) / largest * 100
 
     def held() -> float:
         count = _most_tensors(record)

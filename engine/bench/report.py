@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from engine.bench.goals import OURS, Outcome, best_limit, limits, main_samples, slowdowns
+from engine.bench.goals import ADOPTED, NONE, OURS, Outcome, best_limit, interval, limits, main_samples, slowdowns
 from engine.bench.host import one_line
 from engine.bench.noise import spread
 from engine.bench.record import Record, Sample, Subject, values
@@ -190,14 +190,17 @@ def _load_table(record: Record) -> Table:
 
 def _slowdown_table(record: Record) -> Table:
     samples = record.select("slowdown")
-    settings = sorted({s.setting for s in samples}, key=lambda text: int(text.split()[-1]))
+    settings = sorted({s.setting for s in samples}, key=interval)
     rows = []
-    for subject in record.subjects:
-        cells = [slowdowns(record, subject.name, setting) for setting in settings]
-        if subject.kind == "save" and any(cells):
-            rows.append((subject.name, *(f"{median(found) * 100:+.1f} %" if found else "" for found in cells)))
+    for name in [NONE, ADOPTED, *(subject.name for subject in record.subjects if subject.kind == "save")]:
+        cells = [slowdowns(record, name, setting) for setting in settings]
+        if any(cells):
+            slower = (f"{median(found) * 100:+.1f} %" if found else "" for found in cells)
+            own = record.select("slowdown", name)
+            rows.append((name, *slower, *_times(own, "step_s"), *_times(own, "held_s")))
     size = f" of {_size(samples[0].nbytes)}" if samples else ""
-    return Table(f"Training slowdown, by steps between checkpoints{size}", ("", *settings), rows)
+    heads = ("", *settings, "undisturbed step, ms", "loop held, ms")
+    return Table(f"Training slowdown, by steps between checkpoints{size}", heads, rows)
 
 
 def _scale_table(record: Record, section: str, title: str) -> Table:

@@ -1,31 +1,40 @@
 """How much longer training takes with checkpoints, by how often there is one: the plot of CheckFreq and PCcheck.
 
-Theory of operation.  A small transformer is trained on the CPU, with every core.  A segment is so many steps, with a
-checkpoint after the first step of each interval; it ends when the last checkpoint is durable, because the next one
-would have to wait for that.  Within a round the segments of one interval follow one another, in shuffled order, with
-one without checkpoints before and after them.  A segment's slowdown is its time beside the mean of those two.  Peers
-train a model of ordinary tensors, and the engine one that an arena has adopted, so what adopting costs is in.
+Theory of operation.  A small transformer is trained on the CPU, with every core.  A segment is a few steps without a
+checkpoint, then so many periods of as many steps as the interval has, with a checkpoint after the first step of each.
+What a checkpoint costs is by how much the steps from it on, ten at most, take longer than an undisturbed one; what lies
+beyond is undisturbed, as what came before it is.  Their median is that of the very segment, so a host that is slower in
+one minute than in the next is so for both, and what an adopted arena does to a training's speed is no checkpoint's
+merit: it is in a row of its own.  The time until the last checkpoint is durable is added, because the next one would
+have to wait for that.
+
+Segments of one interval follow one another, everybody's in each round, in shuffled order.  Those without any checkpoint
+are counted in the same way: what they cost is nothing, and so what is measured for them is the noise.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 import engine
-from engine.bench.goals import NONE
+from engine.bench.goals import ADOPTED, NONE
 from engine.bench.measure import Rounds, settle
 from engine.bench.record import Sample
 from engine.bench.savers import SAVERS, Pending, Saver
 from engine.bench.states import State
 
 INTERVALS = (1, 5, 10, 25, 100)
-CHECKPOINTS = {1: 5, 5: 3, 10: 3, 25: 1, 100: 1}  # in a segment: what three rounds in five minutes have time for
+CHECKPOINTS = {1: 6, 5: 3, 10: 2, 25: 1, 100: 1}  # in a segment, so that a round takes about a minute without the last
+STEPS_BEFORE = 5
+# Three quarters of a second, in which everybody's save of this state is durable.  From then on a step is undisturbed.
+STEPS_AFTER = 10
 
 # 9 million parameters, 109 MB with AdamW's two moments: on two cores a step takes about a tenth of a second, so that
 # one checkpoint a step is more than any drive here takes, and one in a hundred is nothing.
@@ -95,19 +104,19 @@ def measure(
 def _one_interval(
     rounds: Rounds, trainings: Mapping[bool, Training], savers: dict[str, Saver], interval: int, number: int
 ) -> None:
-    """Everybody's segment at one interval, between two without checkpoints; whoever raises is out."""
-    for name in (NONE, *rounds.shuffled(savers), NONE):
+    """Everybody's segment at one interval; whoever raises is out."""
+    nobody = {NONE: trainings[False]} | ({ADOPTED: trainings[True]} if True in trainings else {})
+    for name in rounds.shuffled([*nobody, *savers]):
         saver = savers.get(name)
-        training = trainings[saver is not None and saver.adopts]
+        training = nobody[name] if saver is None else trainings[saver.adopts]
         settle(rounds.directory)
         try:
-            taken_s = _segment(training, saver, interval)
+            values = _segment(training, saver, interval)
         except Exception as error:  # whatever a peer raises
             rounds.refuse(name, "save", error)
             del savers[name]
             continue
         shape = (training.state.nbytes, training.state.tensor_count)
-        values = {"seconds_s": taken_s, "step_count": float(interval * CHECKPOINTS[interval])}
         rounds.record.samples.append(Sample("slowdown", name, *shape, f"every {interval}", number, values))
 
 
@@ -125,29 +134,49 @@ def _open_one(rounds: Rounds, kind: type[Saver], directory: Path, training: Trai
     rounds.introduce(kind.name, "save", kind.how)
     try:
         saver = kind(directory, training.state)
-        for _ in range(3):  # both that are kept, and one more, so that the next recycles
-            _segment(training, saver, 1, checkpoints=1)
+        _segment(training, saver, 1, checkpoints=3)  # both that are kept, and one more, so that the next recycles
     except Exception as error:  # whatever a peer raises
         rounds.refuse(kind.name, "save", error)
         return {}
     return {kind.name: saver}
 
 
-def _segment(training: Training, saver: Saver | None, interval: int, checkpoints: int | None = None) -> float:
-    """Seconds for one segment."""
+def _segment(
+    training: Training, saver: Saver | None, interval: int, checkpoints: int | None = None
+) -> Mapping[str, float]:
+    """One segment: the median undisturbed step, what a checkpoint costs beyond, how long its call held the loop."""
+    count = checkpoints or CHECKPOINTS[interval]
+    undisturbed = [_timed(training.step) for _ in range(STEPS_BEFORE)]
+    disturbed: list[float] = []
+    held: list[float] = []
     pending = Pending()
-    began = time.perf_counter()
-    for _ in range(checkpoints or CHECKPOINTS[interval]):
+
+    def first_step() -> None:
+        nonlocal pending
         training.step(saver)
         if saver is not None:
             pending.wait_durable()
             step = saver.steps[-1] + 1 if saver.steps else 1
             saver.path(step)
+            began = time.perf_counter()
             pending = saver.save(step)
-        for _ in range(interval - 1):
-            training.step(saver)
-    pending.wait_durable()
-    taken = time.perf_counter() - began
+            held.append(time.perf_counter() - began)
+
+    for _ in range(count):
+        disturbed.append(_timed(first_step))
+        for index in range(1, interval):
+            taken = _timed(lambda: training.step(saver))
+            (disturbed if index < STEPS_AFTER else undisturbed).append(taken)
+    rest_s = _timed(pending.wait_durable)
     if saver is not None:
         saver.tidy()
-    return taken
+    step_s = median(undisturbed)
+    values = {"step_s": step_s, "excess_s": (sum(disturbed) + rest_s - len(disturbed) * step_s) / count}
+    return values | ({"held_s": median(held)} if held else {})
+
+
+def _timed(call: Callable[[], object]) -> float:
+    """Seconds that a call takes."""
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
