@@ -7,6 +7,7 @@
  */
 #include <errno.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -113,9 +114,20 @@ int service_mend(eng_pipeline *p)
     return p->broken;
 }
 
+/* A thread that wakes takes the CPU of the one that woke it if it has slept for long: a caller of eng_submit would be
+ * held up until some of the arena has been staged.  Under SCHED_BATCH it waits for its turn (sched(7)).  In a training on
+ * every core checkpoint() took 0.6 ms in some runs and 2 to 5 in others, and with this 0.6.  Where it is refused all
+ * goes on without. */
+static void step_back(void)
+{
+    const struct sched_param none = {0};
+    pthread_setschedparam(pthread_self(), SCHED_BATCH, &none);
+}
+
 static void *run(void *argument)
 {
     eng_pipeline *p = argument;
+    step_back();
     const int result = open_way(p);
     pthread_mutex_lock(&p->mutex);
     p->opened = result < 0 ? result : 1;

@@ -855,6 +855,12 @@ def test_memory_does_not_grow_with_saves(open_pipeline: Callable[..., Pipeline],
 
 
 @pytest.mark.every_backend
+def test_native_threads_take_no_cpu_from_who_wakes_them(open_pipeline: Callable[..., Pipeline]) -> None:
+    open_pipeline(2)
+    until(lambda: bool(native_threads()))
+    assert {os.sched_getscheduler(int(task.name)) for task in native_threads()} == {os.SCHED_BATCH}
+
+
 def test_an_idle_thread_sleeps(open_pipeline: Callable[..., Pipeline], fd: int) -> None:
     pipeline = open_pipeline(2)
 

@@ -63,7 +63,7 @@ class Scales:
     slowdown_rounds: int = 3
     # What a section may take; together 14 minutes of the 20 that there are, the rest is setting up.
     seconds: float = 120.0
-    slowdown_seconds: float = 210.0
+    slowdown_seconds: float = 240.0
 
 
 QUICK = Scales(

@@ -93,7 +93,7 @@ def limits(record: Record, what: str, nbytes: int) -> dict[str, float]:
 
 
 def slowdowns(record: Record, subject: str, setting: str) -> list[float]:
-    """A subject's slowdown in each round: what a checkpoint costs, beside the undisturbed steps of its period."""
+    """A subject's slowdown by each checkpoint: what it cost, beside the undisturbed steps of its period."""
     samples = record.select("slowdown", subject, setting=setting)
     return [s.values["excess_s"] / (interval(setting) * s.values["step_s"]) for s in samples]
 

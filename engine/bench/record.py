@@ -13,8 +13,8 @@ the last word of the name (``_s`` seconds, ``_bytes``).  Nothing derived is stor
     load       with a cold page cache: ``ready_s``, ``cpu_s``, ``read_bytes``
     part       one layer of it, cold: the same
     memory     ``peak_bytes`` and ``anonymous_bytes`` beyond what there was before, in a process of its own
-    slowdown   a training with a checkpoint every so many steps: ``step_s`` undisturbed, ``excess_s`` beyond for each
-               checkpoint, ``held_s``; the setting is the interval
+    slowdown   each checkpoint of a training, every so many steps: ``step_s`` of an undisturbed step, ``excess_s`` that
+               those from the checkpoint on took longer, ``held_s``; the setting is the interval
 
 Pure.
 """

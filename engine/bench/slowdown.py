@@ -31,7 +31,7 @@ from engine.bench.savers import SAVERS, Pending, Saver
 from engine.bench.states import State
 
 INTERVALS = (1, 5, 10, 25, 100)
-CHECKPOINTS = {1: 6, 5: 3, 10: 2, 25: 1, 100: 1}  # in a segment, so that a round takes about a minute without the last
+CHECKPOINTS = {1: 6, 5: 3, 10: 3, 25: 1, 100: 1}  # in a segment, so that two rounds take four minutes
 STEPS_BEFORE = 5
 # Three quarters of a second, in which everybody's save of this state is durable.  From then on a step is undisturbed.
 STEPS_AFTER = 10
@@ -111,13 +111,15 @@ def _one_interval(
         training = nobody[name] if saver is None else trainings[saver.adopts]
         settle(rounds.directory)
         try:
-            values = _segment(training, saver, interval)
+            checkpoints = _segment(training, saver, interval, CHECKPOINTS[interval])
         except Exception as error:  # whatever a peer raises
             rounds.refuse(name, "save", error)
             del savers[name]
             continue
         shape = (training.state.nbytes, training.state.tensor_count)
-        rounds.record.samples.append(Sample("slowdown", name, *shape, f"every {interval}", number, values))
+        rounds.record.samples += [
+            Sample("slowdown", name, *shape, f"every {interval}", number, values) for values in checkpoints
+        ]
 
 
 def _open(rounds: Rounds, kinds: list[type[Saver]], trainings: Mapping[bool, Training]) -> dict[str, Saver]:
@@ -134,45 +136,44 @@ def _open_one(rounds: Rounds, kind: type[Saver], directory: Path, training: Trai
     rounds.introduce(kind.name, "save", kind.how)
     try:
         saver = kind(directory, training.state)
-        _segment(training, saver, 1, checkpoints=3)  # both that are kept, and one more, so that the next recycles
+        _segment(training, saver, 1, 3)  # both that are kept, and one more, so that the next recycles
     except Exception as error:  # whatever a peer raises
         rounds.refuse(kind.name, "save", error)
         return {}
     return {kind.name: saver}
 
 
-def _segment(
-    training: Training, saver: Saver | None, interval: int, checkpoints: int | None = None
-) -> Mapping[str, float]:
-    """One segment: the median undisturbed step, what a checkpoint costs beyond, how long its call held the loop."""
-    count = checkpoints or CHECKPOINTS[interval]
+def _segment(training: Training, saver: Saver | None, interval: int, count: int) -> list[Mapping[str, float]]:
+    """So many checkpoints: the median undisturbed step, what each cost beyond, for how long its call held the loop."""
     undisturbed = [_timed(training.step) for _ in range(STEPS_BEFORE)]
-    disturbed: list[float] = []
-    held: list[float] = []
+    disturbed: list[list[float]] = []
+    held: list[Mapping[str, float]] = []
     pending = Pending()
 
     def first_step() -> None:
         nonlocal pending
         training.step(saver)
+        held.append({})
         if saver is not None:
             pending.wait_durable()
             step = saver.steps[-1] + 1 if saver.steps else 1
             saver.path(step)
             began = time.perf_counter()
             pending = saver.save(step)
-            held.append(time.perf_counter() - began)
+            held[-1] = {"held_s": time.perf_counter() - began}
 
     for _ in range(count):
-        disturbed.append(_timed(first_step))
+        disturbed.append([_timed(first_step)])
         for index in range(1, interval):
             taken = _timed(lambda: training.step(saver))
-            (disturbed if index < STEPS_AFTER else undisturbed).append(taken)
+            (disturbed[-1] if index < STEPS_AFTER else undisturbed).append(taken)
     rest_s = _timed(pending.wait_durable)
     if saver is not None:
         saver.tidy()
     step_s = median(undisturbed)
-    values = {"step_s": step_s, "excess_s": (sum(disturbed) + rest_s - len(disturbed) * step_s) / count}
-    return values | ({"held_s": median(held)} if held else {})
+    excess = [sum(steps) - len(steps) * step_s for steps in disturbed]
+    excess[-1] += rest_s
+    return [{"step_s": step_s, "excess_s": each, **call} for each, call in zip(excess, held, strict=True)]
 
 
 def _timed(call: Callable[[], object]) -> float:
