@@ -23,8 +23,7 @@ import hashlib
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
-from itertools import pairwise, starmap
-from operator import attrgetter
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -138,10 +137,13 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def segment_records(layout: Layout) -> tuple[SegmentRecord, ...]:
     """The rows of a layout's segments: the same for every save of an arena."""
-    rows = map(
-        attrgetter("name", "dtype", "shape", "role", "layer", "file_index", "file_offset", "nbytes"), layout.segments
+    # Not one call into C for all of them: between rows the training's thread may have Python.
+    return tuple(
+        [
+            SegmentRecord(s.name, s.dtype, s.shape, s.role, s.layer, s.file_index, s.file_offset, s.nbytes)
+            for s in layout.segments
+        ]
     )
-    return tuple(starmap(SegmentRecord, rows))
 
 
 def chunk_layers(plan: Plan, segments: Sequence[SegmentRecord]) -> tuple[tuple[str, ...], ...]:

@@ -182,6 +182,7 @@ static void start_io(eng_pipeline *p, uint32_t index)
     const int result = p->io.start(p->io.context, &io);
     if (result == 0) {
         p->moving_count++;
+        p->reading_count += job->direction == ENG_READ;
         return;
     }
     fail(p, s->entry, ENG_IO_FAILURE, -result, s->block);
@@ -244,8 +245,8 @@ static int may_begin(const eng_pipeline *p, const entry *e)
         return 0;
     if (e->job->direction == ENG_WRITE)
         return 1;
-    const uint64_t moving_bytes = (uint64_t)p->moving_count * p->config.slot_bytes;
-    return e->has_files && moving_bytes < READ_WINDOW_BYTES;
+    const uint64_t reading_bytes = (uint64_t)p->reading_count * p->config.slot_bytes;
+    return e->has_files && reading_bytes < READ_WINDOW_BYTES;
 }
 
 uint32_t pipeline_fill(eng_pipeline *p)
@@ -355,6 +356,7 @@ static void complete(eng_pipeline *p, uint32_t index, int32_t result)
     const uint32_t wanted = e->job->direction == ENG_WRITE ? padded : block->nbytes;
 
     p->moving_count--;
+    p->reading_count -= e->job->direction == ENG_READ;
     if (e->failed) {
         free_slot(p, index);
     } else if (result == -EINTR || result == -EAGAIN || result == -ENOMEM) {
@@ -387,7 +389,7 @@ static void break_down(eng_pipeline *p, int error)
     p->free_count = 0;
     while (p->unhashed_count > 0)
         take_unhashed(p, 0);
-    p->moving_count = 0;
+    p->moving_count = p->reading_count = 0;
     while (p->queue_count > 0) {
         const uint32_t entry_index = p->queue[0];
         fail(p, entry_index, ENG_IO_FAILURE, error, UINT32_MAX);

@@ -55,6 +55,7 @@ struct eng_pipeline {
     uint32_t *unhashed;       /* slots that were staged and not hashed, in that order */
     uint32_t unhashed_count;
     uint32_t moving_count;    /* operations under way */
+    uint32_t reading_count;   /* those of them that are reads */
     uint32_t refusal_count;
     int broken;               /* errno that the ring itself died of, until it is replaced */
     entry entries[ENG_JOBS_MAX];

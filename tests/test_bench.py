@@ -411,7 +411,8 @@ def test_without_samples_no_goal_is_met_or_missed() -> None:
         pytest.param(
             "training slowdown, a checkpoint",
             [
-                sample("slowdown", "engine", "every 10", excess_s=0.02, step_s=0.1),
+                sample("slowdown", "engine", "every 10", excess_s=0.03, step_s=0.1),
+                sample("slowdown", "engine", "every 10", excess_s=0.01, step_s=0.1),
                 sample("slowdown", "engine", "every 10", number=1, excess_s=0.03, step_s=0.2),
                 sample("slowdown", "engine", "every 1", excess_s=0.02, step_s=0.1),
             ],
@@ -461,7 +462,6 @@ def test_the_goals_about_scale() -> None:
             scaled("size", 10, 148, "", held_s=0.001, durable_s=0.01),
             scaled("size", 8000, 148, "", held_s=0.003, durable_s=2.0),
             scaled("tensors", 100, 10, "first", held_s=0.001, durable_s=0.1),
-            scaled("tensors", 100, 10, "", held_s=0.002, durable_s=0.1),
             scaled("tensors", 100, 100_000, "first", held_s=0.4, durable_s=0.5),
             scaled("tensors", 100, 100_000, "", held_s=0.05, durable_s=0.3),
         ]
@@ -470,7 +470,7 @@ def test_the_goals_about_scale() -> None:
     assert outcome(record, "loop held, a tensor").measured == pytest.approx(0.5)
     assert outcome(record, "loop held, a tensor").verdict == "met"
     plan = outcome(record, "the most tensors: a first save's plan")
-    assert plan.measured == pytest.approx(100 * (0.45 - 0.098) / 2.0) and plan.verdict == "missed"
+    assert plan.measured == pytest.approx(20) and plan.verdict == "missed"
     assert outcome(record, "the most tensors: loop held").verdict == "missed"
 
 

@@ -615,6 +615,24 @@ def test_reads_leave_slots_to_work_on(open_pipeline: Callable[..., Pipeline], bu
     assert bytes_of(tensor) == stored
 
 
+def test_writes_under_way_keep_no_read_waiting(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:
+    stored = bytes_of(noise(2 * ALIGNMENT))
+    rewrite(buffered_fd, 0, stored)
+    gate = threading.Event()
+    table = FaultTable(gate=gate)
+    pipeline = open_pipeline(4, 32 << 20, table)
+    plan, tensor = whole(len(stored), ALIGNMENT), torch.zeros(len(stored), dtype=torch.uint8)
+    write = make_job(WRITE, plan, [plain(noise(len(stored)))])
+    read = make_job(READ, plan, [plain(tensor)], checksums=checksums_of(plan, [stored]))
+    for job in (write, read):
+        pipeline.submit(job)
+        pipeline.attach(job, [buffered_fd])
+    until(lambda: len(table.operations) == 4)  # two of each, though the writes alone are 64 MiB of slots
+    gate.set()
+    for job in (write, read):
+        finish(pipeline, job)
+
+
 class Watching(FaultTable):
     """Notes how many blocks of a job were there when each operation was started."""
 

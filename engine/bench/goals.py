@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from statistics import median
+from statistics import mean, median
 from typing import TypeVar
 
 from engine.bench.record import Record, Sample, values
@@ -93,9 +93,13 @@ def limits(record: Record, what: str, nbytes: int) -> dict[str, float]:
 
 
 def slowdowns(record: Record, subject: str, setting: str) -> list[float]:
-    """A subject's slowdown by each checkpoint: what it cost, beside the undisturbed steps of its period."""
-    samples = record.select("slowdown", subject, setting=setting)
-    return [s.values["excess_s"] / (interval(setting) * s.values["step_s"]) for s in samples]
+    """A subject's slowdown in each round: what its checkpoints cost together, beside the undisturbed steps of their
+    periods."""
+    rounds: dict[int, list[float]] = {}
+    for sample in record.select("slowdown", subject, setting=setting):
+        share = sample.values["excess_s"] / (interval(setting) * sample.values["step_s"])
+        rounds.setdefault(sample.round, []).append(share)
+    return [mean(shares) for shares in rounds.values()]
 
 
 def interval(setting: str) -> int:
@@ -250,18 +254,13 @@ def _many_tensors(record: Record) -> list[Outcome]:
     def first(count: int, name: str) -> float:
         return _median(record.select("tensors", OURS, tensor_count=count, setting="first"), name)
 
-    def beyond(count: int) -> float:
-        """A first save without the look at every tensor, which each save takes and which is no plan."""
-        look = _median(record.select("tensors", OURS, tensor_count=count, setting=""), "held_s")
-        return first(count, "durable_s") - look
-
     def share() -> float:
         counts = {sample.tensor_count for sample in record.select("tensors", OURS)}
         sizes = {sample.nbytes for sample in record.select("size", OURS)}
         if len(counts) < 2 or not sizes:
             raise _Unknown
         largest = _median(record.select("size", OURS, nbytes=max(sizes)), "durable_s")
-        return (beyond(max(counts)) - beyond(min(counts))) / largest * 100
+        return (first(max(counts), "durable_s") - first(min(counts), "durable_s")) / largest * 100
 
     def held() -> float:
         count = _most_tensors(record)
