@@ -26,7 +26,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress, repeat
-from operator import add, eq, le, sub
+from operator import add, eq, le, not_, sub
 from typing import NamedTuple, overload
 
 from engine.errors import ArgumentError
@@ -292,13 +292,8 @@ def merge_runs(runs: Extents) -> Extents:
     assert all(map(le, file_ends, runs.file_offsets[1:])), "runs overlap"
     ended = zip(runs.sources, source_ends, file_ends, strict=True)
     begun = zip(runs.sources[1:], runs.source_offsets[1:], runs.file_offsets[1:], strict=True)
-    heads = [0, *(index for index, follows in enumerate(map(eq, begun, ended), 1) if not follows)]
-    if len(heads) >= len(runs):
-        return runs
-    tails = [*(index - 1 for index in heads[1:]), len(runs) - 1]
-    return Extents(
-        [runs.sources[index] for index in heads],
-        [runs.source_offsets[index] for index in heads],
-        [runs.file_offsets[index] for index in heads],
-        [file_ends[tail] - runs.file_offsets[head] for head, tail in zip(heads, tails, strict=True)],
-    )
+    is_head = [True, *map(not_, map(eq, begun, ended))]
+    heads = runs.chosen(is_head)
+    ends = compress(file_ends, [*is_head[1:], True])
+    nbytes = list(map(sub, ends, heads.file_offsets))
+    return Extents(heads.sources, heads.source_offsets, heads.file_offsets, nbytes)

@@ -52,7 +52,7 @@ struct eng_pipeline {
     slot *slots;
     uint32_t *free_slots;
     uint32_t free_count;
-    uint32_t *unhashed;       /* slots that were staged and not hashed, in that order */
+    uint32_t *unhashed;       /* slots that were staged or read and not hashed, in that order */
     uint32_t unhashed_count;
     uint32_t moving_count;    /* operations under way */
     uint32_t reading_count;   /* those of them that are reads */
@@ -88,7 +88,8 @@ void pipeline_cancel_unattached(struct eng_pipeline *p);
 /* Begin a few blocks, oldest job first.  Returns how many. */
 uint32_t pipeline_fill(struct eng_pipeline *p);
 
-/* Hash the block that was staged first of those that have no checksum yet.  Returns 1, or 0 if there is none. */
+/* Hash the block that was staged or read first of those that are not hashed; one that was read is then verified and
+ * copied out.  Returns 1, or 0 if there is none. */
 uint32_t pipeline_hash(struct eng_pipeline *p);
 
 /* Hand over what has begun and take what has completed; with `wait`, sleep until there is something. */

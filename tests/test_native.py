@@ -596,15 +596,24 @@ def test_nothing_urgent_is_staged_at_once(open_pipeline: Callable[..., Pipeline]
     finish(pipeline, job)
 
 
+# Of these two are 64 MiB, which is what is read at a time, and nobody touches more of one than a block.
+LARGE_SLOT_BYTES = 32 << 20
+
+
+def read_of(fd: int, block_count: int) -> tuple[Job, torch.Tensor, bytes]:
+    """A read of small blocks that lie in a file, where it goes, and what has to come."""
+    stored = bytes_of(noise(block_count * ALIGNMENT))
+    rewrite(fd, 0, stored)
+    plan, tensor = whole(len(stored), ALIGNMENT), torch.zeros(len(stored), dtype=torch.uint8)
+    return make_job(READ, plan, [plain(tensor)], checksums=checksums_of(plan, [stored])), tensor, stored
+
+
 def test_reads_leave_slots_to_work_on(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:
     """64 MiB are under way at a time, however many slots there are."""
-    stored = bytes_of(noise(6 * ALIGNMENT))
-    rewrite(buffered_fd, 0, stored)
     gate = threading.Event()
     table = FaultTable(gate=gate)
-    pipeline = open_pipeline(5, 32 << 20, table)
-    plan, tensor = whole(len(stored), ALIGNMENT), torch.zeros(len(stored), dtype=torch.uint8)
-    job = make_job(READ, plan, [plain(tensor)], checksums=checksums_of(plan, [stored]))
+    pipeline = open_pipeline(5, LARGE_SLOT_BYTES, table)
+    job, tensor, stored = read_of(buffered_fd, 6)
     pipeline.submit(job)
     pipeline.attach(job, [buffered_fd])
     until(lambda: len(table.operations) == 2)
@@ -616,21 +625,20 @@ def test_reads_leave_slots_to_work_on(open_pipeline: Callable[..., Pipeline], bu
 
 
 def test_writes_under_way_keep_no_read_waiting(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:
-    stored = bytes_of(noise(2 * ALIGNMENT))
-    rewrite(buffered_fd, 0, stored)
     gate = threading.Event()
     table = FaultTable(gate=gate)
-    pipeline = open_pipeline(4, 32 << 20, table)
-    plan, tensor = whole(len(stored), ALIGNMENT), torch.zeros(len(stored), dtype=torch.uint8)
-    write = make_job(WRITE, plan, [plain(noise(len(stored)))])
-    read = make_job(READ, plan, [plain(tensor)], checksums=checksums_of(plan, [stored]))
+    pipeline = open_pipeline(4, LARGE_SLOT_BYTES, table)
+    read, tensor, stored = read_of(buffered_fd, 2)
+    # The very bytes that lie there, so that it does not matter which comes first.
+    write = make_job(WRITE, whole(len(stored), ALIGNMENT), [plain(noise(len(stored)))])
     for job in (write, read):
         pipeline.submit(job)
         pipeline.attach(job, [buffered_fd])
     until(lambda: len(table.operations) == 4)  # two of each, though the writes alone are 64 MiB of slots
     gate.set()
     for job in (write, read):
-        finish(pipeline, job)
+        assert finish(pipeline, job).failure is None
+    assert bytes_of(tensor) == stored
 
 
 class Watching(FaultTable):
@@ -650,12 +658,9 @@ class Watching(FaultTable):
 def test_the_device_is_given_its_next_blocks_before_the_last_are_verified(
     open_pipeline: Callable[..., Pipeline], buffered_fd: int
 ) -> None:
-    stored = bytes_of(noise(4 * ALIGNMENT))
-    rewrite(buffered_fd, 0, stored)
     table = Watching()
-    pipeline = open_pipeline(4, 32 << 20, table)
-    plan, tensor = whole(len(stored), ALIGNMENT), torch.zeros(len(stored), dtype=torch.uint8)
-    table.job = make_job(READ, plan, [plain(tensor)], checksums=checksums_of(plan, [stored]))
+    pipeline = open_pipeline(4, LARGE_SLOT_BYTES, table)
+    table.job, tensor, stored = read_of(buffered_fd, 4)
     assert run(pipeline, table.job, [buffered_fd]).failure is None
     assert bytes_of(tensor) == stored
     assert table.seen == [0, 0, 0, 0]  # two are under way at a time, and the last two when the first two had come
@@ -879,6 +884,7 @@ def test_native_threads_take_no_cpu_from_who_wakes_them(open_pipeline: Callable[
     assert {os.sched_getscheduler(int(task.name)) for task in native_threads()} == {os.SCHED_BATCH}
 
 
+@pytest.mark.every_backend
 def test_an_idle_thread_sleeps(open_pipeline: Callable[..., Pipeline], fd: int) -> None:
     pipeline = open_pipeline(2)
 
