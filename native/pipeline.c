@@ -66,19 +66,37 @@ static void reach(eng_pipeline *p, eng_job *job, uint32_t milestones)
 
 /* ---- slots ---- */
 
+static void append(slot_list *list, uint32_t index)
+{
+    list->slots[list->count++] = index;
+}
+
+/* Take out a slot that is in the list. */
+static void take_out(slot_list *list, uint32_t index)
+{
+    uint32_t at = 0;
+    while (list->slots[at] != index)
+        at++;
+    list->count--;
+    memmove(&list->slots[at], &list->slots[at + 1], (list->count - at) * sizeof *list->slots);
+}
+
+static void await_files(eng_pipeline *p, uint32_t index)
+{
+    p->slots[index].state = SLOT_STAGED;
+    append(&p->waiting, index);
+}
+
 static void await_hash(eng_pipeline *p, uint32_t index)
 {
     p->slots[index].hashed = 0;
-    p->unhashed[p->unhashed_count++] = index;
+    append(&p->unhashed, index);
 }
 
-static uint32_t take_unhashed(eng_pipeline *p, uint32_t at)
+static void end_wait_for_hash(eng_pipeline *p, uint32_t index)
 {
-    const uint32_t index = p->unhashed[at];
-    p->unhashed_count--;
-    memmove(&p->unhashed[at], &p->unhashed[at + 1], (p->unhashed_count - at) * sizeof *p->unhashed);
     p->slots[index].hashed = 1;
-    return index;
+    take_out(&p->unhashed, index);
 }
 
 static uint32_t take_slot(eng_pipeline *p, uint32_t entry_index, uint32_t block)
@@ -91,12 +109,10 @@ static uint32_t take_slot(eng_pipeline *p, uint32_t entry_index, uint32_t block)
 
 static void free_slot(eng_pipeline *p, uint32_t index)
 {
-    if (!p->slots[index].hashed) {
-        uint32_t at = 0;
-        while (p->unhashed[at] != index)
-            at++;
-        take_unhashed(p, at);
-    }
+    if (!p->slots[index].hashed)
+        end_wait_for_hash(p, index);
+    if (p->slots[index].state == SLOT_STAGED)
+        take_out(&p->waiting, index);
     p->entries[p->slots[index].entry].slot_count--;
     p->slots[index].state = SLOT_FREE;
     p->free_slots[p->free_count++] = index;
@@ -213,12 +229,13 @@ static void begin_block(eng_pipeline *p, uint32_t entry_index)
     const uint64_t start_ns = pipeline_now_ns();
     host_gather(job, &job->blocks[block], slot_memory(p, index));
     job->copying_ns += pipeline_now_ns() - start_ns;
-    p->slots[index].state = SLOT_STAGED;
     await_hash(p, index);
     set_state(job, block, ENG_STAGED);
     note_staged(p, e);
     if (e->has_files)
         start_io(p, index);
+    else
+        await_files(p, index);
 }
 
 /* Hash one block's sources again; a difference means that somebody wrote while we read. */
@@ -297,9 +314,10 @@ static void finish_read(eng_pipeline *p, uint32_t index, uint64_t checksum)
 
 uint32_t pipeline_hash(eng_pipeline *p)
 {
-    if (p->unhashed_count == 0)
+    if (p->unhashed.count == 0)
         return 0;
-    const uint32_t index = take_unhashed(p, 0);
+    const uint32_t index = p->unhashed.slots[0];
+    end_wait_for_hash(p, index);
     const slot *s = &p->slots[index];
     const uint32_t entry_index = s->entry;
     entry *e = &p->entries[entry_index];
@@ -387,8 +405,8 @@ static void break_down(eng_pipeline *p, int error)
     p->broken = error;
     p->refusal_count = 0;
     p->free_count = 0;
-    while (p->unhashed_count > 0)
-        take_unhashed(p, 0);
+    while (p->unhashed.count > 0)
+        end_wait_for_hash(p, p->unhashed.slots[0]);
     p->moving_count = p->reading_count = 0;
     while (p->queue_count > 0) {
         const uint32_t entry_index = p->queue[0];
@@ -423,7 +441,7 @@ void pipeline_reap(eng_pipeline *p, uint32_t wait)
 
 /* ---- the inbox ---- */
 
-/* Give a job its files, and start what waited for them.  0 if the ring is found to be gone, and the job with it. */
+/* Give a job its files, and start what waited for them, in the order of the file.  0 if the ring is found to be gone, and the job with it. */
 static int attach_files(eng_pipeline *p, uint32_t entry_index)
 {
     entry *e = &p->entries[entry_index];
@@ -441,9 +459,15 @@ static int attach_files(eng_pipeline *p, uint32_t entry_index)
             return 1;
         }
     }
-    for (uint32_t i = 0; i < p->config.slot_count && !e->failed; i++)
-        if (p->slots[i].state == SLOT_STAGED && p->slots[i].entry == entry_index)
-            start_io(p, i);
+    for (uint32_t at = 0; at < p->waiting.count && !e->failed;) {
+        const uint32_t index = p->waiting.slots[at];
+        if (p->slots[index].entry != entry_index) {
+            at++;
+            continue;
+        }
+        take_out(&p->waiting, index);
+        start_io(p, index);
+    }
     return 1;
 }
 

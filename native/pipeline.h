@@ -28,6 +28,12 @@ typedef struct {
     int hashed;               /* or in need of no hash; else the slot is in `unhashed` */
 } slot;
 
+/* Some of the slots, in the order in which they came. */
+typedef struct {
+    uint32_t *slots;
+    uint32_t count;
+} slot_list;
+
 typedef struct {
     /* The inbox, guarded by the mutex. */
     eng_job *job;             /* NULL: the entry is free */
@@ -52,8 +58,8 @@ struct eng_pipeline {
     slot *slots;
     uint32_t *free_slots;
     uint32_t free_count;
-    uint32_t *unhashed;       /* slots that were staged or read and not hashed, in that order */
-    uint32_t unhashed_count;
+    slot_list waiting;        /* SLOT_STAGED: their jobs have no files yet */
+    slot_list unhashed;       /* staged or read, and not hashed */
     uint32_t moving_count;    /* operations under way */
     uint32_t reading_count;   /* those of them that are reads */
     uint32_t refusal_count;

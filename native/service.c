@@ -168,7 +168,8 @@ static void release(eng_pipeline *p)
     pthread_cond_destroy(&p->changed);
     pthread_mutex_destroy(&p->mutex);
     free(p->free_slots);
-    free(p->unhashed);
+    free(p->unhashed.slots);
+    free(p->waiting.slots);
     free(p->slots);
     free(p);
 }
@@ -201,8 +202,10 @@ static int allocate_slots(eng_pipeline *p)
 {
     p->slots = calloc(p->config.slot_count, sizeof *p->slots);
     p->free_slots = calloc(p->config.slot_count, sizeof *p->free_slots);
-    p->unhashed = calloc(p->config.slot_count, sizeof *p->unhashed);
-    return p->slots == NULL || p->free_slots == NULL || p->unhashed == NULL ? -ENOMEM : 0;
+    p->unhashed.slots = calloc(p->config.slot_count, sizeof *p->unhashed.slots);
+    p->waiting.slots = calloc(p->config.slot_count, sizeof *p->waiting.slots);
+    const int listed = p->free_slots != NULL && p->unhashed.slots != NULL && p->waiting.slots != NULL;
+    return p->slots != NULL && listed ? 0 : -ENOMEM;
 }
 
 int eng_open(eng_config *config, eng_pipeline **pipeline)

@@ -586,6 +586,22 @@ def test_all_is_staged_before_all_is_written(open_pipeline: Callable[..., Pipeli
     assert content(buffered_fd, len(expected)) == expected
 
 
+def test_what_was_staged_before_the_files_were_there_is_written_in_order(
+    open_pipeline: Callable[..., Pipeline], buffered_fd: int
+) -> None:
+    """Whichever slots it came to lie in: the second job takes the slots in the order in which the first freed them."""
+    table = FaultTable()
+    pipeline = open_pipeline(4, SLOT_BYTES, table)
+    for _ in range(2):
+        table.operations.clear()
+        job = make_job(WRITE, whole(4 * SLOT_BYTES, SLOT_BYTES), [plain(noise(4 * SLOT_BYTES))])
+        pipeline.submit(job)
+        assert pipeline.wait(job, Milestone.STAGED, HANG_NS)
+        pipeline.attach(job, [buffered_fd])
+        assert finish(pipeline, job).failure is None
+        assert [operation.file_offset // SLOT_BYTES for operation in table.operations] == [0, 1, 2, 3]
+
+
 def test_nothing_urgent_is_staged_at_once(open_pipeline: Callable[..., Pipeline]) -> None:
     pipeline = open_pipeline(1)
     job = make_job(WRITE, whole(2 * SLOT_BYTES, SLOT_BYTES), [plain(noise(2 * SLOT_BYTES))])
