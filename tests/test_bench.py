@@ -205,6 +205,33 @@ def test_a_peer_that_fails_in_the_middle_is_out_and_the_others_go_on(tmp_path: P
     assert rounds.record.notes == ["failing failed later: OSError: no more"]
 
 
+# As much of fio as matters here: it writes whole blocks only, and makes a file anew that is shorter than it should be.
+LIKE_FIO = """#!{python}
+import json, os, sys
+options = dict(word[2:].split("=", 1) for word in sys.argv[1:])
+path, size, block = options["filename"], int(options["size"]), int(options["bs"])
+if options["rw"] == "write":
+    if os.path.exists(path) and os.path.getsize(path) < size:
+        os.rename(path, path + "-before")  # so that its inode is not given again
+    with open(path, "r+b" if os.path.exists(path) else "wb") as file:
+        file.write(bytes(size // block * block))
+done = {{"runtime": 100, "io_bytes": size // block * block}}
+print(json.dumps({{"jobs": [{{options["rw"]: done}}]}}))
+"""
+
+
+def test_what_fio_overwrites_is_the_file_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fio").write_text(LIKE_FIO.format(python=sys.executable))
+    (tmp_path / "fio").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "place").mkdir()
+    rounds = measure.Rounds(make_record(), tmp_path / "place")
+    nbytes = 10_000_000  # no whole number of blocks
+    for turn in fio_turns(rounds, nbytes).values():
+        assert turn()["seconds_s"] == pytest.approx(0.1, rel=0.3)  # scaled to the bytes that were left out
+    assert (rounds.directory / "fio").stat().st_size == nbytes
+
+
 def test_without_fio_its_row_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     rounds = measure.Rounds(make_record(), tmp_path)

@@ -53,6 +53,9 @@ def fio_turns(
     shapes = shapes or tuple((block, depth) for block in BLOCK_MIB for depth in DEPTHS)
     path = rounds.directory / "fio"
     _job(path, nbytes, 4, 16, "write")  # there is something to overwrite and to read
+    # fio leaves out what is no whole block, and deletes a file that is shorter than it should be before it writes
+    # (extend_file in its filesetup.c): that would be no overwriting.
+    os.truncate(path, nbytes)
     return {
         (FIO, setting(what, *shape)): _turn(path, nbytes, what, *shape)
         for what in (*WRITES, "read")
@@ -89,8 +92,11 @@ def _turn(path: Path, nbytes: int, what: str, block_mib: int, depth: int) -> Cal
                 with target.open("wb") as file:
                     os.posix_fallocate(file.fileno(), 0, nbytes)
                     os.fsync(file.fileno())
+        inode = path.stat().st_ino
         try:
-            return {"seconds_s": _job(target, nbytes, block_mib, depth, "read" if what == "read" else "write")}
+            seconds_s = _job(target, nbytes, block_mib, depth, "read" if what == "read" else "write")
+            assert path.stat().st_ino == inode, "fio has made a file anew that it was to overwrite"
+            return {"seconds_s": seconds_s}
         finally:
             if target != path:
                 target.unlink()
