@@ -365,6 +365,23 @@ def outcome(record: Record, what: str) -> goals.Outcome:
     return found
 
 
+def test_the_floor_is_fio_beside_a_copy_in_the_place_of_the_engine() -> None:
+    record = make_record()
+    record.samples += [
+        sample("save", "engine", durable_s=0.2),
+        sample("save", "torch.save", durable_s=0.3),
+        sample("limit", "fio", "overwritten, 4 MiB x 4", seconds_s=0.1),
+        sample("limit", "fio", "overwritten beside a copy, 4 MiB x 16", seconds_s=0.15),
+    ]
+    throughput, against = (
+        outcome(record, "durable throughput, recycled"),
+        outcome(record, "durable, against torch.save"),
+    )
+    assert throughput.measured == pytest.approx(0.5) and throughput.floor == pytest.approx(0.1 / 0.15)
+    assert against.measured == pytest.approx(1.5) and against.floor == pytest.approx(0.3 / 0.15)
+    assert outcome(record, "restore, cold, beside fio").floor is None
+
+
 def test_without_samples_no_goal_is_met_or_missed() -> None:
     outcomes = goals.outcomes(make_record(), PEERS, LOADING_PEERS)
     assert len(outcomes) >= 15

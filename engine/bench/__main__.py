@@ -184,7 +184,7 @@ def _main(rounds: Rounds, scales: Scales) -> None:
     savers = rounds.open_savers(SAVERS, state, WARM_UP)
     saves = {(name, ""): _save_turn(saver) for name, saver in savers.items()}
     firsts = {(name, ""): _first_turn(rounds, type(saver), state) for name, saver in savers.items()}
-    fio = limits.fio_turns(rounds, scales.main_bytes)
+    fio = {**limits.fio_turns(rounds, scales.main_bytes), **limits.beside_turns(rounds, scales.main_bytes)}
     memcpy = limits.memcpy_turns(rounds, scales.main_bytes)
     end = time.monotonic() + 2 * scales.seconds  # three sections in one
     for number in range(scales.rounds):

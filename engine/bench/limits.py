@@ -7,29 +7,40 @@ best of two block sizes and two depths.  Its buffers are in huge pages, as the e
 lie scattered in memory, the same read took 140 ms in one run and 370 in the next.  A job takes its turn in the rounds
 like everybody else, and its time is fio's own, without its start.
 
-memcpy is that of the C library, in one thread, over memory that has been touched and is larger than any cache.
+No save can do with less than one copy of the state and one look at the copy, and no restore that verifies what it
+reads.  So fio also runs beside a thread that does that much, as often as fio moves the state: `BESIDE`.  It shows what
+is left of the limit on a host whose device, or the memory that it needs, is busy with that as well.
+
+memcpy is that of the C library, in one thread, over huge pages that have been touched, more than any cache holds.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import mmap
 import os
 import shutil
 import subprocess
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from engine.bench.goals import BESIDE, COPIED, WRITES
 from engine.bench.measure import Rounds, Turn, forget
 
 FIO, MEMCPY = "fio", "memcpy"
-WRITES = ("fresh", "preallocated", "overwritten")
 BLOCK_MIB, DEPTHS = (1, 4), (4, 16)
 HOW = (
     "--ioengine=io_uring --direct=1 --fixedbufs=1 --registerfiles=1 --end_fsync=1, huge pages, blocks of 1 and 4 MiB, "
     "depths 4 and 16"
 )
+
+_libc = ctypes.CDLL(None)
+_libc.memchr.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t)
+_libc.memchr.restype = ctypes.c_void_p
 
 # glibc(7), Memory Allocation Tunables: large allocations ask for transparent huge pages.  Since 2.35.
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -63,21 +74,82 @@ def fio_turns(
     }
 
 
+def beside_turns(rounds: Rounds, nbytes: int) -> dict[tuple[str, str], Turn]:
+    """Turns for fio beside a copy, in blocks of 4 MiB, 16 deep.  Called after `fio_turns`, which makes the file."""
+    path = rounds.directory / "fio"
+    if not path.exists():
+        return {}
+    copy = _Copy(nbytes)
+
+    def beside(job: Turn) -> Turn:
+        def turn() -> Mapping[str, float]:
+            alone_s = job()["seconds_s"]
+            with copy.every(alone_s):
+                return job()
+
+        return turn
+
+    return {(FIO, setting(what + BESIDE, 4, 16)): beside(_turn(path, nbytes, what, 4, 16)) for what in COPIED}
+
+
 def memcpy_turns(rounds: Rounds, nbytes: int) -> dict[tuple[str, str], Turn]:
     """A turn for memcpy."""
     if not rounds.wanted(MEMCPY):
         return {}
-    rounds.introduce(MEMCPY, "limit", "memmove of the C library, one thread")
-    source, target = ctypes.create_string_buffer(nbytes), ctypes.create_string_buffer(nbytes)
-    ctypes.memset(source, 1, nbytes)
-    ctypes.memset(target, 2, nbytes)
+    rounds.introduce(MEMCPY, "limit", "memmove of the C library, one thread, huge pages")
+    copy = _Copy(nbytes)
 
     def turn() -> Mapping[str, float]:
         began_ns = time.perf_counter_ns()
-        ctypes.memmove(target, source, nbytes)
+        copy.make()
         return {"seconds_s": (time.perf_counter_ns() - began_ns) / 1e9}
 
     return {(MEMCPY, "one thread"): turn}
+
+
+class _Copy:
+    """Memory that is copied to other memory, both in huge pages, as arenas and slots are."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+        self._source, self._target = _huge_pages(nbytes), _huge_pages(nbytes)
+
+    def make(self) -> None:
+        ctypes.memmove(self._target, self._source, self._nbytes)
+
+    def look(self) -> None:
+        """Read all of the copy: what is looked for is not in there."""
+        _libc.memchr(self._target, 0, self._nbytes)
+
+    @contextmanager
+    def every(self, period_s: float) -> Iterator[None]:
+        """Meanwhile make and look at a copy once in each period.  ctypes lets go of the GIL for either."""
+        ended = threading.Event()
+
+        def work() -> None:
+            while not ended.is_set():
+                began = time.monotonic()
+                self.make()
+                self.look()
+                ended.wait(max(0.0, period_s - (time.monotonic() - began)))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+
+def _huge_pages(nbytes: int) -> ctypes.Array[ctypes.c_char]:
+    """Memory that is there, and full of ones."""
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel built without
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    memory = (ctypes.c_char * nbytes).from_buffer(pages)
+    ctypes.memset(memory, 1, nbytes)
+    return memory
 
 
 def _turn(path: Path, nbytes: int, what: str, block_mib: int, depth: int) -> Callable[[], Mapping[str, float]]:

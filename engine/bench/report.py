@@ -17,7 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from engine.bench.goals import ADOPTED, NONE, OURS, Outcome, best_limit, interval, limits, main_samples, slowdowns
+from engine.bench.goals import (
+    ADOPTED,
+    BESIDE,
+    COPIED,
+    NONE,
+    OURS,
+    WRITES,
+    Outcome,
+    best_limit,
+    interval,
+    limits,
+    main_samples,
+    slowdowns,
+)
 from engine.bench.host import one_line
 from engine.bench.noise import spread
 from engine.bench.record import Record, Sample, Subject, values
@@ -108,7 +121,7 @@ def history_line(record: Record, goals: Iterable[Outcome]) -> str:
         "ready_s": {name: median(values(found, "ready_s")) for name, found in loads.items() if found},
         "fio_s": {
             what: best
-            for what in ("fresh", "preallocated", "overwritten", "read")
+            for what in (*WRITES, "read", *(what + BESIDE for what in COPIED))
             if (best := best_limit(record, what, record.main_bytes)) is not None
         },
         "goals": {goal.what: goal.measured for goal in goals},
@@ -120,14 +133,17 @@ def history_line(record: Record, goals: Iterable[Outcome]) -> str:
 
 
 def _goal_table(goals: Iterable[Outcome]) -> Table:
-    rows = [(g.what, g.goal, "" if g.measured is None else f"{g.measured:.3g} {g.unit}", g.verdict) for g in goals]
-    return Table("Goals", ("what", "goal", "measured", ""), rows)
+    def figure(value: float | None, unit: str) -> str:
+        return "" if value is None else f"{value:.3g} {unit}"
+
+    rows = [(g.what, g.goal, figure(g.measured, g.unit), g.verdict, figure(g.floor, g.unit)) for g in goals]
+    return Table("Goals", ("what", "goal", "measured", "", f"fio{BESIDE}"), rows)
 
 
 def _limit_table(record: Record) -> Table:
     rows: list[Sequence[str]] = []
     for nbytes in sorted({sample.nbytes for sample in record.select("limit")}):
-        for what in ("fresh", "preallocated", "overwritten", "read"):
+        for what in (*WRITES, "read", *(what + BESIDE for what in COPIED)):
             found = limits(record, what, nbytes)
             if found:
                 setting = min(found, key=lambda key: found[key])
