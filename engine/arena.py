@@ -47,6 +47,7 @@ from engine.errors import ArenaError, ArgumentError, MismatchError, UsageError
 from engine.extra import Names
 from engine.gather import Census, Lie, dense_stride, gather, gather_tensors, lie_of, makes_state_late, merge_dims
 from engine.layout import ARENA_ALIGNMENT, DTYPES, ROLES, Layout, Segment, TensorSpec, lay_out
+from engine.plan import Extents, file_runs
 
 
 class Source(NamedTuple):
@@ -138,6 +139,14 @@ class Arena:
     def places(self) -> tuple[tuple[int, int], ...]:
         """For each segment, the index of its source and its offset there in bytes."""
         return self._places
+
+    @property
+    def runs(self) -> tuple[Extents, ...]:
+        """What the files are made of: of their headers, which are the first sources, and of `sources` after them.
+
+        Made with the layout, when it is adopted or has changed, so that the first save need not.
+        """
+        return self._runs
 
     @property
     def memory(self) -> object:
@@ -403,6 +412,8 @@ class Arena:
             places.append((len(sources), 0))
             sources.append(Source(address, DTYPES[segment.dtype].itemsize, source_shape, source_stride))
         self._sources, self._places = tuple(sources), tuple(places)
+        file_count = len(self._layout.files)
+        self._runs = file_runs(self._layout, [(source + file_count, offset) for source, offset in places])
         self._memory: object = self._pages if adopted else [tensor.detach() for tensor in self._tensors]
 
     def _put_optional(self, names: Collection[str], absent: Collection[str]) -> None:

@@ -208,30 +208,41 @@ def chunk_size(layout: Layout, chunk_count: int | None, chunk_bytes: int | None)
     return max(align_up(per_chunk, ALIGNMENT), ALIGNMENT)
 
 
-def make_plan(layout: Layout, places: Sequence[tuple[int, int]], block_bytes: int, chunk_bytes: int) -> Plan:
-    """Plan the files of a layout.
+def file_runs(layout: Layout, places: Sequence[tuple[int, int]]) -> tuple[Extents, ...]:
+    """For each file what it is made of, its header first: as much of a plan as does not depend on how it is cut.
 
     Args:
         layout: segments and files.
         places: for each segment, the source it is read from and its offset there.  Sources below
             ``len(layout.files)`` are the files' headers.
-        block_bytes: size of a block, a multiple of `ALIGNMENT`.
-        chunk_bytes: size of a chunk's data, a multiple of `ALIGNMENT`.
     """
     assert len(places) == len(layout.segments), (len(places), len(layout.segments))
-    files = tuple(PlannedFile(file.name, file.nbytes, len(file.header)) for file in layout.files)
     sources = [source for source, _ in places]
     source_offsets = [source_offset for _, source_offset in places]
     file_offsets = [segment.file_offset for segment in layout.segments]
     nbytes = [segment.nbytes for segment in layout.segments]
     file_indices = [segment.file_index for segment in layout.segments]
     runs = []
-    for index, file in enumerate(files):
+    for index, file in enumerate(layout.files):
         # Segments are in the order of files.
         here = slice(bisect_left(file_indices, index), bisect_right(file_indices, index))
-        header = (index, 0, 0, file.header_bytes)
+        header = (index, 0, 0, len(file.header))
         columns = (sources, source_offsets, file_offsets, nbytes)
-        runs.append(Extents(*([first, *column[here]] for first, column in zip(header, columns, strict=True))))
+        whole = Extents(*([first, *column[here]] for first, column in zip(header, columns, strict=True)))
+        runs.append(merge_runs(whole))
+    return tuple(runs)
+
+
+def make_plan(layout: Layout, runs: Sequence[Extents], block_bytes: int, chunk_bytes: int) -> Plan:
+    """Plan the files of a layout.
+
+    Args:
+        layout: segments and files.
+        runs: its `file_runs`.
+        block_bytes: size of a block, a multiple of `ALIGNMENT`.
+        chunk_bytes: size of a chunk's data, a multiple of `ALIGNMENT`.
+    """
+    files = tuple(PlannedFile(file.name, file.nbytes, len(file.header)) for file in layout.files)
     chunks = tuple(chunk for index, file in enumerate(files) for chunk in cut_file(index, file, chunk_bytes))
     return lay_extents(plan_geometry(files, chunks, block_bytes), runs)
 
@@ -265,27 +276,29 @@ def lay_extents(plan: Plan, runs: Sequence[Extents]) -> Plan:
 
     Args:
         plan: a plan whose blocks are in order of file and offset.
-        runs: for each file, what to read or write, in order of file offset and not overlapping.
+        runs: for each file, what to read or write, merged.
     """
-    merged = [merge_runs(file_runs) for file_runs in runs]
-    ends = [file_runs.file_ends() for file_runs in merged]
+    ends = [merged.file_ends() for merged in runs]
     extents = Extents([], [], [], [])
     blocks: list[Block] = []
     for block in plan.blocks:
-        file_runs = merged[block.file_index]
+        here = runs[block.file_index]
         block_end = block.file_offset + block.nbytes
         first = bisect_right(ends[block.file_index], block.file_offset)
-        last = bisect_left(file_runs.file_offsets, block_end, lo=first)
+        last = bisect_left(here.file_offsets, block_end, lo=first)
         extent_start = len(extents)
-        extents.append_within(file_runs[first:last], block.file_offset, block_end)
+        extents.append_within(here[first:last], block.file_offset, block_end)
         blocks.append(block._replace(extent_start=extent_start, extent_count=last - first))
-    wanted_bytes = sum(sum(file_runs.nbytes) for file_runs in merged)
+    wanted_bytes = sum(sum(merged.nbytes) for merged in runs)
     assert sum(extents.nbytes) == wanted_bytes, "a run lies outside every block"
     return plan._replace(blocks=tuple(blocks), extents=extents)
 
 
 def merge_runs(runs: Extents) -> Extents:
-    """Join neighbours that continue each other in source and file; drop empty runs."""
+    """Join neighbours that continue each other in source and file; drop empty runs.
+
+    Runs are in order of file offset and do not overlap.
+    """
     runs = runs.chosen(runs.nbytes)
     source_ends = map(add, runs.source_offsets, runs.nbytes)
     file_ends = runs.file_ends()

@@ -46,7 +46,7 @@ from engine.extra import decode as decode_extra
 from engine.layout import Segment
 from engine.manifest import MANIFEST_NAME, Manifest, SegmentRecord, affected
 from engine.native import BlockState, Direction, FailureKind, Job, Milestone, Pipeline
-from engine.plan import Block, ExtentColumns, Extents, Plan, block_rows, extent_columns, lay_extents
+from engine.plan import Block, ExtentColumns, Extents, Plan, block_rows, extent_columns, lay_extents, merge_runs
 
 # Slots of a pipeline opened for a checkpoint whose blocks do not fit the engine's: one is read, the other is copied
 # out.
@@ -439,7 +439,7 @@ def _plan_read(manifest: Manifest, targets: Sequence[_Target]) -> Plan:
     runs = [Extents([], [], [], []) for _ in manifest.files]
     for record, source, offset in targets:
         runs[record.file].append(source, offset, record.offset, record.nbytes)
-    return lay_extents(manifest.geometry(), runs)
+    return lay_extents(manifest.geometry(), [merge_runs(file_runs) for file_runs in runs])
 
 
 def selector(select: Select) -> Callable[[SegmentRecord | Segment], bool]:

@@ -117,8 +117,7 @@ class _Described(NamedTuple):
 def pack_plan(arena: Arena, block_bytes: int, chunk_bytes: int) -> PackedPlan:
     """Plan an arena's files and pack the plan.  Time and memory in proportion to the number of tensors."""
     layout = arena.layout
-    file_count = len(layout.files)
-    plan = make_plan(layout, [(source + file_count, at) for source, at in arena.places], block_bytes, chunk_bytes)
+    plan = make_plan(layout, arena.runs, block_bytes, chunk_bytes)
     urgent = _urgent_blocks(plan, layout, arena.unfenced)
     order = sorted(range(len(plan.blocks)), key=lambda block: block not in urgent)
     return PackedPlan(

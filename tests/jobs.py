@@ -22,6 +22,7 @@ from engine.plan import (
     block_rows,
     extent_columns,
     lay_extents,
+    merge_runs,
     plan_geometry,
 )
 
@@ -75,7 +76,7 @@ def cut(files: Sequence[Sequence[Extent]], block_bytes: int) -> Plan:
     sizes = [max(run.file_offset + run.nbytes for run in runs) for runs in files]
     planned = tuple(PlannedFile(f"{index}", nbytes, 0) for index, nbytes in enumerate(sizes))
     chunks = tuple(Chunk(index, 0, 0, nbytes) for index, nbytes in enumerate(sizes))
-    return lay_extents(plan_geometry(planned, chunks, block_bytes), [columns(runs) for runs in files])
+    return lay_extents(plan_geometry(planned, chunks, block_bytes), [merge_runs(columns(runs)) for runs in files])
 
 
 def whole(nbytes: int, block_bytes: int) -> Plan:

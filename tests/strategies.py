@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from engine.layout import ARENA_ALIGNMENT, DTYPES, ROLES, Layout, TensorSpec, align_up, lay_out
 from engine.manifest import FORMAT, VERSION, FileRecord, Manifest, chunk_layers, chunk_records, segment_records
-from engine.plan import ALIGNMENT, make_plan
+from engine.plan import ALIGNMENT, Plan, file_runs, make_plan
 
 # Any name that layout takes: `_check_specs` refuses these two kinds.
 NAMES = st.text(max_size=12).filter(lambda name: name.isprintable() and name != "__metadata__")
@@ -59,11 +60,16 @@ def places(draw: st.DrawFn, layout: Layout) -> list[tuple[int, int]]:
     return [(first + index, draw(offsets)) for index in range(len(layout.segments))]
 
 
+def plan_of(layout: Layout, where: Sequence[tuple[int, int]], block_bytes: int, chunk_bytes: int) -> Plan:
+    """The plan of segments that lie there."""
+    return make_plan(layout, file_runs(layout, where), block_bytes, chunk_bytes)
+
+
 @st.composite
 def planned(
     draw: st.DrawFn, shapes: st.SearchStrategy[list[int]], max_count: int = 12
 ) -> tuple[Layout, list[tuple[int, int]], int, int]:
-    """The arguments of `make_plan`: a layout, its places, and sizes of blocks and chunks that cut it a few times."""
+    """The arguments of `plan_of`: a layout, its places, and sizes of blocks and chunks that cut it a few times."""
     layout = lay_out(draw(specs(shapes, max_count)))
     # At most a few dozen pieces, however large the file: a plan has as many rows as blocks.
     least = align_up(max(file.nbytes for file in layout.files) // 16 + 1, ALIGNMENT)
@@ -86,7 +92,7 @@ JSON = st.recursive(
 def manifests(draw: st.DrawFn) -> Manifest:
     """The record of any plan, as `writer` makes it."""
     layout, where, block_bytes, chunk_bytes = draw(planned(SMALL_SHAPES))
-    plan = make_plan(layout, where, block_bytes, chunk_bytes)
+    plan = plan_of(layout, where, block_bytes, chunk_bytes)
     segments = segment_records(layout)
     names = [segment.name for segment in segments]
     free_names = NAMES.filter(lambda name: name not in names)

@@ -22,6 +22,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from strategies import plan_of
 
 from engine.catalog import Catalog, step_name
 from engine.errors import CorruptError, LockedError, NotFoundError, StepError, StorageError
@@ -37,7 +38,7 @@ from engine.manifest import (
     chunk_records,
     encode,
 )
-from engine.plan import ALIGNMENT, make_plan
+from engine.plan import ALIGNMENT
 
 DATA_NAME = "model.safetensors"
 SPARE = Path(".engine", "spare")
@@ -449,7 +450,7 @@ def test_setting_aside_without_a_sync_does_not_leave_a_step_that_is_gone(
 def stored(catalog: Catalog) -> tuple[Manifest, Path]:
     """A committed step 1 with a manifest."""
     layout = lay_out([])
-    plan = make_plan(layout, [], ALIGNMENT, ALIGNMENT)
+    plan = plan_of(layout, [], ALIGNMENT, ALIGNMENT)
     manifest = Manifest(
         format=FORMAT,
         version=VERSION,

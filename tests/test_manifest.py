@@ -18,7 +18,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import ANY_SHAPES, JSON, manifests, planned
+from strategies import ANY_SHAPES, JSON, manifests, plan_of, planned
 
 from engine.errors import CorruptError
 from engine.layout import Layout, TensorSpec, lay_out
@@ -35,7 +35,7 @@ from engine.manifest import (
     encode,
     segment_records,
 )
-from engine.plan import make_plan, plan_geometry
+from engine.plan import plan_geometry
 
 
 def signed(body: bytes) -> bytes:
@@ -53,7 +53,7 @@ def example() -> Manifest:
         TensorSpec("a.weight.exp_avg", "float32", (3000, 2), "optimizer", "a"),
     ]
     layout = lay_out(specs)
-    plan = make_plan(layout, [(2, s.arena_offset) for s in layout.segments], 4096, 3 * 4096)
+    plan = plan_of(layout, [(2, s.arena_offset) for s in layout.segments], 4096, 3 * 4096)
     segments = segment_records(layout)
     checksums = [index * 0x0101_0101_0101_0101 for index in range(len(plan.blocks))]
     return Manifest(
@@ -115,7 +115,7 @@ def test_places_beyond_32_bits_come_back() -> None:
     layout = lay_out(
         [TensorSpec("w", "float32", (3, 1 << 30), "model", "w"), TensorSpec("v", "int8", (1,), "model", "v")]
     )
-    plan = make_plan(layout, [(1, 0), (2, 0)], 1 << 30, 1 << 33)
+    plan = plan_of(layout, [(1, 0), (2, 0)], 1 << 30, 1 << 33)
     segments = segment_records(layout)
     manifest = msgspec.structs.replace(
         EXAMPLE,
@@ -426,7 +426,7 @@ def test_any_value_anywhere_is_read_or_refused(path: Path, value: object) -> Non
 @given(planned(ANY_SHAPES))
 def test_the_layers_of_a_chunk(arguments: tuple[Layout, list[tuple[int, int]], int, int]) -> None:
     layout, where, block_bytes, chunk_bytes = arguments
-    plan = make_plan(layout, where, block_bytes, chunk_bytes)
+    plan = plan_of(layout, where, block_bytes, chunk_bytes)
     segments = segment_records(layout)
     for chunk, layers in zip(plan.chunks, chunk_layers(plan, segments), strict=True):
         inside = [s.layer for s in segments if holds(s, chunk.file_index, chunk.offset, chunk.nbytes)]

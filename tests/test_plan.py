@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jobs import columns
-from strategies import ANY_SHAPES, EDGES, FAR_EDGES, SMALL_SHAPES, planned, specs
+from strategies import ANY_SHAPES, EDGES, FAR_EDGES, SMALL_SHAPES, plan_of, planned, specs
 
 from engine.errors import ArgumentError
 from engine.layout import DTYPES, Layout, TensorSpec, align_up, lay_out
@@ -24,7 +24,6 @@ from engine.plan import (
     cut_file,
     extent_columns,
     lay_extents,
-    make_plan,
     merge_runs,
     plan_geometry,
 )
@@ -75,7 +74,7 @@ def byte_map(runs: Iterable[Extent]) -> dict[int, tuple[int, int]]:
 @given(planned(ANY_SHAPES))
 def test_extents_cover_every_stored_byte_of_the_files_once(arguments: Arguments) -> None:
     layout, where, block_bytes, chunk_bytes = arguments
-    plan = make_plan(layout, where, block_bytes, chunk_bytes)
+    plan = plan_of(layout, where, block_bytes, chunk_bytes)
     for file, expected, actual in zip(plan.files, stored_runs(layout, where), planned_runs(plan), strict=True):
         end = 0
         for extent in actual:
@@ -88,7 +87,7 @@ def test_extents_cover_every_stored_byte_of_the_files_once(arguments: Arguments)
 @given(planned(ANY_SHAPES))
 def test_extents_cover_every_stored_byte_of_the_sources_once_and_no_padding(arguments: Arguments) -> None:
     layout, where, block_bytes, chunk_bytes = arguments
-    plan = make_plan(layout, where, block_bytes, chunk_bytes)
+    plan = plan_of(layout, where, block_bytes, chunk_bytes)
     pairs = zip(where, layout.segments, strict=True)
     stored = {(source, offset, offset + segment.nbytes) for (source, offset), segment in pairs}
     stored |= {(index, 0, len(file.header)) for index, file in enumerate(layout.files)}
@@ -108,7 +107,7 @@ def test_extents_cover_every_stored_byte_of_the_sources_once_and_no_padding(argu
 @given(planned(ANY_SHAPES))
 def test_blocks_are_disjoint_ordered_aligned_and_cover_each_file(arguments: Arguments) -> None:
     layout, where, block_bytes, chunk_bytes = arguments
-    plan = make_plan(layout, where, block_bytes, chunk_bytes)
+    plan = plan_of(layout, where, block_bytes, chunk_bytes)
     assert [block.file_index for block in plan.blocks] == sorted(block.file_index for block in plan.blocks)
     for index, file in enumerate(plan.files):
         blocks = [block for block in plan.blocks if block.file_index == index]
@@ -123,7 +122,7 @@ def test_blocks_are_disjoint_ordered_aligned_and_cover_each_file(arguments: Argu
 
 @given(planned(ANY_SHAPES))
 def test_extents_belong_to_one_block_each(arguments: Arguments) -> None:
-    plan = make_plan(*arguments)
+    plan = plan_of(*arguments)
     next_extent = 0
     for block in plan.blocks:
         assert block.extent_start == next_extent
@@ -137,7 +136,7 @@ def test_extents_belong_to_one_block_each(arguments: Arguments) -> None:
 @given(planned(ANY_SHAPES))
 def test_no_block_ends_inside_an_element(arguments: Arguments) -> None:
     layout, where, block_bytes, chunk_bytes = arguments
-    plan = make_plan(layout, where, block_bytes, chunk_bytes)
+    plan = plan_of(layout, where, block_bytes, chunk_bytes)
     for segment in layout.segments:
         cuts = [
             block.file_offset - segment.file_offset
@@ -151,7 +150,7 @@ def test_no_block_ends_inside_an_element(arguments: Arguments) -> None:
 @given(planned(ANY_SHAPES))
 def test_chunks_partition_the_blocks(arguments: Arguments) -> None:
     layout, where, block_bytes, chunk_bytes = arguments
-    plan = make_plan(layout, where, block_bytes, chunk_bytes)
+    plan = plan_of(layout, where, block_bytes, chunk_bytes)
     assert plan.block_starts[0] == 0 and plan.block_starts[-1] == len(plan.blocks)
     assert len(plan.block_starts) == len(plan.chunks) + 1
     for chunk, (start, stop) in zip(plan.chunks, itertools.pairwise(plan.block_starts), strict=True):
@@ -164,7 +163,7 @@ def test_chunks_partition_the_blocks(arguments: Arguments) -> None:
 @given(planned(ANY_SHAPES))
 def test_chunks_cut_the_data_evenly_and_the_first_has_the_header(arguments: Arguments) -> None:
     layout, where, block_bytes, chunk_bytes = arguments
-    plan = make_plan(layout, where, block_bytes, chunk_bytes)
+    plan = plan_of(layout, where, block_bytes, chunk_bytes)
     for index, file in enumerate(plan.files):
         chunks = [chunk for chunk in plan.chunks if chunk.file_index == index]
         assert [chunk.index for chunk in chunks] == list(range(len(chunks)))
@@ -176,7 +175,7 @@ def test_chunks_cut_the_data_evenly_and_the_first_has_the_header(arguments: Argu
 
 @given(planned(ANY_SHAPES))
 def test_the_columns_of_the_pipeline_are_the_extents_by_block(arguments: Arguments) -> None:
-    plan = make_plan(*arguments)
+    plan = plan_of(*arguments)
     rows = list(zip(*extent_columns(plan), strict=True))
     assert len(rows) == len(plan.extents)
     for block in plan.blocks:
@@ -190,13 +189,13 @@ def test_the_columns_of_the_pipeline_are_the_extents_by_block(arguments: Argumen
 @given(planned(ANY_SHAPES))
 def test_the_plan_is_deterministic(arguments: Arguments) -> None:
     layout, where, *sizes = arguments
-    assert make_plan(layout, where, *sizes) == make_plan(layout, tuple(where), *sizes)
+    assert plan_of(layout, where, *sizes) == plan_of(layout, tuple(where), *sizes)
 
 
 @given(planned(SMALL_SHAPES, max_count=4))
 def test_extents_equal_the_naive_byte_map(arguments: Arguments) -> None:
     layout, where, block_bytes, chunk_bytes = arguments
-    plan = make_plan(layout, where, block_bytes, chunk_bytes)
+    plan = plan_of(layout, where, block_bytes, chunk_bytes)
     for expected, actual in zip(stored_runs(layout, where), planned_runs(plan), strict=True):
         assert byte_map(actual) == byte_map(expected)
 
@@ -204,10 +203,10 @@ def test_extents_equal_the_naive_byte_map(arguments: Arguments) -> None:
 @given(planned(SMALL_SHAPES, max_count=4), st.data())
 def test_a_part_is_laid_into_the_blocks_it_lies_in_and_no_others(arguments: Arguments, data: st.DataObject) -> None:
     layout, where, block_bytes, chunk_bytes = arguments
-    whole = make_plan(layout, where, block_bytes, chunk_bytes)
+    whole = plan_of(layout, where, block_bytes, chunk_bytes)
     geometry = plan_geometry(whole.files, whole.chunks, block_bytes)
     part = [[run for run in runs if data.draw(st.booleans())] for runs in stored_runs(layout, where)]
-    plan = lay_extents(geometry, [columns(runs) for runs in part])
+    plan = lay_extents(geometry, [merge_runs(columns(runs)) for runs in part])
     wanted = [byte_map(runs) for runs in part]
     assert [byte_map(runs) for runs in planned_runs(plan)] == wanted
     for block, cut in zip(plan.blocks, whole.blocks, strict=True):
@@ -236,7 +235,7 @@ def test_the_edges_of_one_tensor(nbytes: int) -> None:
     layout = lay_out([TensorSpec("w", "uint8", (nbytes,), "model", "")])
     header_bytes = len(layout.files[0].header)
     chunk_bytes = chunk_size(layout, chunk_count=2, chunk_bytes=None)
-    plan = make_plan(layout, [(1, 0)], align_up(chunk_bytes // 4, ALIGNMENT), chunk_bytes)
+    plan = plan_of(layout, [(1, 0)], align_up(chunk_bytes // 4, ALIGNMENT), chunk_bytes)
     assert plan.files[0].nbytes == header_bytes + nbytes
     assert len(plan.chunks) == (1 if nbytes <= ALIGNMENT else 2)
     last = plan.blocks[-1]
@@ -249,7 +248,7 @@ def test_a_billion_bytes_in_three_chunks_are_the_ceil_of_a_third_each() -> None:
     elements = 41_666_667
     chunk_bytes = chunk_size(layout, chunk_count=3, chunk_bytes=None)
     assert chunk_bytes == -(-elements * 4 // ALIGNMENT) * ALIGNMENT
-    plan = make_plan(layout, [(1, 0)], 4 << 20, chunk_bytes)
+    plan = plan_of(layout, [(1, 0)], 4 << 20, chunk_bytes)
     header_bytes = plan.files[0].header_bytes
     assert [chunk.nbytes for chunk in plan.chunks] == [
         header_bytes + chunk_bytes,
@@ -299,9 +298,9 @@ def test_ceil_div_is_the_least_quotient_that_is_enough(dividend: int, divisor: i
 
 def test_runs_outside_every_block_or_overlapping_are_our_bug() -> None:
     layout = lay_out([TensorSpec("w", "uint8", (10,), "model", "")])
-    plan = make_plan(layout, [(1, 0)], ALIGNMENT, ALIGNMENT)
+    plan = plan_of(layout, [(1, 0)], ALIGNMENT, ALIGNMENT)
     end = plan.files[0].nbytes
     with pytest.raises(AssertionError, match="outside every block"):
         lay_extents(plan, [columns([Extent(1, 0, end - 1, 2)])])
     with pytest.raises(AssertionError, match="overlap"):
-        lay_extents(plan, [columns([Extent(1, 0, 0, 2), Extent(1, 5, 1, 2)])])
+        merge_runs(columns([Extent(1, 0, 0, 2), Extent(1, 5, 1, 2)]))
