@@ -1,12 +1,12 @@
 """How much longer training takes with checkpoints, by how often there is one: the plot of CheckFreq and PCcheck.
 
 Theory of operation.  A small transformer is trained on the CPU, with every core.  A segment is a few steps without a
-checkpoint, then so many periods of as many steps as the interval has, with a checkpoint after the first step of each.
-What a checkpoint costs is by how much the steps from it on, ten at most, take longer than an undisturbed one; what lies
-beyond is undisturbed, as what came before it is.  Their median is that of the very segment, so a host that is slower in
-one minute than in the next is so for both, and what an adopted arena does to a training's speed is no checkpoint's
-merit: it is in a row of its own.  The time until the last checkpoint is durable is added, because the next one would
-have to wait for that.
+checkpoint, then so many periods of as many steps as the interval has, with a checkpoint after the first step of each,
+then a few steps without again.  What a checkpoint costs is by how much the steps from it on, ten at most, take longer
+than an undisturbed one; what lies beyond is undisturbed, as what came before and after it is.  Their median is that of
+the very segment, so a host that is slower in one minute than in the next is so for both, and what an adopted arena
+does to a training's speed is no checkpoint's merit: it is in a row of its own.  The time until the last checkpoint is
+durable is added, because the next one would have to wait for that.
 
 Segments of one interval follow one another, everybody's in each round, in shuffled order.  Those without any checkpoint
 are counted in the same way: what they cost is nothing, and so what is measured for them is the noise.
@@ -32,9 +32,9 @@ from engine.bench.states import State
 
 INTERVALS = (1, 5, 10, 25, 100)
 CHECKPOINTS = {1: 6, 5: 3, 10: 3, 25: 1, 100: 1}  # in a segment, so that two rounds take four minutes
-STEPS_BEFORE = 5
+STEPS_ASIDE = 5  # without a checkpoint, on either side of a segment
 # Three quarters of a second, in which everybody's save of this state is durable.  From then on a step is undisturbed.
-STEPS_AFTER = 10
+STEPS_DISTURBED = 10
 
 # 9 million parameters, 109 MB with AdamW's two moments: on two cores a step takes about a tenth of a second, so that
 # one checkpoint a step is more than any drive here takes, and one in a hundred is nothing.
@@ -145,7 +145,8 @@ def _open_one(rounds: Rounds, kind: type[Saver], directory: Path, training: Trai
 
 def _segment(training: Training, saver: Saver | None, interval: int, count: int) -> list[Mapping[str, float]]:
     """So many checkpoints: the median undisturbed step, what each cost beyond, for how long its call held the loop."""
-    undisturbed = [_timed(training.step) for _ in range(STEPS_BEFORE)]
+    training.step()  # the first after a pause takes longer
+    undisturbed = [_timed(training.step) for _ in range(STEPS_ASIDE)]
     disturbed: list[list[float]] = []
     held: list[Mapping[str, float]] = []
     pending = Pending()
@@ -166,10 +167,11 @@ def _segment(training: Training, saver: Saver | None, interval: int, count: int)
         disturbed.append([_timed(first_step)])
         for index in range(1, interval):
             taken = _timed(lambda: training.step(saver))
-            (disturbed[-1] if index < STEPS_AFTER else undisturbed).append(taken)
+            (disturbed[-1] if index < STEPS_DISTURBED else undisturbed).append(taken)
     rest_s = _timed(pending.wait_durable)
     if saver is not None:
         saver.tidy()
+    undisturbed += [_timed(training.step) for _ in range(STEPS_ASIDE)]
     step_s = median(undisturbed)
     excess = [sum(steps) - len(steps) * step_s for steps in disturbed]
     excess[-1] += rest_s
