@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from itertools import pairwise
 from typing import Any
 
@@ -217,9 +217,13 @@ def decode(raw: bytes) -> Manifest:
     return manifest
 
 
+def _inconsistent(what: str) -> CorruptError:
+    return CorruptError(f"manifest.json is inconsistent: {what}")
+
+
 def _require(truth: bool, what: str) -> None:
     if not truth:
-        raise CorruptError(f"manifest.json is inconsistent: {what}")
+        raise _inconsistent(what)
 
 
 def _validate(manifest: Manifest) -> None:
@@ -264,18 +268,30 @@ def _validate_segments(manifest: Manifest) -> None:
     ends = [file.header_bytes for file in manifest.files]
     names: set[str] = set()
     for segment in manifest.segments:
-        where = f"tensor {segment.name!r}"
-        _require(segment.name not in names, f"{where} is listed twice")
+        wrong = _wrong_segment(segment, names, ends)
+        if wrong is not None:
+            raise _inconsistent(f"tensor {segment.name!r} {wrong}")
         names.add(segment.name)
-        _require(segment.dtype in DTYPES and segment.role in ROLES, f"{where} is {segment.dtype}, {segment.role}")
-        _require(0 <= segment.file < len(ends), f"{where} is in file {segment.file}")
-        _require(_nbytes(segment) == segment.nbytes, f"{where} of shape {segment.shape} has {segment.nbytes} bytes")
-        _require(segment.offset == ends[segment.file], f"{where} at {segment.offset} leaves a hole or overlaps")
         ends[segment.file] += segment.nbytes
     for file, end in zip(manifest.files, ends, strict=True):
         _require(end == file.nbytes, f"the tensors of {file.name} end at {end}, the file at {file.nbytes}")
     for alias, name in manifest.aliases.items():
         _require(alias not in names and name in names, f"alias {alias!r} of {name!r} does not fit")
+
+
+def _wrong_segment(segment: SegmentRecord, names: Set[str], ends: Sequence[int]) -> str | None:
+    """What is wrong with a segment that follows these, if anything; there may be a hundred thousand."""
+    if segment.name in names:
+        return "is listed twice"
+    if segment.dtype not in DTYPES or segment.role not in ROLES:
+        return f"is {segment.dtype}, {segment.role}"
+    if not 0 <= segment.file < len(ends):
+        return f"is in file {segment.file}"
+    if _nbytes(segment) != segment.nbytes:
+        return f"of shape {segment.shape} has {segment.nbytes} bytes"
+    if segment.offset != ends[segment.file]:
+        return f"at {segment.offset} leaves a hole or overlaps"
+    return None
 
 
 def _nbytes(segment: SegmentRecord) -> int | None:

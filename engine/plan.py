@@ -93,9 +93,7 @@ class Extents(Sequence[Extent]):
         self.nbytes.append(nbytes)
 
     def append_within(self, extents: Extents, start: int, end: int) -> None:
-        """Add what of these lies in a range of the file; each of them does in part."""
-        if not extents:
-            return
+        """Add what of these lies in a range of the file; each of them does in part, and there is one at least."""
         first = len(self)
         self.sources.extend(extents.sources)
         self.source_offsets.extend(extents.source_offsets)
@@ -275,7 +273,7 @@ def lay_extents(plan: Plan, runs: Sequence[Extents]) -> Plan:
     """Cut each file's runs at its block boundaries.  Blocks that no run touches get no extents.
 
     Args:
-        plan: a plan whose blocks are in order of file and offset.
+        plan: of `plan_geometry`, with its blocks in order of file and offset.
         runs: for each file, what to read or write, merged.
     """
     ends = [merged.file_ends() for merged in runs]
@@ -286,9 +284,11 @@ def lay_extents(plan: Plan, runs: Sequence[Extents]) -> Plan:
         block_end = block.file_offset + block.nbytes
         first = bisect_right(ends[block.file_index], block.file_offset)
         last = bisect_left(here.file_offsets, block_end, lo=first)
-        extent_start = len(extents)
+        if first == last:
+            blocks.append(block)
+            continue
+        blocks.append(block._replace(extent_start=len(extents), extent_count=last - first))
         extents.append_within(here[first:last], block.file_offset, block_end)
-        blocks.append(block._replace(extent_start=extent_start, extent_count=last - first))
     wanted_bytes = sum(sum(merged.nbytes) for merged in runs)
     assert sum(extents.nbytes) == wanted_bytes, "a run lies outside every block"
     return plan._replace(blocks=tuple(blocks), extents=extents)
