@@ -292,8 +292,9 @@ class Arena:
 
         Nothing else is put back: no hyperparameters, and nothing that the optimizer keeps besides tensors.
         """
-        self._put_optional(names, absent)
-        self.refresh()
+        if not self._census.optional.keys().isdisjoint(names):
+            self._put_optional(names, absent)
+            self.refresh()
 
     def __reduce__(self) -> NoReturn:
         raise UsageError(
