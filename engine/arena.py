@@ -76,6 +76,7 @@ class Arena:
         self._held: deque[Callable[[float | None], bool]] = deque()
         self._torn = False
         self._layout = lay_out(())
+        self._runs: tuple[Extents, ...] | None = None  # places, and so these, follow from the layout
         self._table = _Table({}, {}, {}, frozenset())
         self._pages, self._address = _allocate(self._layout)
         self._gather()
@@ -146,6 +147,7 @@ class Arena:
 
         Made with the layout, when it is adopted or has changed, so that the first save need not.
         """
+        assert self._runs is not None
         return self._runs
 
     @property
@@ -323,7 +325,7 @@ class Arena:
             if self._model is not None and (layout.segments, table.strides) != (self.segments, self._table.strides):
                 # The old pages are freed when the last of their tensors has moved.
                 self._pages, self._address = _allocate(layout)
-            self._layout, self._table = layout, table
+            self._layout, self._table, self._runs = layout, table, None
         self._census = census
         self._kept = _kept_besides(self._optimizer, census)
         self._awaits_state = any(not census.entries[name].tensors for name in census.optional)
@@ -413,8 +415,9 @@ class Arena:
             places.append((len(sources), 0))
             sources.append(Source(address, DTYPES[segment.dtype].itemsize, source_shape, source_stride))
         self._sources, self._places = tuple(sources), tuple(places)
-        file_count = len(self._layout.files)
-        self._runs = file_runs(self._layout, [(source + file_count, offset) for source, offset in places])
+        if self._runs is None:
+            file_count = len(self._layout.files)
+            self._runs = file_runs(self._layout, [(source + file_count, offset) for source, offset in places])
         self._memory: object = self._pages if adopted else [tensor.detach() for tensor in self._tensors]
 
     def _put_optional(self, names: Collection[str], absent: Collection[str]) -> None:

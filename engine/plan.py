@@ -16,8 +16,8 @@ A source is a number that whoever runs the plan turns into an address: the heade
 then what the arena says.  A plan thus holds no address and no tensor: it is computed once per arena and
 reused by every later save.
 
-Rules: no torch, no I/O, integers of any size, deterministic.  Called by `manifest` (geometry), `writer` and
-`reader`.
+Rules: no torch, no I/O, integers of any size, deterministic.  Called by `manifest` (geometry), `arena`
+(runs), `writer` and `reader`.
 """
 
 from __future__ import annotations
@@ -274,8 +274,9 @@ def lay_extents(plan: Plan, runs: Sequence[Extents]) -> Plan:
 
     Args:
         plan: of `plan_geometry`, with its blocks in order of file and offset.
-        runs: for each file, what to read or write, merged.
+        runs: for each file, what to read or write, as `merge_runs` gives it.
     """
+    assert not plan.extents, "blocks that nothing touches would keep what they have"
     ends = [merged.file_ends() for merged in runs]
     extents = Extents([], [], [], [])
     blocks: list[Block] = []

@@ -439,7 +439,7 @@ def _plan_read(manifest: Manifest, targets: Sequence[_Target]) -> Plan:
     runs = [Extents([], [], [], []) for _ in manifest.files]
     for record, source, offset in targets:
         runs[record.file].append(source, offset, record.offset, record.nbytes)
-    return lay_extents(manifest.geometry(), [merge_runs(file_runs) for file_runs in runs])
+    return lay_extents(manifest.geometry(), list(map(merge_runs, runs)))
 
 
 def selector(select: Select) -> Callable[[SegmentRecord | Segment], bool]:

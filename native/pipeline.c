@@ -4,8 +4,8 @@
  *     FREE -> STAGING -> STAGED -> MOVING -> MOVED -> FREE   a block of a write
  *     FREE ----------------------> MOVING -> MOVED -> FREE   a block of a read: verified, then copied out
  *
- * A write waits in STAGED until its job has files, so that staging can begin before the files are made.  Jobs
- * are served in order of arrival: an older save frees its arena first.
+ * A write waits in STAGED until its job has files, so that staging can begin before the files are made; where they are
+ * there it goes past it.  Jobs are served in order of arrival: an older save frees its arena first.
  *
  * The arena is wanted back soonest, and the device is slower than memory, so copying comes before everything else. A
  * block is hashed when there is nothing to copy, while the device works; from its slot, whose bytes are those that are
@@ -441,7 +441,8 @@ void pipeline_reap(eng_pipeline *p, uint32_t wait)
 
 /* ---- the inbox ---- */
 
-/* Give a job its files, and start what waited for them, in the order of the file.  0 if the ring is found to be gone, and the job with it. */
+/* Give a job its files, and start what waited for them, in the order in which it was staged.  0 if the ring is found to
+ * be gone, and the job with it. */
 static int attach_files(eng_pipeline *p, uint32_t entry_index)
 {
     entry *e = &p->entries[entry_index];

@@ -17,6 +17,7 @@
 #include "posix.h"
 #include "ring.h"
 
+/* A slot is in SLOT_STAGED if and only if it is in `waiting`. */
 enum slot_state { SLOT_FREE, SLOT_STAGING, SLOT_STAGED, SLOT_MOVING, SLOT_MOVED };
 
 typedef struct {
@@ -58,7 +59,7 @@ struct eng_pipeline {
     slot *slots;
     uint32_t *free_slots;
     uint32_t free_count;
-    slot_list waiting;        /* SLOT_STAGED: their jobs have no files yet */
+    slot_list waiting;        /* staged, and their jobs have no files yet */
     slot_list unhashed;       /* staged or read, and not hashed */
     uint32_t moving_count;    /* operations under way */
     uint32_t reading_count;   /* those of them that are reads */

@@ -7,15 +7,18 @@ computed from samples made up for the purpose, one of each met and missed.
 from __future__ import annotations
 
 import ast
+import ctypes
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import pytest
 import torch
@@ -24,9 +27,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import engine
-from engine.bench import charts, compare, footprint, goals, measure, report, states
+from engine.bench import charts, compare, footprint, goals, limits, measure, report, states
 from engine.bench.__main__ import main
-from engine.bench.limits import fio_turns
 from engine.bench.loaders import LOADERS, OursLoader, SafetensorsLoader
 from engine.bench.noise import GROUP_MAX, chance, spread
 from engine.bench.record import FORMAT, Record, Sample, Subject, decode, encode, values
@@ -212,7 +214,7 @@ options = dict(word[2:].split("=", 1) for word in sys.argv[1:])
 path, size, block = options["filename"], int(options["size"]), int(options["bs"])
 if options["rw"] == "write":
     if os.path.exists(path) and os.path.getsize(path) < size:
-        os.rename(path, path + "-before")  # so that its inode is not given again
+        os.unlink(path)
     with open(path, "r+b" if os.path.exists(path) else "wb") as file:
         file.write(bytes(size // block * block))
 done = {{"runtime": 100, "io_bytes": size // block * block}}
@@ -220,22 +222,75 @@ print(json.dumps({{"jobs": [{{options["rw"]: done}}]}}))
 """
 
 
-def test_what_fio_overwrites_is_the_file_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def like_fio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> measure.Rounds:
+    """Rounds on a host where fio is that."""
     (tmp_path / "fio").write_text(LIKE_FIO.format(python=sys.executable))
     (tmp_path / "fio").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / "place").mkdir()
-    rounds = measure.Rounds(make_record(), tmp_path / "place")
-    nbytes = 10_000_000  # no whole number of blocks
-    for turn in fio_turns(rounds, nbytes).values():
-        assert turn()["seconds_s"] == pytest.approx(0.1, rel=0.3)  # scaled to the bytes that were left out
-    assert (rounds.directory / "fio").stat().st_size == nbytes
+    return measure.Rounds(make_record(), tmp_path / "place")
+
+
+@pytest.mark.parametrize("nbytes", [10_000_000, 2_000_000], ids=["no whole number of blocks", "less than a block"])
+def test_fio_writes_to_the_files_that_are_there(like_fio: measure.Rounds, nbytes: int) -> None:
+    inode = None
+    for turn in limits.fio_turns(like_fio, nbytes, limits.SHAPES).values():
+        with (like_fio.directory / "fio").open("rb") as file:
+            assert turn()["seconds_s"] > 0
+            assert os.fstat(file.fileno()).st_nlink == 1
+        inode = inode or (like_fio.directory / "fio").stat().st_ino
+    assert (like_fio.directory / "fio").stat().st_ino == inode
+
+
+def test_fio_that_makes_a_file_anew_is_found_out(like_fio: measure.Rounds) -> None:
+    turns = limits.fio_turns(like_fio, 10_000_000, [(4, 4)])
+    os.truncate(like_fio.directory / "fio", 4096)
+    with pytest.raises(OSError, match="made one anew"):
+        turns["fio", "overwritten, 4 MiB x 4"]()
+
+
+def test_every_goal_of_fio_has_a_job_beside_a_copy(like_fio: measure.Rounds) -> None:
+    turns = limits.limit_turns(like_fio, 10_000_000)
+    assert {setting.partition(", ")[0] for name, setting in turns if name == "fio"} == {*goals.PLAIN, *goals.COPIED}
+    beside = turns["fio", "overwritten beside a copy, 4 MiB x 4"]
+    assert beside()["seconds_s"] == beside()["seconds_s"] == turns["fio", "overwritten, 4 MiB x 4"]()["seconds_s"]
+    assert turns["memcpy", "one thread"]()["seconds_s"] > 0
+
+
+def test_a_copy_is_made_and_looked_at_once_in_a_period() -> None:
+    copy = limits._Copy(100_000)
+    done: list[str] = []
+    looked = threading.Event()
+
+    def look() -> None:
+        done.append("look")
+        looked.set()
+
+    with (
+        mock.patch.object(copy, "make", lambda: done.append("make")),
+        mock.patch.object(copy, "look", look),
+        copy.every(3600),
+    ):
+        assert looked.wait(60)
+    assert done == ["make", "look"]
+    copy.make()
+    copy.look()
+    ctypes.memset(copy._target, 0, 1)
+    with pytest.raises(AssertionError, match="not what was copied"):
+        copy.look()
+
+
+def test_a_copy_that_fails_fails_the_job_beside_it() -> None:
+    copy = limits._Copy(100_000)
+    with pytest.raises(ZeroDivisionError), mock.patch.object(copy, "make", lambda: 1 // 0), copy.every(1.0):
+        pass
 
 
 def test_without_fio_its_row_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     rounds = measure.Rounds(make_record(), tmp_path)
-    assert fio_turns(rounds, 4096) == {}
+    assert limits.fio_turns(rounds, 4096, limits.SHAPES) == {}
     [row] = [subject for subject in rounds.record.subjects if subject.name == "fio"]
     assert row.unavailable is not None and "not installed" in row.unavailable
 
@@ -365,7 +420,7 @@ def outcome(record: Record, what: str) -> goals.Outcome:
     return found
 
 
-def test_the_floor_is_fio_beside_a_copy_in_the_place_of_the_engine() -> None:
+def test_fio_beside_a_copy_is_put_in_the_place_of_the_engine() -> None:
     record = make_record()
     record.samples += [
         sample("save", "engine", durable_s=0.2),
@@ -377,9 +432,9 @@ def test_the_floor_is_fio_beside_a_copy_in_the_place_of_the_engine() -> None:
         outcome(record, "durable throughput, recycled"),
         outcome(record, "durable, against torch.save"),
     )
-    assert throughput.measured == pytest.approx(0.5) and throughput.floor == pytest.approx(0.1 / 0.15)
-    assert against.measured == pytest.approx(1.5) and against.floor == pytest.approx(0.3 / 0.15)
-    assert outcome(record, "restore, cold, beside fio").floor is None
+    assert throughput.measured == pytest.approx(0.5) and throughput.beside_copy == pytest.approx(0.1 / 0.15)
+    assert against.measured == pytest.approx(1.5) and against.beside_copy == pytest.approx(0.3 / 0.15)
+    assert outcome(record, "restore, cold, beside fio").beside_copy is None
 
 
 def test_without_samples_no_goal_is_met_or_missed() -> None:

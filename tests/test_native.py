@@ -589,17 +589,33 @@ def test_all_is_staged_before_all_is_written(open_pipeline: Callable[..., Pipeli
 def test_what_was_staged_before_the_files_were_there_is_written_in_order(
     open_pipeline: Callable[..., Pipeline], buffered_fd: int
 ) -> None:
-    """Whichever slots it came to lie in: the second job takes the slots in the order in which the first freed them."""
+    """Whichever slots it came to lie in: the second job takes those first that the first has freed last."""
     table = FaultTable()
     pipeline = open_pipeline(4, SLOT_BYTES, table)
-    for _ in range(2):
+    for order in ([0, 1, 2, 3], [0, 1, 2, 3], [2, 0, 3, 1]):
         table.operations.clear()
-        job = make_job(WRITE, whole(4 * SLOT_BYTES, SLOT_BYTES), [plain(noise(4 * SLOT_BYTES))])
+        job = make_job(WRITE, whole(4 * SLOT_BYTES, SLOT_BYTES), [plain(noise(4 * SLOT_BYTES))], order=order)
         pipeline.submit(job)
         assert pipeline.wait(job, Milestone.STAGED, HANG_NS)
         pipeline.attach(job, [buffered_fd])
         assert finish(pipeline, job).failure is None
-        assert [operation.file_offset // SLOT_BYTES for operation in table.operations] == [0, 1, 2, 3]
+        assert [operation.file_offset // SLOT_BYTES for operation in table.operations] == order
+
+
+def test_a_job_that_waits_for_its_files_keeps_no_other_from_starting(
+    open_pipeline: Callable[..., Pipeline], buffered_fd: int
+) -> None:
+    table = FaultTable()
+    pipeline = open_pipeline(4, SLOT_BYTES, table)
+    first, second = (make_job(WRITE, whole(2 * SLOT_BYTES, SLOT_BYTES), [plain(noise(2 * SLOT_BYTES))]) for _ in "ab")
+    for job in (first, second):
+        pipeline.submit(job)
+        assert pipeline.wait(job, Milestone.STAGED, HANG_NS)
+    for job in (second, first):
+        table.operations.clear()
+        pipeline.attach(job, [buffered_fd])
+        assert finish(pipeline, job).failure is None
+        assert [operation.file_offset // SLOT_BYTES for operation in table.operations] == [0, 1]
 
 
 def test_nothing_urgent_is_staged_at_once(open_pipeline: Callable[..., Pipeline]) -> None:

@@ -300,7 +300,9 @@ def test_runs_outside_every_block_or_overlapping_are_our_bug() -> None:
     layout = lay_out([TensorSpec("w", "uint8", (10,), "model", "")])
     plan = plan_of(layout, [(1, 0)], ALIGNMENT, ALIGNMENT)
     end = plan.files[0].nbytes
+    with pytest.raises(AssertionError, match="keep what they have"):
+        lay_extents(plan, [])
     with pytest.raises(AssertionError, match="outside every block"):
-        lay_extents(plan, [columns([Extent(1, 0, end - 1, 2)])])
+        lay_extents(plan_geometry(plan.files, plan.chunks, ALIGNMENT), [columns([Extent(1, 0, end - 1, 2)])])
     with pytest.raises(AssertionError, match="overlap"):
         merge_runs(columns([Extent(1, 0, 0, 2), Extent(1, 5, 1, 2)]))

@@ -184,15 +184,14 @@ def _main(rounds: Rounds, scales: Scales) -> None:
     savers = rounds.open_savers(SAVERS, state, WARM_UP)
     saves = {(name, ""): _save_turn(saver) for name, saver in savers.items()}
     firsts = {(name, ""): _first_turn(rounds, type(saver), state) for name, saver in savers.items()}
-    fio = {**limits.fio_turns(rounds, scales.main_bytes), **limits.beside_turns(rounds, scales.main_bytes)}
-    memcpy = limits.memcpy_turns(rounds, scales.main_bytes)
+    limit = limits.limit_turns(rounds, scales.main_bytes)
     end = time.monotonic() + 2 * scales.seconds  # three sections in one
     for number in range(scales.rounds):
         if number and time.monotonic() > end:
             break
         if number == FIRST_ROUNDS_PEERS:
             firsts = {key: turn for key, turn in firsts.items() if key[0] == Ours.name}
-        _one_round(rounds, number, shape, {"save": saves, "limit": {**fio, **memcpy}, "first": firsts})
+        _one_round(rounds, number, shape, {"save": saves, "limit": limit, "first": firsts})
     for saver in savers.values():
         saver.close()
     _clear(rounds)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from statistics import mean, median
 from typing import TypeVar
@@ -22,21 +21,22 @@ BLOCK_BYTES = 4 << 20  # the default of Engine
 MEMORY_SLACK_BYTES = 16 << 20
 SLOWDOWN_AT = "every 10"  # steps: the headline setting of PCcheck
 # The kinds of fio's jobs, as they begin the settings of its samples; those that goals are set by also beside a copy.
-WRITES = ("fresh", "preallocated", "overwritten")
-COPIED = ("preallocated", "overwritten", "read")
+PLAIN = ("fresh", "preallocated", "overwritten", "read")
 BESIDE = " beside a copy"
+COPIED = tuple(what + BESIDE for what in PLAIN if what != "fresh")
 # The subjects of segments of training that save nothing: ordinary tensors, and an arena that has adopted them.
 NONE, ADOPTED = "no checkpoints", "no checkpoints, adopted"
 
 Number = TypeVar("Number", int, float)
+Compute = Callable[[], float]  # raises _Unknown
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """One goal: `measured` is None where something was not measured.
 
-    `floor` is what would be measured with fio beside a copy in the engine's place: where that misses the goal as well,
-    the host does not give more.
+    `beside_copy` is what would be measured with fio in the engine's place, beside a copy (see `limits`): as much as the
+    host gives to whoever stages a state and looks at what it has staged.
     """
 
     what: str
@@ -44,7 +44,7 @@ class Outcome:
     measured: float | None
     met: bool | None
     unit: str = "x"
-    floor: float | None = None
+    beside_copy: float | None = None
 
     @property
     def verdict(self) -> str:
@@ -146,15 +146,12 @@ def _cpu(record: Record, peers: list[str]) -> float:
 
 
 def _throughput(record: Record) -> list[Outcome]:
-    def beside(what: str, ours: Callable[[], float]) -> float:
-        return _limit(record, what) / ours()
-
     def row(what: str, goal: float, limit: str, section: str) -> Outcome:
         return _at_least(
             what,
             goal,
-            lambda: beside(limit, lambda: _median(main_samples(record, section, OURS), "durable_s")),
-            floor=lambda: beside(limit, lambda: _limit(record, limit + BESIDE)),
+            lambda: _limit(record, limit) / _median(main_samples(record, section, OURS), "durable_s"),
+            beside_copy=lambda: _limit(record, limit) / _limit(record, limit + BESIDE),
         )
 
     return [
@@ -174,7 +171,7 @@ def _against(record: Record) -> list[Outcome]:
             f"durable, against {peer}",
             goal,
             lambda: theirs(peer) / _median(main_samples(record, "save", OURS), "durable_s"),
-            floor=lambda: theirs(peer) / _limit(record, "overwritten" + BESIDE),
+            beside_copy=lambda: theirs(peer) / _limit(record, "overwritten" + BESIDE),
         )
 
     return [row(peer, goal) for peer, goal in goals.items()]
@@ -244,7 +241,7 @@ def _restore(record: Record, peers: list[str]) -> list[Outcome]:
     def ours() -> float:
         return _median(main_samples(record, "load", OURS), "ready_s")
 
-    def floor() -> float:
+    def reading() -> float:
         return _limit(record, "read" + BESIDE)
 
     return [
@@ -252,13 +249,13 @@ def _restore(record: Record, peers: list[str]) -> list[Outcome]:
             "restore, cold, beside fio's best read",
             0.95,
             lambda: _limit(record, "read") / ours(),
-            floor=lambda: _limit(record, "read") / floor(),
+            beside_copy=lambda: _limit(record, "read") / reading(),
         ),
         _at_least(
             "restore, cold, against the best peer",
             1,
             lambda: _best(record, "load", peers, "ready_s") / ours(),
-            floor=lambda: _best(record, "load", peers, "ready_s") / floor(),
+            beside_copy=lambda: _best(record, "load", peers, "ready_s") / reading(),
         ),
     ]
 
@@ -317,19 +314,26 @@ def _known(found: list[Number]) -> list[Number]:
 
 
 def _at_least(
-    what: str, goal: float, compute: Callable[[], float], unit: str = "x", floor: Callable[[], float] | None = None
+    what: str,
+    goal: float,
+    compute: Compute,
+    unit: str = "x",
+    beside_copy: Callable[[], float] | None = None,
 ) -> Outcome:
     found = _outcome(what, f">= {goal:g} {unit}", compute, lambda measured: measured >= goal, unit)
-    with suppress(_Unknown):
-        return found if floor is None else replace(found, floor=floor())
-    return found
+    if beside_copy is None:
+        return found
+    try:
+        return replace(found, beside_copy=beside_copy())
+    except _Unknown:
+        return found
 
 
-def _at_most(what: str, goal: float, compute: Callable[[], float], unit: str = "x") -> Outcome:
+def _at_most(what: str, goal: float, compute: Compute, unit: str = "x") -> Outcome:
     return _outcome(what, f"<= {goal:g} {unit}", compute, lambda measured: measured <= goal, unit)
 
 
-def _outcome(what: str, goal: str, compute: Callable[[], float], holds: Callable[[float], bool], unit: str) -> Outcome:
+def _outcome(what: str, goal: str, compute: Compute, holds: Callable[[float], bool], unit: str) -> Outcome:
     try:
         measured = compute()
     except _Unknown:

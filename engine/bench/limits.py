@@ -7,9 +7,10 @@ best of two block sizes and two depths.  Its buffers are in huge pages, as the e
 lie scattered in memory, the same read took 140 ms in one run and 370 in the next.  A job takes its turn in the rounds
 like everybody else, and its time is fio's own, without its start.
 
-No save can do with less than one copy of the state and one look at the copy, and no restore that verifies what it
-reads.  So fio also runs beside a thread that does that much, as often as fio moves the state: `BESIDE`.  It shows what
-is left of the limit on a host whose device, or the memory that it needs, is busy with that as well.
+A save that stages, as ours does, copies the state once and looks at the copy once, to hash it; a restore that verifies
+before a byte reaches a tensor looks once and copies once.  So fio also runs beside a thread that does that much in the
+time that fio takes: `BESIDE`.  It shows what of the limit such an engine can have on a host whose device, or the memory
+that it needs, is busy with the copy as well.
 
 memcpy is that of the C library, in one thread, over huge pages that have been touched, more than any cache holds.
 """
@@ -24,15 +25,16 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from engine.bench.goals import BESIDE, COPIED, WRITES
-from engine.bench.measure import Rounds, Turn, forget
+from engine.bench.goals import BESIDE, COPIED, PLAIN
+from engine.bench.measure import Rounds, Turn, forget, settle
 
 FIO, MEMCPY = "fio", "memcpy"
-BLOCK_MIB, DEPTHS = (1, 4), (4, 16)
+SHAPES = ((1, 4), (1, 16), (4, 4), (4, 16))  # blocks in MiB, and depths
 HOW = (
     "--ioengine=io_uring --direct=1 --fixedbufs=1 --registerfiles=1 --end_fsync=1, huge pages, blocks of 1 and 4 MiB, "
     "depths 4 and 16"
@@ -46,65 +48,44 @@ _libc.memchr.restype = ctypes.c_void_p
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
-def setting(what: str, block_mib: int, depth: int) -> str:
-    """The setting of a job, as samples have it; all of one kind begin with what they do."""
-    return f"{what}, {block_mib} MiB x {depth}"
+def limit_turns(rounds: Rounds, nbytes: int) -> dict[tuple[str, str], Turn]:
+    """Turns for everything: fio in each way, alone and beside a copy, and memcpy."""
+    copy = _Copy(nbytes) if rounds.wanted(FIO) or rounds.wanted(MEMCPY) else None
+    turns = fio_turns(rounds, nbytes, SHAPES)
+    if copy is None:
+        return turns
+    if rounds.wanted(MEMCPY):
+        rounds.introduce(MEMCPY, "limit", "memmove of the C library, one thread, huge pages")
+        turns[MEMCPY, "one thread"] = copy.timed
+    for (name, alone), turn in list(turns.items()):
+        what, _, shape = alone.partition(", ")
+        if what + BESIDE in COPIED:
+            turns[name, f"{what}{BESIDE}, {shape}"] = _beside(rounds, copy, turn)
+    return turns
 
 
-def fio_turns(
-    rounds: Rounds, nbytes: int, shapes: tuple[tuple[int, int], ...] | None = None
-) -> dict[tuple[str, str], Turn]:
-    """Turns for fio in each way; none, and a row that says why, if there is no fio."""
+def fio_turns(rounds: Rounds, nbytes: int, shapes: Iterable[tuple[int, int]]) -> dict[tuple[str, str], Turn]:
+    """Turns for fio alone, in each way; none, and a row that says why, if there is no fio.
+
+    Args:
+        shapes: sizes of blocks in MiB, and depths.
+    """
     if not rounds.wanted(FIO):
         return {}
     rounds.introduce(FIO, "limit", HOW)
     if shutil.which("fio") is None:
         rounds.refuse(FIO, "limit", FileNotFoundError("fio is not installed; make bench does it"))
         return {}
-    shapes = shapes or tuple((block, depth) for block in BLOCK_MIB for depth in DEPTHS)
     path = rounds.directory / "fio"
     _job(path, nbytes, 4, 16, "write")  # there is something to overwrite and to read
     # fio leaves out what is no whole block, and deletes a file that is shorter than it should be before it writes
     # (extend_file in its filesetup.c): that would be no overwriting.
-    os.truncate(path, nbytes)
+    os.truncate(path, max(nbytes, path.stat().st_size))
     return {
-        (FIO, setting(what, *shape)): _turn(path, nbytes, what, *shape)
-        for what in (*WRITES, "read")
-        for shape in shapes
+        (FIO, f"{what}, {block_mib} MiB x {depth}"): _turn(path, nbytes, what, block_mib, depth)
+        for what in PLAIN
+        for block_mib, depth in shapes
     }
-
-
-def beside_turns(rounds: Rounds, nbytes: int) -> dict[tuple[str, str], Turn]:
-    """Turns for fio beside a copy, in blocks of 4 MiB, 16 deep.  Called after `fio_turns`, which makes the file."""
-    path = rounds.directory / "fio"
-    if not path.exists():
-        return {}
-    copy = _Copy(nbytes)
-
-    def beside(job: Turn) -> Turn:
-        def turn() -> Mapping[str, float]:
-            alone_s = job()["seconds_s"]
-            with copy.every(alone_s):
-                return job()
-
-        return turn
-
-    return {(FIO, setting(what + BESIDE, 4, 16)): beside(_turn(path, nbytes, what, 4, 16)) for what in COPIED}
-
-
-def memcpy_turns(rounds: Rounds, nbytes: int) -> dict[tuple[str, str], Turn]:
-    """A turn for memcpy."""
-    if not rounds.wanted(MEMCPY):
-        return {}
-    rounds.introduce(MEMCPY, "limit", "memmove of the C library, one thread, huge pages")
-    copy = _Copy(nbytes)
-
-    def turn() -> Mapping[str, float]:
-        began_ns = time.perf_counter_ns()
-        copy.make()
-        return {"seconds_s": (time.perf_counter_ns() - began_ns) / 1e9}
-
-    return {(MEMCPY, "one thread"): turn}
 
 
 class _Copy:
@@ -119,7 +100,14 @@ class _Copy:
 
     def look(self) -> None:
         """Read all of the copy: what is looked for is not in there."""
-        _libc.memchr(self._target, 0, self._nbytes)
+        if _libc.memchr(self._target, 0, self._nbytes) is not None:
+            raise AssertionError("the copy is not what was copied")
+
+    def timed(self) -> Mapping[str, float]:
+        """A turn: one copy."""
+        began_ns = time.perf_counter_ns()
+        self.make()
+        return {"seconds_s": (time.perf_counter_ns() - began_ns) / 1e9}
 
     @contextmanager
     def every(self, period_s: float) -> Iterator[None]:
@@ -133,17 +121,35 @@ class _Copy:
                 self.look()
                 ended.wait(max(0.0, period_s - (time.monotonic() - began)))
 
-        thread = threading.Thread(target=work)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
+        with ThreadPoolExecutor(1) as threads:
+            working = threads.submit(work)
+            try:
+                yield
+            finally:
+                ended.set()
+                working.result()
+
+
+def _beside(rounds: Rounds, copy: _Copy, job: Turn) -> Turn:
+    """The same job beside one copy in the time that it takes: what it took in its last turn, at first what it takes
+    alone."""
+    period_s: float | None = None
+
+    def turn() -> Mapping[str, float]:
+        nonlocal period_s
+        if period_s is None:
+            period_s = job()["seconds_s"]
+            settle(rounds.directory)
+        with copy.every(period_s):
+            measured = job()
+        period_s = measured["seconds_s"]
+        return measured
+
+    return turn
 
 
 def _huge_pages(nbytes: int) -> ctypes.Array[ctypes.c_char]:
-    """Memory that is there, and full of ones."""
+    """Memory that is there, and full of ones.  As `arena.allocate_pages`, which is no part of the public API."""
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel built without
         pages.madvise(mmap.MADV_HUGEPAGE)
@@ -152,7 +158,7 @@ def _huge_pages(nbytes: int) -> ctypes.Array[ctypes.c_char]:
     return memory
 
 
-def _turn(path: Path, nbytes: int, what: str, block_mib: int, depth: int) -> Callable[[], Mapping[str, float]]:
+def _turn(path: Path, nbytes: int, what: str, block_mib: int, depth: int) -> Turn:
     def turn() -> Mapping[str, float]:
         target = path
         if what == "read":
@@ -162,12 +168,16 @@ def _turn(path: Path, nbytes: int, what: str, block_mib: int, depth: int) -> Cal
             target.unlink(missing_ok=True)
             if what == "preallocated":
                 with target.open("wb") as file:
-                    os.posix_fallocate(file.fileno(), 0, nbytes)
+                    os.posix_fallocate(file.fileno(), 0, max(nbytes, block_mib << 20))
                     os.fsync(file.fileno())
-        inode = path.stat().st_ino
+        rw = "read" if what == "read" else "write"
         try:
-            seconds_s = _job(target, nbytes, block_mib, depth, "read" if what == "read" else "write")
-            assert path.stat().st_ino == inode, "fio has made a file anew that it was to overwrite"
+            if what == "fresh":
+                return {"seconds_s": _job(target, nbytes, block_mib, depth, rw)}
+            with target.open("rb") as file:
+                seconds_s = _job(target, nbytes, block_mib, depth, rw)
+                if os.fstat(file.fileno()).st_nlink == 0:
+                    raise OSError("fio has deleted the file that was there, and made one anew")
             return {"seconds_s": seconds_s}
         finally:
             if target != path:

@@ -23,7 +23,7 @@ from engine.bench.goals import (
     COPIED,
     NONE,
     OURS,
-    WRITES,
+    PLAIN,
     Outcome,
     best_limit,
     interval,
@@ -121,7 +121,7 @@ def history_line(record: Record, goals: Iterable[Outcome]) -> str:
         "ready_s": {name: median(values(found, "ready_s")) for name, found in loads.items() if found},
         "fio_s": {
             what: best
-            for what in (*WRITES, "read", *(what + BESIDE for what in COPIED))
+            for what in (*PLAIN, *COPIED)
             if (best := best_limit(record, what, record.main_bytes)) is not None
         },
         "goals": {goal.what: goal.measured for goal in goals},
@@ -136,14 +136,14 @@ def _goal_table(goals: Iterable[Outcome]) -> Table:
     def figure(value: float | None, unit: str) -> str:
         return "" if value is None else f"{value:.3g} {unit}"
 
-    rows = [(g.what, g.goal, figure(g.measured, g.unit), g.verdict, figure(g.floor, g.unit)) for g in goals]
+    rows = [(g.what, g.goal, figure(g.measured, g.unit), g.verdict, figure(g.beside_copy, g.unit)) for g in goals]
     return Table("Goals", ("what", "goal", "measured", "", f"fio{BESIDE}"), rows)
 
 
 def _limit_table(record: Record) -> Table:
     rows: list[Sequence[str]] = []
     for nbytes in sorted({sample.nbytes for sample in record.select("limit")}):
-        for what in (*WRITES, "read", *(what + BESIDE for what in COPIED)):
+        for what in (*PLAIN, *COPIED):
             found = limits(record, what, nbytes)
             if found:
                 setting = min(found, key=lambda key: found[key])

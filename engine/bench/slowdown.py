@@ -145,7 +145,7 @@ def _open_one(rounds: Rounds, kind: type[Saver], directory: Path, training: Trai
 
 def _segment(training: Training, saver: Saver | None, interval: int, count: int) -> list[Mapping[str, float]]:
     """So many checkpoints: the median undisturbed step, what each cost beyond, for how long its call held the loop."""
-    training.step()  # the first after a pause takes longer
+    training.step()  # the first after a pause takes longer: this one does not count
     undisturbed = [_timed(training.step) for _ in range(STEPS_ASIDE)]
     disturbed: list[list[float]] = []
     held: list[Mapping[str, float]] = []
@@ -171,6 +171,7 @@ def _segment(training: Training, saver: Saver | None, interval: int, count: int)
     rest_s = _timed(pending.wait_durable)
     if saver is not None:
         saver.tidy()
+    training.step()
     undisturbed += [_timed(training.step) for _ in range(STEPS_ASIDE)]
     step_s = median(undisturbed)
     excess = [sum(steps) - len(steps) * step_s for steps in disturbed]
