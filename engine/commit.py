@@ -26,7 +26,7 @@ class WrittenFile(NamedTuple):
     nbytes: int
 
 
-def commit(catalog: Catalog, step: int, files: Sequence[WrittenFile], manifest: bytes) -> str:
+def commit(catalog: Catalog, step: int, files: Sequence[WrittenFile], manifest: bytes | bytearray) -> str:
     """Make a fully written `step-N.partial` durable and visible as `step-N`; return its path.  Blocks.
 
     Raises:

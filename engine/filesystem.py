@@ -200,7 +200,7 @@ class Filesystem:
         with suppress(OSError):
             os.close(descriptor)
 
-    def write_new_file(self, path: str, content: bytes) -> None:
+    def write_new_file(self, path: str, content: bytes | bytearray) -> None:
         """Create a file that is not there yet, write it and make it durable."""
         with telling("open", path):
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, _FILE_MODE)

@@ -57,6 +57,8 @@ _NAMES_SHOWN = 4
 _FILE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,99}\.safetensors")
 _PREFIX = re.compile(rb'\{"sha256":"([0-9a-f]{64})","body":')
 _SUFFIX = b"}\n"
+_DIGEST_CHARS = 64  # of SHA-256, in hexadecimal
+_ENCODER = msgspec.json.Encoder()
 
 
 class ChunkRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -181,17 +183,23 @@ def chunk_records(plan: Plan, layers: Sequence[tuple[str, ...]], checksums: Sequ
     )
 
 
-def encode(manifest: Manifest) -> bytes:
-    """The bytes of `manifest.json`.
+def encode(manifest: Manifest) -> bytearray:
+    """The bytes of `manifest.json`, made in one piece of memory: there may be megabytes of them.
 
     Raises:
         ArgumentError: there are more of them than a reader would take; only `extra` can make so many.
     """
-    body = msgspec.json.encode(manifest)
-    if len(body) > MANIFEST_BYTES_MAX // 2:  # half, so that no reader's limit is ever near
-        raise ArgumentError(f"the manifest would have {len(body)} bytes; store less in `extra`")
-    digest = hashlib.sha256(body).hexdigest()
-    return f'{{"sha256":"{digest}","body":'.encode() + body + _SUFFIX
+    start, between = b'{"sha256":"', b'","body":'
+    raw = bytearray(start + bytes(_DIGEST_CHARS) + between)
+    body_start = len(raw)
+    _ENCODER.encode_into(manifest, raw, body_start)
+    if len(raw) > MANIFEST_BYTES_MAX // 2:  # half, so that no reader's limit is ever near
+        raise ArgumentError(f"the manifest would have {len(raw)} bytes; store less in `extra`")
+    with memoryview(raw) as view:
+        digest = hashlib.sha256(view[body_start:]).hexdigest()
+        view[len(start) : len(start) + _DIGEST_CHARS] = digest.encode()
+    raw += _SUFFIX
+    return raw
 
 
 def decode(raw: bytes) -> Manifest:

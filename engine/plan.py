@@ -81,9 +81,11 @@ class Extents(Sequence[Extent]):
         columns = (self.sources, self.source_offsets, self.file_offsets, self.nbytes)
         return Extents(*(list(compress(column, truths)) for column in columns))
 
-    def file_ends(self) -> list[int]:
-        """Where in the file each ends."""
-        return list(map(add, self.file_offsets, self.nbytes))
+    def index_at(self, offset: int) -> int:
+        """The first that ends beyond this offset of the file.  They are in order and do not overlap."""
+        after = bisect_right(self.file_offsets, offset)
+        reaches = after > 0 and self.file_offsets[after - 1] + self.nbytes[after - 1] > offset
+        return after - 1 if reaches else after
 
     def append(self, source: int, source_offset: int, file_offset: int, nbytes: int) -> None:
         """Add one."""
@@ -277,13 +279,12 @@ def lay_extents(plan: Plan, runs: Sequence[Extents]) -> Plan:
         runs: for each file, what to read or write, as `merge_runs` gives it.
     """
     assert not plan.extents, "blocks that nothing touches would keep what they have"
-    ends = [merged.file_ends() for merged in runs]
     extents = Extents([], [], [], [])
     blocks: list[Block] = []
     for block in plan.blocks:
         here = runs[block.file_index]
         block_end = block.file_offset + block.nbytes
-        first = bisect_right(ends[block.file_index], block.file_offset)
+        first = here.index_at(block.file_offset)
         last = bisect_left(here.file_offsets, block_end, lo=first)
         if first == last:
             blocks.append(block)
@@ -302,7 +303,7 @@ def merge_runs(runs: Extents) -> Extents:
     """
     runs = runs.chosen(runs.nbytes)
     source_ends = map(add, runs.source_offsets, runs.nbytes)
-    file_ends = runs.file_ends()
+    file_ends = list(map(add, runs.file_offsets, runs.nbytes))
     assert all(map(le, file_ends, runs.file_offsets[1:])), "runs overlap"
     ended = zip(runs.sources, source_ends, file_ends, strict=True)
     begun = zip(runs.sources[1:], runs.source_offsets[1:], runs.file_offsets[1:], strict=True)

@@ -71,7 +71,7 @@ class FailingFilesystem(Filesystem):
         self._refuse("sync_file", path)
         super().sync_file(descriptor, path)
 
-    def write_new_file(self, path: str, content: bytes) -> None:
+    def write_new_file(self, path: str, content: bytes | bytearray) -> None:
         self._refuse("write_new_file", path)
         super().write_new_file(path, content)
 

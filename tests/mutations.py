@@ -102,7 +102,7 @@ def patched(target: object, name: str, value: object) -> Change:
 def commit_in(order: str) -> Callable[[Catalog, int, Sequence[WrittenFile], bytes], str]:
     """`commit` with its lines in this order; C6 goes with C5, and R1 retires everything."""
 
-    def commit(catalog: Catalog, step: int, files: Sequence[WrittenFile], manifest: bytes) -> str:
+    def commit(catalog: Catalog, step: int, files: Sequence[WrittenFile], manifest: bytes | bytearray) -> str:
         filesystem = catalog.filesystem
         where = catalog.partial_path(step)
         for line in order.split():

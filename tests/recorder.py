@@ -311,7 +311,7 @@ class RecordingFilesystem(Filesystem):
             super().truncate(descriptor, nbytes, path)
             self._world.truncated(descriptor, nbytes)
 
-    def write_new_file(self, path: str, content: bytes) -> None:
+    def write_new_file(self, path: str, content: bytes | bytearray) -> None:
         self._world.hook("write_new_file", path)
         super().write_new_file(path, content)  # in the middle of it comes sync_file, which notices the file
         with self._world.mutex:

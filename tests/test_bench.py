@@ -200,7 +200,7 @@ def test_a_peer_that_fails_in_the_middle_is_out_and_the_others_go_on(tmp_path: P
     state = states.make_state(10_000, 2, adopted=False)
     opened = rounds.open_savers((Failing, TorchSave), state, 2)
     turns = {(name, ""): lambda saver=saver: measure.timed_save(saver) for name, saver in opened.items()}
-    out = rounds.run("save", "save", turns, (10_000, 2), range(3), seconds=60)
+    out = rounds.run("save", turns, (10_000, 2), range(3), seconds=60)
     assert out == {("failing", "")}
     assert [s.round for s in rounds.record.select("save", "torch.save")] == [0, 1, 2]
     assert len(rounds.record.select("save", "failing")) == 1
@@ -235,7 +235,7 @@ def like_fio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> measure.Rounds:
 @pytest.mark.parametrize("nbytes", [10_000_000, 2_000_000], ids=["no whole number of blocks", "less than a block"])
 def test_fio_writes_to_the_files_that_are_there(like_fio: measure.Rounds, nbytes: int) -> None:
     inode = None
-    for turn in limits.fio_turns(like_fio, nbytes, limits.SHAPES).values():
+    for turn in limits.fio_turns(like_fio, nbytes, goals.PLAIN, limits.SHAPES).values():
         with (like_fio.directory / "fio").open("rb") as file:
             assert turn()["seconds_s"] > 0
             assert os.fstat(file.fileno()).st_nlink == 1
@@ -244,14 +244,14 @@ def test_fio_writes_to_the_files_that_are_there(like_fio: measure.Rounds, nbytes
 
 
 def test_fio_that_makes_a_file_anew_is_found_out(like_fio: measure.Rounds) -> None:
-    turns = limits.fio_turns(like_fio, 10_000_000, [(4, 4)])
+    turns = limits.fio_turns(like_fio, 10_000_000, ["overwritten"], [(4, 4)])
     os.truncate(like_fio.directory / "fio", 4096)
     with pytest.raises(OSError, match="made one anew"):
         turns["fio", "overwritten, 4 MiB x 4"]()
 
 
 def test_every_goal_of_fio_has_a_job_beside_a_copy(like_fio: measure.Rounds) -> None:
-    turns = limits.limit_turns(like_fio, 10_000_000)
+    turns = limits.limit_turns(like_fio, 10_000_000, goals.PLAIN)
     assert {setting.partition(", ")[0] for name, setting in turns if name == "fio"} == {*goals.PLAIN, *goals.COPIED}
     beside = turns["fio", "overwritten beside a copy, 4 MiB x 4"]
     assert beside()["seconds_s"] == beside()["seconds_s"] == turns["fio", "overwritten, 4 MiB x 4"]()["seconds_s"]
@@ -290,7 +290,7 @@ def test_a_copy_that_fails_fails_the_job_beside_it() -> None:
 def test_without_fio_its_row_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     rounds = measure.Rounds(make_record(), tmp_path)
-    assert limits.fio_turns(rounds, 4096, limits.SHAPES) == {}
+    assert limits.fio_turns(rounds, 4096, goals.PLAIN, limits.SHAPES) == {}
     [row] = [subject for subject in rounds.record.subjects if subject.name == "fio"]
     assert row.unavailable is not None and "not installed" in row.unavailable
 

@@ -202,7 +202,7 @@ class DeadlyFilesystem(Filesystem):
         with self._operation("sync_file", path):
             super().sync_file(descriptor, path)
 
-    def write_new_file(self, path: str, content: bytes) -> None:
+    def write_new_file(self, path: str, content: bytes | bytearray) -> None:
         with self._operation("write_new_file", path, content):
             super().write_new_file(path, content)
 

@@ -184,32 +184,22 @@ def _main(rounds: Rounds, scales: Scales) -> None:
     savers = rounds.open_savers(SAVERS, state, WARM_UP)
     saves = {(name, ""): _save_turn(saver) for name, saver in savers.items()}
     firsts = {(name, ""): _first_turn(rounds, type(saver), state) for name, saver in savers.items()}
-    limit = limits.limit_turns(rounds, scales.main_bytes)
+    limit = limits.limit_turns(rounds, scales.main_bytes, goals.WRITES)
+    sections = {"save": saves, "limit": limit, "first": firsts}
     end = time.monotonic() + 2 * scales.seconds  # three sections in one
     for number in range(scales.rounds):
         if number and time.monotonic() > end:
             break
         if number == FIRST_ROUNDS_PEERS:
-            firsts = {key: turn for key, turn in firsts.items() if key[0] == Ours.name}
-        _one_round(rounds, number, shape, {"save": saves, "limit": limit, "first": firsts})
+            sections["first"] = {key: turn for key, turn in sections["first"].items() if key[0] == Ours.name}
+        rounds.run_together(sections, shape, range(number, number + 1), seconds=0)
     for saver in savers.values():
         saver.close()
     _clear(rounds)
 
 
-def _one_round(
-    rounds: Rounds, number: int, shape: tuple[int, int], turns: Mapping[str, dict[tuple[str, str], Turn]]
-) -> None:
-    """One turn of everything; what takes no part any more is taken out of the turns."""
-    for section, each in turns.items():
-        kind = "limit" if section == "limit" else "save"
-        out = rounds.run(section, kind, each, shape, range(number, number + 1), seconds=0)
-        for key in out:
-            del each[key]
-
-
 def _load(rounds: Rounds, scales: Scales) -> None:
-    """Whole restores and parts of them, from a cold page cache."""
+    """Whole restores and parts of them, from a cold page cache, and fio's reads in the same rounds."""
     state = make_state(scales.main_bytes, MAIN_COUNT)
     shape = (scales.main_bytes, MAIN_COUNT)
     wholes: dict[tuple[str, str], Turn] = {}
@@ -231,8 +221,9 @@ def _load(rounds: Rounds, scales: Scales) -> None:
                 parts[kind.name, ""] = lambda loader=loader, layer=layer: timed_load(  # type: ignore[misc]
                     lambda: loader.load_part(layer), loader.files()
                 )
-        rounds.run("load", "load", wholes, shape, range(scales.rounds), seconds=scales.seconds)
-        rounds.run("part", "load", parts, shape, range(scales.rounds), seconds=scales.seconds / 4)
+        limit = limits.limit_turns(rounds, scales.main_bytes, ("read",))
+        sections = {"load": wholes, "part": parts, "limit": limit}
+        rounds.run_together(sections, shape, range(scales.rounds), seconds=1.5 * scales.seconds)
     _clear(rounds)
 
 
@@ -241,11 +232,11 @@ def _memory(rounds: Rounds, scales: Scales) -> None:
     shape = (scales.main_bytes, MAIN_COUNT)
     names = tuple(saver.name for saver in SAVERS) if scales.memory_peers else (Ours.name,)
     turns = footprint.turns(rounds, *shape, names)
-    rounds.run("memory", "save", turns, shape, range(1), seconds=0)
+    rounds.run("memory", turns, shape, range(1), seconds=0)
     largest = max(_fitting(rounds, scales.sizes), default=0)
     if largest > scales.main_bytes:
         shape = (largest, MAIN_COUNT)
-        rounds.run("memory", "save", footprint.turns(rounds, *shape, ("engine",)), shape, range(1), seconds=0)
+        rounds.run("memory", footprint.turns(rounds, *shape, ("engine",)), shape, range(1), seconds=0)
 
 
 def _size(rounds: Rounds, scales: Scales) -> None:
@@ -258,9 +249,9 @@ def _size(rounds: Rounds, scales: Scales) -> None:
         saves = {(name, ""): _save_turn(saver) for name, saver in savers.items()}
         shape = (nbytes, MAIN_COUNT)
         # The main size has all of fio's settings; which is best differs little with size, so one does here.
-        fio = limits.fio_turns(rounds, nbytes, ((4, 16),)) if nbytes != scales.main_bytes else {}
-        for number in range(scales.scale_rounds if small else 2):
-            _one_round(rounds, number, shape, {"size": saves, "limit": fio})
+        fio = limits.fio_turns(rounds, nbytes, goals.PLAIN, ((4, 16),)) if nbytes != scales.main_bytes else {}
+        numbers = range(scales.scale_rounds if small else min(3, scales.scale_rounds))
+        rounds.run_together({"size": saves, "limit": fio}, shape, numbers, seconds=scales.seconds)
         for saver in savers.values():
             saver.close()
         _clear(rounds)
@@ -275,10 +266,10 @@ def _tensors(rounds: Rounds, scales: Scales) -> None:
         savers = rounds.open_savers(kinds, state, 0)
         saves = {(name, ""): _save_turn(saver) for name, saver in savers.items()}
         firsts = {(name, "first"): turn for (name, _), turn in saves.items()}
-        for name, _ in rounds.run("tensors", "save", firsts, shape, range(1), seconds=0):
+        for name, _ in rounds.run("tensors", firsts, shape, range(1), seconds=0):
             del saves[name, ""]
         again = {(name, ""): _third_turn(turn) for (name, _), turn in saves.items()}
-        rounds.run("tensors", "save", again, shape, range(scales.scale_rounds), seconds=scales.seconds / 4)
+        rounds.run("tensors", again, shape, range(scales.scale_rounds), seconds=scales.seconds / 4)
         for saver in savers.values():
             saver.close()
         _clear(rounds)
@@ -298,7 +289,7 @@ def _flight(rounds: Rounds, scales: Scales) -> None:
             turn()  # there is something to recycle
             turns[Ours.name, f"max_async={count}"] = turn
         shape = (scales.main_bytes, MAIN_COUNT)
-        rounds.run("flight", "save", turns, shape, range(scales.scale_rounds), seconds=scales.seconds / 2)
+        rounds.run("flight", turns, shape, range(scales.scale_rounds), seconds=scales.seconds / 2)
     _clear(rounds)
 
 

@@ -21,7 +21,8 @@ BLOCK_BYTES = 4 << 20  # the default of Engine
 MEMORY_SLACK_BYTES = 16 << 20
 SLOWDOWN_AT = "every 10"  # steps: the headline setting of PCcheck
 # The kinds of fio's jobs, as they begin the settings of its samples; those that goals are set by also beside a copy.
-PLAIN = ("fresh", "preallocated", "overwritten", "read")
+WRITES = ("fresh", "preallocated", "overwritten")
+PLAIN = (*WRITES, "read")
 BESIDE = " beside a copy"
 COPIED = tuple(what + BESIDE for what in PLAIN if what != "fresh")
 # The subjects of segments of training that save nothing: ordinary tensors, and an arena that has adopted them.

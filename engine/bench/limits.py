@@ -25,12 +25,12 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from engine.bench.goals import BESIDE, COPIED, PLAIN
+from engine.bench.goals import BESIDE, COPIED
 from engine.bench.measure import Rounds, Turn, forget, settle
 
 FIO, MEMCPY = "fio", "memcpy"
@@ -48,10 +48,10 @@ _libc.memchr.restype = ctypes.c_void_p
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
-def limit_turns(rounds: Rounds, nbytes: int) -> dict[tuple[str, str], Turn]:
-    """Turns for everything: fio in each way, alone and beside a copy, and memcpy."""
+def limit_turns(rounds: Rounds, nbytes: int, kinds: Iterable[str]) -> dict[tuple[str, str], Turn]:
+    """Turns for these kinds of fio's jobs in all shapes, alone and beside a copy, and for memcpy."""
     copy = _Copy(nbytes) if rounds.wanted(FIO) or rounds.wanted(MEMCPY) else None
-    turns = fio_turns(rounds, nbytes, SHAPES)
+    turns = fio_turns(rounds, nbytes, kinds, SHAPES)
     if copy is None:
         return turns
     if rounds.wanted(MEMCPY):
@@ -64,10 +64,13 @@ def limit_turns(rounds: Rounds, nbytes: int) -> dict[tuple[str, str], Turn]:
     return turns
 
 
-def fio_turns(rounds: Rounds, nbytes: int, shapes: Iterable[tuple[int, int]]) -> dict[tuple[str, str], Turn]:
-    """Turns for fio alone, in each way; none, and a row that says why, if there is no fio.
+def fio_turns(
+    rounds: Rounds, nbytes: int, kinds: Iterable[str], shapes: Sequence[tuple[int, int]]
+) -> dict[tuple[str, str], Turn]:
+    """Turns for fio alone; none, and a row that says why, if there is no fio.
 
     Args:
+        kinds: of `goals.PLAIN`.
         shapes: sizes of blocks in MiB, and depths.
     """
     if not rounds.wanted(FIO):
@@ -83,7 +86,7 @@ def fio_turns(rounds: Rounds, nbytes: int, shapes: Iterable[tuple[int, int]]) ->
     os.truncate(path, max(nbytes, path.stat().st_size))
     return {
         (FIO, f"{what}, {block_mib} MiB x {depth}"): _turn(path, nbytes, what, block_mib, depth)
-        for what in PLAIN
+        for what in kinds
         for block_mib, depth in shapes
     }
 

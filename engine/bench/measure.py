@@ -32,6 +32,7 @@ PATHS = re.compile(r"(?<![\w.])/(?:[\w.-]+/)+")  # absolute: those of one machin
 _libc = ctypes.CDLL(None, use_errno=True)
 
 Turn = Callable[[], Mapping[str, float]]
+KINDS = {"limit": "limit", "load": "load", "part": "load"}  # of the subjects of a section; of all others "save"
 Name = TypeVar("Name")
 
 
@@ -75,7 +76,6 @@ class Rounds:
     def run(
         self,
         section: str,
-        kind: str,
         turns: Mapping[tuple[str, str], Turn],
         state: tuple[int, int],
         numbers: range,
@@ -92,20 +92,32 @@ class Rounds:
             those who raised.
         """
         remaining = dict(turns)
+        self.run_together({section: remaining}, state, numbers, seconds=seconds)
+        return set(turns) - set(remaining)
+
+    def run_together(
+        self,
+        sections: Mapping[str, dict[tuple[str, str], Turn]],
+        state: tuple[int, int],
+        numbers: range,
+        *,
+        seconds: float,
+    ) -> None:
+        """The same with several sections in one order, so that whatever the host does falls on all of them alike; those
+        who raise are taken out of their section."""
         end = time.monotonic() + seconds
         for number in numbers:
             if number != numbers[0] and time.monotonic() > end:
                 break
-            for key in self.shuffled(remaining):
+            for section, key in self.shuffled([(section, key) for section, turns in sections.items() for key in turns]):
                 settle(self.directory)
                 try:
-                    measured = remaining[key]()
+                    measured = sections[section][key]()
                 except Exception as error:  # whatever a peer raises
-                    self.refuse(key[0], kind, error)
-                    del remaining[key]
+                    self.refuse(key[0], KINDS.get(section, "save"), error)
+                    del sections[section][key]
                     continue
                 self.record.samples.append(Sample(section, key[0], *state, key[1], number, dict(measured)))
-        return set(turns) - set(remaining)
 
     def open_savers(self, savers: Iterable[type[Saver]], state: State, warm_up: int) -> dict[str, Saver]:
         """Make savers, and let each save so often that it has what it keeps for the next time."""
