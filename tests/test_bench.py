@@ -234,20 +234,29 @@ def like_fio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> measure.Rounds:
 
 @pytest.mark.parametrize("nbytes", [10_000_000, 2_000_000], ids=["no whole number of blocks", "less than a block"])
 def test_fio_writes_to_the_files_that_are_there(like_fio: measure.Rounds, nbytes: int) -> None:
-    inode = None
-    for turn in limits.fio_turns(like_fio, nbytes, goals.PLAIN, limits.SHAPES).values():
-        with (like_fio.directory / "fio").open("rb") as file:
-            assert turn()["seconds_s"] > 0
-            assert os.fstat(file.fileno()).st_nlink == 1
-        inode = inode or (like_fio.directory / "fio").stat().st_ino
-    assert (like_fio.directory / "fio").stat().st_ino == inode
+    for turn in limits.fio_turns(like_fio, nbytes, goals.PLAIN, limits.SHAPES, 2).values():
+        for _ in range(3):
+            assert turn()["seconds_s"] > 0  # or it would have raised
+    kept = [path.stat().st_size for path in like_fio.directory.glob("*/*")]
+    assert len(kept) == 4 * (2 + 1), "those that are overwritten, and one that is read, for each shape"
+    assert min(kept) >= nbytes
+
+
+def test_what_is_overwritten_was_written_longest_ago(like_fio: measure.Rounds) -> None:
+    [turn] = limits.fio_turns(like_fio, 10_000_000, ["overwritten"], [(4, 4)], 3).values()
+    written: list[str] = []
+    with mock.patch.object(limits, "_job", lambda path, *_: written.append(path.name)):
+        for _ in range(6):
+            turn()
+    assert written == ["0", "1", "2", "0", "1", "2"]
 
 
 def test_fio_that_makes_a_file_anew_is_found_out(like_fio: measure.Rounds) -> None:
-    turns = limits.fio_turns(like_fio, 10_000_000, ["overwritten"], [(4, 4)])
-    os.truncate(like_fio.directory / "fio", 4096)
+    [turn] = limits.fio_turns(like_fio, 10_000_000, ["overwritten"], [(4, 4)]).values()
+    [path] = like_fio.directory.glob("*/*")
+    os.truncate(path, 4096)
     with pytest.raises(OSError, match="made one anew"):
-        turns["fio", "overwritten, 4 MiB x 4"]()
+        turn()
 
 
 def test_every_goal_of_fio_has_a_job_beside_a_copy(like_fio: measure.Rounds) -> None:

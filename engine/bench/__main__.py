@@ -37,7 +37,7 @@ from engine.bench.states import State, make_state
 MB, GB = 10**6, 10**9
 MAIN_COUNT = 148  # tensors, as in the measurements that the goals were set by
 WARM_UP = 3  # saves: two are kept, so the third is the first that recycles, and the next is as all that follow
-FIRST_ROUNDS_PEERS = 3  # first saves of peers are no goal, and one of them starts a process each time
+FIRST_ROUNDS_PEERS = 2  # first saves of peers are no goal, and one of them starts a process each time
 
 # Peers that scale as they do at any size; the others take minutes at 2 GB, or at 10,000 tensors.
 SCALE_PEERS = ("engine", "torch.save", "safetensors")
@@ -61,9 +61,9 @@ class Scales:
     intervals: tuple[int, ...] = slowdown.INTERVALS
     memory_peers: bool = True  # each is a process that imports torch, makes the state and saves four times
     slowdown_rounds: int = 3
-    # What a section may take; together 14 minutes of the 20 that there are, the rest is setting up.
+    # What a section may take; together 15 minutes of the 20 that there are, the rest is setting up.
     seconds: float = 120.0
-    slowdown_seconds: float = 240.0
+    slowdown_seconds: float = 210.0
 
 
 QUICK = Scales(
@@ -249,8 +249,8 @@ def _size(rounds: Rounds, scales: Scales) -> None:
         saves = {(name, ""): _save_turn(saver) for name, saver in savers.items()}
         shape = (nbytes, MAIN_COUNT)
         # The main size has all of fio's settings; which is best differs little with size, so one does here.
-        fio = limits.fio_turns(rounds, nbytes, goals.PLAIN, ((4, 16),)) if nbytes != scales.main_bytes else {}
-        numbers = range(scales.scale_rounds if small else min(3, scales.scale_rounds))
+        fio = limits.fio_turns(rounds, nbytes, goals.WRITES, ((4, 16),)) if nbytes != scales.main_bytes else {}
+        numbers = range(scales.scale_rounds if nbytes <= scales.main_bytes else min(3, scales.scale_rounds))
         rounds.run_together({"size": saves, "limit": fio}, shape, numbers, seconds=scales.seconds)
         for saver in savers.values():
             saver.close()

@@ -7,6 +7,10 @@ best of two block sizes and two depths.  Its buffers are in huge pages, as the e
 lie scattered in memory, the same read took 140 ms in one run and 370 in the next.  A job takes its turn in the rounds
 like everybody else, and its time is fio's own, without its start.
 
+What a job overwrites was last written three turns ago, and what it reads one turn ago, as what the engine recycles and
+restores.  A virtual drive may have in its memory what was written a moment ago: on the host of docs/perf.md a file took
+104 to 113 ms if it had just been written, and 115 to 122 if 14 GB of others had been since.
+
 A save that stages, as ours does, copies the state once and looks at the copy once, to hash it; a restore that verifies
 before a byte reaches a tensor looks once and copies once.  So fio also runs beside a thread that does that much in the
 time that fio takes: `BESIDE`.  It shows what of the limit such an engine can have on a host whose device, or the memory
@@ -18,11 +22,13 @@ memcpy is that of the C library, in one thread, over huge pages that have been t
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import mmap
 import os
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,6 +40,7 @@ from engine.bench.goals import BESIDE, COPIED
 from engine.bench.measure import Rounds, Turn, forget, settle
 
 FIO, MEMCPY = "fio", "memcpy"
+ROTATED = 3  # as many as the engine's: two that are kept, and the one that is recycled
 SHAPES = ((1, 4), (1, 16), (4, 4), (4, 16))  # blocks in MiB, and depths
 HOW = (
     "--ioengine=io_uring --direct=1 --fixedbufs=1 --registerfiles=1 --end_fsync=1, huge pages, blocks of 1 and 4 MiB, "
@@ -50,28 +57,30 @@ HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 def limit_turns(rounds: Rounds, nbytes: int, kinds: Iterable[str]) -> dict[tuple[str, str], Turn]:
     """Turns for these kinds of fio's jobs in all shapes, alone and beside a copy, and for memcpy."""
-    copy = _Copy(nbytes) if rounds.wanted(FIO) or rounds.wanted(MEMCPY) else None
-    turns = fio_turns(rounds, nbytes, kinds, SHAPES)
-    if copy is None:
+    copied = [what for what in kinds if what + BESIDE in COPIED]
+    turns = fio_turns(rounds, nbytes, kinds, SHAPES, ROTATED)
+    beside = fio_turns(rounds, nbytes, copied, SHAPES, ROTATED)  # with files of their own
+    if not beside and not rounds.wanted(MEMCPY):
         return turns
+    copy = _Copy(nbytes)
     if rounds.wanted(MEMCPY):
         rounds.introduce(MEMCPY, "limit", "memmove of the C library, one thread, huge pages")
         turns[MEMCPY, "one thread"] = copy.timed
-    for (name, alone), turn in list(turns.items()):
+    for (name, alone), turn in beside.items():
         what, _, shape = alone.partition(", ")
-        if what + BESIDE in COPIED:
-            turns[name, f"{what}{BESIDE}, {shape}"] = _beside(rounds, copy, turn)
+        turns[name, f"{what}{BESIDE}, {shape}"] = _beside(rounds, copy, turn)
     return turns
 
 
 def fio_turns(
-    rounds: Rounds, nbytes: int, kinds: Iterable[str], shapes: Sequence[tuple[int, int]]
+    rounds: Rounds, nbytes: int, kinds: Iterable[str], shapes: Sequence[tuple[int, int]], rotated: int = 1
 ) -> dict[tuple[str, str], Turn]:
     """Turns for fio alone; none, and a row that says why, if there is no fio.
 
     Args:
         kinds: of `goals.PLAIN`.
         shapes: sizes of blocks in MiB, and depths.
+        rotated: how many files a job has that it overwrites in turn.
     """
     if not rounds.wanted(FIO):
         return {}
@@ -79,16 +88,25 @@ def fio_turns(
     if shutil.which("fio") is None:
         rounds.refuse(FIO, "limit", FileNotFoundError("fio is not installed; make bench does it"))
         return {}
-    path = rounds.directory / "fio"
-    _job(path, nbytes, 4, 16, "write")  # there is something to overwrite and to read
-    # fio leaves out what is no whole block, and deletes a file that is shorter than it should be before it writes
-    # (extend_file in its filesetup.c): that would be no overwriting.
-    os.truncate(path, max(nbytes, path.stat().st_size))
     return {
-        (FIO, f"{what}, {block_mib} MiB x {depth}"): _turn(path, nbytes, what, block_mib, depth)
+        (FIO, f"{what}, {block_mib} MiB x {depth}"): _turn(
+            _files(rounds.directory, nbytes, what, rotated), nbytes, what, block_mib, depth
+        )
         for what in kinds
         for block_mib, depth in shapes
     }
+
+
+def _files(directory: Path, nbytes: int, what: str, rotated: int) -> Iterator[Path]:
+    """The files of a job, in turn; what it overwrites or reads is there."""
+    place = Path(tempfile.mkdtemp(prefix="fio-", dir=directory))
+    paths = [place / str(number) for number in range(rotated if what == "overwritten" else 1)]
+    for path in paths if what in ("overwritten", "read") else ():
+        _job(path, nbytes, 4, 16, "write")
+        # fio leaves out what is no whole block, and deletes a file that is shorter than it should be before it writes
+        # (extend_file in its filesetup.c): that would be no overwriting.
+        os.truncate(path, max(nbytes, path.stat().st_size))
+    return itertools.cycle(paths)
 
 
 class _Copy:
@@ -161,30 +179,27 @@ def _huge_pages(nbytes: int) -> ctypes.Array[ctypes.c_char]:
     return memory
 
 
-def _turn(path: Path, nbytes: int, what: str, block_mib: int, depth: int) -> Turn:
+def _turn(paths: Iterator[Path], nbytes: int, what: str, block_mib: int, depth: int) -> Turn:
     def turn() -> Mapping[str, float]:
-        target = path
+        path = next(paths)
         if what == "read":
             forget(path)
-        elif what != "overwritten":
-            target = path.with_name(f"fio-{what}")
-            target.unlink(missing_ok=True)
-            if what == "preallocated":
-                with target.open("wb") as file:
-                    os.posix_fallocate(file.fileno(), 0, max(nbytes, block_mib << 20))
-                    os.fsync(file.fileno())
-        rw = "read" if what == "read" else "write"
+            return {"seconds_s": _job(path, nbytes, block_mib, depth, "read")}
+        if what == "preallocated":
+            with path.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, max(nbytes, block_mib << 20))
+                os.fsync(file.fileno())
         try:
             if what == "fresh":
-                return {"seconds_s": _job(target, nbytes, block_mib, depth, rw)}
-            with target.open("rb") as file:
-                seconds_s = _job(target, nbytes, block_mib, depth, rw)
+                return {"seconds_s": _job(path, nbytes, block_mib, depth, "write")}
+            with path.open("rb") as file:
+                seconds_s = _job(path, nbytes, block_mib, depth, "write")
                 if os.fstat(file.fileno()).st_nlink == 0:
                     raise OSError("fio has deleted the file that was there, and made one anew")
             return {"seconds_s": seconds_s}
         finally:
-            if target != path:
-                target.unlink()
+            if what != "overwritten":
+                path.unlink()
 
     return turn
 
