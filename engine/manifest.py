@@ -193,8 +193,9 @@ def encode(manifest: Manifest) -> bytearray:
     raw = bytearray(start + bytes(_DIGEST_CHARS) + between)
     body_start = len(raw)
     _ENCODER.encode_into(manifest, raw, body_start)
-    if len(raw) > MANIFEST_BYTES_MAX // 2:  # half, so that no reader's limit is ever near
-        raise ArgumentError(f"the manifest would have {len(raw)} bytes; store less in `extra`")
+    body_bytes = len(raw) - body_start
+    if body_bytes > MANIFEST_BYTES_MAX // 2:  # half, so that no reader's limit is ever near
+        raise ArgumentError(f"the manifest would have {body_bytes} bytes; store less in `extra`")
     with memoryview(raw) as view:
         digest = hashlib.sha256(view[body_start:]).hexdigest()
         view[len(start) : len(start) + _DIGEST_CHARS] = digest.encode()

@@ -99,7 +99,7 @@ def patched(target: object, name: str, value: object) -> Change:
     return change
 
 
-def commit_in(order: str) -> Callable[[Catalog, int, Sequence[WrittenFile], bytes], str]:
+def commit_in(order: str) -> Callable[[Catalog, int, Sequence[WrittenFile], bytes | bytearray], str]:
     """`commit` with its lines in this order; C6 goes with C5, and R1 retires everything."""
 
     def commit(catalog: Catalog, step: int, files: Sequence[WrittenFile], manifest: bytes | bytearray) -> str:

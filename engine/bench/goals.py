@@ -314,13 +314,7 @@ def _known(found: list[Number]) -> list[Number]:
     return found
 
 
-def _at_least(
-    what: str,
-    goal: float,
-    compute: Compute,
-    unit: str = "x",
-    beside_copy: Callable[[], float] | None = None,
-) -> Outcome:
+def _at_least(what: str, goal: float, compute: Compute, unit: str = "x", beside_copy: Compute | None = None) -> Outcome:
     found = _outcome(what, f">= {goal:g} {unit}", compute, lambda measured: measured >= goal, unit)
     if beside_copy is None:
         return found
