@@ -348,12 +348,15 @@ def child(root, act, handled, out):
     eng = engine.Engine(root, **{**SMALL, "keep": 3, "max_async": 2})
     out.write(b".")
     step = max(eng.steps(), default=0)
+    kept = []  # Python ignores what a handler raises inside a finalizer, and an arena that is let go of has one
     while True:
         step += 1
         if act == "restore" and step > 2:
-            eng.restore(filled(0))
+            kept.append(filled(0))
+            eng.restore(kept[-1])
             continue
-        saving = eng.checkpoint(filled(step), step)
+        kept.append(filled(step))
+        saving = eng.checkpoint(kept[-1], step)
         if act == "result" or step < 3:
             out.write(b"%d\\n" % saving.result(HANG_S).step)
 
