@@ -24,12 +24,13 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence, Set
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
 import msgspec
 
 from engine.errors import ArgumentError, CorruptError
-from engine.layout import DTYPES, HEADER_ALIGNMENT, ROLES, Layout
+from engine.layout import DTYPES, HEADER_ALIGNMENT, ROLES, Layout, Segment
 from engine.plan import ALIGNMENT, Chunk, Plan, PlannedFile, ceil_div, plan_geometry
 
 MANIFEST_NAME = "manifest.json"
@@ -59,6 +60,10 @@ _PREFIX = re.compile(rb'\{"sha256":"([0-9a-f]{64})","body":')
 _SUFFIX = b"}\n"
 _DIGEST_CHARS = 64  # of SHA-256, in hexadecimal
 _ENCODER = msgspec.json.Encoder()
+# Rows made and encoded in two calls into C: half a millisecond, after which the training's thread may have Python.
+_ROWS_AT_ONCE = 1000
+# The columns of `SegmentRecord`, of a layout's segment.
+_row = attrgetter("name", "dtype", "shape", "role", "layer", "file_index", "file_offset", "nbytes")
 
 
 class ChunkRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -91,6 +96,10 @@ class SegmentRecord(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
     file: int
     offset: int
     nbytes: int
+
+
+# The segments of a manifest, encoded already.
+Rows = msgspec.Raw
 
 
 class _Head(msgspec.Struct, frozen=True):
@@ -138,29 +147,29 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def segment_records(layout: Layout) -> tuple[SegmentRecord, ...]:
-    """The rows of a layout's segments: the same for every save of an arena."""
-    # Not one call into C for all of them: between rows the training's thread may have Python.
-    return tuple(
-        [
-            SegmentRecord(s.name, s.dtype, s.shape, s.role, s.layer, s.file_index, s.file_offset, s.nbytes)
-            for s in layout.segments
-        ]
-    )
+    """The rows of a layout's segments."""
+    return tuple(SegmentRecord(*_row(segment)) for segment in layout.segments)
 
 
-def chunk_layers(plan: Plan, segments: Sequence[SegmentRecord]) -> tuple[tuple[str, ...], ...]:
+def encode_rows(layout: Layout) -> Rows:
+    """The rows as they stand in a manifest: the same for every save of an arena, so they are encoded once."""
+    count = len(layout.segments)
+    slices = (layout.segments[start : start + _ROWS_AT_ONCE] for start in range(0, count, _ROWS_AT_ONCE))
+    return Rows(b"[" + b",".join([_ENCODER.encode(list(map(_row, each)))[1:-1] for each in slices]) + b"]")
+
+
+def chunk_layers(plan: Plan, layout: Layout) -> tuple[tuple[str, ...], ...]:
     """For each chunk of a plan, the layers it holds a part of, in order."""
-    columns = []
-    for index in range(len(plan.files)):
-        stored = [segment for segment in segments if segment.nbytes and segment.file == index]
-        starts = [segment.offset for segment in stored]
-        ends = [segment.offset + segment.nbytes for segment in stored]
-        columns.append((starts, ends, [segment.layer for segment in stored]))
+    stored: list[list[Segment]] = [[] for _ in plan.files]
+    for segment in layout.segments:
+        if segment.nbytes:
+            stored[segment.file_index].append(segment)
     found = []
     for chunk in plan.chunks:
-        starts, ends, layers = columns[chunk.file_index]
-        first, last = bisect_right(ends, chunk.offset), bisect_left(starts, chunk.offset + chunk.nbytes)
-        found.append(tuple(dict.fromkeys(layers[first:last])))
+        segments = stored[chunk.file_index]
+        first = bisect_right(segments, chunk.offset, key=lambda s: s.file_offset + s.nbytes)
+        last = bisect_left(segments, chunk.offset + chunk.nbytes, key=lambda s: s.file_offset)
+        found.append(tuple(dict.fromkeys([segment.layer for segment in segments[first:last]])))
     return tuple(found)
 
 
@@ -183,8 +192,12 @@ def chunk_records(plan: Plan, layers: Sequence[tuple[str, ...]], checksums: Sequ
     )
 
 
-def encode(manifest: Manifest) -> bytearray:
+def encode(manifest: Manifest, rows: Rows | None = None) -> bytearray:
     """The bytes of `manifest.json`, made in one piece of memory: there may be megabytes of them.
+
+    Args:
+        manifest: what they say.
+        rows: its segments, from `encode_rows`, if they are encoded already; it has none then.
 
     Raises:
         ArgumentError: there are more of them than a reader would take; only `extra` can make so many.
@@ -192,7 +205,9 @@ def encode(manifest: Manifest) -> bytearray:
     start, between = b'{"sha256":"', b'","body":'
     raw = bytearray(start + bytes(_DIGEST_CHARS) + between)
     body_start = len(raw)
-    _ENCODER.encode_into(manifest, raw, body_start)
+    assert rows is None or not manifest.segments, "a manifest has its segments, or is given their rows"
+    segments = Rows(_ENCODER.encode(manifest.segments)) if rows is None else rows
+    _ENCODER.encode_into(msgspec.structs.replace(manifest, segments=segments), raw, body_start)
     body_bytes = len(raw) - body_start
     if body_bytes > MANIFEST_BYTES_MAX // 2:  # half, so that no reader's limit is ever near
         raise ArgumentError(f"the manifest would have {body_bytes} bytes; store less in `extra`")

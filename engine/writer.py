@@ -37,11 +37,12 @@ from engine.manifest import (
     VERSION,
     FileRecord,
     Manifest,
-    SegmentRecord,
+    Rows,
     affected,
     chunk_layers,
     chunk_records,
     encode,
+    encode_rows,
     segment_records,
 )
 from engine.native import BlockState, Direction, FailureKind, Job, Milestone, Packed, Pipeline
@@ -78,7 +79,8 @@ class ChunkStatus:
 class PackedPlan:
     """A plan with all that every save of the same arena has in common, ready for the pipeline.
 
-    What only the manifest says of it is made when it is first asked for: in no caller's time.
+    What only the manifest says of it is made when it is first asked for, on a commit thread: in no caller's time, but
+    of one who asks for the chunks of a first save before.  Should two ask at once, each makes the same.
     """
 
     plan: Plan
@@ -87,31 +89,22 @@ class PackedPlan:
     blocks: Packed
     order: Packed
     urgent_count: int
-    _described: _Described | None = None
+    _rows: Rows | None = None
+    _layers: tuple[tuple[str, ...], ...] | None = None
 
     @property
-    def segments(self) -> tuple[SegmentRecord, ...]:
+    def rows(self) -> Rows:
         """The manifest's rows of the tensors."""
-        return self.describe().segments
+        if self._rows is None:
+            self._rows = encode_rows(self.layout)
+        return self._rows
 
     @property
     def layers(self) -> tuple[tuple[str, ...], ...]:
         """For each chunk, the layers that it holds a part of."""
-        return self.describe().layers
-
-    def describe(self) -> _Described:
-        """Made when it is first asked for, on a commit thread.  Should two of them ask at once, each makes the same."""
-        if self._described is None:
-            segments = segment_records(self.layout)
-            self._described = _Described(segments, chunk_layers(self.plan, segments))
-        return self._described
-
-
-class _Described(NamedTuple):
-    """What the manifest says of a plan, and the pipeline need not know."""
-
-    segments: tuple[SegmentRecord, ...]
-    layers: tuple[tuple[str, ...], ...]
+        if self._layers is None:
+            self._layers = chunk_layers(self.plan, self.layout)
+        return self._layers
 
 
 def pack_plan(arena: Arena, block_bytes: int, chunk_bytes: int) -> PackedPlan:
@@ -374,7 +367,7 @@ class Writer:
                 self._make_files(save.step, packed.plan, files)
                 self._pipeline.attach(job, [file.descriptor for file in files])
                 self._pipeline.wait(job, Milestone.STAGED)
-                packed.describe()  # now: the caller has been let go, and the device writes
+                _ = packed.rows, packed.layers  # made now: the caller has been let go, and the device writes
             except BaseException as error:
                 self._pipeline.abort(job, getattr(error, "errno", None) or errno.ECANCELED)
                 raise
@@ -382,7 +375,7 @@ class Writer:
                 self._pipeline.wait(job, Milestone.DONE)
             if job.failure is not None:
                 raise _explain(job.failure, packed, files, self._catalog.partial_path(save.step))
-            return commit(self._catalog, save.step, files, encode(self._manifest(save, meta)))
+            return commit(self._catalog, save.step, files, encode(self._manifest(save, meta), packed.rows))
         finally:
             for file in files:
                 self._catalog.filesystem.close(file.descriptor)
@@ -410,7 +403,7 @@ class Writer:
             block_bytes=packed.plan.block_bytes,
             files=tuple(FileRecord(*file) for file in packed.plan.files),
             chunks=chunk_records(packed.plan, packed.layers, job.checksums()),
-            segments=packed.segments,
+            segments=(),  # `encode` is given their rows
             **meta,
         )
 
@@ -430,9 +423,10 @@ def _explain(failure: native.Failure, packed: PackedPlan, files: Sequence[Writte
     path = files[block.file_index].path if block is not None and files else partial
     offset = None if block is None else block.file_offset
     if failure.kind == FailureKind.TORN and block is not None:
+        names = affected(segment_records(packed.layout), block.file_index, block.file_offset, block.nbytes)
         return TornSnapshot(
-            f"a writer changed {affected(packed.segments, block.file_index, block.file_offset, block.nbytes)} while "
-            "the arena was being staged; let nothing write to it before wait_staged() returns"
+            f"a writer changed {names} while the arena was being staged; let nothing write to it before wait_staged() "
+            "returns"
         )
     if failure.kind == FailureKind.SHORT:
         return StorageError(errno.EIO, "write", path, offset)

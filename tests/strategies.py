@@ -106,7 +106,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         created_ns=draw(st.integers(0, 2**63 - 1)),
         block_bytes=block_bytes,
         files=tuple(FileRecord(*file) for file in plan.files),
-        chunks=chunk_records(plan, chunk_layers(plan, segments), checksums),
+        chunks=chunk_records(plan, chunk_layers(plan, layout), checksums),
         segments=segments,
         aliases=aliases,
         options=draw(JSON),

@@ -459,7 +459,7 @@ def stored(catalog: Catalog) -> tuple[Manifest, Path]:
         created_ns=0,
         block_bytes=ALIGNMENT,
         files=tuple(FileRecord(*file) for file in plan.files),
-        chunks=chunk_records(plan, chunk_layers(plan, ()), [0]),
+        chunks=chunk_records(plan, chunk_layers(plan, layout), [0]),
         segments=(),
         aliases={},
         options={},

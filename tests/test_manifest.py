@@ -23,6 +23,7 @@ from strategies import ANY_SHAPES, JSON, manifests, plan_of, planned
 from engine.errors import CorruptError
 from engine.layout import Layout, TensorSpec, lay_out
 from engine.manifest import (
+    _ROWS_AT_ONCE,
     FORMAT,
     VERSION,
     FileRecord,
@@ -33,9 +34,13 @@ from engine.manifest import (
     chunk_records,
     decode,
     encode,
+    encode_rows,
     segment_records,
 )
 from engine.plan import plan_geometry
+
+# Around how many rows are encoded at a time.
+ROW_COUNTS = (0, 1, *(_ROWS_AT_ONCE + more for more in (-1, 0, 1, _ROWS_AT_ONCE)))
 
 
 def signed(body: bytes) -> bytes:
@@ -64,7 +69,7 @@ def example() -> Manifest:
         created_ns=1_700_000_000_000_000_000,
         block_bytes=4096,
         files=tuple(FileRecord(*file) for file in plan.files),
-        chunks=chunk_records(plan, chunk_layers(plan, segments), checksums),
+        chunks=chunk_records(plan, chunk_layers(plan, layout), checksums),
         segments=segments,
         aliases={"head.weight": "a.weight"},
         options={},
@@ -78,6 +83,14 @@ assert len(BODY["files"]) == 2 and len(BODY["chunks"]) > 4 and len(BODY["chunks"
 
 
 # -- what is encoded comes back ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row_count", ROW_COUNTS)
+def test_rows_encoded_beforehand_are_the_same_bytes(row_count: int) -> None:
+    layout = lay_out([TensorSpec(f'"{i}"', "float32", (1, i % 3), "model", f"l.{i}") for i in range(row_count)])
+    without = msgspec.structs.replace(EXAMPLE, segments=())
+    manifest = msgspec.structs.replace(EXAMPLE, segments=segment_records(layout))
+    assert encode(without, encode_rows(layout)) == encode(manifest)
 
 
 @given(manifests())
@@ -121,7 +134,7 @@ def test_places_beyond_32_bits_come_back() -> None:
         EXAMPLE,
         block_bytes=1 << 30,
         files=tuple(FileRecord(*file) for file in plan.files),
-        chunks=chunk_records(plan, chunk_layers(plan, segments), [2**64 - 1] * len(plan.blocks)),
+        chunks=chunk_records(plan, chunk_layers(plan, layout), [2**64 - 1] * len(plan.blocks)),
         segments=segments,
         aliases={},
     )
@@ -428,7 +441,7 @@ def test_the_layers_of_a_chunk(arguments: tuple[Layout, list[tuple[int, int]], i
     layout, where, block_bytes, chunk_bytes = arguments
     plan = plan_of(layout, where, block_bytes, chunk_bytes)
     segments = segment_records(layout)
-    for chunk, layers in zip(plan.chunks, chunk_layers(plan, segments), strict=True):
+    for chunk, layers in zip(plan.chunks, chunk_layers(plan, layout), strict=True):
         inside = [s.layer for s in segments if holds(s, chunk.file_index, chunk.offset, chunk.nbytes)]
         assert list(layers) == list(dict.fromkeys(inside))
 
