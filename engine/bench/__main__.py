@@ -13,14 +13,17 @@ left out, and the record says so.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.util
 import mmap
+import os
 import shutil
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -28,14 +31,15 @@ from pathlib import Path
 
 import engine
 from engine.bench import charts, footprint, goals, host, limits, report, slowdown
-from engine.bench.loaders import LOADERS, LOADING_PEERS
+from engine.bench.loaders import LOADERS, LOADING_PEERS, OursLoader
 from engine.bench.measure import Rounds, Turn, timed_load, timed_save
 from engine.bench.record import Record, decode, encode
-from engine.bench.savers import PEERS, SAVERS, STAGING_BYTES, Ours, Saver
+from engine.bench.savers import PEERS, SAVERS, STAGING_BYTES, Ours, OursWhole, Saver
 from engine.bench.states import State, make_state
 
 MB, GB = 10**6, 10**9
 MAIN_COUNT = 148  # tensors, as in the measurements that the goals were set by
+LAYER = f"layers.{MAIN_COUNT // 2}"  # the one that is read without the rest
 WARM_UP = 3  # saves: two are kept, so the third is the first that recycles, and the next is as all that follow
 FIRST_ROUNDS_PEERS = 2  # first saves of peers are no goal, and one of them starts a process each time
 
@@ -51,6 +55,7 @@ class Scales:
 
     main_bytes: int = 500 * MB
     rounds: int = 7
+    limit_rounds: int = 15
     sizes: tuple[int, ...] = (10 * MB, 100 * MB, 500 * MB, 2 * GB, 8 * GB)
     peers_bytes_max: int = 2 * GB
     tensors_bytes: int = 100 * MB
@@ -61,14 +66,16 @@ class Scales:
     intervals: tuple[int, ...] = slowdown.INTERVALS
     memory_peers: bool = True  # each is a process that imports torch, makes the state and saves four times
     slowdown_rounds: int = 3
-    # What a section may take; together 15 minutes of the 20 that there are, the rest is setting up.
-    seconds: float = 120.0
-    slowdown_seconds: float = 210.0
+    # What a section may take beyond its first round, most with a factor, some for each of their sizes: with these a run
+    # on a slow host fits into the 20 minutes that there are.
+    seconds: float = 90.0
+    slowdown_seconds: float = 180.0
 
 
 QUICK = Scales(
     main_bytes=100 * MB,
     rounds=2,
+    limit_rounds=2,
     sizes=(10 * MB, 100 * MB),
     tensors_bytes=20 * MB,
     tensor_counts=(10, 1000),
@@ -135,7 +142,13 @@ def _measure(options: argparse.Namespace) -> Record:
     if options.size is not None:
         scales = replace(scales, main_bytes=int(options.size * MB))
     if options.rounds is not None:
-        scales = replace(scales, rounds=options.rounds, scale_rounds=options.rounds, slowdown_rounds=options.rounds)
+        scales = replace(
+            scales,
+            rounds=options.rounds,
+            limit_rounds=options.rounds,
+            scale_rounds=options.rounds,
+            slowdown_rounds=options.rounds,
+        )
     if (options.output or options.publish) and importlib.util.find_spec("matplotlib") is None:
         raise SystemExit("charts need matplotlib, which is not installed; make bench installs it")
     unknown = set(options.sections or ()) - set(SECTIONS)
@@ -177,16 +190,46 @@ def _command(options: argparse.Namespace) -> str:
 # -- the sections ----------------------------------------------------------------------------------------------------
 
 
+def _limit(rounds: Rounds, scales: Scales) -> None:
+    """The limit at one size, and ours in the same rounds.  No peer is in them: what a drive still does for one of those
+    would be the next one's noise."""
+    nbytes, shape = scales.main_bytes, (scales.main_bytes, MAIN_COUNT)
+    limit = limits.limit_turns(rounds, nbytes)
+    with ExitStack() as stack:
+        ours = _our_turns(rounds, scales, stack)
+        sections = {"ours": ours, "limit": limit}
+        rounds.run_together(sections, shape, range(scales.limit_rounds), seconds=1.5 * scales.seconds)
+    _clear(rounds)
+
+
+def _our_turns(rounds: Rounds, scales: Scales, stack: ExitStack) -> dict[tuple[str, str], Turn]:
+    """Turns of ours that goals set beside the limit."""
+    if not any(rounds.wanted(kind.name) for kind in (Ours, OursWhole)):
+        return {}
+    state = make_state(scales.main_bytes, MAIN_COUNT, plain=False)
+    turns: dict[tuple[str, str], Turn] = {}
+    for name, saver in rounds.open_savers((Ours, OursWhole), state, WARM_UP).items():
+        stack.callback(saver.close)
+        turns[name, goals.RECYCLED] = _save_turn(saver)
+    if rounds.wanted(Ours.name):
+        loader = OursLoader(rounds.directory / "load", state)
+        stack.callback(loader.close)
+        turns[Ours.name, goals.FIRST] = _first_turn(rounds, Ours, state)
+        turns[Ours.name, goals.RESTORED] = lambda: timed_load(loader.load, loader.files())
+        turns[Ours.name, goals.PART] = lambda: timed_load(lambda: loader.load_part(LAYER), loader.files())
+    return turns
+
+
 def _main(rounds: Rounds, scales: Scales) -> None:
-    """The limit, everybody's saves, and first saves: at one size, in the same rounds."""
+    """Everybody's saves, and first saves: at one size, in the same rounds."""
     state = make_state(scales.main_bytes, MAIN_COUNT)
     shape = (scales.main_bytes, MAIN_COUNT)
     savers = rounds.open_savers(SAVERS, state, WARM_UP)
     saves = {(name, ""): _save_turn(saver) for name, saver in savers.items()}
     firsts = {(name, ""): _first_turn(rounds, type(saver), state) for name, saver in savers.items()}
-    limit = limits.limit_turns(rounds, scales.main_bytes, goals.WRITES)
-    sections = {"save": saves, "limit": limit, "first": firsts}
-    end = time.monotonic() + 2 * scales.seconds  # three sections in one
+    looks = {(Ours.name, goals.LOOK): _look_turn(state)} if rounds.wanted(Ours.name) else {}
+    sections = {"save": saves, "first": firsts, "ours": looks}
+    end = time.monotonic() + 1.5 * scales.seconds  # two sections in one, and a little
     for number in range(scales.rounds):
         if number and time.monotonic() > end:
             break
@@ -199,7 +242,7 @@ def _main(rounds: Rounds, scales: Scales) -> None:
 
 
 def _load(rounds: Rounds, scales: Scales) -> None:
-    """Whole restores and parts of them, from a cold page cache, and fio's reads in the same rounds."""
+    """Whole restores and parts of them, from a cold page cache."""
     state = make_state(scales.main_bytes, MAIN_COUNT)
     shape = (scales.main_bytes, MAIN_COUNT)
     wholes: dict[tuple[str, str], Turn] = {}
@@ -217,20 +260,18 @@ def _load(rounds: Rounds, scales: Scales) -> None:
             stack.callback(loader.close)
             wholes[kind.name, ""] = lambda loader=loader: timed_load(loader.load, loader.files())  # type: ignore[misc]
             if kind.parts:
-                layer = f"layers.{MAIN_COUNT // 2}"
-                parts[kind.name, ""] = lambda loader=loader, layer=layer: timed_load(  # type: ignore[misc]
-                    lambda: loader.load_part(layer), loader.files()
+                parts[kind.name, ""] = lambda loader=loader: timed_load(  # type: ignore[misc]
+                    lambda: loader.load_part(LAYER), loader.files()
                 )
-        limit = limits.limit_turns(rounds, scales.main_bytes, ("read",))
-        sections = {"load": wholes, "part": parts, "limit": limit}
-        rounds.run_together(sections, shape, range(scales.rounds), seconds=1.5 * scales.seconds)
+        rounds.run_together({"load": wholes, "part": parts}, shape, range(scales.rounds), seconds=scales.seconds)
     _clear(rounds)
 
 
 def _memory(rounds: Rounds, scales: Scales) -> None:
     """Everybody's peak at the main size, and ours at the largest."""
     shape = (scales.main_bytes, MAIN_COUNT)
-    names = tuple(saver.name for saver in SAVERS) if scales.memory_peers else (Ours.name,)
+    # Of ours, those that differ in the memory they need.
+    names = (Ours.name, *((OursWhole.name, *PEERS) if scales.memory_peers else ()))
     turns = footprint.turns(rounds, *shape, names)
     rounds.run("memory", turns, shape, range(1), seconds=0)
     largest = max(_fitting(rounds, scales.sizes), default=0)
@@ -249,9 +290,10 @@ def _size(rounds: Rounds, scales: Scales) -> None:
         saves = {(name, ""): _save_turn(saver) for name, saver in savers.items()}
         shape = (nbytes, MAIN_COUNT)
         # The main size has all of fio's settings; which is best differs little with size, so one does here.
-        fio = limits.fio_turns(rounds, nbytes, goals.WRITES, ((4, 16),)) if nbytes != scales.main_bytes else {}
+        writes = [what for what in goals.JOBS if what != goals.READ] if nbytes != scales.main_bytes else []
+        fio = limits.fio_turns(rounds, nbytes, writes, ((4, 16),))
         numbers = range(scales.scale_rounds if nbytes <= scales.main_bytes else min(3, scales.scale_rounds))
-        rounds.run_together({"size": saves, "limit": fio}, shape, numbers, seconds=scales.seconds)
+        rounds.run_together({"size": saves, "limit": fio}, shape, numbers, seconds=scales.seconds / 2)
         for saver in savers.values():
             saver.close()
         _clear(rounds)
@@ -301,6 +343,7 @@ def _slowdown(rounds: Rounds, scales: Scales) -> None:
 
 
 SECTIONS: dict[str, Callable[[Rounds, Scales], None]] = {
+    "limit": _limit,
     "main": _main,
     "load": _load,
     "slowdown": _slowdown,
@@ -313,6 +356,19 @@ SECTIONS: dict[str, Callable[[Rounds, Scales], None]] = {
 
 def _save_turn(saver: Saver) -> Turn:
     return lambda: timed_save(saver)
+
+
+def _look_turn(state: State) -> Turn:
+    """What every save begins with, alone: whether each tensor lies where it lay."""
+    arena = state.arena
+    assert arena is not None
+
+    def turn() -> Mapping[str, float]:
+        began_ns = time.perf_counter_ns()
+        arena.refresh()
+        return {"seconds_s": (time.perf_counter_ns() - began_ns) / 1e9}
+
+    return turn
 
 
 def _third_turn(turn: Turn) -> Turn:
@@ -371,12 +427,19 @@ def _touch_memory(nbytes_max: int) -> None:
     That of a virtual machine may not be there before it is first touched: 2.2 seconds a gigabyte on the host of
     docs/perf.md, which whoever allocates first would pay for everybody.
     """
-    nbytes = min(3 * nbytes_max, _available_memory() * 9 // 10)
+    threads = len(os.sched_getaffinity(0))  # each finds its own: two took half the time of one
+    part_bytes = min(3 * nbytes_max, _available_memory() * 9 // 10) // threads
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(_touch, [part_bytes] * threads))
+
+
+def _touch(nbytes: int) -> None:
     with mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as pages:
         with suppress(OSError):  # a kernel built without huge pages
             pages.madvise(mmap.MADV_HUGEPAGE)
-        for start in range(0, nbytes, mmap.PAGESIZE):
-            pages[start] = 1
+        first = ctypes.c_char.from_buffer(pages)
+        ctypes.memset(ctypes.addressof(first), 1, nbytes)  # without the GIL
+        del first  # or the pages could not be given back
 
 
 def _available_memory() -> int:

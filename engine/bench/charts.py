@@ -14,7 +14,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from engine.bench.goals import ADOPTED, NONE, OURS, best_limit, interval, main_samples, slowdowns
+from engine.bench.goals import (
+    ADOPTED,
+    NONE,
+    OURS,
+    OVERWRITTEN,
+    READ,
+    best_limit,
+    interval,
+    main_samples,
+    slowdown_settings,
+    slowdowns,
+)
 from engine.bench.host import one_line
 from engine.bench.noise import spread
 from engine.bench.record import Record, Sample, values
@@ -51,7 +62,7 @@ def _saving(record: Record, axes: Any) -> bool:
     _bars(axes, found, "durable_s")
     held = [median(values(samples, "held_s")) * 1e3 for samples in found.values()]
     axes.barh(list(found), held, color="black", height=0.25, label="of that, the loop is held")
-    _mark_limit(record, axes, "overwritten")
+    _mark_limit(record, axes, OVERWRITTEN)
     axes.legend()
     axes.set_title(f"Until a save of {record.main_bytes / 1e6:.0f} MB is durable, recycled or rotated files")
     axes.set_xlabel("milliseconds")
@@ -83,7 +94,7 @@ def _restoring(record: Record, axes: Any) -> bool:
     if not found:
         return False
     _bars(axes, found, "ready_s")
-    _mark_limit(record, axes, "read")
+    _mark_limit(record, axes, READ)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
     axes.set_title(f"Restoring {record.main_bytes / 1e6:.0f} MB from a cold page cache")
@@ -95,7 +106,7 @@ def _training(record: Record, axes: Any) -> bool:
     samples = record.select("slowdown")
     if not samples:
         return False
-    settings = sorted({s.setting for s in samples}, key=interval)
+    settings = slowdown_settings(record)
     intervals = [interval(setting) for setting in settings]
     for subject in sorted({s.subject for s in samples} - {NONE, ADOPTED}):
         found = [slowdowns(record, subject, setting) for setting in settings]
@@ -107,7 +118,7 @@ def _training(record: Record, axes: Any) -> bool:
     axes.axhline(3, color=LIMIT_COLOUR, linestyle=":", linewidth=1)
     axes.grid(alpha=0.3)
     axes.set_title("How much longer training takes with checkpoints")
-    axes.set_xlabel("steps between checkpoints")
+    axes.set_xlabel("steps between checkpoints (100: computed from 25)")
     axes.set_ylabel("per cent")
     axes.legend()
     return True
@@ -122,7 +133,7 @@ def _sizes(record: Record, axes: Any) -> bool:
             "nbytes",
             lambda s: s.nbytes / s.values["durable_s"] / 1e9,
         )
-    limits = [(n, best_limit(record, "overwritten", n)) for n in sorted({s.nbytes for s in samples})]
+    limits = [(n, best_limit(record, OVERWRITTEN, n)) for n in sorted({s.nbytes for s in samples})]
     points = [(nbytes, nbytes / best / 1e9) for nbytes, best in limits if best is not None]
     if points:
         axes.plot(*zip(*points, strict=True), "o--", color=LIMIT_COLOUR, label="fio's best, overwritten")
@@ -186,7 +197,7 @@ def _colours(names: dict[str, Any]) -> list[str]:
 def _mark_limit(record: Record, axes: Any, what: str) -> None:
     best = best_limit(record, what, record.main_bytes)
     if best is not None:
-        axes.axvline(best * 1e3, color=LIMIT_COLOUR, linestyle=":", label=f"fio's best, {what}")
+        axes.axvline(best * 1e3, color=LIMIT_COLOUR, linestyle=":", label=f"fio's best, {what}, in rounds of its own")
 
 
 def _line(axes: Any, samples: list[Sample], along: str, height: Callable[[Sample], float]) -> None:

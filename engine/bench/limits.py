@@ -16,7 +16,9 @@ before a byte reaches a tensor looks once and copies once.  So fio also runs bes
 time that fio takes: `BESIDE`.  It shows what of the limit such an engine can have on a host whose device, or the memory
 that it needs, is busy with the copy as well.
 
-memcpy is that of the C library, in one thread, over huge pages that have been touched, more than any cache holds.
+memcpy is that of the C library, in one thread, over huge pages that have been touched, more than any cache holds.  It
+is timed alone, and beside fio: of the copies made meanwhile, the first that lies in the time of the job, which ended
+about when fio did.  pread is one call of preadv(2), past the page cache, for as many bytes as one layer's blocks have.
 """
 
 from __future__ import annotations
@@ -36,15 +38,26 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from engine.bench.goals import BESIDE, COPIED
+from engine.bench.goals import (
+    BESIDE,
+    BLOCK_BYTES,
+    COPIED,
+    FRESH,
+    JOBS,
+    OVERWRITTEN,
+    PART_BLOCKS,
+    PREALLOCATED,
+    READ,
+)
 from engine.bench.measure import Rounds, Turn, forget, settle
 
-FIO, MEMCPY = "fio", "memcpy"
+FIO, MEMCPY, PREAD = "fio", "memcpy", "pread"
 ROTATED = 3  # as many as the engine's: two that are kept, and the one that is recycled
 SHAPES = ((1, 4), (1, 16), (4, 4), (4, 16))  # blocks in MiB, and depths
+DEEP = ((1, 16), (4, 16))  # those that are also tried beside a copy: the shallow ones were never the best
 HOW = (
     "--ioengine=io_uring --direct=1 --fixedbufs=1 --registerfiles=1 --end_fsync=1, huge pages, blocks of 1 and 4 MiB, "
-    "depths 4 and 16"
+    "depths 4 and 16, beside a copy only 16"
 )
 
 _libc = ctypes.CDLL(None)
@@ -55,11 +68,10 @@ _libc.memchr.restype = ctypes.c_void_p
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
-def limit_turns(rounds: Rounds, nbytes: int, kinds: Iterable[str]) -> dict[tuple[str, str], Turn]:
-    """Turns for these kinds of fio's jobs in all shapes, alone and beside a copy, and for memcpy."""
-    copied = [what for what in kinds if what + BESIDE in COPIED]
-    turns = fio_turns(rounds, nbytes, kinds, SHAPES, ROTATED)
-    beside = fio_turns(rounds, nbytes, copied, SHAPES, ROTATED)  # with files of their own
+def limit_turns(rounds: Rounds, nbytes: int) -> dict[tuple[str, str], Turn]:
+    """Turns for all of fio's jobs in all shapes, for those beside a copy, for memcpy and for one small read."""
+    turns = fio_turns(rounds, nbytes, JOBS, rotated=ROTATED) | _pread_turn(rounds)
+    beside = fio_turns(rounds, nbytes, COPIED, DEEP, ROTATED)  # with files of their own
     if not beside and not rounds.wanted(MEMCPY):
         return turns
     copy = _Copy(nbytes)
@@ -73,12 +85,12 @@ def limit_turns(rounds: Rounds, nbytes: int, kinds: Iterable[str]) -> dict[tuple
 
 
 def fio_turns(
-    rounds: Rounds, nbytes: int, kinds: Iterable[str], shapes: Sequence[tuple[int, int]], rotated: int = 1
+    rounds: Rounds, nbytes: int, kinds: Iterable[str], shapes: Sequence[tuple[int, int]] = SHAPES, rotated: int = 1
 ) -> dict[tuple[str, str], Turn]:
     """Turns for fio alone; none, and a row that says why, if there is no fio.
 
     Args:
-        kinds: of `goals.PLAIN`.
+        kinds: of `goals.JOBS`.
         shapes: sizes of blocks in MiB, and depths.
         rotated: how many files a job has that it overwrites in turn.
     """
@@ -100,8 +112,8 @@ def fio_turns(
 def _files(directory: Path, nbytes: int, what: str, rotated: int) -> Iterator[Path]:
     """The files of a job, in turn; what it overwrites or reads is there."""
     place = Path(tempfile.mkdtemp(prefix="fio-", dir=directory))
-    paths = [place / str(number) for number in range(rotated if what == "overwritten" else 1)]
-    for path in paths if what in ("overwritten", "read") else ():
+    paths = [place / str(number) for number in range(rotated if what == OVERWRITTEN else 1)]
+    for path in paths if what in (OVERWRITTEN, READ) else ():
         _job(path, nbytes, 4, 16, "write")
         # fio leaves out what is no whole block, and deletes a file that is shorter than it should be before it writes
         # (extend_file in its filesetup.c): that would be no overwriting.
@@ -131,21 +143,26 @@ class _Copy:
         return {"seconds_s": (time.perf_counter_ns() - began_ns) / 1e9}
 
     @contextmanager
-    def every(self, period_s: float) -> Iterator[None]:
-        """Meanwhile make and look at a copy once in each period.  ctypes lets go of the GIL for either."""
+    def every(self, period_s: float) -> Iterator[list[tuple[float, float]]]:
+        """Meanwhile make and look at a copy once in each period.  ctypes lets go of the GIL for either.
+
+        Gives when each was begun and made, on the clock of time.monotonic(); complete once it is left.
+        """
         ended = threading.Event()
+        made: list[tuple[float, float]] = []
 
         def work() -> None:
             while not ended.is_set():
                 began = time.monotonic()
                 self.make()
+                made.append((began, time.monotonic()))
                 self.look()
                 ended.wait(max(0.0, period_s - (time.monotonic() - began)))
 
         with ThreadPoolExecutor(1) as threads:
             working = threads.submit(work)
             try:
-                yield
+                yield made
             finally:
                 ended.set()
                 working.result()
@@ -161,12 +178,47 @@ def _beside(rounds: Rounds, copy: _Copy, job: Turn) -> Turn:
         if period_s is None:
             period_s = job()["seconds_s"]
             settle(rounds.directory)
-        with copy.every(period_s):
-            measured = job()
-        period_s = measured["seconds_s"]
-        return measured
+        with copy.every(period_s) as made:
+            period_s = job()["seconds_s"]
+            end = time.monotonic()
+        within = _within(made, end - period_s, end)
+        return {"seconds_s": period_s, **({} if within is None else {"copy_s": within})}
 
     return turn
+
+
+def _within(spans: Sequence[tuple[float, float]], begin: float, end: float) -> float | None:
+    """The length of the first of these spans of time that lies in this one, but for a fifth at most; None if none."""
+    for began, ended in spans:
+        if min(ended, end) - max(began, begin) >= (ended - began) * 4 / 5:
+            return ended - began
+    return None
+
+
+def _pread_turn(rounds: Rounds) -> dict[tuple[str, str], Turn]:
+    """A turn for reading `PART_BLOCKS` blocks that nobody has in memory, with one call."""
+    if not rounds.wanted(PREAD):
+        return {}
+    rounds.introduce(PREAD, "limit", f"preadv(2), O_DIRECT, one call for {PART_BLOCKS} blocks of 4 MiB, huge pages")
+    nbytes = PART_BLOCKS * BLOCK_BYTES
+    path = rounds.directory / "pread"
+    path.write_bytes(os.urandom(nbytes))
+    memory = _huge_pages(nbytes)
+
+    def turn() -> Mapping[str, float]:
+        forget(path)
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        try:
+            began_ns = time.perf_counter_ns()
+            read_bytes = os.preadv(descriptor, [memory], 0)
+            seconds_s = (time.perf_counter_ns() - began_ns) / 1e9
+        finally:
+            os.close(descriptor)
+        if read_bytes != nbytes:
+            raise OSError(f"preadv(2) has read {read_bytes} of {nbytes} bytes")
+        return {"seconds_s": seconds_s}
+
+    return {(PREAD, f"{PART_BLOCKS} blocks"): turn}
 
 
 def _huge_pages(nbytes: int) -> ctypes.Array[ctypes.c_char]:
@@ -182,15 +234,15 @@ def _huge_pages(nbytes: int) -> ctypes.Array[ctypes.c_char]:
 def _turn(paths: Iterator[Path], nbytes: int, what: str, block_mib: int, depth: int) -> Turn:
     def turn() -> Mapping[str, float]:
         path = next(paths)
-        if what == "read":
+        if what == READ:
             forget(path)
             return {"seconds_s": _job(path, nbytes, block_mib, depth, "read")}
-        if what == "preallocated":
+        if what == PREALLOCATED:
             with path.open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, max(nbytes, block_mib << 20))
                 os.fsync(file.fileno())
         try:
-            if what == "fresh":
+            if what == FRESH:
                 return {"seconds_s": _job(path, nbytes, block_mib, depth, "write")}
             with path.open("rb") as file:
                 seconds_s = _job(path, nbytes, block_mib, depth, "write")
@@ -198,7 +250,7 @@ def _turn(paths: Iterator[Path], nbytes: int, what: str, block_mib: int, depth: 
                     raise OSError("fio has deleted the file that was there, and made one anew")
             return {"seconds_s": seconds_s}
         finally:
-            if what != "overwritten":
+            if what != OVERWRITTEN:
                 path.unlink()
 
     return turn

@@ -120,7 +120,7 @@ class Rounds:
                 self.record.samples.append(Sample(section, key[0], *state, key[1], number, dict(measured)))
 
     def open_savers(self, savers: Iterable[type[Saver]], state: State, warm_up: int) -> dict[str, Saver]:
-        """Make savers, and let each save so often that it has what it keeps for the next time."""
+        """Make savers, and let each save once, if at all: ours so often that the next save recycles what it keeps."""
         opened = {}
         for kind in savers:
             if not self.wanted(kind.name):
@@ -129,7 +129,7 @@ class Rounds:
             directory = self.directory / kind.name.replace(" ", "-")
             try:
                 saver = kind(directory, state)
-                for _ in range(warm_up):
+                for _ in range(warm_up if kind.adopts else min(warm_up, 1)):
                     timed_save(saver)
                 opened[kind.name] = saver
             except Exception as error:  # whatever a peer raises

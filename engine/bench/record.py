@@ -4,7 +4,10 @@ Theory of operation.  A sample says what was done (`section`), by whom (`subject
 `tensor_count` tensors), under which `setting`, in which round, and what was measured: values by name, whose unit is
 the last word of the name (``_s`` seconds, ``_bytes``).  Nothing derived is stored.  The sections are:
 
-    limit      fio and memcpy: ``seconds_s``; the setting is what and how
+    limit      fio, memcpy and pread: ``seconds_s``; the setting is what and how; pread reads only the blocks that it
+               says.  fio beside a copy also with that one's ``copy_s``
+    ours       in the same rounds: as save, first, load and part; the setting is which.  And in the rounds of save, what
+               every one of ours begins with: ``seconds_s``, the setting is "look"
     save       recycled or rotated files: ``held_s``, ``staged_s``, ``durable_s``, ``cpu_s``; ours with ``stats.*``
     first      the same, the first save of a new directory
     size       the same as save, over sizes
@@ -26,7 +29,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-FORMAT = "engine.bench/1"
+FORMAT = "engine.bench/2"
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,22 +19,35 @@ from statistics import median
 
 from engine.bench.goals import (
     ADOPTED,
-    BESIDE,
-    COPIED,
+    BLOCK_BYTES,
+    FIRST,
+    LIMITS,
     NONE,
     OURS,
-    PLAIN,
+    PART,
+    PART_BLOCKS,
+    RECYCLED,
+    RESTORED,
+    STAGED_WHOLE,
     Outcome,
     best_limit,
-    interval,
     limits,
     main_samples,
+    slowdown_settings,
     slowdowns,
 )
 from engine.bench.host import one_line
 from engine.bench.noise import spread
 from engine.bench.record import Record, Sample, Subject, values
 
+# Ours in the rounds of the limit: who, doing what, and the time of it that a goal is about.
+OUR_TURNS = (
+    (OURS, RECYCLED, "durable_s"),
+    (OURS, FIRST, "durable_s"),
+    (OURS, RESTORED, "ready_s"),
+    (OURS, PART, "ready_s"),
+    (STAGED_WHOLE, RECYCLED, "staged_s"),
+)
 MARKERS = "<!-- measured: begin, written by python -m engine.bench -->\n", "<!-- measured: end -->\n"
 
 
@@ -119,11 +132,7 @@ def history_line(record: Record, goals: Iterable[Outcome]) -> str:
         "durable_s": {name: median(values(found, "durable_s")) for name, found in saves.items() if found},
         "held_s": {name: median(values(found, "held_s")) for name, found in saves.items() if found},
         "ready_s": {name: median(values(found, "ready_s")) for name, found in loads.items() if found},
-        "fio_s": {
-            what: best
-            for what in (*PLAIN, *COPIED)
-            if (best := best_limit(record, what, record.main_bytes)) is not None
-        },
+        "fio_s": {what: best for what in LIMITS if (best := best_limit(record, what, record.main_bytes)) is not None},
         "goals": {goal.what: goal.measured for goal in goals},
     }
     return json.dumps(line) + "\n"
@@ -136,14 +145,14 @@ def _goal_table(goals: Iterable[Outcome]) -> Table:
     def figure(value: float | None, unit: str) -> str:
         return "" if value is None else f"{value:.3g} {unit}"
 
-    rows = [(g.what, g.goal, figure(g.measured, g.unit), g.verdict, figure(g.beside_copy, g.unit)) for g in goals]
-    return Table("Goals", ("what", "goal", "measured", "", f"fio{BESIDE}"), rows)
+    rows = [(g.what, g.goal, figure(g.measured, g.unit), g.verdict, figure(g.standin, g.unit)) for g in goals]
+    return Table("Goals", ("what", "goal", "measured", "", "stand-in"), rows)
 
 
 def _limit_table(record: Record) -> Table:
     rows: list[Sequence[str]] = []
     for nbytes in sorted({sample.nbytes for sample in record.select("limit")}):
-        for what in (*PLAIN, *COPIED):
+        for what in LIMITS:
             found = limits(record, what, nbytes)
             if found:
                 setting = min(found, key=lambda key: found[key])
@@ -152,8 +161,16 @@ def _limit_table(record: Record) -> Table:
         copies = record.select("limit", "memcpy", nbytes=nbytes)
         if copies:
             rows.append((_size(nbytes), "memcpy", *_times(copies, "seconds_s"), _rate(nbytes, copies)))
+        for subject, setting, name in OUR_TURNS:
+            samples = record.select("ours", subject, nbytes=nbytes, setting=setting)
+            if samples:
+                rate = _rate(nbytes, samples, name) if setting != PART else ""
+                rows.append((_size(nbytes), f"{subject}, {setting}", *_times(samples, name), rate))
+    reads = record.select("limit", "pread")
+    if reads:
+        rows.append((_size(PART_BLOCKS * BLOCK_BYTES), "pread", *_times(reads, "seconds_s"), ""))
     rows += [(s.name, s.unavailable) for s in record.subjects if s.kind == "limit" and s.unavailable]
-    return Table("The limit", ("", "best of its settings", "ms", "GB/s"), rows)
+    return Table("The limit", ("", "who, fio at its best setting", "ms", "GB/s"), rows)
 
 
 def _save_table(record: Record) -> Table:
@@ -206,7 +223,7 @@ def _load_table(record: Record) -> Table:
 
 def _slowdown_table(record: Record) -> Table:
     samples = record.select("slowdown")
-    settings = sorted({s.setting for s in samples}, key=interval)
+    settings = slowdown_settings(record)
     rows = []
     for name in [NONE, ADOPTED, *(subject.name for subject in record.subjects if subject.kind == "save")]:
         cells = [slowdowns(record, name, setting) for setting in settings]

@@ -8,6 +8,9 @@ the very segment, so a host that is slower in one minute than in the next is so 
 does to a training's speed is no checkpoint's merit: it is in a row of its own.  The time until the last checkpoint is
 durable is added, because the next one would have to wait for that.
 
+Nobody's checkpoint every 100 steps is measured.  It is taken to cost what one every 25 does, spread over four times as
+many, as neither is taken to cost anything after ten; so that is computed (`goals.slowdowns`).
+
 Segments of one interval follow one another, everybody's in each round, in shuffled order.  Those without any checkpoint
 are counted in the same way: what they cost is nothing, and so what is measured for them is the noise.
 """
@@ -30,14 +33,14 @@ from engine.bench.record import Sample
 from engine.bench.savers import SAVERS, Pending, Saver
 from engine.bench.states import State
 
-INTERVALS = (1, 5, 10, 25, 100)
-CHECKPOINTS = {1: 6, 5: 3, 10: 3, 25: 1, 100: 1}  # in a segment, so that two rounds take four minutes
-STEPS_ASIDE = 5  # without a checkpoint, on either side of a segment
+INTERVALS = (1, 5, 10, 25)
+CHECKPOINTS = {1: 3, 5: 1, 10: 2, 25: 2}  # in a segment, so that a round takes a minute or two
+STEPS_ASIDE = 4  # without a checkpoint, on either side of a segment
 # Three quarters of a second, in which everybody's save of this state is durable.  From then on a step is undisturbed.
 STEPS_DISTURBED = 10
 
 # 9 million parameters, 109 MB with AdamW's two moments: on two cores a step takes about a tenth of a second, so that
-# one checkpoint a step is more than any drive here takes, and one in a hundred is nothing.
+# one checkpoint a step is more than any drive here takes, and one in a hundred is next to nothing.
 VOCABULARY, WIDTH, LAYERS, HEADS = 256, 384, 5, 6
 BATCH, CONTEXT = 2, 64
 
@@ -93,9 +96,9 @@ def measure(
     savers = _open(rounds, kinds, trainings)
     end = time.monotonic() + seconds
     for number in range(round_count):
-        for interval in intervals:
-            # The longest takes as long as all others together, and its noise is the smallest: once is enough.
-            if not number or (interval != INTERVALS[-1] and time.monotonic() < end):
+        turned = number % len(intervals)  # or what the time does not suffice for would always be the same
+        for interval in (*intervals[turned:], *intervals[:turned]):
+            if not number or time.monotonic() < end:
                 _one_interval(rounds, trainings, savers, interval, number)
     for saver in savers.values():
         saver.close()
