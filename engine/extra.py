@@ -329,6 +329,8 @@ def _read_text(payload: object, spot: _Spot) -> str:
 def _read_elements(payload: object, spot: _Spot) -> list[object]:
     if not isinstance(payload, list):
         raise spot.corrupt("is not a list")
+    if all(type(member) is str and _is_text(member) for member in payload):
+        return payload  # names of parameters: there may be a hundred thousand
     return [_decode(member, spot.item(index)) for index, member in enumerate(payload)]
 
 

@@ -455,11 +455,15 @@ def selector(select: Select) -> Callable[[SegmentRecord | Segment], bool]:
     if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
         raise ArgumentError(f"select is {select!r}; it must be a pattern or a list of patterns")
 
-    # One expression for all patterns: there may be a hundred thousand names to try.
+    # One expression for all patterns, and each layer once: there may be a hundred thousand names to try.
     matches = re.compile("|".join(map(fnmatch.translate, patterns))).match
+    layers: dict[str, bool] = {}
 
     def wanted(segment: SegmentRecord | Segment) -> bool:
-        return bool(matches(segment.name) or matches(segment.layer) or matches(f"{segment.layer}."))
+        layer = segment.layer
+        if layer not in layers:
+            layers[layer] = bool(matches(layer) or matches(f"{layer}."))
+        return layers[layer] or bool(matches(segment.name))
 
     return wanted
 

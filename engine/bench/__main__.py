@@ -68,7 +68,7 @@ class Scales:
     slowdown_rounds: int = 3
     # What a section may take beyond its first round, most with a factor, some for each of their sizes: with these a run
     # on a slow host fits into the 20 minutes that there are.
-    seconds: float = 90.0
+    seconds: float = 75.0
     slowdown_seconds: float = 180.0
 
 
@@ -273,7 +273,9 @@ def _memory(rounds: Rounds, scales: Scales) -> None:
     # Of ours, those that differ in the memory they need.
     names = (Ours.name, *((OursWhole.name, *PEERS) if scales.memory_peers else ()))
     turns = footprint.turns(rounds, *shape, names)
-    rounds.run("memory", turns, shape, range(1), seconds=0)
+    with ThreadPoolExecutor(2) as pool:  # what a process needs does not depend on another beside it
+        begun = {key: pool.submit(turn) for key, turn in turns.items()}
+        rounds.run("memory", {key: each.result for key, each in begun.items()}, shape, range(1), seconds=0)
     largest = max(_fitting(rounds, scales.sizes), default=0)
     if largest > scales.main_bytes:
         shape = (largest, MAIN_COUNT)
@@ -289,9 +291,8 @@ def _size(rounds: Rounds, scales: Scales) -> None:
         savers = rounds.open_savers(kinds, state, WARM_UP)
         saves = {(name, ""): _save_turn(saver) for name, saver in savers.items()}
         shape = (nbytes, MAIN_COUNT)
-        # The main size has all of fio's settings; which is best differs little with size, so one does here.
-        writes = [what for what in goals.JOBS if what != goals.READ] if nbytes != scales.main_bytes else []
-        fio = limits.fio_turns(rounds, nbytes, writes, ((4, 16),))
+        # The main size has all of fio's jobs and settings; which is best differs little with size, so one does here.
+        fio = limits.fio_turns(rounds, nbytes, [goals.OVERWRITTEN] if nbytes != scales.main_bytes else [], ((4, 16),))
         numbers = range(scales.scale_rounds if nbytes <= scales.main_bytes else min(3, scales.scale_rounds))
         rounds.run_together({"size": saves, "limit": fio}, shape, numbers, seconds=scales.seconds / 2)
         for saver in savers.values():

@@ -35,7 +35,7 @@ from engine.bench.states import State
 
 INTERVALS = (1, 5, 10, 25)
 CHECKPOINTS = {1: 3, 5: 1, 10: 2, 25: 2}  # in a segment, so that a round takes a minute or two
-STEPS_ASIDE = 4  # without a checkpoint, on either side of a segment
+STEPS_ASIDE = 3  # without a checkpoint, on either side of a segment
 # Three quarters of a second, in which everybody's save of this state is durable.  From then on a step is undisturbed.
 STEPS_DISTURBED = 10
 
