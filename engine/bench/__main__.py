@@ -68,7 +68,7 @@ class Scales:
     slowdown_rounds: int = 3
     # What a section may take beyond its first round, most with a factor, some for each of their sizes: with these a run
     # on a slow host fits into the 20 minutes that there are.
-    seconds: float = 75.0
+    seconds: float = 60.0
     slowdown_seconds: float = 180.0
 
 

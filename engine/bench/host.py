@@ -65,10 +65,11 @@ def file_system(directory: Path) -> str:
 
 
 def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
+    """Its name, and the family and model that tell two of that name apart."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    parts = (fields.get("model name", platform.machine()), *(fields.get(name) for name in ("cpu family", "model")))
+    return " ".join(part for part in parts if part)
 
 
 def _device(directory: Path) -> str:
