@@ -68,8 +68,8 @@ def _processor() -> str:
     """Its name, and the family and model that tell two of that name apart."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    parts = (fields.get("model name", platform.machine()), *(fields.get(name) for name in ("cpu family", "model")))
-    return " ".join(part for part in parts if part)
+    numbers = "".join(f" {name} {fields[name]}" for name in ("cpu family", "model") if name in fields)
+    return fields.get("model name", platform.machine()) + numbers.replace("cpu ", "")
 
 
 def _device(directory: Path) -> str:
