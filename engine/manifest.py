@@ -282,9 +282,10 @@ def _validate_chunks(manifest: Manifest) -> None:
         _require(end == file_bytes or end % ALIGNMENT == 0, f"{where} ends unaligned")
         count = ceil_div(chunk.nbytes, manifest.block_bytes)
         _require(len(chunk.checksums) == count, f"{where} has {len(chunk.checksums)} checksums for {count} blocks")
-        # All at once: there may be a hundred thousand, and only one that is wrong is looked for.
-        whole = set(map(len, chunk.checksums)) == {16} and _HEX.fullmatch("".join(chunk.checksums))
-        _require(bool(whole), f"{where} has a checksum that is not 16 hex digits")
+        # All at once, as there may be a hundred thousand; one by one only to name the one that is wrong.
+        if set(map(len, chunk.checksums)) != {16} or _HEX.fullmatch("".join(chunk.checksums)) is None:
+            wrong = next(text for text in chunk.checksums if len(text) != 16 or _HEX.fullmatch(text) is None)
+            raise _inconsistent(f"{where} has checksum {wrong!r}")
         position = (chunk.file + 1, 0, 0) if end == file_bytes else (chunk.file, chunk.index + 1, end)
         _require(position[0] < len(manifest.files) or chunk is manifest.chunks[-1], f"{where} is not the last")
     _require(position == (len(manifest.files), 0, 0), "the chunks do not cover the files")

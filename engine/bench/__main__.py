@@ -13,9 +13,7 @@ left out, and the record says so.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib.util
-import mmap
 import os
 import shutil
 import sys
@@ -24,7 +22,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -431,16 +429,7 @@ def _touch_memory(nbytes_max: int) -> None:
     threads = len(os.sched_getaffinity(0))  # each finds its own: two took half the time of one
     part_bytes = min(3 * nbytes_max, _available_memory() * 9 // 10) // threads
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(_touch, [part_bytes] * threads))
-
-
-def _touch(nbytes: int) -> None:
-    with mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as pages:
-        with suppress(OSError):  # a kernel built without huge pages
-            pages.madvise(mmap.MADV_HUGEPAGE)
-        first = ctypes.c_char.from_buffer(pages)
-        ctypes.memset(ctypes.addressof(first), 1, nbytes)  # without the GIL
-        del first  # or the pages could not be given back
+        list(pool.map(limits.huge_pages, [part_bytes] * threads))
 
 
 def _available_memory() -> int:

@@ -126,7 +126,7 @@ class _Copy:
 
     def __init__(self, nbytes: int) -> None:
         self._nbytes = nbytes
-        self._source, self._target = _huge_pages(nbytes), _huge_pages(nbytes)
+        self._source, self._target = huge_pages(nbytes), huge_pages(nbytes)
 
     def make(self) -> None:
         ctypes.memmove(self._target, self._source, self._nbytes)
@@ -203,7 +203,7 @@ def _pread_turn(rounds: Rounds) -> dict[tuple[str, str], Turn]:
     nbytes = PART_BLOCKS * BLOCK_BYTES
     path = rounds.directory / "pread"
     path.write_bytes(os.urandom(nbytes))
-    memory = _huge_pages(nbytes)
+    memory = huge_pages(nbytes)
 
     def turn() -> Mapping[str, float]:
         forget(path)
@@ -221,7 +221,7 @@ def _pread_turn(rounds: Rounds) -> dict[tuple[str, str], Turn]:
     return {(PREAD, f"{PART_BLOCKS} blocks"): turn}
 
 
-def _huge_pages(nbytes: int) -> ctypes.Array[ctypes.c_char]:
+def huge_pages(nbytes: int) -> ctypes.Array[ctypes.c_char]:
     """Memory that is there, and full of ones.  As `arena.allocate_pages`, which is no part of the public API."""
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel built without
