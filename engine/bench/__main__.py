@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import shutil
 import sys
 import tempfile
@@ -29,8 +28,9 @@ from pathlib import Path
 
 import engine
 from engine.bench import charts, footprint, goals, host, limits, report, slowdown
+from engine.bench.limits import Lent
 from engine.bench.loaders import LOADERS, LOADING_PEERS, OursLoader
-from engine.bench.measure import Rounds, Turn, timed_load, timed_save
+from engine.bench.measure import Rounds, Turn, few, timed_load, timed_save
 from engine.bench.record import Record, decode, encode
 from engine.bench.savers import PEERS, SAVERS, STAGING_BYTES, Ours, OursWhole, Saver
 from engine.bench.states import State, make_state
@@ -39,7 +39,7 @@ MB, GB = 10**6, 10**9
 MAIN_COUNT = 148  # tensors, as in the measurements that the goals were set by
 LAYER = f"layers.{MAIN_COUNT // 2}"  # the one that is read without the rest
 WARM_UP = 3  # saves: two are kept, so the third is the first that recycles, and the next is as all that follow
-FIRST_ROUNDS_PEERS = 2  # first saves of peers are no goal, and one of them starts a process each time
+ROUNDS_WITHOUT_GOAL = 2  # of peers' first saves and fio's fresh files, which take long and are no goal
 
 # Peers that scale as they do at any size; the others take minutes at 2 GB, or at 10,000 tensors.
 SCALE_PEERS = ("engine", "torch.save", "safetensors")
@@ -154,7 +154,6 @@ def _measure(options: argparse.Namespace) -> Record:
         raise SystemExit(f"there is no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     options.directory.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    _touch_memory(max(scales.sizes))
     with tempfile.TemporaryDirectory(dir=options.directory, prefix="bench-") as place:
         record = Record(
             command=_command(options),
@@ -192,21 +191,27 @@ def _limit(rounds: Rounds, scales: Scales) -> None:
     """The limit at one size, and ours in the same rounds.  No peer is in them: what a drive still does for one of those
     would be the next one's noise."""
     nbytes, shape = scales.main_bytes, (scales.main_bytes, MAIN_COUNT)
-    limit = limits.limit_turns(rounds, nbytes)
     with ExitStack() as stack:
-        ours = _our_turns(rounds, scales, stack)
+        ours, lent = _our_turns(rounds, scales, stack)
+        limit = limits.limit_turns(rounds, nbytes, lent)
+        for name, setting in limit:
+            if setting.startswith(goals.FRESH):
+                limit[name, setting] = few(limit[name, setting], ROUNDS_WITHOUT_GOAL)
         sections = {"ours": ours, "limit": limit}
-        rounds.run_together(sections, shape, range(scales.limit_rounds), seconds=1.5 * scales.seconds)
+        # A round takes 20 seconds, and these are the goals whose noise is as large as their margins.
+        rounds.run_together(sections, shape, range(scales.limit_rounds), seconds=2.5 * scales.seconds)
     _clear(rounds)
 
 
-def _our_turns(rounds: Rounds, scales: Scales, stack: ExitStack) -> dict[tuple[str, str], Turn]:
-    """Turns of ours that goals set beside the limit."""
-    if not any(rounds.wanted(kind.name) for kind in (Ours, OursWhole)):
-        return {}
-    state = make_state(scales.main_bytes, MAIN_COUNT, plain=False)
+def _our_turns(rounds: Rounds, scales: Scales, stack: ExitStack) -> tuple[dict[tuple[str, str], Turn], Lent]:
+    """Turns of ours that goals set beside the limit, and the files that fio is lent for it."""
     turns: dict[tuple[str, str], Turn] = {}
-    for name, saver in rounds.open_savers((Ours, OursWhole), state, WARM_UP).items():
+    if not any(rounds.wanted(kind.name) for kind in (Ours, OursWhole)):
+        return turns, {}
+    state = make_state(scales.main_bytes, MAIN_COUNT, plain=False)
+    savers = rounds.open_savers((Ours, OursWhole), state, WARM_UP)
+    lent = _lent(savers)
+    for name, saver in savers.items():
         stack.callback(saver.close)
         turns[name, goals.RECYCLED] = _save_turn(saver)
     if rounds.wanted(Ours.name):
@@ -215,7 +220,8 @@ def _our_turns(rounds: Rounds, scales: Scales, stack: ExitStack) -> dict[tuple[s
         turns[Ours.name, goals.FIRST] = _first_turn(rounds, Ours, state)
         turns[Ours.name, goals.RESTORED] = lambda: timed_load(loader.load, loader.files())
         turns[Ours.name, goals.PART] = lambda: timed_load(lambda: loader.load_part(LAYER), loader.files())
-    return turns
+        lent = {**lent, goals.READ: loader.data_files}
+    return turns, lent
 
 
 def _main(rounds: Rounds, scales: Scales) -> None:
@@ -225,15 +231,12 @@ def _main(rounds: Rounds, scales: Scales) -> None:
     savers = rounds.open_savers(SAVERS, state, WARM_UP)
     saves = {(name, ""): _save_turn(saver) for name, saver in savers.items()}
     firsts = {(name, ""): _first_turn(rounds, type(saver), state) for name, saver in savers.items()}
+    for name, _ in firsts:
+        if name != Ours.name:
+            firsts[name, ""] = few(firsts[name, ""], ROUNDS_WITHOUT_GOAL)
     looks = {(Ours.name, goals.LOOK): _look_turn(state)} if rounds.wanted(Ours.name) else {}
     sections = {"save": saves, "first": firsts, "ours": looks}
-    end = time.monotonic() + 1.5 * scales.seconds  # two sections in one, and a little
-    for number in range(scales.rounds):
-        if number and time.monotonic() > end:
-            break
-        if number == FIRST_ROUNDS_PEERS:
-            sections["first"] = {key: turn for key, turn in sections["first"].items() if key[0] == Ours.name}
-        rounds.run_together(sections, shape, range(number, number + 1), seconds=0)
+    rounds.run_together(sections, shape, range(scales.rounds), seconds=1.5 * scales.seconds)  # two sections in one
     for saver in savers.values():
         saver.close()
     _clear(rounds)
@@ -285,12 +288,13 @@ def _size(rounds: Rounds, scales: Scales) -> None:
     for nbytes in _fitting(rounds, scales.sizes):
         small = nbytes <= scales.peers_bytes_max
         state = make_state(nbytes, MAIN_COUNT, plain=small)
-        kinds = [saver for saver in SAVERS if saver.name in (SCALE_PEERS if small else ("engine",))]
-        savers = rounds.open_savers(kinds, state, WARM_UP)
+        names = SCALE_PEERS if small else (Ours.name,)
+        savers = rounds.open_savers([kind for kind in SAVERS if kind.name in names], state, WARM_UP)
         saves = {(name, ""): _save_turn(saver) for name, saver in savers.items()}
         shape = (nbytes, MAIN_COUNT)
         # The main size has all of fio's jobs and settings; which is best differs little with size, so one does here.
-        fio = limits.fio_turns(rounds, nbytes, [goals.OVERWRITTEN] if nbytes != scales.main_bytes else [], ((4, 16),))
+        kinds = [goals.OVERWRITTEN] if nbytes != scales.main_bytes else []
+        fio = limits.fio_turns(rounds, nbytes, kinds, ((4, 16),), _lent(savers))
         numbers = range(scales.scale_rounds if nbytes <= scales.main_bytes else min(3, scales.scale_rounds))
         rounds.run_together({"size": saves, "limit": fio}, shape, numbers, seconds=scales.seconds / 2)
         for saver in savers.values():
@@ -351,6 +355,12 @@ SECTIONS: dict[str, Callable[[Rounds, Scales], None]] = {
     "tensors": _tensors,
     "flight": _flight,
 }
+
+
+def _lent(savers: Mapping[str, Saver]) -> Lent:
+    """The files that fio overwrites: those that ours recycles."""
+    ours = savers.get(Ours.name)
+    return {goals.OVERWRITTEN: ours.data_files} if isinstance(ours, Ours) else {}
 
 
 def _save_turn(saver: Saver) -> Turn:
@@ -418,18 +428,6 @@ def _fitting(rounds: Rounds, sizes: tuple[int, ...]) -> list[int]:
         if note not in rounds.record.notes:
             rounds.record.notes.append(note)
     return fitting
-
-
-def _touch_memory(nbytes_max: int) -> None:
-    """Have the kernel find the memory that the largest state will take, and give it back.
-
-    That of a virtual machine may not be there before it is first touched: 2.2 seconds a gigabyte on the host of
-    docs/perf.md, which whoever allocates first would pay for everybody.
-    """
-    threads = len(os.sched_getaffinity(0))  # each finds its own: two took half the time of one
-    part_bytes = min(3 * nbytes_max, _available_memory() * 9 // 10) // threads
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(limits.huge_pages, [part_bytes] * threads))
 
 
 def _available_memory() -> int:

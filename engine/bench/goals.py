@@ -44,8 +44,8 @@ class Outcome:
     """One goal: `measured` is None where something was not measured.
 
     `standin` is what would be measured with somebody in the engine's place who does only a part of the work, in the
-    same rounds: fio beside a copy, a copy beside fio, a read without a checkpoint around it (all in `limits`), or the
-    look at every tensor without a save after it.  It is no bound, and has noise of its own.
+    same rounds: fio beside a copy, a read without a checkpoint around it (both in `limits`), or the look at every
+    tensor without a save after it.  It is no bound, and has noise of its own.
     """
 
     what: str
@@ -102,11 +102,11 @@ def best_limit(record: Record, what: str, nbytes: int) -> float | None:
     return min(medians.values(), default=None)
 
 
-def limits(record: Record, what: str, nbytes: int, name: str = "seconds_s") -> dict[str, float]:
+def limits(record: Record, what: str, nbytes: int) -> dict[str, float]:
     """The median of each setting of fio for one kind of job."""
     samples = [s for s in record.select("limit", "fio", nbytes=nbytes) if s.setting.startswith(f"{what}, ")]
-    found = {setting: values((s for s in samples if s.setting == setting), name) for setting in _settings(samples)}
-    return {setting: median(each) for setting, each in found.items() if each}
+    settings = _settings(samples)
+    return {each: median(values((s for s in samples if s.setting == each), "seconds_s")) for each in settings}
 
 
 def _settings(samples: Iterable[Sample]) -> list[str]:
@@ -152,11 +152,6 @@ def _ours(record: Record, setting: str, name: str, subject: str = OURS) -> float
 
 def _memcpy(record: Record) -> float:
     return _median(record.select("limit", "memcpy", nbytes=record.main_bytes), "seconds_s")
-
-
-def _copy_beside(record: Record) -> float:
-    """A copy's time beside fio's overwriting: with the setting of fio that leaves it the most."""
-    return min(_known(list(limits(record, OVERWRITTEN + BESIDE, record.main_bytes, "copy_s").values())))
 
 
 def _copied(record: Record, what: str) -> float:
@@ -257,13 +252,10 @@ def _slowdown(record: Record, peers: list[str]) -> list[Outcome]:
 
 
 def _staging(record: Record) -> Outcome:
-    return _with_standin(
-        _at_least(
-            "arena free again, beside memcpy",
-            0.8,
-            lambda: _memcpy(record) / _ours(record, RECYCLED, "staged_s", STAGED_WHOLE),
-        ),
-        lambda: _memcpy(record) / _copy_beside(record),
+    return _at_least(
+        "arena free again, beside memcpy",
+        0.8,
+        lambda: _memcpy(record) / _ours(record, RECYCLED, "staged_s", STAGED_WHOLE),
     )
 
 

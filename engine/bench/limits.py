@@ -7,18 +7,20 @@ best of two block sizes and two depths.  Its buffers are in huge pages, as the e
 lie scattered in memory, the same read took 140 ms in one run and 370 in the next.  A job takes its turn in the rounds
 like everybody else, and its time is fio's own, without its start.
 
-What a job overwrites was last written three turns ago, and what it reads one turn ago, as what the engine recycles and
-restores.  A virtual drive may have in its memory what was written a moment ago: on the host of docs/perf.md a file took
-104 to 113 ms if it had just been written, and 115 to 122 if 14 GB of others had been since.
+What a job overwrites and reads are the very files that the engine recycles and restores, lent to it between their
+turns, since a virtual drive may be faster in one place than in another.  On the host of docs/perf.md the same job took
+100 ms on some files and 185 on others, again and again on the same ones, and those of a kind lay beside each other.
 
 A save that stages, as ours does, copies the state once and looks at the copy once, to hash it; a restore that verifies
 before a byte reaches a tensor looks once and copies once.  So fio also runs beside a thread that does that much in the
 time that fio takes: `BESIDE`.  It shows what of the limit such an engine can have on a host whose device, or the memory
 that it needs, is busy with the copy as well.
 
-memcpy is that of the C library, in one thread, over huge pages that have been touched, more than any cache holds.  It
-is timed alone, and beside fio: of the copies made meanwhile, the first that lies in the time of the job, which ended
-about when fio did.  pread is one call of preadv(2), past the page cache, for as many bytes as one layer's blocks have.
+memcpy is that of the C library, in one thread, over huge pages, more than any cache holds.  They are used once a round,
+as the engine's slots are: what a virtual machine has just been given, or has not used for a while, is copied at half
+the speed by anybody.
+
+pread is one call of preadv(2), past the page cache, for as many bytes as one layer's blocks have.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -52,13 +54,15 @@ from engine.bench.goals import (
 from engine.bench.measure import Rounds, Turn, forget, settle
 
 FIO, MEMCPY, PREAD = "fio", "memcpy", "pread"
-ROTATED = 3  # as many as the engine's: two that are kept, and the one that is recycled
 SHAPES = ((1, 4), (1, 16), (4, 4), (4, 16))  # blocks in MiB, and depths
 DEEP = ((1, 16), (4, 16))  # those that are also tried beside a copy: the shallow ones were never the best
 HOW = (
     "--ioengine=io_uring --direct=1 --fixedbufs=1 --registerfiles=1 --end_fsync=1, huge pages, blocks of 1 and 4 MiB, "
     "depths 4 and 16, beside a copy only 16"
 )
+
+Lent = Mapping[str, Callable[[], Sequence[Path]]]  # by kind of job: where the files are at the moment
+NONE_LENT: Lent = {}
 
 _libc = ctypes.CDLL(None)
 _libc.memchr.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t)
@@ -68,31 +72,34 @@ _libc.memchr.restype = ctypes.c_void_p
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
-def limit_turns(rounds: Rounds, nbytes: int) -> dict[tuple[str, str], Turn]:
+def limit_turns(rounds: Rounds, nbytes: int, lent: Lent = NONE_LENT) -> dict[tuple[str, str], Turn]:
     """Turns for all of fio's jobs in all shapes, for those beside a copy, for memcpy and for one small read."""
-    turns = fio_turns(rounds, nbytes, JOBS, rotated=ROTATED) | _pread_turn(rounds)
-    beside = fio_turns(rounds, nbytes, COPIED, DEEP, ROTATED)  # with files of their own
-    if not beside and not rounds.wanted(MEMCPY):
-        return turns
-    copy = _Copy(nbytes)
+    turns = fio_turns(rounds, nbytes, JOBS, lent=lent) | _pread_turn(rounds)
     if rounds.wanted(MEMCPY):
         rounds.introduce(MEMCPY, "limit", "memmove of the C library, one thread, huge pages")
-        turns[MEMCPY, "one thread"] = copy.timed
+        turns[MEMCPY, "one thread"] = _Copy(nbytes).timed
+    beside = fio_turns(rounds, nbytes, COPIED, DEEP, lent)
+    copy = _Copy(nbytes) if beside else None
     for (name, alone), turn in beside.items():
+        assert copy is not None
         what, _, shape = alone.partition(", ")
         turns[name, f"{what}{BESIDE}, {shape}"] = _beside(rounds, copy, turn)
     return turns
 
 
 def fio_turns(
-    rounds: Rounds, nbytes: int, kinds: Iterable[str], shapes: Sequence[tuple[int, int]] = SHAPES, rotated: int = 1
+    rounds: Rounds,
+    nbytes: int,
+    kinds: Iterable[str],
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    lent: Lent = NONE_LENT,
 ) -> dict[tuple[str, str], Turn]:
     """Turns for fio alone; none, and a row that says why, if there is no fio.
 
     Args:
         kinds: of `goals.JOBS`.
         shapes: sizes of blocks in MiB, and depths.
-        rotated: how many files a job has that it overwrites in turn.
+        lent: files of at least so many bytes that jobs of a kind overwrite or read in turn; others have one each.
     """
     if not rounds.wanted(FIO):
         return {}
@@ -102,23 +109,39 @@ def fio_turns(
         return {}
     return {
         (FIO, f"{what}, {block_mib} MiB x {depth}"): _turn(
-            _files(rounds.directory, nbytes, what, rotated), nbytes, what, block_mib, depth
+            _in_turn(lent[what], number) if what in lent else _own_file(rounds.directory, nbytes, what),
+            nbytes,
+            what,
+            block_mib,
+            depth,
         )
         for what in kinds
-        for block_mib, depth in shapes
+        for number, (block_mib, depth) in enumerate(shapes)
     }
 
 
-def _files(directory: Path, nbytes: int, what: str, rotated: int) -> Iterator[Path]:
-    """The files of a job, in turn; what it overwrites or reads is there."""
-    place = Path(tempfile.mkdtemp(prefix="fio-", dir=directory))
-    paths = [place / str(number) for number in range(rotated if what == OVERWRITTEN else 1)]
-    for path in paths if what in (OVERWRITTEN, READ) else ():
+def _in_turn(find: Callable[[], Sequence[Path]], first: int) -> Iterator[Path]:
+    """One of these files after the other, without end; jobs begin with different ones, so that a round has no
+    favourite."""
+    for number in itertools.count(first):
+        paths = find()
+        yield paths[number % len(paths)]
+
+
+def _own_file(directory: Path, nbytes: int, what: str) -> Iterator[Path]:
+    """The one file of a job, in a directory of its own; what it overwrites or reads is there."""
+    path = Path(tempfile.mkdtemp(prefix="fio-", dir=directory)) / "0"
+    if what in (OVERWRITTEN, READ):
+        # fio deletes a file that is shorter than it should be before it writes (extend_file in its filesetup.c).
+        _preallocate(path, nbytes, 4)
         _job(path, nbytes, 4, 16, "write")
-        # fio leaves out what is no whole block, and deletes a file that is shorter than it should be before it writes
-        # (extend_file in its filesetup.c): that would be no overwriting.
-        os.truncate(path, max(nbytes, path.stat().st_size))
-    return itertools.cycle(paths)
+    return itertools.repeat(path)
+
+
+def _preallocate(path: Path, nbytes: int, block_mib: int) -> None:
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(nbytes, block_mib << 20))
+        os.fsync(file.fileno())
 
 
 class _Copy:
@@ -143,26 +166,21 @@ class _Copy:
         return {"seconds_s": (time.perf_counter_ns() - began_ns) / 1e9}
 
     @contextmanager
-    def every(self, period_s: float) -> Iterator[list[tuple[float, float]]]:
-        """Meanwhile make and look at a copy once in each period.  ctypes lets go of the GIL for either.
-
-        Gives when each was begun and made, on the clock of time.monotonic(); complete once it is left.
-        """
+    def every(self, period_s: float) -> Iterator[None]:
+        """Meanwhile make and look at a copy once in each period.  ctypes lets go of the GIL for either."""
         ended = threading.Event()
-        made: list[tuple[float, float]] = []
 
         def work() -> None:
             while not ended.is_set():
                 began = time.monotonic()
                 self.make()
-                made.append((began, time.monotonic()))
                 self.look()
                 ended.wait(max(0.0, period_s - (time.monotonic() - began)))
 
         with ThreadPoolExecutor(1) as threads:
             working = threads.submit(work)
             try:
-                yield made
+                yield
             finally:
                 ended.set()
                 working.result()
@@ -178,21 +196,11 @@ def _beside(rounds: Rounds, copy: _Copy, job: Turn) -> Turn:
         if period_s is None:
             period_s = job()["seconds_s"]
             settle(rounds.directory)
-        with copy.every(period_s) as made:
+        with copy.every(period_s):
             period_s = job()["seconds_s"]
-            end = time.monotonic()
-        within = _within(made, end - period_s, end)
-        return {"seconds_s": period_s, **({} if within is None else {"copy_s": within})}
+        return {"seconds_s": period_s}
 
     return turn
-
-
-def _within(spans: Sequence[tuple[float, float]], begin: float, end: float) -> float | None:
-    """The length of the first of these spans of time that lies in this one, but for a fifth at most; None if none."""
-    for began, ended in spans:
-        if min(ended, end) - max(began, begin) >= (ended - began) * 4 / 5:
-            return ended - began
-    return None
 
 
 def _pread_turn(rounds: Rounds) -> dict[tuple[str, str], Turn]:
@@ -238,9 +246,7 @@ def _turn(paths: Iterator[Path], nbytes: int, what: str, block_mib: int, depth: 
             forget(path)
             return {"seconds_s": _job(path, nbytes, block_mib, depth, "read")}
         if what == PREALLOCATED:
-            with path.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, max(nbytes, block_mib << 20))
-                os.fsync(file.fileno())
+            _preallocate(path, nbytes, block_mib)
         try:
             if what == FRESH:
                 return {"seconds_s": _job(path, nbytes, block_mib, depth, "write")}

@@ -65,6 +65,11 @@ class OursLoader(Loader):
     written_by = Ours
     parts = True
 
+    def data_files(self) -> list[Path]:
+        """The one with the data, beside the small ones."""
+        assert isinstance(self.saver, Ours)
+        return self.saver.data_files()
+
     def load(self) -> object:
         assert isinstance(self.saver, Ours) and self.state.arena is not None
         return self.saver.engine.restore(self.state.arena)

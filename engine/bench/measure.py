@@ -36,6 +36,10 @@ KINDS = {"limit": "limit", "load": "load", "part": "load"}  # of the subjects of
 Name = TypeVar("Name")
 
 
+class _Over(Exception):
+    """A turn has been taken as often as it should be."""
+
+
 class Rounds:
     """What is common to all samples of a run: the record they go to, the order of turns, and who is out."""
 
@@ -104,7 +108,7 @@ class Rounds:
         seconds: float,
     ) -> None:
         """The same with several sections in one order, so that whatever the host does falls on all of them alike; those
-        who raise are taken out of their section."""
+        who raise, and those whose turns are over, are taken out of their section."""
         end = time.monotonic() + seconds
         for number in numbers:
             if number != numbers[0] and time.monotonic() > end:
@@ -113,6 +117,9 @@ class Rounds:
                 settle(self.directory)
                 try:
                     measured = sections[section][key]()
+                except _Over:
+                    del sections[section][key]
+                    continue
                 except Exception as error:  # whatever a peer raises
                     self.refuse(key[0], KINDS.get(section, "save"), error)
                     del sections[section][key]
@@ -135,6 +142,18 @@ class Rounds:
             except Exception as error:  # whatever a peer raises
                 self.refuse(kind.name, "save", error)
         return opened
+
+
+def few(turn: Turn, count: int) -> Turn:
+    """A turn that is only taken in the first `count` rounds."""
+    remaining = iter(range(count))
+
+    def limited() -> Mapping[str, float]:
+        if next(remaining, None) is None:
+            raise _Over
+        return turn()
+
+    return limited
 
 
 def settle(directory: Path) -> None:

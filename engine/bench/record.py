@@ -5,7 +5,7 @@ Theory of operation.  A sample says what was done (`section`), by whom (`subject
 the last word of the name (``_s`` seconds, ``_bytes``).  Nothing derived is stored.  The sections are:
 
     limit      fio, memcpy and pread: ``seconds_s``; the setting is what and how; pread reads only the blocks that it
-               says.  fio beside a copy also with that one's ``copy_s``
+               says
     ours       in the same rounds: as save, first, load and part; the setting is which.  And in the rounds of save, what
                every one of ours begins with: ``seconds_s``, the setting is "look"
     save       recycled or rotated files: ``held_s``, ``staged_s``, ``durable_s``, ``cpu_s``; ours with ``stats.*``

@@ -142,6 +142,12 @@ class Ours(Saver):
     def tidy(self) -> None:
         """Retiring is a part of every save, and nothing is deleted."""
 
+    def data_files(self) -> list[Path]:
+        """The file with the data of each checkpoint there is, and of the one that will be recycled: where they are now,
+        since recycling renames them, but always in the same order."""
+        status = {path: path.stat() for path in self.directory.rglob("*") if path.is_file()}
+        return sorted((p for p in status if status[p].st_size >= self.state.nbytes), key=lambda p: status[p].st_ino)
+
     def close(self) -> None:
         self.engine.close()
 
