@@ -16,9 +16,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import ClassVar
 from unittest import mock
 
 import pytest
@@ -28,7 +30,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import engine
-from engine.bench import charts, compare, footprint, goals, limits, measure, report, states
+from engine.bench import charts, compare, footprint, goals, limits, measure, report, slowdown, states
 from engine.bench.__main__ import main
 from engine.bench.loaders import LOADERS, OursLoader, SafetensorsLoader
 from engine.bench.noise import GROUP_MAX, chance, spread
@@ -612,12 +614,12 @@ def test_without_samples_no_goal_is_met_or_missed() -> None:
             id="one peer is less in the way",
         ),
         pytest.param(
-            "training slowdown every 25 (and so every 100)",
+            "training slowdown every 10 (and so every 25 and 100)",
             [
-                sample("slowdown", "engine", "every 25", excess_s=0.05, step_s=0.1),
-                sample("slowdown", "torch.save", "every 25", excess_s=0.25, step_s=0.1),
+                sample("slowdown", "engine", "every 10", excess_s=0.05, step_s=0.1),
+                sample("slowdown", "torch.save", "every 10", excess_s=0.25, step_s=0.1),
             ],
-            10 - 2,
+            (0.25 - 0.05) / (10 * 0.1) * 100,
             "met",
             id="what is computed has no goal of its own",
         ),
@@ -643,12 +645,46 @@ def test_a_goal_is_computed_from_samples(what: str, samples: list[Sample], measu
     assert found.verdict == verdict
 
 
-def test_one_in_a_hundred_steps_costs_what_one_in_25_does() -> None:
-    record = make_record([sample("slowdown", "engine", "every 25", excess_s=0.5, step_s=0.1)])
-    assert goals.slowdown_settings(record) == ["every 25", goals.COMPUTED]
-    assert goals.slowdowns(record, "engine", goals.COMPUTED) == [pytest.approx(0.5 / (100 * 0.1))]
+def test_one_in_a_hundred_steps_costs_what_one_in_ten_does() -> None:
+    record = make_record([sample("slowdown", "engine", "every 10", excess_s=0.5, step_s=0.1)])
+    assert goals.slowdown_settings(record) == ["every 10", *goals.COMPUTED]
+    assert goals.slowdowns(record, "engine", "computed: every 100") == [pytest.approx(0.5 / (100 * 0.1))]
     [table] = [t for t in report.tables(record, []) if t.title.startswith("Training slowdown")]
-    assert table.heads[1:3] == ("every 25", "computed: every 100") and table.rows[0][1:3] == ("+20.0 %", "+5.0 %")
+    assert table.heads[1:4] == ("every 10", "computed: every 25", "computed: every 100")
+    assert table.rows[0][1:4] == ("+50.0 %", "+20.0 %", "+5.0 %")
+
+
+def test_the_steps_of_a_checkpoint_end_with_the_one_after_it_is_durable() -> None:
+    """A clock that goes on by one a step, by ten in those until the save is durable, and by three in the next."""
+    now = 0.0
+    durable: Future[None] = Future()
+    steps: list[int] = []
+
+    class Saving:
+        steps: ClassVar[list[int]] = []
+
+        def path(self, step: int) -> None:
+            self.steps.append(step)
+
+        def save(self, _: int) -> Pending:
+            return Pending(durable=durable)
+
+        def tidy(self) -> None:
+            pass
+
+    def step(_: object = None) -> None:
+        nonlocal now
+        steps.append(len(steps))
+        begun = len(steps) - (1 + slowdown.STEPS_ASIDE)  # since the segment's first, with whose end the save begins
+        if begun == 3:
+            durable.set_result(None)
+        now += 10 if begun in (2, 3) else 3 if begun == 4 else 1
+
+    training = mock.Mock(step=step)
+    with mock.patch.object(slowdown.time, "perf_counter", lambda: now):
+        [cost] = slowdown._segment(training, Saving(), 10, 1)  # type: ignore[arg-type]
+    assert cost["step_s"] == 1 and cost["excess_s"] == (10 + 10 + 3) - 3
+    assert len(steps) == 1 + slowdown.STEPS_ASIDE + 10 + 1 + slowdown.STEPS_ASIDE
 
 
 def test_ours_stands_among_the_limits_of_its_size() -> None:

@@ -39,7 +39,7 @@ MB, GB = 10**6, 10**9
 MAIN_COUNT = 148  # tensors, as in the measurements that the goals were set by
 LAYER = f"layers.{MAIN_COUNT // 2}"  # the one that is read without the rest
 WARM_UP = 3  # saves: two are kept, so the third is the first that recycles, and the next is as all that follow
-ROUNDS_WITHOUT_GOAL = 2  # of peers' first saves and fio's fresh files, which take long and are no goal
+ROUNDS_WITHOUT_GOAL = 1  # of peers' first saves and fio's fresh files, which take long and are no goal
 
 # Peers that scale as they do at any size; the others take minutes at 2 GB, or at 10,000 tensors.
 SCALE_PEERS = ("engine", "torch.save", "safetensors")
@@ -63,7 +63,7 @@ class Scales:
     scale_rounds: int = 5
     intervals: tuple[int, ...] = slowdown.INTERVALS
     memory_peers: bool = True  # each is a process that imports torch, makes the state and saves four times
-    slowdown_rounds: int = 3
+    slowdown_rounds: int = 7
     # What a section may take beyond its first round, most with a factor, some for each of their sizes: with these a run
     # on a slow host fits into the 20 minutes that there are.
     seconds: float = 60.0
@@ -236,7 +236,7 @@ def _main(rounds: Rounds, scales: Scales) -> None:
             firsts[name, ""] = few(firsts[name, ""], ROUNDS_WITHOUT_GOAL)
     looks = {(Ours.name, goals.LOOK): _look_turn(state)} if rounds.wanted(Ours.name) else {}
     sections = {"save": saves, "first": firsts, "ours": looks}
-    rounds.run_together(sections, shape, range(scales.rounds), seconds=1.5 * scales.seconds)  # two sections in one
+    rounds.run_together(sections, shape, range(scales.rounds), seconds=2 * scales.seconds)  # two sections in one
     for saver in savers.values():
         saver.close()
     _clear(rounds)

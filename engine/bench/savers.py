@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -45,13 +45,23 @@ def _nothing() -> None:
     """What there is to wait for when the call has done everything."""
 
 
+def _done() -> Future[Any]:
+    """The future of what the call has done."""
+    future: Future[Any] = Future()
+    future.set_result(None)
+    return future
+
+
 @dataclass(frozen=True, slots=True)
 class Pending:
     """What is left of a save when its call has returned."""
 
     wait_staged: Callable[[], object] = _nothing
-    wait_durable: Callable[[], object] = _nothing
+    durable: Future[Any] = field(default_factory=_done)
     stats: Callable[[], Mapping[str, int]] = dict
+
+    def wait_durable(self) -> None:
+        self.durable.result()
 
 
 class Saver:
@@ -137,7 +147,7 @@ class Ours(Saver):
     def save(self, step: int) -> Pending:
         assert self.state.arena is not None
         save = self.engine.checkpoint(self.state.arena, step=step)
-        return Pending(save.wait_staged, save.result, save.stats)
+        return Pending(save.wait_staged, save, save.stats)
 
     def tidy(self) -> None:
         """Retiring is a part of every save, and nothing is deleted."""
@@ -251,7 +261,7 @@ class DcpAsync(_Asynchronous):
     def save(self, step: int) -> Pending:
         path = self.path(step)
         future = self.modules[0].async_save(dict(self.state.tensors), checkpoint_id=path, no_dist=True)
-        return Pending(wait_durable=self.settled(future, path).result)
+        return Pending(durable=self.settled(future, path))
 
 
 class DcpCached(_Asynchronous):
@@ -276,7 +286,7 @@ class DcpCached(_Asynchronous):
             dict(self.state.tensors), checkpoint_id=path, async_stager=self.stager, no_dist=True
         )
         self.staged = response.staging_completion
-        return Pending(self.staged.result, self.settled(response.upload_completion, path).result)
+        return Pending(self.staged.result, self.settled(response.upload_completion, path))
 
     def guard(self) -> AbstractContextManager[object]:
         self.staged.result()
@@ -315,7 +325,7 @@ class TorchCheckpointing(_Asynchronous):
         path = self.path(step)
         future = self.manager.save(str(path), {"model": dict(self.state.tensors)})
         # Its lock for the optimizer's step is free again when nothing is captured any more.
-        return Pending(self._wait_captured, self.settled(future, path).result)
+        return Pending(self._wait_captured, self.settled(future, path))
 
     def guard(self) -> AbstractContextManager[object]:
         lock: AbstractContextManager[object] = self.manager.lock()
@@ -360,7 +370,7 @@ class TensorStore(_Asynchronous):
                 write.commit.result()
             sync_directories(path)
 
-        return Pending(staged, self.syncer.submit(settle).result)
+        return Pending(staged, self.syncer.submit(settle))
 
     def store(self, path: Path, name: str) -> dict[str, Any]:
         """Where an array goes."""

@@ -2,14 +2,18 @@
 
 Theory of operation.  A small transformer is trained on the CPU, with every core.  A segment is a few steps without a
 checkpoint, then so many periods of as many steps as the interval has, with a checkpoint after the first step of each,
-then a few steps without again.  What a checkpoint costs is by how much the steps from it on, ten at most, take longer
-than an undisturbed one; what lies beyond is undisturbed, as what came before and after it is.  Their median is that of
-the very segment, so a host that is slower in one minute than in the next is so for both, and what an adopted arena
-does to a training's speed is no checkpoint's merit: it is in a row of its own.  The time until the last checkpoint is
-durable is added, because the next one would have to wait for that.
+then a few steps without again.  What a checkpoint costs is by how much the steps from it on take longer than an
+undisturbed one, until it is durable, and one more; what lies beyond is undisturbed, as what came before and after it
+is.  Their median is that of the very segment, so a host that is slower in one minute than in the next is so for both,
+and what an adopted arena does to a training's speed is no checkpoint's merit: it is in a row of its own.  The time
+until the last checkpoint is durable is added, because the next one would have to wait for that.
 
-Nobody's checkpoint every 100 steps is measured.  It is taken to cost what one every 25 does, spread over four times as
-many, as neither is taken to cost anything after ten; so that is computed (`goals.slowdowns`).
+A host's speed wanders by a tenth from one second to the next, so to count steps in which nothing happens any more as a
+checkpoint's would only add noise: ten of them without any checkpoint were -1.2 to 2.7 steps longer than ten others.
+
+Nobody's checkpoint every 25 or 100 steps is measured.  It costs what one every ten does, when that is durable within
+ten steps, spread over more; so that is computed (`goals.slowdowns`), and the time goes into more samples of what is
+measured.
 
 Segments of one interval follow one another, everybody's in each round, in shuffled order.  Those without any checkpoint
 are counted in the same way: what they cost is nothing, and so what is measured for them is the noise.
@@ -33,15 +37,13 @@ from engine.bench.record import Sample
 from engine.bench.savers import SAVERS, Pending, Saver
 from engine.bench.states import State
 
-INTERVALS = (1, 5, 10, 25)
-CHECKPOINTS = {1: 3, 5: 1, 10: 2, 25: 2}  # in a segment, so that a round takes a minute or two
-STEPS_ASIDE = 3  # without a checkpoint, on either side of a segment
-# Three quarters of a second, in which everybody's save of this state is durable.  From then on a step is undisturbed.
-STEPS_DISTURBED = 10
+INTERVALS = (1, 5, 10)
+CHECKPOINTS = {1: 3, 5: 1, 10: 1}  # in a segment: short ones, since a host is slower in one minute than in the next
+STEPS_ASIDE = 6  # without a checkpoint, on either side of a segment
 
-# 9 million parameters, 109 MB with AdamW's two moments: on two cores a step takes about a tenth of a second, so that
+# 5.5 million parameters, 66 MB with AdamW's two moments: on two cores a step takes about a tenth of a second, so that
 # one checkpoint a step is more than any drive here takes, and one in a hundred is next to nothing.
-VOCABULARY, WIDTH, LAYERS, HEADS = 256, 384, 5, 6
+VOCABULARY, WIDTH, LAYERS, HEADS = 256, 384, 3, 6
 BATCH, CONTEXT = 2, 64
 
 
@@ -168,9 +170,11 @@ def _segment(training: Training, saver: Saver | None, interval: int, count: int)
 
     for _ in range(count):
         disturbed.append([_timed(first_step)])
-        for index in range(1, interval):
-            taken = _timed(lambda: training.step(saver))
-            (disturbed[-1] if index < STEPS_DISTURBED else undisturbed).append(taken)
+        after = 0  # steps begun since it was durable
+        for _ in range(1, interval):
+            into = undisturbed if after else disturbed[-1]
+            after += pending.durable.done()
+            into.append(_timed(lambda: training.step(saver)))
     rest_s = _timed(pending.wait_durable)
     if saver is not None:
         saver.tidy()
