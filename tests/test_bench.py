@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 
 import engine
 from engine.bench import charts, compare, footprint, goals, limits, measure, report, slowdown, states
-from engine.bench.__main__ import main
+from engine.bench.__main__ import QUICK, _limit, main
 from engine.bench.loaders import LOADERS, OursLoader, SafetensorsLoader
 from engine.bench.noise import GROUP_MAX, chance, spread
 from engine.bench.record import FORMAT, Record, Sample, Subject, decode, encode, values
@@ -319,7 +319,7 @@ def test_a_small_read_is_all_or_nothing(like_fio: measure.Rounds) -> None:
 
 
 def test_a_copy_is_made_and_looked_at_once_in_a_period() -> None:
-    copy = limits._Copy(100_000)
+    copy = limits._Copy(limits.huge_pages(100_000))
     done: list[str] = []
     looked = threading.Event()
 
@@ -342,7 +342,7 @@ def test_a_copy_is_made_and_looked_at_once_in_a_period() -> None:
 
 
 def test_a_copy_that_fails_fails_the_job_beside_it() -> None:
-    copy = limits._Copy(100_000)
+    copy = limits._Copy(limits.huge_pages(100_000))
     with pytest.raises(ZeroDivisionError), mock.patch.object(copy, "make", lambda: 1 // 0), copy.every(1.0):
         pass
 
@@ -593,10 +593,10 @@ def test_without_samples_no_goal_is_met_or_missed() -> None:
         pytest.param(
             "training slowdown, a checkpoint",
             [
-                sample("slowdown", "engine", "every 10", excess_s=0.03, step_s=0.1),
-                sample("slowdown", "engine", "every 10", excess_s=0.01, step_s=0.1),
-                sample("slowdown", "engine", "every 10", number=1, excess_s=0.03, step_s=0.2),
-                sample("slowdown", "engine", "every 1", excess_s=0.02, step_s=0.1),
+                sample("slowdown", "engine", "every 10", excess_s=0.03, step_s=0.1, rest_s=0),
+                sample("slowdown", "engine", "every 10", excess_s=0.01, step_s=0.1, rest_s=0),
+                sample("slowdown", "engine", "every 10", number=1, excess_s=0.03, step_s=0.2, rest_s=0),
+                sample("slowdown", "engine", "every 1", excess_s=0.02, step_s=0.1, rest_s=0),
             ],
             100 * (0.02 / 1 + 0.03 / 2) / 2,
             "met",
@@ -605,9 +605,9 @@ def test_without_samples_no_goal_is_met_or_missed() -> None:
         pytest.param(
             "training slowdown every 5",
             [
-                sample("slowdown", "engine", "every 5", excess_s=0.25, step_s=0.1),
-                sample("slowdown", "torch.save", "every 5", excess_s=0.2, step_s=0.1),
-                sample("slowdown", "safetensors", "every 5", excess_s=0.35, step_s=0.1),
+                sample("slowdown", "engine", "every 5", excess_s=0.25, step_s=0.1, rest_s=0),
+                sample("slowdown", "torch.save", "every 5", excess_s=0.2, step_s=0.1, rest_s=0),
+                sample("slowdown", "safetensors", "every 5", excess_s=0.35, step_s=0.1, rest_s=0),
             ],
             -10,
             "missed",
@@ -616,8 +616,8 @@ def test_without_samples_no_goal_is_met_or_missed() -> None:
         pytest.param(
             "training slowdown every 10 (and so every 25 and 100)",
             [
-                sample("slowdown", "engine", "every 10", excess_s=0.05, step_s=0.1),
-                sample("slowdown", "torch.save", "every 10", excess_s=0.25, step_s=0.1),
+                sample("slowdown", "engine", "every 10", excess_s=0.05, step_s=0.1, rest_s=0),
+                sample("slowdown", "torch.save", "every 10", excess_s=0.25, step_s=0.1, rest_s=0),
             ],
             (0.25 - 0.05) / (10 * 0.1) * 100,
             "met",
@@ -646,7 +646,7 @@ def test_a_goal_is_computed_from_samples(what: str, samples: list[Sample], measu
 
 
 def test_one_in_a_hundred_steps_costs_what_one_in_ten_does() -> None:
-    record = make_record([sample("slowdown", "engine", "every 10", excess_s=0.5, step_s=0.1)])
+    record = make_record([sample("slowdown", "engine", "every 10", excess_s=0.5, step_s=0.1, rest_s=0)])
     assert goals.slowdown_settings(record) == ["every 10", *goals.COMPUTED]
     assert goals.slowdowns(record, "engine", "computed: every 100") == [pytest.approx(0.5 / (100 * 0.1))]
     [table] = [t for t in report.tables(record, []) if t.title.startswith("Training slowdown")]
@@ -655,7 +655,8 @@ def test_one_in_a_hundred_steps_costs_what_one_in_ten_does() -> None:
 
 
 def test_the_steps_of_a_checkpoint_end_with_the_one_after_it_is_durable() -> None:
-    """A clock that goes on by one a step, by ten in those until the save is durable, and by three in the next."""
+    """A clock that goes on by one a step, by ten in those until the save is durable, by three in the next, and by two
+    in one that comes later."""
     now = 0.0
     durable: Future[None] = Future()
     steps: list[int] = []
@@ -678,13 +679,45 @@ def test_the_steps_of_a_checkpoint_end_with_the_one_after_it_is_durable() -> Non
         begun = len(steps) - (1 + slowdown.STEPS_ASIDE)  # since the segment's first, with whose end the save begins
         if begun == 3:
             durable.set_result(None)
-        now += 10 if begun in (2, 3) else 3 if begun == 4 else 1
+        now += {2: 10, 3: 10, 4: 3, 6: 2}.get(begun, 1)
 
     training = mock.Mock(step=step)
     with mock.patch.object(slowdown.time, "perf_counter", lambda: now):
         [cost] = slowdown._segment(training, Saving(), 10, 1)  # type: ignore[arg-type]
-    assert cost["step_s"] == 1 and cost["excess_s"] == (10 + 10 + 3) - 3
+    assert cost["step_s"] == 1 and cost["excess_s"] == (1 + 10 + 10 + 3) - 4 and cost["rest_s"] == 0
     assert len(steps) == 1 + slowdown.STEPS_ASIDE + 10 + 1 + slowdown.STEPS_ASIDE
+
+
+def test_what_is_not_durable_when_the_next_comes_has_it_wait_but_not_a_rarer_one() -> None:
+    now = 0.0
+
+    def step(_: object = None) -> None:
+        nonlocal now
+        now += 1
+
+    class Late(Future[None]):
+        def result(self, timeout: float | None = None) -> None:
+            nonlocal now
+            now += 7
+
+    saver = mock.Mock(steps=[1], save=lambda _: Pending(durable=Late()))
+    with mock.patch.object(slowdown.time, "perf_counter", lambda: now):
+        [cost] = slowdown._segment(mock.Mock(step=step), saver, 10, 1)
+    assert (cost["step_s"], cost["excess_s"], cost["rest_s"]) == (1, 0, 7)
+    record = make_record([sample("slowdown", "engine", "every 10", **cost)])
+    assert goals.slowdowns(record, "engine", "every 10") == [0.7]
+    assert goals.slowdowns(record, "engine", "computed: every 25") == [0]
+
+
+def test_the_limit_is_lent_what_ours_overwrites_and_reads(tmp_path: Path) -> None:
+    rounds = measure.Rounds(make_record(), tmp_path, ["engine"])
+    scales = replace(QUICK, main_bytes=1_000_000, limit_rounds=1)
+    with mock.patch.object(limits, "limit_turns", return_value={}) as limit_turns:
+        _limit(rounds, scales)
+    assert limit_turns.call_args.args[2].keys() == {goals.OVERWRITTEN, goals.READ}
+    assert {sample.setting for sample in rounds.record.select("ours", "engine")} == {
+        *(goals.RECYCLED, goals.FIRST, goals.RESTORED, goals.PART),
+    }
 
 
 def test_ours_stands_among_the_limits_of_its_size() -> None:
@@ -750,7 +783,7 @@ def test_every_chart_is_drawn_when_there_are_samples(tmp_path: Path) -> None:
             *(sample("save", name, **times) for name in ("engine", "torch.save")),
             sample("load", "engine", ready_s=0.1),
             *(
-                sample("slowdown", name, f"every {n}", excess_s=0.1, step_s=0.1)
+                sample("slowdown", name, f"every {n}", excess_s=0.1, step_s=0.1, rest_s=0)
                 for n in (1, 10)
                 for name in ("engine", goals.NONE)
             ),

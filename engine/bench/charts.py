@@ -16,10 +16,12 @@ from typing import Any
 
 from engine.bench.goals import (
     ADOPTED,
+    COMPUTED,
     NONE,
     OURS,
     OVERWRITTEN,
     READ,
+    SLOWDOWN_AT,
     best_limit,
     interval,
     main_samples,
@@ -118,7 +120,8 @@ def _training(record: Record, axes: Any) -> bool:
     axes.axhline(3, color=LIMIT_COLOUR, linestyle=":", linewidth=1)
     axes.grid(alpha=0.3)
     axes.set_title("How much longer training takes with checkpoints")
-    axes.set_xlabel("steps between checkpoints (100: computed from 25)")
+    computed = ", ".join(str(interval(each)) for each in COMPUTED)
+    axes.set_xlabel(f"steps between checkpoints ({computed}: computed from {interval(SLOWDOWN_AT)})")
     axes.set_ylabel("per cent")
     axes.legend()
     return True

@@ -20,7 +20,7 @@ OURS = "engine"
 BLOCK_BYTES = 4 << 20  # the default of Engine
 MEMORY_SLACK_BYTES = 16 << 20
 SLOWDOWN_AT = "every 10"  # steps: the headline setting of PCcheck
-# What a checkpoint costs is over when the next one comes ten steps later, so a rarer one costs as much.
+# A rarer checkpoint costs as much as one every ten steps; what that would have to wait for, it need not.
 COMPUTED = ("computed: every 25", "computed: every 100")
 # The kinds of fio's jobs, as they begin the settings of its samples; those that goals are set by also beside a copy.
 OVERWRITTEN, PREALLOCATED, FRESH, READ = "overwritten", "preallocated", "fresh", "read"
@@ -121,9 +121,10 @@ def slowdowns(record: Record, subject: str, setting: str) -> list[float]:
         setting: of `slowdown_settings`.
     """
     rounds: dict[int, list[float]] = {}
-    for sample in record.select("slowdown", subject, setting=SLOWDOWN_AT if setting in COMPUTED else setting):
-        share = sample.values["excess_s"] / (interval(setting) * sample.values["step_s"])
-        rounds.setdefault(sample.round, []).append(share)
+    computed = setting in COMPUTED
+    for sample in record.select("slowdown", subject, setting=SLOWDOWN_AT if computed else setting):
+        cost_s = sample.values["excess_s"] + (0 if computed else sample.values["rest_s"])
+        rounds.setdefault(sample.round, []).append(cost_s / (interval(setting) * sample.values["step_s"]))
     return [mean(shares) for shares in rounds.values()]
 
 

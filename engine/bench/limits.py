@@ -16,9 +16,9 @@ before a byte reaches a tensor looks once and copies once.  So fio also runs bes
 time that fio takes: `BESIDE`.  It shows what of the limit such an engine can have on a host whose device, or the memory
 that it needs, is busy with the copy as well.
 
-memcpy is that of the C library, in one thread, over huge pages, more than any cache holds.  They are used once a round,
-as the engine's slots are: what a virtual machine has just been given, or has not used for a while, is copied at half
-the speed by anybody.
+memcpy is that of the C library, in one thread, over huge pages, more than any cache holds.  It copies from memory that
+is used several times a round, as the engine's arena is, to memory that is used once, as its slots are: what a virtual
+machine has just been given, or has not used for a while, is copied at half the speed by anybody.
 
 pread is one call of preadv(2), past the page cache, for as many bytes as one layer's blocks have.
 """
@@ -35,10 +35,12 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from statistics import median
 
 from engine.bench.goals import (
     BESIDE,
@@ -74,14 +76,16 @@ HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 def limit_turns(rounds: Rounds, nbytes: int, lent: Lent = NONE_LENT) -> dict[tuple[str, str], Turn]:
     """Turns for all of fio's jobs in all shapes, for those beside a copy, for memcpy and for one small read."""
-    turns = fio_turns(rounds, nbytes, JOBS, lent=lent) | _pread_turn(rounds)
+    turns = fio_turns(rounds, nbytes, JOBS, lent=lent) | _pread_turn(rounds, lent)
+    beside = fio_turns(rounds, nbytes, COPIED, DEEP, lent)
+    if not beside and not rounds.wanted(MEMCPY):
+        return turns
+    source = huge_pages(nbytes)
     if rounds.wanted(MEMCPY):
         rounds.introduce(MEMCPY, "limit", "memmove of the C library, one thread, huge pages")
-        turns[MEMCPY, "one thread"] = _Copy(nbytes).timed
-    beside = fio_turns(rounds, nbytes, COPIED, DEEP, lent)
-    copy = _Copy(nbytes) if beside else None
+        turns[MEMCPY, "one thread"] = _Copy(source).timed
+    copy = _Copy(source)
     for (name, alone), turn in beside.items():
-        assert copy is not None
         what, _, shape = alone.partition(", ")
         turns[name, f"{what}{BESIDE}, {shape}"] = _beside(rounds, copy, turn)
     return turns
@@ -109,7 +113,7 @@ def fio_turns(
         return {}
     return {
         (FIO, f"{what}, {block_mib} MiB x {depth}"): _turn(
-            _in_turn(lent[what], number) if what in lent else _own_file(rounds.directory, nbytes, what),
+            _in_turn(lent[what], number) if _are_lent(lent, what) else _own_file(rounds.directory, nbytes, what),
             nbytes,
             what,
             block_mib,
@@ -118,6 +122,11 @@ def fio_turns(
         for what in kinds
         for number, (block_mib, depth) in enumerate(shapes)
     }
+
+
+def _are_lent(lent: Lent, what: str) -> bool:
+    """Whether there are files for a kind of job: none where a state is in several."""
+    return what in lent and bool(lent[what]())
 
 
 def _in_turn(find: Callable[[], Sequence[Path]], first: int) -> Iterator[Path]:
@@ -145,11 +154,14 @@ def _preallocate(path: Path, nbytes: int, block_mib: int) -> None:
 
 
 class _Copy:
-    """Memory that is copied to other memory, both in huge pages, as arenas and slots are."""
+    """Memory that is copied to memory of the copy's own, both in huge pages, as arenas and slots are; three times by
+    now, as ours has saved three times before the first round."""
 
-    def __init__(self, nbytes: int) -> None:
-        self._nbytes = nbytes
-        self._source, self._target = huge_pages(nbytes), huge_pages(nbytes)
+    def __init__(self, source: ctypes.Array[ctypes.c_char]) -> None:
+        self._nbytes = len(source)
+        self._source, self._target = source, huge_pages(self._nbytes)
+        for _ in range(3):
+            self.make()
 
     def make(self) -> None:
         ctypes.memmove(self._target, self._source, self._nbytes)
@@ -187,30 +199,32 @@ class _Copy:
 
 
 def _beside(rounds: Rounds, copy: _Copy, job: Turn) -> Turn:
-    """The same job beside one copy in the time that it takes: what it took in its last turn, at first what it takes
-    alone."""
-    period_s: float | None = None
+    """The same job beside one copy in the time that it takes: the middle of its last three turns, as each may be on
+    another file; at first what it takes alone."""
+    taken_s: deque[float] = deque(maxlen=3)
 
     def turn() -> Mapping[str, float]:
-        nonlocal period_s
-        if period_s is None:
-            period_s = job()["seconds_s"]
+        if not taken_s:
+            taken_s.append(job()["seconds_s"])
             settle(rounds.directory)
-        with copy.every(period_s):
-            period_s = job()["seconds_s"]
-        return {"seconds_s": period_s}
+        with copy.every(median(taken_s)):
+            taken_s.append(job()["seconds_s"])
+        return {"seconds_s": taken_s[-1]}
 
     return turn
 
 
-def _pread_turn(rounds: Rounds) -> dict[tuple[str, str], Turn]:
-    """A turn for reading `PART_BLOCKS` blocks that nobody has in memory, with one call."""
+def _pread_turn(rounds: Rounds, lent: Lent = NONE_LENT) -> dict[tuple[str, str], Turn]:
+    """A turn for reading `PART_BLOCKS` blocks that nobody has in memory, with one call: the first of what fio reads."""
     if not rounds.wanted(PREAD):
         return {}
     rounds.introduce(PREAD, "limit", f"preadv(2), O_DIRECT, one call for {PART_BLOCKS} blocks of 4 MiB, huge pages")
     nbytes = PART_BLOCKS * BLOCK_BYTES
-    path = rounds.directory / "pread"
-    path.write_bytes(os.urandom(nbytes))
+    if _are_lent(lent, READ):
+        path = lent[READ]()[0]
+    else:
+        path = rounds.directory / "pread"
+        path.write_bytes(os.urandom(nbytes))
     memory = huge_pages(nbytes)
 
     def turn() -> Mapping[str, float]:

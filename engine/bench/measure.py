@@ -93,7 +93,7 @@ class Rounds:
             state: bytes and number of tensors.
 
         Returns:
-            those who raised.
+            those who are out.
         """
         remaining = dict(turns)
         self.run_together({section: remaining}, state, numbers, seconds=seconds)

@@ -17,7 +17,8 @@ the last word of the name (``_s`` seconds, ``_bytes``).  Nothing derived is stor
     part       one layer of it, cold: the same
     memory     ``peak_bytes`` and ``anonymous_bytes`` beyond what there was before, in a process of its own
     slowdown   each checkpoint of a training, every so many steps: ``step_s`` of an undisturbed step, ``excess_s`` that
-               those from the checkpoint on took longer, ``held_s``; the setting is the interval
+               those from the checkpoint on took longer, ``rest_s`` that the next would have to wait for, ``held_s``;
+               the setting is the interval
 
 Pure.
 """
@@ -29,7 +30,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-FORMAT = "engine.bench/2"
+FORMAT = "engine.bench/3"
 
 
 @dataclass(frozen=True, slots=True)

@@ -186,6 +186,12 @@ class OursBuffered(Ours):
     options: ClassVar[Mapping[str, Any]] = {"backend": "buffered"}
 
 
+class OursKeeping(Ours):
+    """Of an engine that goes on: nothing is retired, so each save makes new files."""
+
+    options: ClassVar[Mapping[str, Any]] = {"keep": None}
+
+
 class OursWhole(Ours):
     name = "engine staged whole"
     how = "staging_bytes for the whole arena, so that staging waits for no write"

@@ -6,14 +6,14 @@ then a few steps without again.  What a checkpoint costs is by how much the step
 undisturbed one, until it is durable, and one more; what lies beyond is undisturbed, as what came before and after it
 is.  Their median is that of the very segment, so a host that is slower in one minute than in the next is so for both,
 and what an adopted arena does to a training's speed is no checkpoint's merit: it is in a row of its own.  The time
-until the last checkpoint is durable is added, because the next one would have to wait for that.
+until the last checkpoint is durable is added, because the next one would have to wait for that; but where it is
+computed, since a training would go on meanwhile.
 
 A host's speed wanders by a tenth from one second to the next, so to count steps in which nothing happens any more as a
 checkpoint's would only add noise: ten of them without any checkpoint were -1.2 to 2.7 steps longer than ten others.
 
-Nobody's checkpoint every 25 or 100 steps is measured.  It costs what one every ten does, when that is durable within
-ten steps, spread over more; so that is computed (`goals.slowdowns`), and the time goes into more samples of what is
-measured.
+Nobody's checkpoint every 25 or 100 steps is measured.  It costs what one every ten does, spread over more; so that is
+computed (`goals.slowdowns`), and the time goes into more samples of what is measured.
 
 Segments of one interval follow one another, everybody's in each round, in shuffled order.  Those without any checkpoint
 are counted in the same way: what they cost is nothing, and so what is measured for them is the noise.
@@ -42,7 +42,7 @@ CHECKPOINTS = {1: 3, 5: 1, 10: 1}  # in a segment: short ones, since a host is s
 STEPS_ASIDE = 6  # without a checkpoint, on either side of a segment
 
 # 5.5 million parameters, 66 MB with AdamW's two moments: on two cores a step takes about a tenth of a second, so that
-# one checkpoint a step is more than any drive here takes, and one in a hundred is next to nothing.
+# one checkpoint a step is more than most can take, and one in a hundred is next to nothing.
 VOCABULARY, WIDTH, LAYERS, HEADS = 256, 384, 3, 6
 BATCH, CONTEXT = 2, 64
 
@@ -175,15 +175,16 @@ def _segment(training: Training, saver: Saver | None, interval: int, count: int)
             into = undisturbed if after else disturbed[-1]
             after += pending.durable.done()
             into.append(_timed(lambda: training.step(saver)))
-    rest_s = _timed(pending.wait_durable)
-    if saver is not None:
-        saver.tidy()
+    rest_s = [0.0] * (count - 1) + [_timed(pending.wait_durable)]
     training.step()
     undisturbed += [_timed(training.step) for _ in range(STEPS_ASIDE)]
+    if saver is not None:
+        saver.tidy()
     step_s = median(undisturbed)
-    excess = [sum(steps) - len(steps) * step_s for steps in disturbed]
-    excess[-1] += rest_s
-    return [{"step_s": step_s, "excess_s": each, **call} for each, call in zip(excess, held, strict=True)]
+    return [
+        {"step_s": step_s, "excess_s": sum(steps) - len(steps) * step_s, "rest_s": rest, **call}
+        for steps, rest, call in zip(disturbed, rest_s, held, strict=True)
+    ]
 
 
 def _timed(call: Callable[[], object]) -> float:
