@@ -242,7 +242,7 @@ def like_fio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> measure.Rounds:
 
 @pytest.mark.parametrize("nbytes", [10_000_000, 2_000_000], ids=["no whole number of blocks", "less than a block"])
 def test_fio_writes_to_the_files_that_are_there(like_fio: measure.Rounds, nbytes: int) -> None:
-    for turn in limits.fio_turns(like_fio, nbytes, goals.JOBS).values():
+    for turn in limits.fio_turns(like_fio, nbytes, goals.JOBS, {}).values():
         for _ in range(3):
             assert turn()["seconds_s"] > 0  # or it would have raised
     kept = [path.stat().st_size for path in like_fio.directory.glob("*/*")]
@@ -260,7 +260,7 @@ def test_fio_takes_turns_with_the_files_that_it_is_lent(like_fio: measure.Rounds
         inodes = [path.stat().st_ino for path in saver.data_files()]
         assert len(set(inodes)) == 3
         lent = {goals.OVERWRITTEN: saver.data_files}
-        first, second = limits.fio_turns(like_fio, 10_000_000, ["overwritten"], [(4, 4), (4, 16)], lent).values()
+        first, second = limits.fio_turns(like_fio, 10_000_000, ["overwritten"], lent, [(4, 4), (4, 16)]).values()
         written: list[int] = []
         with mock.patch.object(limits, "_job", lambda path, *_: written.append(path.stat().st_ino)):
             for _ in range(4):
@@ -294,7 +294,7 @@ def test_a_turn_of_a_few_rounds_leaves_the_others_theirs(tmp_path: Path) -> None
 
 
 def test_fio_that_makes_a_file_anew_is_found_out(like_fio: measure.Rounds) -> None:
-    [turn] = limits.fio_turns(like_fio, 10_000_000, ["overwritten"], [(4, 4)]).values()
+    [turn] = limits.fio_turns(like_fio, 10_000_000, ["overwritten"], {}, [(4, 4)]).values()
     [path] = like_fio.directory.glob("*/*")
     os.truncate(path, 4096)
     with pytest.raises(OSError, match="made one anew"):
@@ -302,7 +302,7 @@ def test_fio_that_makes_a_file_anew_is_found_out(like_fio: measure.Rounds) -> No
 
 
 def test_every_goal_of_fio_has_a_job_beside_a_copy(like_fio: measure.Rounds) -> None:
-    turns = limits.limit_turns(like_fio, 10_000_000)
+    turns = limits.limit_turns(like_fio, 10_000_000, {})
     assert {setting.partition(", ")[0] for name, setting in turns if name == "fio"} == set(goals.LIMITS)
     beside = turns["fio", "overwritten beside a copy, 4 MiB x 16"]
     assert beside()["seconds_s"] == beside()["seconds_s"] == turns["fio", "overwritten, 4 MiB x 16"]()["seconds_s"]
@@ -310,7 +310,7 @@ def test_every_goal_of_fio_has_a_job_beside_a_copy(like_fio: measure.Rounds) -> 
 
 
 def test_a_small_read_is_all_or_nothing(like_fio: measure.Rounds) -> None:
-    [turn] = limits._pread_turn(like_fio).values()
+    [turn] = limits._pread_turn(like_fio, {}).values()
     [path] = like_fio.directory.iterdir()
     assert turn()["seconds_s"] > 0 and path.stat().st_size == goals.PART_BLOCKS * goals.BLOCK_BYTES
     os.truncate(path, goals.BLOCK_BYTES)
@@ -350,7 +350,7 @@ def test_a_copy_that_fails_fails_the_job_beside_it() -> None:
 def test_without_fio_its_row_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     rounds = measure.Rounds(make_record(), tmp_path)
-    assert limits.fio_turns(rounds, 4096, goals.JOBS) == {}
+    assert limits.fio_turns(rounds, 4096, goals.JOBS, {}) == {}
     [row] = [subject for subject in rounds.record.subjects if subject.name == "fio"]
     assert row.unavailable is not None and "not installed" in row.unavailable
 

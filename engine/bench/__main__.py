@@ -295,7 +295,7 @@ def _size(rounds: Rounds, scales: Scales) -> None:
         shape = (nbytes, MAIN_COUNT)
         # The main size has all of fio's jobs and settings; which is best differs little with size, so one does here.
         kinds = [goals.OVERWRITTEN] if nbytes != scales.main_bytes else []
-        fio = limits.fio_turns(rounds, nbytes, kinds, ((4, 16),), _lent(savers))
+        fio = limits.fio_turns(rounds, nbytes, kinds, _lent(savers), ((4, 16),))
         numbers = range(scales.scale_rounds if nbytes <= scales.main_bytes else min(3, scales.scale_rounds))
         rounds.run_together({"size": saves, "limit": fio}, shape, numbers, seconds=scales.seconds / 2)
         for saver in savers.values():

@@ -2,7 +2,7 @@
 
 Theory of operation.  fio is given what the engine has: io_uring, O_DIRECT, fixed buffers and one registered file, in
 one thread.  It writes as many bytes as the state has, and syncs at the end: to a file that is not there yet (fresh), to
-one whose blocks are reserved (preallocated), and to one that it has written before (overwritten).  The limit is the
+one whose blocks are reserved (preallocated), and to one that has been written before (overwritten).  The limit is the
 best of two block sizes and two depths.  Its buffers are in huge pages, as the engine's slots are: with small ones, that
 lie scattered in memory, the same read took 140 ms in one run and 370 in the next.  A job takes its turn in the rounds
 like everybody else, and its time is fio's own, without its start.
@@ -57,14 +57,13 @@ from engine.bench.measure import Rounds, Turn, forget, settle
 
 FIO, MEMCPY, PREAD = "fio", "memcpy", "pread"
 SHAPES = ((1, 4), (1, 16), (4, 4), (4, 16))  # blocks in MiB, and depths
-DEEP = ((1, 16), (4, 16))  # those that are also tried beside a copy: the shallow ones were never the best
+DEEP = ((1, 16), (4, 16))  # those that are also tried beside a copy: the shallow ones were seldom the best
 HOW = (
     "--ioengine=io_uring --direct=1 --fixedbufs=1 --registerfiles=1 --end_fsync=1, huge pages, blocks of 1 and 4 MiB, "
     "depths 4 and 16, beside a copy only 16"
 )
 
 Lent = Mapping[str, Callable[[], Sequence[Path]]]  # by kind of job: where the files are at the moment
-NONE_LENT: Lent = {}
 
 _libc = ctypes.CDLL(None)
 _libc.memchr.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t)
@@ -74,16 +73,18 @@ _libc.memchr.restype = ctypes.c_void_p
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
-def limit_turns(rounds: Rounds, nbytes: int, lent: Lent = NONE_LENT) -> dict[tuple[str, str], Turn]:
+def limit_turns(rounds: Rounds, nbytes: int, lent: Lent) -> dict[tuple[str, str], Turn]:
     """Turns for all of fio's jobs in all shapes, for those beside a copy, for memcpy and for one small read."""
-    turns = fio_turns(rounds, nbytes, JOBS, lent=lent) | _pread_turn(rounds, lent)
-    beside = fio_turns(rounds, nbytes, COPIED, DEEP, lent)
+    turns = fio_turns(rounds, nbytes, JOBS, lent) | _pread_turn(rounds, lent)
+    beside = fio_turns(rounds, nbytes, COPIED, lent, DEEP)
     if not beside and not rounds.wanted(MEMCPY):
         return turns
     source = huge_pages(nbytes)
     if rounds.wanted(MEMCPY):
         rounds.introduce(MEMCPY, "limit", "memmove of the C library, one thread, huge pages")
         turns[MEMCPY, "one thread"] = _Copy(source).timed
+    if not beside:
+        return turns
     copy = _Copy(source)
     for (name, alone), turn in beside.items():
         what, _, shape = alone.partition(", ")
@@ -95,15 +96,15 @@ def fio_turns(
     rounds: Rounds,
     nbytes: int,
     kinds: Iterable[str],
+    lent: Lent,
     shapes: Sequence[tuple[int, int]] = SHAPES,
-    lent: Lent = NONE_LENT,
 ) -> dict[tuple[str, str], Turn]:
     """Turns for fio alone; none, and a row that says why, if there is no fio.
 
     Args:
         kinds: of `goals.JOBS`.
-        shapes: sizes of blocks in MiB, and depths.
         lent: files of at least so many bytes that jobs of a kind overwrite or read in turn; others have one each.
+        shapes: sizes of blocks in MiB, and depths.
     """
     if not rounds.wanted(FIO):
         return {}
@@ -214,7 +215,7 @@ def _beside(rounds: Rounds, copy: _Copy, job: Turn) -> Turn:
     return turn
 
 
-def _pread_turn(rounds: Rounds, lent: Lent = NONE_LENT) -> dict[tuple[str, str], Turn]:
+def _pread_turn(rounds: Rounds, lent: Lent) -> dict[tuple[str, str], Turn]:
     """A turn for reading `PART_BLOCKS` blocks that nobody has in memory, with one call: the first of what fio reads."""
     if not rounds.wanted(PREAD):
         return {}
