@@ -47,6 +47,7 @@ from engine.errors import ArenaError, ArgumentError, MismatchError, UsageError
 from engine.extra import Names
 from engine.gather import Census, Lie, dense_stride, gather, gather_tensors, lie_of, makes_state_late, merge_dims
 from engine.layout import ARENA_ALIGNMENT, DTYPES, ROLES, Layout, Segment, TensorSpec, lay_out
+from engine.manifest import Rows, encode_rows
 from engine.plan import Extents, file_runs
 
 
@@ -76,6 +77,7 @@ class Arena:
         self._held: deque[Callable[[float | None], bool]] = deque()
         self._torn = False
         self._layout = lay_out(())
+        self._rows = encode_rows(self._layout)
         self._runs: tuple[Extents, ...] | None = None  # places, and so these, follow from the layout
         self._table = _Table({}, {}, {}, frozenset())
         self._pages, self._address = _allocate(self._layout)
@@ -149,6 +151,11 @@ class Arena:
         """
         assert self._runs is not None
         return self._runs
+
+    @property
+    def rows(self) -> Rows:
+        """What every manifest says of the segments, encoded: made with the layout, as `runs` are."""
+        return self._rows
 
     @property
     def memory(self) -> object:
@@ -325,7 +332,7 @@ class Arena:
             if self._model is not None and (layout.segments, table.strides) != (self.segments, self._table.strides):
                 # The old pages are freed when the last of their tensors has moved.
                 self._pages, self._address = _allocate(layout)
-            self._layout, self._table, self._runs = layout, table, None
+            self._layout, self._rows, self._table, self._runs = layout, encode_rows(layout), table, None
         self._census = census
         self._kept = _kept_besides(self._optimizer, census)
         self._awaits_state = any(not census.entries[name].tensors for name in census.optional)

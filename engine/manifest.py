@@ -14,7 +14,7 @@ chunks partition files, blocks partition chunks, and segments partition the data
 63-bit offsets.  Nothing is allocated in proportion to a number in the manifest before that number has been
 checked against the manifest's own length.
 
-Called by `commit` (through `writer`), `catalog` and `reader`.
+Called by `arena` (rows), `commit` (through `writer`), `catalog` and `reader`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 import msgspec
 
 from engine.errors import ArgumentError, CorruptError
-from engine.layout import DTYPES, HEADER_ALIGNMENT, ROLES, Layout, Segment
+from engine.layout import DTYPES, HEADER_ALIGNMENT, ROLES, Layout
 from engine.plan import ALIGNMENT, Chunk, Plan, PlannedFile, ceil_div, plan_geometry
 
 MANIFEST_NAME = "manifest.json"
@@ -136,15 +136,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Bytes of all data files together."""
         return sum(file.nbytes for file in self.files)
 
-    def geometry(self) -> Plan:
-        """The plan of the files as they were cut, without extents."""
+    def geometry(self, chunks: Sequence[ChunkRecord]) -> Plan:
+        """The plan of the files as they were cut, or of as many of its chunks as are asked for, without extents."""
         files = tuple(PlannedFile(file.name, file.nbytes, file.header_bytes) for file in self.files)
-        chunks = tuple(Chunk(chunk.file, chunk.index, chunk.offset, chunk.nbytes) for chunk in self.chunks)
-        return plan_geometry(files, chunks, self.block_bytes)
-
-    def block_checksums(self) -> list[int]:
-        """One checksum a block, in the order of `geometry().blocks`."""
-        return [int(text, 16) for chunk in self.chunks for text in chunk.checksums]
+        planned = tuple(Chunk(chunk.file, chunk.index, chunk.offset, chunk.nbytes) for chunk in chunks)
+        return plan_geometry(files, planned, self.block_bytes)
 
 
 def segment_records(layout: Layout) -> tuple[SegmentRecord, ...]:
@@ -161,16 +157,13 @@ def encode_rows(layout: Layout) -> Rows:
 
 def chunk_layers(plan: Plan, layout: Layout) -> tuple[tuple[str, ...], ...]:
     """For each chunk of a plan, the layers it holds a part of, in order."""
-    stored: list[list[Segment]] = [[] for _ in plan.files]
-    for segment in layout.segments:
-        if segment.nbytes:
-            stored[segment.file_index].append(segment)
+    segments = layout.segments  # in the order of files and their offsets
     found = []
     for chunk in plan.chunks:
-        segments = stored[chunk.file_index]
-        first = bisect_right(segments, chunk.offset, key=lambda s: s.file_offset + s.nbytes)
-        last = bisect_left(segments, chunk.offset + chunk.nbytes, key=lambda s: s.file_offset)
-        found.append(tuple(dict.fromkeys([segment.layer for segment in segments[first:last]])))
+        start, end = (chunk.file_index, chunk.offset), (chunk.file_index, chunk.offset + chunk.nbytes)
+        first = bisect_right(segments, start, key=lambda s: (s.file_index, s.file_offset + s.nbytes))
+        last = bisect_left(segments, end, key=lambda s: (s.file_index, s.file_offset))
+        found.append(tuple(dict.fromkeys([segment.layer for segment in segments[first:last] if segment.nbytes])))
     return tuple(found)
 
 
@@ -181,6 +174,11 @@ def affected(segments: Iterable[SegmentRecord], file_index: int, offset: int, nb
     names = [s.name for s in here if s.offset < end and s.offset + s.nbytes > offset]
     shown = ", ".join(names[:_NAMES_SHOWN]) if names else "the header"
     return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} tensors more"
+
+
+def block_checksums(chunks: Iterable[ChunkRecord]) -> list[int]:
+    """One checksum a block, in the order of the blocks of their `geometry`."""
+    return [int(text, 16) for chunk in chunks for text in chunk.checksums]
 
 
 def chunk_records(plan: Plan, layers: Sequence[tuple[str, ...]], checksums: Sequence[int]) -> tuple[ChunkRecord, ...]:

@@ -44,9 +44,9 @@ from engine.errors import (
 )
 from engine.extra import decode as decode_extra
 from engine.layout import Segment
-from engine.manifest import MANIFEST_NAME, Manifest, SegmentRecord, affected
+from engine.manifest import MANIFEST_NAME, ChunkRecord, Manifest, SegmentRecord, affected, block_checksums
 from engine.native import BlockState, Direction, FailureKind, Job, Milestone, Pipeline
-from engine.plan import Block, ExtentColumns, Extents, Plan, block_rows, extent_columns, lay_extents, merge_runs
+from engine.plan import Block, ExtentColumns, Extents, block_rows, extent_columns, lay_extents, merge_runs
 
 # Slots of a pipeline opened for a checkpoint whose blocks do not fit the engine's: one is read, the other is copied
 # out.
@@ -221,8 +221,8 @@ class Reader:
 
     def _verify_blocks(self, found: _Found) -> Iterator[Damage]:
         """Everything wrong with the blocks of the files that are there."""
-        plan = found.manifest.geometry()
-        checksums = found.manifest.block_checksums()
+        plan = found.manifest.geometry(found.manifest.chunks)
+        checksums = block_checksums(found.manifest.chunks)
         with self._pipeline_for(plan.blocks) as pipeline:
             for chunk, start, end in zip(plan.chunks, plan.block_starts, plan.block_starts[1:], strict=False):
                 if found.descriptors[chunk.file_index] != _NO_FILE:
@@ -283,11 +283,13 @@ class Reader:
         A `whole` read verifies every block, also those that hold nothing but header.
         """
         manifest = found.manifest
-        plan = _plan_read(manifest, targets)
+        runs = _target_runs(manifest, targets)
+        chunks = [chunk for chunk in manifest.chunks if whole or _is_touched(chunk, runs[chunk.file])]
+        plan = lay_extents(manifest.geometry(chunks), runs)
         wanted = [index for index, block in enumerate(plan.blocks) if whole or block.extent_count]
         if not wanted:
             return 0
-        checksums = manifest.block_checksums()
+        checksums = block_checksums(chunks)
         blocks = [plan.blocks[index] for index in wanted]
         job = _make_job(manifest, extent_columns(plan), blocks, [checksums[index] for index in wanted], sources, owners)
         with self._pipeline_for(blocks) as pipeline:
@@ -435,11 +437,18 @@ def _options(manifest: Manifest) -> dict[str, Any]:
     return options
 
 
-def _plan_read(manifest: Manifest, targets: Sequence[_Target]) -> Plan:
+def _target_runs(manifest: Manifest, targets: Sequence[_Target]) -> list[Extents]:
+    """For each file what is wanted of it, in order."""
     runs = [Extents([], [], [], []) for _ in manifest.files]
     for record, source, offset in targets:
         runs[record.file].append(source, offset, record.offset, record.nbytes)
-    return lay_extents(manifest.geometry(), list(map(merge_runs, runs)))
+    return list(map(merge_runs, runs))
+
+
+def _is_touched(chunk: ChunkRecord, runs: Extents) -> bool:
+    """Whether a chunk holds a part of what is wanted of its file."""
+    first = runs.index_at(chunk.offset)
+    return first < len(runs) and runs.file_offsets[first] < chunk.offset + chunk.nbytes
 
 
 def selector(select: Select) -> Callable[[SegmentRecord | Segment], bool]:

@@ -42,7 +42,6 @@ from engine.manifest import (
     chunk_layers,
     chunk_records,
     encode,
-    encode_rows,
     segment_records,
 )
 from engine.native import BlockState, Direction, FailureKind, Job, Milestone, Packed, Pipeline
@@ -79,8 +78,8 @@ class ChunkStatus:
 class PackedPlan:
     """A plan with all that every save of the same arena has in common, ready for the pipeline.
 
-    What only the manifest says of it is made when it is first asked for, on a commit thread: in no caller's time, but
-    of one who asks for the chunks of a first save before.  Should two ask at once, each makes the same.
+    The layers of its chunks are made when they are first asked for, on a commit thread: in no caller's time, but of one
+    who asks for the chunks of a first save before.  Should two ask at once, each makes the same.
     """
 
     plan: Plan
@@ -89,15 +88,8 @@ class PackedPlan:
     blocks: Packed
     order: Packed
     urgent_count: int
-    _rows: Rows | None = None
+    rows: Rows
     _layers: tuple[tuple[str, ...], ...] | None = None
-
-    @property
-    def rows(self) -> Rows:
-        """The manifest's rows of the tensors."""
-        if self._rows is None:
-            self._rows = encode_rows(self.layout)
-        return self._rows
 
     @property
     def layers(self) -> tuple[tuple[str, ...], ...]:
@@ -120,6 +112,7 @@ def pack_plan(arena: Arena, block_bytes: int, chunk_bytes: int) -> PackedPlan:
         blocks=native.pack_blocks(block_rows(plan.blocks)),
         order=native.pack_order(order),
         urgent_count=len(urgent),
+        rows=arena.rows,
     )
 
 
@@ -367,7 +360,7 @@ class Writer:
                 self._make_files(save.step, packed.plan, files)
                 self._pipeline.attach(job, [file.descriptor for file in files])
                 self._pipeline.wait(job, Milestone.STAGED)
-                _ = packed.rows, packed.layers  # made now: the caller has been let go, and the device writes
+                _ = packed.layers  # made now: the caller has been let go, and the device writes
             except BaseException as error:
                 self._pipeline.abort(job, getattr(error, "errno", None) or errno.ECANCELED)
                 raise

@@ -15,7 +15,7 @@ from hypothesis import given
 from strategies import nearly_valid, sealed
 
 from engine.errors import CorruptError
-from engine.manifest import Manifest, decode, encode
+from engine.manifest import Manifest, block_checksums, decode, encode
 from fuzz.limits import allocating_at_most
 
 # An empty object is 3 bytes of JSON with its comma, and 64 of memory and 8 in its list; one that holds something is 7
@@ -54,8 +54,8 @@ def check(raw: bytes) -> None:
 
 def check_geometry(manifest: Manifest) -> None:
     """Blocks partition files, and there is a checksum for each."""
-    plan = manifest.geometry()
-    assert len(plan.blocks) == len(manifest.block_checksums())
+    plan = manifest.geometry(manifest.chunks)
+    assert len(plan.blocks) == len(block_checksums(manifest.chunks))
     ends = [0] * len(plan.files)
     for block in plan.blocks:
         assert 0 < block.nbytes <= manifest.block_bytes and block.file_offset == ends[block.file_index]

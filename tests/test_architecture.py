@@ -27,7 +27,7 @@ ROOMS: dict[str, set[str]] = {
     "extra.py": {"errors", "layout", "torch"},
     "manifest.py": {"errors", "layout", "plan", "msgspec"},
     "gather.py": {"errors", "layout", "torch"},
-    "arena.py": {"errors", "layout", "plan", "extra", "gather", "torch"},
+    "arena.py": {"errors", "layout", "plan", "extra", "manifest", "gather", "torch"},
     "native.py": {"errors", "_native"},
     "filesystem.py": {"errors", "native"},
     "backend.py": {"errors", "native", "filesystem"},

@@ -30,6 +30,7 @@ from engine.manifest import (
     Manifest,
     SegmentRecord,
     affected,
+    block_checksums,
     chunk_layers,
     chunk_records,
     decode,
@@ -115,10 +116,10 @@ def test_a_manifest_is_the_json_that_it_says_it_is(manifest: Manifest) -> None:
 @given(manifests())
 def test_what_a_reader_asks_of_it(manifest: Manifest) -> None:
     decoded = decode(encode(manifest))
-    geometry = decoded.geometry()
+    geometry = decoded.geometry(decoded.chunks)
     assert geometry == plan_geometry(geometry.files, geometry.chunks, manifest.block_bytes)
     checksums = [text for chunk in manifest.chunks for text in chunk.checksums]
-    assert [f"{checksum:016x}" for checksum in decoded.block_checksums()] == checksums
+    assert [f"{checksum:016x}" for checksum in block_checksums(decoded.chunks)] == checksums
     assert len(checksums) == len(geometry.blocks)
     assert f"{decoded.seed:016x}" == manifest.checkpoint_id[:16]
     assert decoded.nbytes == sum(block.nbytes for block in geometry.blocks)
@@ -141,7 +142,8 @@ def test_places_beyond_32_bits_come_back() -> None:
     decoded = decode(encode(manifest))
     assert decoded == manifest
     assert decoded.nbytes == 4096 + (3 << 32) + 1
-    assert decoded.geometry().blocks[-1].file_offset + decoded.geometry().blocks[-1].nbytes == decoded.nbytes
+    last = decoded.geometry(decoded.chunks).blocks[-1]
+    assert last.file_offset + last.nbytes == decoded.nbytes
     assert affected(decoded.segments, 0, 4096 + (3 << 32), 1) == "v"
 
 
@@ -427,9 +429,9 @@ def test_any_value_anywhere_is_read_or_refused(path: Path, value: object) -> Non
     except CorruptError:
         return
     # Whatever was let through cannot lead a reader astray.
-    geometry, right = manifest.geometry(), EXAMPLE.geometry()
+    geometry, right = manifest.geometry(manifest.chunks), EXAMPLE.geometry(EXAMPLE.chunks)
     assert (geometry.blocks, manifest.nbytes) == (right.blocks, EXAMPLE.nbytes)
-    assert len(manifest.block_checksums()) == len(geometry.blocks)
+    assert len(block_checksums(manifest.chunks)) == len(geometry.blocks)
     assert decode(encode(manifest)) == manifest
 
 
@@ -454,7 +456,7 @@ def holds(segment: SegmentRecord, file: int, offset: int, nbytes: int) -> bool:
 
 @given(manifests(), st.data())
 def test_affected_names_what_lies_there(manifest: Manifest, data: st.DataObject) -> None:
-    block = data.draw(st.sampled_from(manifest.geometry().blocks))
+    block = data.draw(st.sampled_from(manifest.geometry(manifest.chunks).blocks))
     told = affected(manifest.segments, block.file_index, block.file_offset, block.nbytes)
     inside = [s.name for s in manifest.segments if holds(s, block.file_index, block.file_offset, block.nbytes)]
     if not inside:
