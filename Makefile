@@ -129,7 +129,7 @@ SECONDS ?= 600
 FUZZ_LIMITS = -max_total_time=$(SECONDS) -timeout=60 -rss_limit_mb=2048 -artifact_prefix=$(FUZZ)/
 FUZZ_CFLAGS := -g -O1 -std=gnu11 -D_GNU_SOURCE -Inative -Wall -Wextra -fno-omit-frame-pointer \
 	-fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all
-FUZZ_OBJECTS := $(patsubst native/%.c,$(FUZZ)/%.o,$(filter-out native/checksum.c,$(wildcard native/*.c))) \
+FUZZ_OBJECTS := $(patsubst native/%.c,$(FUZZ)/%.o,$(filter-out native/checksum.c native/watch.c,$(wildcard native/*.c))) \
 	$(FUZZ)/checksum_baseline.o $(if $(filter x86_64,$(shell uname -m)),$(FUZZ)/checksum_avx2.o)
 
 fuzz: $(FUZZ_TARGETS:%=fuzz-%) fuzz-job ## Fuzz every target for ten minutes (SECONDS=)

@@ -1,7 +1,7 @@
 """Gather: find and name the tensors of a model and its optimizer, and refuse what cannot be stored.
 
 Theory of operation.  A **census** is one walk over the owners of the tensors.  It lists every tensor under
-its name, joins the names that share one memory (tied weights), and keeps a `Watch` over the dictionaries it
+its name, joins the names that share one memory (tied weights), and keeps a watch over the dictionaries it
 walked, so that a later walk is needed only when one of them has changed.
 
     nn.Module      parameters and persistent buffers, under the names `state_dict()` gives them
@@ -27,9 +27,9 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import is_, itemgetter
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +39,7 @@ from torch.optim import SGD, Optimizer
 
 from engine.errors import ArenaError
 from engine.layout import DTYPES, TensorSpec, lay_out
+from engine.watch import ContainerWatch
 
 # The native copy of a strided tensor keeps one counter a dimension in a fixed array (native/engine_native.h).
 SOURCE_DIMS_MAX = 8
@@ -66,78 +67,6 @@ class Entry(NamedTuple):
     tensors: tuple[Tensor, ...]
 
 
-# Of a dictionary, up to here looking each member up takes less than walking all of it: a walk is set up in Python, and
-# that takes as long as some eight calls.
-_MEMBERS_MAX = 8
-
-
-class Watch:
-    """Notices when one of the dictionaries and lists of a walk no longer holds the very same objects."""
-
-    def __init__(self) -> None:
-        self._empty: list[Sized] = []
-        self._sized: list[Sized] = []
-        self._counts: list[int] = []
-        self._owners: list[dict[Any, Any]] = []
-        self._keys: list[object] = []
-        self._values: list[object] = []
-        self._mappings: list[tuple[dict[Any, Any], tuple[Any, ...], tuple[Any, ...]]] = []
-        self._lists: list[tuple[list[Any], tuple[Any, ...]]] = []
-        self._answers: list[tuple[Callable[[], bool], bool]] = []
-
-    def size(self, container: Sized) -> None:
-        """Watch for additions and removals."""
-        if not container:
-            self._empty.append(container)
-            return
-        self._sized.append(container)
-        self._counts.append(len(container))
-
-    def member(self, owner: dict[Any, Any], key: object) -> None:
-        """Watch for another object under `key`."""
-        self._owners.append(owner)
-        self._keys.append(key)
-        self._values.append(owner.get(key))
-
-    def members(self, owner: dict[Any, Any]) -> None:
-        """Watch a whole dictionary whose keys are strings."""
-        if len(owner) > _MEMBERS_MAX:
-            self.mapping(owner)
-            return
-        self.size(owner)
-        for key in owner:
-            self.member(owner, key)
-
-    def mapping(self, owner: dict[Any, Any]) -> None:
-        """Watch a whole dictionary, without looking anything up in it: tensors as keys are hashed in Python."""
-        self._mappings.append((owner, tuple(owner.keys()), tuple(owner.values())))
-
-    def sequence(self, items: list[Any]) -> None:
-        """Watch a whole list."""
-        self._lists.append((items, tuple(items)))
-
-    def answer(self, question: Callable[[], bool]) -> None:
-        """Watch for another answer to a question."""
-        self._answers.append((question, question()))
-
-    def unchanged(self) -> bool:
-        """Whether nothing happened.  Every save asks, so the loops are C's: about 0.05 us a member.
-
-        Most of a model's containers are empty, and whether one of them is not takes no call at all.
-        """
-        return (
-            not any(self._empty)
-            and list(map(len, self._sized)) == self._counts
-            and all(map(is_, map(dict.get, self._owners, self._keys), self._values))
-            and all(
-                len(owner) == len(keys) and all(map(is_, owner, keys)) and all(map(is_, owner.values(), values))
-                for owner, keys, values in self._mappings
-            )
-            and all(len(items) == len(seen) and all(map(is_, items, seen)) for items, seen in self._lists)
-            and all(question() is seen for question, seen in self._answers)
-        )
-
-
 class Census(NamedTuple):
     """What one walk found.
 
@@ -155,7 +84,7 @@ class Census(NamedTuple):
     params: Mapping[str, Tensor]
     groups: Sequence[Sequence[str]]
     optional: Mapping[str, tuple[Tensor, str]]
-    watch: Watch
+    watch: ContainerWatch
 
 
 @dataclass(slots=True)
@@ -199,7 +128,7 @@ def gather_tensors(tensors: Mapping[str, Tensor]) -> Census:
     found = []
     for name, tensor in tensors.items():
         found.append(Found(name, "model", name.rpartition(".")[0], tensor, tensor))
-    return _join(found, Watch(), _Owned())
+    return _join(found, ContainerWatch(), _Owned())
 
 
 def makes_state_late(optimizer: Optimizer) -> bool:
@@ -250,7 +179,7 @@ def merge_dims(shape: Sequence[int], stride: Sequence[int]) -> list[tuple[int, i
 
 
 def _walk(model: nn.Module, optimizer: Optimizer | None) -> Census:
-    watch = Watch()
+    watch = ContainerWatch()
     found = list(_find_model(model, watch))
     if optimizer is None:
         return _join(found, watch, _Owned())
@@ -262,12 +191,12 @@ def _walk(model: nn.Module, optimizer: Optimizer | None) -> Census:
     return _join(found, watch, owned)
 
 
-def _find_model(model: nn.Module, watch: Watch) -> Iterator[Found]:
+def _find_model(model: nn.Module, watch: ContainerWatch) -> Iterator[Found]:
     # A shared module is walked under each of its paths, as state_dict() does: its tensors get all their names.
     for path, module in model.named_modules(remove_duplicate=False):
-        watch.members(module._modules)
-        watch.members(module._parameters)
-        watch.members(module._buffers)
+        watch.mapping(module._modules)
+        watch.mapping(module._parameters)
+        watch.mapping(module._buffers)
         watch.size(module._non_persistent_buffers_set)
         prefix = f"{path}." if path else ""
         for key, param in module._parameters.items():
@@ -279,7 +208,7 @@ def _find_model(model: nn.Module, watch: Watch) -> Iterator[Found]:
 
 
 def _find_optimizer(
-    optimizer: Optimizer, names: Mapping[int, tuple[str, str]], watch: Watch, owned: _Owned
+    optimizer: Optimizer, names: Mapping[int, tuple[str, str]], watch: ContainerWatch, owned: _Owned
 ) -> Iterator[Found]:
     watch.member(vars(optimizer), "state")  # load_state_dict() puts other objects there
     watch.member(vars(optimizer), "param_groups")
@@ -315,13 +244,13 @@ def _find_state(
     param: Tensor,
     prefix: str,
     layer: str,
-    watch: Watch,
+    watch: ContainerWatch,
     optional: Mapping[str, tuple[Tensor, str]],
 ) -> Iterator[Found]:
     state = optimizer.state.get(param, {})
     if not isinstance(state, dict):
         raise ArenaError(f"the optimizer state of {prefix!r} is a {type(state).__name__}; only a dict can be stored")
-    watch.members(state)
+    watch.mapping(state)
     for key, value in state.items():
         if isinstance(value, Tensor):
             name = f"{prefix}.{key}"
@@ -349,7 +278,7 @@ def _check_state_owners(optimizer: Optimizer, names: Mapping[int, tuple[str, str
             )
 
 
-def _join(found: Iterable[Found], watch: Watch, owned: _Owned) -> Census:
+def _join(found: Iterable[Found], watch: ContainerWatch, owned: _Owned) -> Census:
     """Join the names that share one memory, and refuse what cannot be stored."""
     entries: dict[str, Entry] = {}
     aliases: dict[str, str] = {}

@@ -9,11 +9,12 @@ GIL and comes back every `WAIT_SLICE_NS`, so that Ctrl-C works.
 A fork has neither the thread nor the slots: a Pipeline touched in a forked child raises `ForkedError`, and the
 child's copies of its descriptors are closed at the fork.
 
-Called by `backend`, `writer`, `reader` and `engine`.
+Called by `watch`, `backend`, `writer`, `reader` and `engine`.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import struct
@@ -21,7 +22,7 @@ import threading
 import time
 import weakref
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any, Literal, NamedTuple, Protocol
@@ -203,6 +204,59 @@ def allocate(descriptor: int, nbytes: int) -> int:
 def direct_alignment(descriptor: int) -> int:
     """The alignment that O_DIRECT wants on this file (statx(2)), or 0 where the kernel does not say."""
     return int(lib.eng_direct_alignment(descriptor))
+
+
+class Watched(IntEnum):
+    """What of a container is watched: its size, or everything in it."""
+
+    SIZE = lib.ENG_SIZED
+    DICT = lib.ENG_DICT
+    LIST = lib.ENG_LIST
+
+
+class Grad(IntEnum):
+    """What is known of a tensor's `requires_grad`."""
+
+    UNWANTED = lib.ENG_GRAD_UNWANTED
+    WANTED = lib.ENG_GRAD_WANTED
+    IGNORED = lib.ENG_GRAD_IGNORED
+
+
+def _with_gil(name: str, *arguments: type) -> Callable[..., int]:
+    """A function that is called with the GIL, which cffi lets go of: native/watch.c looks at Python's objects."""
+    address = int(ffi.cast("uintptr_t", ffi.addressof(lib, name)))
+    return ctypes.PYFUNCTYPE(ctypes.c_int, *arguments)(address)
+
+
+_same_containers = _with_gil("eng_same_containers", ctypes.c_void_p, ctypes.c_uint64)
+_describe_tensors = _with_gil("eng_describe_tensors", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64)
+_same_tensors = _with_gil("eng_same_tensors", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64)
+_capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
+
+
+def exchange_address(capsule: object) -> int:
+    """The address of the DLPackExchangeAPI in a type's `__dlpack_c_exchange_api__`; it outlives the process."""
+    return int(_capsule_pointer(capsule, b"dlpack_exchange_api"))
+
+
+def same_containers(words: array[int]) -> bool:
+    """Whether containers hold the very objects that `words` say; see `engine_native.h`, also for the next two.
+
+    The objects that words are addresses of are the caller's to keep alive.
+    """
+    return bool(_same_containers(*words.buffer_info()))
+
+
+def describe_tensors(exchange: int, words: array[int]) -> bool:
+    """Fill in how tensors lie, of which `words` have object, grad and ndim; False if one cannot be described."""
+    return bool(_describe_tensors(exchange, *words.buffer_info()))
+
+
+def same_tensors(exchange: int, words: array[int]) -> bool:
+    """Whether tensors that were described lie as they lay."""
+    return bool(_same_tensors(exchange, *words.buffer_info()))
 
 
 def _pack(ctype: str, row: struct.Struct, memory: bytes) -> Packed:

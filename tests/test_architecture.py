@@ -22,13 +22,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # What each file of engine/ may import, besides the standard library.  A row knows only rows above it.
 ROOMS: dict[str, set[str]] = {
     "errors.py": set(),
+    "native.py": {"errors", "_native"},
+    "watch.py": {"native", "torch"},
     "layout.py": {"errors"},
     "plan.py": {"errors", "layout"},
     "extra.py": {"errors", "layout", "torch"},
     "manifest.py": {"errors", "layout", "plan", "msgspec"},
-    "gather.py": {"errors", "layout", "torch"},
-    "arena.py": {"errors", "layout", "plan", "extra", "manifest", "gather", "torch"},
-    "native.py": {"errors", "_native"},
+    "gather.py": {"errors", "watch", "layout", "torch"},
+    "arena.py": {"errors", "watch", "layout", "plan", "extra", "manifest", "gather", "torch"},
     "filesystem.py": {"errors", "native"},
     "backend.py": {"errors", "native", "filesystem"},
     "catalog.py": {"errors", "manifest", "filesystem"},

@@ -1,0 +1,126 @@
+"""Watch: whether the containers and the tensors of a training are as a walk has seen them.
+
+Theory of operation.  Every save asks, in the training's own time, so what was seen is kept as one array of words that
+native code walks (native/watch.c, which says what the words mean): some 0.3 us a tensor.  An object is told by its
+address, so each one is kept alive as long as the watch is, or another could come to lie where it was.
+
+Tensors are asked through DLPack's exchange table.  A torch that has none, or a tensor that DLPack has no words for, and
+all of them are looked at in Python instead, which takes three times as long.
+
+Rules: nothing is changed here; a difference is only ever found, and what it means is for a new walk to say.  What may
+be missed is what is undone before anybody asks.  Called by `gather`, which watches containers, and `arena`.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Collection, Iterable, Sequence, Sized
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine import native
+from engine.native import Grad, Watched
+
+
+class ContainerWatch:
+    """Notices when one of the containers of a walk no longer holds the very same objects."""
+
+    def __init__(self) -> None:
+        self._words = array("Q")
+        self._kept: list[object] = []
+        self._members: list[tuple[dict[Any, Any], object, object]] = []
+        self._answers: list[tuple[Callable[[], bool], bool]] = []
+
+    def size(self, container: Sized) -> None:
+        """Watch for additions and removals."""
+        self._add(container, Watched.SIZE, len(container), [])
+
+    def member(self, owner: dict[Any, Any], key: object) -> None:
+        """Watch for another object under `key`."""
+        self._members.append((owner, key, owner.get(key)))
+
+    def mapping(self, owner: dict[Any, Any]) -> None:
+        """Watch a whole dictionary, its order included."""
+        items = [each for item in owner.items() for each in item]
+        self._add(owner, Watched.DICT, len(items) // 2, items)
+
+    def sequence(self, items: list[Any]) -> None:
+        """Watch a whole list."""
+        self._add(items, Watched.LIST, len(items), items)
+
+    def answer(self, question: Callable[[], bool]) -> None:
+        """Watch for another answer to a question."""
+        self._answers.append((question, question()))
+
+    def unchanged(self) -> bool:
+        """Whether nothing happened."""
+        return (
+            native.same_containers(self._words)
+            and all(owner.get(key) is value for owner, key, value in self._members)
+            and all(question() is seen for question, seen in self._answers)
+        )
+
+    def _add(self, container: Sized, watched: Watched, size: int, items: Iterable[object]) -> None:
+        self._words.extend((id(container), watched, size))
+        self._words.extend(map(id, items))
+        self._kept.append(container)
+        self._kept.extend(items)
+
+
+class TensorWatch:
+    """Notices when a tensor no longer lies as it lay (`tensor.data = other`), or is no longer trained.
+
+    Args:
+        tensors: all of them, none of a kind that an arena refuses.
+        params: those of them whose `requires_grad` matters.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], params: Iterable[Tensor]) -> None:
+        self._tensors = tensors
+        self._conjugated = [(tensor, tensor.is_conj()) for tensor in tensors if tensor.is_complex()]
+        param_ids = {id(param) for param in params}
+        self._exchange = _exchange()
+        self._words = _words(tensors, param_ids)
+        self._looks: list[tuple[Tensor, bool, _Look]] | None = None
+        if self._exchange is None or not native.describe_tensors(self._exchange, self._words):
+            asked = [(tensor, id(tensor) in param_ids) for tensor in tensors]
+            self._looks = [(tensor, is_param, _look(tensor, is_param)) for tensor, is_param in asked]
+
+    def unchanged(self) -> bool:
+        """Whether nothing happened."""
+        if self._looks is None:
+            assert self._exchange is not None
+            same = native.same_tensors(self._exchange, self._words)
+        else:
+            same = all(_look(tensor, is_param) == look for tensor, is_param, look in self._looks)
+        return same and all(tensor.is_conj() == was_conj for tensor, was_conj in self._conjugated)
+
+
+def _exchange() -> int | None:
+    """The address of torch's exchange table, which is there from torch 2.10 on."""
+    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    return None if capsule is None else native.exchange_address(capsule)
+
+
+def _words(tensors: Iterable[Tensor], param_ids: Collection[int]) -> array[int]:
+    """What is known of tensors before native code has described them."""
+    words = array("Q")
+    for tensor in tensors:
+        grad = Grad.IGNORED
+        if id(tensor) in param_ids:
+            grad = Grad.WANTED if tensor.requires_grad else Grad.UNWANTED
+        words.extend((id(tensor), grad, 0, 0, tensor.dim()))
+        words.extend((0,) * (2 * tensor.dim()))
+    return words
+
+
+_Look = tuple[int, tuple[int, ...], tuple[torch.dtype, torch.Size], bool | None]
+_dtype_shape = attrgetter("dtype", "shape")
+
+
+def _look(tensor: Tensor, is_param: bool) -> _Look:
+    """All that can change of where and how a tensor lies, and whether it is trained, if that matters."""
+    return tensor.data_ptr(), tensor.stride(), _dtype_shape(tensor), tensor.requires_grad if is_param else None
