@@ -8,8 +8,8 @@ Theory of operation.  A checkpoint's directory is in exactly one of three places
 
 Overwriting extents that are already written is several times faster than writing fresh ones, so a save begins by
 taking a spare directory, files and all, and a retired checkpoint becomes a spare.  What makes that safe is an
-order: `retire` makes its renames durable before anything may take the spare, and `begin` makes its own durable
-before the new checkpoint can be published (docs/durability.md, I4 and I5).
+order: `retire` makes its renames durable before anything may take the spare, and `publish` makes that of `begin`
+durable before its own (docs/durability.md, I4 and I5).
 
 One engine at a time: `.engine/lock` is held by flock(2) on a descriptor that the ring never sees, and that a
 forked child closes, so that neither can hold the lock on after the engine has gone.
@@ -72,6 +72,7 @@ class Catalog:
         self._spare = os.path.join(self._private, "spare")
         self._mutex = threading.RLock()
         self._sound = True  # no sync of a directory has failed
+        self._taken: set[int] = set()  # steps written in a spare whose taking is not known to be durable
         self._fresh_paths: dict[int, str] = {}  # partials of another name than their step gives them
         self._pins: set[tuple[int, object]] = set()  # one for each reader
         self._make_directories()
@@ -175,12 +176,13 @@ class Catalog:
         with self._mutex:
             if not self._sound:
                 partial = self._fresh_paths[step] = self._fresh_path(step)
+                self._taken.discard(step)  # an earlier save of this step had, and has failed
             spares = self._spares() if self._sound else []
             if not spares:
                 self.filesystem.make_directory(partial)
                 return partial
             self.filesystem.rename(os.path.join(self._spare, spares[0]), partial)
-            self._sync(self._spare)
+            self._taken.add(step)
         for name in self.filesystem.list_directory(partial):
             path = os.path.join(partial, name)
             # A file with a second name (cp --link), or that a reader has mapped (safetensors does), is not ours to
@@ -194,6 +196,7 @@ class Catalog:
         self.check_place()
         with self._mutex:
             assert step not in self._steps, f"step {step} is committed already"
+            self._sync_taken(step)
             self.filesystem.rename(self.partial_path(step), self.path(step))
             try:
                 self._sync(self.root)
@@ -247,6 +250,7 @@ class Catalog:
             aside = step_name(step) + ".damaged"
             while aside in names:
                 aside += "-again"
+            self._sync_taken(step)
             self.filesystem.rename(self.path(step), os.path.join(self.root, aside))
             self._forget(step)
             self._sync(self.root)
@@ -325,6 +329,19 @@ class Catalog:
         except StorageError:
             self._sound = False
             raise
+
+    def _sync_taken(self, step: int) -> None:
+        """Make durable what has been taken from spare, by whom it may be, before the root is synced for this step.
+
+        Not when it is taken: it would hold up the first write, and here the data's fsync has done most of it.
+        """
+        if not self._taken:
+            return
+        if self._sound:
+            self._sync(self._spare)
+            self._taken.clear()
+        elif step in self._taken:
+            raise StorageError(errno.EIO, "fsync", self._spare)  # it has failed for somebody else
 
     def _fresh_path(self, step: int) -> str:
         """Where to write a step, when what lies there already must stay as it is."""

@@ -100,7 +100,7 @@ def patched(target: object, name: str, value: object) -> Change:
 
 
 def commit_in(order: str) -> Callable[[Catalog, int, Sequence[WrittenFile], bytes | bytearray], str]:
-    """`commit` with its lines in this order; C6 goes with C5, and R1 retires everything."""
+    """`commit` with its lines in this order; C5 and C7 go with C6, and R1 retires everything."""
 
     def commit(catalog: Catalog, step: int, files: Sequence[WrittenFile], manifest: bytes | bytearray) -> str:
         filesystem = catalog.filesystem
@@ -117,7 +117,7 @@ def commit_in(order: str) -> Callable[[Catalog, int, Sequence[WrittenFile], byte
                 filesystem.write_new_file(os.path.join(where, MANIFEST_NAME), manifest)
             elif line == "C4":
                 filesystem.sync_directory(where)
-            elif line == "C5":
+            elif line == "C6":
                 where = catalog.publish(step)
             else:
                 assert line == "R1", line
@@ -172,8 +172,8 @@ MUTATIONS: dict[str, Mutation] = {
     "C2 left out: fsync of the data files": Mutation(without(Drop("commit", ".safetensors"))),
     "C3 left out: fsync of the manifest": Mutation(without(Drop("commit", "manifest.json"))),
     "C4 left out: fsync of the partial": Mutation(without(Drop("commit", ".partial"))),
-    "C6 left out: fsync of the root after the rename": Mutation(without(Drop("publish", "/run"))),
-    "B2 left out: fsync of spare after taking one": Mutation(without(Drop("begin", "/spare")), "recycled_save"),
+    "C7 left out: fsync of the root after the rename": Mutation(without(Drop("publish", "/run"))),
+    "C5 left out: fsync of spare after taking one": Mutation(without(Drop("_sync_taken", "/spare")), "recycled_save"),
     "R2 left out: fsync of spare": Mutation(without(Drop("_retire", "/spare")), "retirement"),
     "R2 left out: fsync of the root": Mutation(without(Drop("_retire", "/run")), "recycled_save"),
     "R2 left out: both, a spare is taken before its retirement is durable": Mutation(
@@ -185,12 +185,12 @@ MUTATIONS: dict[str, Mutation] = {
     "O3 left out: fsync of the root's parent": Mutation(without(Drop("_recover", "", 0)), nesting=KILL),
     "O3 and O5 left out: fsync of the root": Mutation(without(Drop("_recover", "/run")), nesting=KILL),
     "O3 and O5 left out: fsync of spare": Mutation(without(Drop("_recover", "/spare")), "retirement", KILL),
-    "C2 before C1: truncate after the fsync": Mutation(reordered("C2 C1 C3 C4 C5")),
-    "C5 before C2: rename before the data's fsync": Mutation(reordered("C1 C3 C4 C5 C2")),
-    "C5 before C3: rename before the manifest is written": Mutation(reordered("C1 C2 C5 C3 C4")),
-    "C5 before C4: rename before the partial's fsync": Mutation(reordered("C1 C2 C3 C5 C4")),
-    "C4 before C3: fsync of the partial before its last name": Mutation(reordered("C1 C2 C4 C3 C5")),
-    "R1 before C5: retire before publishing": Mutation(reordered("C1 C2 C3 C4 R1 C5"), "recycled_save"),
+    "C2 before C1: truncate after the fsync": Mutation(reordered("C2 C1 C3 C4 C6")),
+    "C6 before C2: rename before the data's fsync": Mutation(reordered("C1 C3 C4 C6 C2")),
+    "C6 before C3: rename before the manifest is written": Mutation(reordered("C1 C2 C6 C3 C4")),
+    "C6 before C4: rename before the partial's fsync": Mutation(reordered("C1 C2 C3 C6 C4")),
+    "C4 before C3: fsync of the partial before its last name": Mutation(reordered("C1 C2 C4 C3 C6")),
+    "R1 before C6: retire before publishing": Mutation(reordered("C1 C2 C3 C4 R1 C6"), "recycled_save"),
     "R1 takes the newest instead of the oldest": Mutation(patched(Catalog, "retire", _retire_newest), "recycled_save"),
     "a failed fsync of a file is tried again and trusted": Mutation(stubborn, "failure_sync_file"),
     "a failed fsync of a directory is forgotten": Mutation(

@@ -153,7 +153,7 @@ def leftovers(world: World) -> None:
     """A save that failed and could not be deleted; the next open makes it a spare, and a save takes that."""
     with session(world, keep=1, max_async=1) as it:
         it.save(1, 2)
-        with refusing(world, "write_new_file"), refusing(world, "unlink", place=1):  # the first is B3
+        with refusing(world, "write_new_file"), refusing(world, "unlink", place=1):  # the first is B2
             it.attempt(3)
     with session(world, payload=11, keep=1, max_async=1) as it:
         it.save(3)
@@ -256,7 +256,7 @@ _HOLDS = ("open_for_blocks", "allocate", "truncate", "sync_file", "write_new_fil
 # Which of the calls of an operation is meant, as in disk.FailingFilesystem.
 _SUFFIXES = {"sync_directory": ".partial", "rename": "/step-00000003"}
 
-# What of a save can be refused, besides disk.FAILURES: a block, the manifest's fsync, and the fsyncs of B2 and C6.
+# What of a save can be refused, besides disk.FAILURES: a block, the manifest's fsync, and the fsyncs of C5 and C7.
 _REFUSALS = [
     *((operation, _SUFFIXES.get(operation, "")) for operation in FAILURES),
     ("write", ""),
@@ -275,7 +275,7 @@ SCENARIOS: dict[str, Callable[[World], None]] = {
     **{f"overlapping_{a}_{b}_{hold}": partial(overlapping, a, b, hold) for a, b in ((3, 4), (4, 3)) for hold in _HOLDS},
     **{f"failure_{operation}{suffix}": partial(failure, operation, suffix) for operation, suffix in _REFUSALS},
     **{f"retried{suffix}": partial(retried, suffix) for suffix in ("/spare", "/run")},
-    # R2 is the first fsync of spare there, and the second of the root, after C6.
+    # R2 is the first fsync of spare there, and the second of the root, after C7.
     "failed_retirement_/spare": partial(failed_retirement, "/spare", 0),
     "failed_retirement_/run": partial(failed_retirement, "/run", 1),
 }

@@ -339,6 +339,50 @@ def test_a_retirement_that_is_not_durable_is_not_recycled(
     assert {Path(catalog.path(step), DATA_NAME).read_bytes() for step in catalog.steps()} == {b"2", b"3"}
 
 
+def begin_two(catalog: Catalog) -> None:
+    """Saves 4 and 5, each in a spare of its own; 3 is committed."""
+    for step in (1, 2, 3):
+        save(catalog, step)
+    catalog.retire(1)
+    for step in (4, 5):
+        fill(catalog.begin(step, [DATA_NAME]), str(step).encode())
+
+
+def test_what_both_have_taken_is_durable_before_the_root_is_synced(
+    catalog: Catalog, filesystem: Recorded, tmp_path: Path
+) -> None:
+    begin_two(catalog)
+    spare, root = str(tmp_path / SPARE), str(tmp_path)
+    filesystem.done.clear()
+    for step in (5, 4):
+        catalog.publish(step)
+    published = [("rename", f"{catalog.path(step)}.partial", catalog.path(step)) for step in (5, 4)]
+    assert filesystem.done == [("sync", spare), published[0], ("sync", root), published[1], ("sync", root)]
+
+
+def test_what_was_taken_is_durable_before_a_damaged_step_is_set_aside(
+    catalog: Catalog, filesystem: Recorded, tmp_path: Path
+) -> None:
+    begin_two(catalog)
+    filesystem.done.clear()
+    catalog.set_aside(3)
+    assert [operation for operation, *_ in filesystem.done] == ["sync", "rename", "sync"]
+    assert filesystem.done[0] == ("sync", str(tmp_path / SPARE))
+
+
+def test_a_taking_that_may_not_last_fails_every_save_that_took(catalog: Catalog, filesystem: Recorded) -> None:
+    begin_two(catalog)
+    filesystem.refuse("sync_directory", spared=0)
+    for step in (5, 4):  # the second has no failure of its own
+        with pytest.raises(StorageError):
+            catalog.publish(step)
+        catalog.discard(step)
+    assert catalog.steps() == [3]
+    for step in (4, 5, 6):
+        save(catalog, step)
+    assert catalog.steps() == [3, 4, 5, 6]
+
+
 def check_order(done: list[tuple[str, ...]], root: str) -> None:
     """I4 and I5 of docs/durability.md: a spare is durable before it is taken, and taken before it is published.
 
@@ -648,6 +692,7 @@ class Directory(RuleBasedStateMachine):
         self.filesystem = Recorded()
         self.committed: set[int] = set()
         self.partial: set[int] = set()
+        self.sound_partial: set[int] = set()  # begun before anything was refused
         self.pins: dict[int, ExitStack] = {}
         self.next_step = 0
         self.armed: tuple[str, int] | None = None
@@ -665,14 +710,14 @@ class Directory(RuleBasedStateMachine):
             self.catalog.close()
         self.exit.close()
 
-    def attempt(self, call: Callable[[], object]) -> bool:
-        """Whether it succeeded; only what was armed may make it fail."""
+    def attempt(self, call: Callable[[], object], may_fail: bool = False) -> bool:
+        """Whether it succeeded; only what was armed may make it fail, or else what `may_fail`."""
         armed, self.filesystem.armed = self.armed, self.armed
         self.armed = None
         try:
             call()
         except StorageError:
-            assert armed is not None, "refused, though nothing was armed"
+            assert armed is not None or may_fail, "refused, though nothing was armed"
             return False
         finally:
             self.sound &= armed is None or self.filesystem.armed is not None
@@ -690,6 +735,7 @@ class Directory(RuleBasedStateMachine):
         step = self.next_step
         if self.attempt(lambda: fill(self.catalog.begin(step, [DATA_NAME]), str(step).encode())):
             self.partial.add(step)
+            self.sound_partial |= {step} if self.sound else set()
         else:
             self.catalog.discard(step)
 
@@ -698,7 +744,9 @@ class Directory(RuleBasedStateMachine):
     def publish(self, data: st.DataObject) -> None:
         step = data.draw(st.sampled_from(sorted(self.partial)))
         self.partial.discard(step)
-        if self.attempt(lambda: self.catalog.publish(step)):
+        # What was taken from spare before a sync has failed may not last, and then its save fails as well.
+        may_fail = not self.sound and step in self.sound_partial
+        if self.attempt(lambda: self.catalog.publish(step), may_fail):
             self.committed.add(step)
         else:
             self.catalog.discard(step)
@@ -759,7 +807,7 @@ class Directory(RuleBasedStateMachine):
         self.pins = {}
         self.catalog.close()
         self.catalog = Catalog(self.root, self.filesystem, self.spare_max)
-        self.partial, self.sound = set(), True
+        self.partial, self.sound_partial, self.sound = set(), set(), True
         assert len(os.listdir(Path(self.root) / SPARE)) <= self.spare_max
 
     @invariant()

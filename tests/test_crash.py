@@ -102,7 +102,7 @@ def test_a_rename_is_whole_and_covered_by_both_directories() -> None:
 
 
 def test_a_durable_rename_of_what_may_not_have_come_there_leaves_two_names() -> None:
-    """Why a spare's taking is synced before what it has become is published (B2)."""
+    """Why a spare's taking is synced before what it has become is published (C5)."""
     first, second = Rename(ROOT, "f", DIRECTORY, "x", FILE), Rename(DIRECTORY, "x", DIRECTORY, "y", FILE)
     assert any(disk.twice_named() for disk in outcomes(trace(first, second, Sync(DIRECTORY, True))))
     assert not any(disk.twice_named() for disk in outcomes(trace(first, second)))
@@ -214,7 +214,7 @@ def test_a_reader_that_looks_at_no_checksum_is_seen() -> None:
 
 def test_the_lines_in_their_order_are_the_real_commit(recorder: Recorder) -> None:
     """The mutations that swap lines of `commit` start from a copy of it, and this is the copy's proof."""
-    with checking(reordered("C1 C2 C3 C4 C5")) as (copied, _):
+    with checking(reordered("C1 C2 C3 C4 C6")) as (copied, _):
         index = list(SCENARIOS).index("recycled_save")
         assert copied.scenario(index).trace.operations == recorder.scenario(index).trace.operations
 

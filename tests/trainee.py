@@ -248,17 +248,17 @@ def _line_of_open(operation: str, name: str, before: str) -> str:
 
 def _line_of_save(operation: str, name: str, before: str) -> str:
     """Which line of docs/durability.md an operation of a save is, after one of line `before`."""
-    always = {"open_for_blocks": "B4", "allocate": "B4", "truncate": "C1", "write_new_file": "C3"}
+    always = {"open_for_blocks": "B3", "allocate": "B3", "truncate": "C1", "write_new_file": "C3"}
     if operation in always:
         return always[operation]
     if operation == "sync_file":
         return "C3" if name.endswith("manifest.json") else "C2"
     is_partial, is_spare = ".partial" in name, name.startswith(".engine")
     if operation == "rename":
-        return "B1" if is_partial else "R1" if is_spare else "C5"
+        return "B1" if is_partial else "R1" if is_spare else "C6"
     if operation == "sync_directory":
-        return "C4" if is_partial else "B2" if before == "B1" else "C6" if before == "C5" else "R2"
-    return "B1" if operation == "make_directory" else "B3" if is_partial else "R3"
+        return "C4" if is_partial else "C5" if before == "C4" else "C7" if before == "C6" else "R2"
+    return "B1" if operation == "make_directory" else "B2" if is_partial else "R3"
 
 
 class _Trainee:
