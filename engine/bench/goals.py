@@ -43,9 +43,9 @@ Compute = Callable[[], float]  # raises _Unknown
 class Outcome:
     """One goal: `measured` is None where something was not measured.
 
-    `standin` is what would be measured with somebody in the engine's place who does only a part of the work, in the
-    same rounds: fio beside a copy, a read without a checkpoint around it (both in `limits`), or the look at every
-    tensor without a save after it.  It is no bound, and has noise of its own.
+    `standin` is what would be measured with somebody in the engine's place who does only a part of the work: fio beside
+    a copy, a read without a checkpoint around it (both in `limits`), or the look at every tensor without a save after
+    it.  In the same rounds, but for fio beside peers.  It is no bound, and has noise of its own.
     """
 
     what: str
@@ -192,14 +192,16 @@ def _throughput(record: Record) -> list[Outcome]:
 def _against(record: Record) -> list[Outcome]:
     goals = {"torch.save": 4, "safetensors": 2, "DCP save": 4, "DCP async_save": 7, "torch-checkpointing": 7}
 
-    def ahead(peer: str) -> float:
-        ours, theirs = (_median(main_samples(record, "save", name), "durable_s") for name in (OURS, peer))
-        return theirs / ours
+    def durable(name: str) -> float:
+        return _median(main_samples(record, "save", name), "durable_s")
 
-    return [
-        _at_least(f"durable, against {peer}", goal, lambda peer=peer: ahead(peer))  # type: ignore[misc]
-        for peer, goal in goals.items()
-    ]
+    def row(peer: str, goal: float) -> Outcome:
+        return _with_standin(
+            _at_least(f"durable, against {peer}", goal, lambda: durable(peer) / durable(OURS)),
+            lambda: durable(peer) / _limit(record, OVERWRITTEN + BESIDE),
+        )
+
+    return [row(peer, goal) for peer, goal in goals.items()]
 
 
 def _held(record: Record) -> list[Outcome]:
