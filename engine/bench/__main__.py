@@ -304,21 +304,38 @@ def _size(rounds: Rounds, scales: Scales) -> None:
 
 
 def _tensors(rounds: Rounds, scales: Scales) -> None:
-    """The same bytes in ever more tensors; the first save of an arena apart, which plans it."""
+    """The same bytes in ever more tensors; the first save of an Engine apart, which plans the arena."""
+    kinds = [saver for saver in SAVERS if saver.name in SCALE_PEERS]
     for count in scales.tensor_counts:
         state = make_state(scales.tensors_bytes, count)
         shape = (scales.tensors_bytes, count)
-        kinds = [saver for saver in SAVERS if saver.name in SCALE_PEERS]
-        savers = rounds.open_savers(kinds, state, 0)
+        savers = rounds.open_savers(kinds, state, WARM_UP)
         saves = {(name, ""): _save_turn(saver) for name, saver in savers.items()}
-        firsts = {(name, "first"): turn for (name, _), turn in saves.items()}
-        for name, _ in rounds.run("tensors", firsts, shape, range(1), seconds=0):
-            del saves[name, ""]
-        again = {(name, ""): _third_turn(turn) for (name, _), turn in saves.items()}
-        rounds.run("tensors", again, shape, range(scales.scale_rounds), seconds=scales.seconds / 4)
+        rounds.run("tensors", saves, shape, range(scales.scale_rounds), seconds=scales.seconds / 4)
+        firsts = {(name, "first"): _first_turn(rounds, type(saver), state) for name, saver in savers.items()}
+        if count in _ends(scales):
+            firsts.pop((Ours.name, "first"), None)
+        rounds.run("tensors", firsts, shape, range(1), seconds=0)
         for saver in savers.values():
             saver.close()
         _clear(rounds)
+    if rounds.wanted(Ours.name):
+        _first_of_ends(rounds, scales)
+
+
+def _first_of_ends(rounds: Rounds, scales: Scales) -> None:
+    """Our first saves of the fewest and of the most tensors, in turn: a goal is about how far they differ."""
+    states = [make_state(scales.tensors_bytes, count, plain=False) for count in _ends(scales)]
+    turns = [_first_turn(rounds, Ours, state) for state in states]
+    for number in range(scales.rounds):
+        for state, turn in zip(states, turns, strict=True):
+            shape = (scales.tensors_bytes, state.tensor_count)
+            rounds.run("tensors", {(Ours.name, "first"): turn}, shape, range(number, number + 1), seconds=0)
+    _clear(rounds)
+
+
+def _ends(scales: Scales) -> tuple[int, int]:
+    return min(scales.tensor_counts), max(scales.tensor_counts)
 
 
 def _flight(rounds: Rounds, scales: Scales) -> None:
@@ -379,18 +396,6 @@ def _look_turn(state: State) -> Turn:
         return {"seconds_s": (time.perf_counter_ns() - began_ns) / 1e9}
 
     return turn
-
-
-def _third_turn(turn: Turn) -> Turn:
-    """A turn that is taken twice more before its first: until both checkpoints that are kept are there."""
-    remaining = iter(range(WARM_UP - 1))
-
-    def warmed() -> Mapping[str, float]:
-        for _ in remaining:
-            turn()
-        return turn()
-
-    return warmed
 
 
 def _first_turn(rounds: Rounds, kind: type[Saver], state: State) -> Turn:
