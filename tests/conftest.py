@@ -4,13 +4,16 @@ Two cores shared with others make any deadline a coin toss, so there is none.  I
 each time, so that a change is judged by what it changes; at a desk they differ, and find more.
 
 A test marked `every_backend` runs once for each rung of the ladder (engine/backend.py): its Engines find no other.
+What compares trainings bit by bit asks for `one_thread`.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
+import torch
 from hypothesis import settings
 
 from engine import backend
@@ -32,3 +35,12 @@ def rung(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if only != backend.LADDER[0]:
         monkeypatch.setattr(backend, "LADDER", (only,))
     return only
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums depend on how many threads share them; and there are few cores to share."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(count)
