@@ -88,7 +88,7 @@ $(BENCH_STAMP): $(ENGINE_STAMP) .ci/prepare .ci/peers
 # file.  Python does not process .pth files it finds that way, so the plain build of .venv stays out of sight.  pytest
 # leaves descriptor 2 alone (--capture=sys), so that a finding is seen though it ends the process.
 
-SANITIZE_TESTS := tests/test_native.py tests/test_engine.py tests/test_snapshot.py
+SANITIZE_TESTS := $(wildcard tests/test_native*.py) tests/test_watch.py tests/test_engine.py tests/test_snapshot.py
 SITE_PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
 
 sanitize: sanitize-address sanitize-thread ## Run the tests that drive native code under ASan, UBSan and TSan
@@ -105,7 +105,7 @@ sanitize-thread: build/thread/engine.stamp ## Only TSan
 	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" OMP_NUM_THREADS=1 \
 	    TSAN_OPTIONS="suppressions=tests/tsan.supp exitcode=66" \
 	    setarch -R build/thread/bin/python -m pytest --capture=sys $(SANITIZE_TESTS) \
-	    --deselect tests/test_native.py::test_a_fork_has_no_pipeline_and_harms_nobody
+	    --deselect tests/test_native_lifecycle.py::test_a_fork_has_no_pipeline_and_harms_nobody
 
 build/address/engine.stamp: SANITIZERS := address;undefined
 build/thread/engine.stamp: SANITIZERS := thread

@@ -10,13 +10,18 @@ What compares trainings bit by bit asks for `one_thread`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from faults import FaultTable
 from hypothesis import settings
+from jobs import SLOT_BYTES, Stage
 
 from engine import backend
+from engine.filesystem import Filesystem
+from engine.native import Backend, Pipeline
 
 settings.register_profile("engine", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("engine")
@@ -44,3 +49,46 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(count)
+
+
+# What drives the native pipeline without an Engine.
+
+
+@pytest.fixture(scope="module", params=["io_uring", "io_uring_plain", "threads"])
+def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    path = tmp_path_factory.mktemp("native") / "blocks"
+    fd = Filesystem().open_for_blocks(str(path), write=True, direct=True)
+    pipeline = Pipeline(4, SLOT_BYTES, request.param)
+    yield Stage(pipeline, path, fd)
+    pipeline.close()
+    os.close(fd)
+
+
+@pytest.fixture
+def fd(tmp_path: Path) -> Iterator[int]:
+    descriptor = Filesystem().open_for_blocks(str(tmp_path / "blocks"), write=True, direct=True)
+    yield descriptor
+    os.close(descriptor)
+
+
+@pytest.fixture
+def buffered_fd(tmp_path: Path) -> Iterator[int]:
+    """A file without O_DIRECT, for `FaultTable`: it moves any number of bytes, from memory of any alignment."""
+    descriptor = os.open(tmp_path / "buffered", os.O_RDWR | os.O_CREAT)
+    yield descriptor
+    os.close(descriptor)
+
+
+@pytest.fixture
+def open_pipeline(rung: Backend) -> Iterator[Callable[..., Pipeline]]:
+    """Opens pipelines, and closes them at the end."""
+    opened: list[tuple[Pipeline, FaultTable | None]] = []  # the table too: it must outlive its pipeline
+
+    def open_one(slot_count: int, slot_bytes: int = SLOT_BYTES, table: FaultTable | None = None) -> Pipeline:
+        pipeline = Pipeline(slot_count, slot_bytes, rung, io_table=None if table is None else table.c_table)
+        opened.append((pipeline, table))
+        return pipeline
+
+    yield open_one
+    for pipeline, _ in opened:
+        pipeline.close()

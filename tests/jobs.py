@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from engine import native
-from engine.native import Direction, Job, Milestone, Pipeline
+from engine.native import ALIGNMENT, Direction, Job, Milestone, Pipeline, block_checksum
 from engine.plan import (
     Chunk,
     Extent,
@@ -26,6 +27,9 @@ from engine.plan import (
     plan_geometry,
 )
 
+WRITE, READ = Direction.WRITE, Direction.READ
+SLOT_BYTES = 4 * ALIGNMENT
+LOOK_NS = 1  # a wait that only looks
 SEED = 0x0123_4567_89AB_CDEF
 
 # Far beyond what any test takes: it ends a test that hangs.
@@ -119,3 +123,45 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic_ns() < deadline_ns, "it never happened"
         time.sleep(0.001)
+
+
+class Stage(NamedTuple):
+    """A pipeline, and a file to write to and read from."""
+
+    pipeline: Pipeline
+    path: Path
+    fd: int
+
+
+def content(fd: int, nbytes: int) -> bytes:
+    """The start of a file, past whatever flags its descriptor has."""
+    with open(f"/proc/self/fd/{fd}", "rb") as file:
+        return file.read(nbytes)
+
+
+def rewrite(fd: int, offset: int, changed: bytes) -> None:
+    """Change a file behind the pipeline's back."""
+    with open(f"/proc/self/fd/{fd}", "r+b") as file:
+        file.seek(offset)
+        file.write(changed)
+
+
+def checksums_of(plan: Plan, stored: list[bytes], seed: int = SEED) -> list[int]:
+    """What the blocks of a plan must hash to."""
+    return [
+        block_checksum(
+            stored[b.file_index][b.file_offset : b.file_offset + b.nbytes], seed, b.file_index, b.file_offset
+        )
+        for b in plan.blocks
+    ]
+
+
+def assert_usable(pipeline: Pipeline, fd: int) -> None:
+    """The pipeline takes a write and a read of it, through every slot."""
+    bytes_before, plan = noise(5 * SLOT_BYTES + 5, seed=7), whole(5 * SLOT_BYTES + 5, SLOT_BYTES)
+    written = run(pipeline, make_job(WRITE, plan, [plain(bytes_before)]), [fd])
+    assert written.failure is None
+    bytes_after = torch.zeros_like(bytes_before)
+    read = run(pipeline, make_job(READ, plan, [plain(bytes_after)], checksums=written.checksums()), [fd])
+    assert read.failure is None
+    assert torch.equal(bytes_before, bytes_after)
