@@ -20,7 +20,7 @@
 #include "engine_native.h"
 
 /* Of dlpack.h, version 1.3, whose version 1 is a stable ABI. */
-enum { DLPACK_MAJOR_VERSION = 1, DL_CPU = 1 };
+enum { DLPACK_MAJOR_VERSION = 1 };
 
 typedef struct {
     void *data;
@@ -112,7 +112,7 @@ int eng_same_containers(const uint64_t *words, uint64_t word_count)
 /* The lie of a tensor as words: its address, its dtype, how many dimensions, their sizes, their strides. */
 static int describe(const dl_exchange *exchange, uint64_t object, dl_tensor *tensor, uint64_t head[3])
 {
-    if (exchange->tensor_from_object(object_of(object), tensor) || tensor->device_type != DL_CPU)
+    if (exchange->tensor_from_object(object_of(object), tensor))
         return -1;
     head[0] = word_of(tensor->data) + tensor->byte_offset;
     head[1] = (uint64_t)tensor->dtype_code << 24 | (uint64_t)tensor->dtype_bits << 16 | tensor->dtype_lanes;

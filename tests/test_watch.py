@@ -94,6 +94,14 @@ def ids(owner: dict[Any, Any]) -> list[tuple[int, int]]:
     return [(id(key), id(value)) for key, value in owner.items()]
 
 
+def test_another_name_for_the_same_is_a_difference() -> None:
+    owner = {"weight": OBJECTS[0]}
+    watch = ContainerWatch()
+    watch.mapping(owner)
+    owner["kernel"] = owner.pop("weight")
+    assert not watch.unchanged()
+
+
 @pytest.mark.parametrize("make", [dict, OrderedDict, lambda: defaultdict(list)])
 def test_subclasses_of_dict_are_watched(make: Callable[[], dict[str, object]]) -> None:
     owner = make()
