@@ -1,7 +1,7 @@
 """Watch: whether the containers and the tensors of a training are as a walk has seen them.
 
 Theory of operation.  Every save asks, in the training's own time, so what was seen is kept as one array of words that
-native code walks (native/watch.c, which says what the words mean): some 0.3 us a tensor.  An object is told by its
+native code walks (engine_native.h says what the words mean): some 0.4 us a tensor.  An object is told by its
 address, so each one is kept alive as long as the watch is, or another could come to lie where it was.
 
 Tensors are asked through DLPack's exchange table.  A torch that has none, or a tensor that DLPack has no words for, and
@@ -36,7 +36,7 @@ class ContainerWatch:
 
     def size(self, container: Sized) -> None:
         """Watch for additions and removals."""
-        self._add(container, Watched.SIZE, len(container), [])
+        self._add(container, Watched.SIZE, len(container))
 
     def member(self, owner: dict[Any, Any], key: object) -> None:
         """Watch for another object under `key`."""
@@ -44,12 +44,13 @@ class ContainerWatch:
 
     def mapping(self, owner: dict[Any, Any]) -> None:
         """Watch a whole dictionary, its order included."""
-        items = [each for item in owner.items() for each in item]
-        self._add(owner, Watched.DICT, len(items) // 2, items)
+        items = list(owner.items())
+        self._add(owner, Watched.DICT, len(items), [each for item in items for each in item])
 
     def sequence(self, items: list[Any]) -> None:
         """Watch a whole list."""
-        self._add(items, Watched.LIST, len(items), items)
+        held = list(items)  # another thread may change it: what native code walks must agree with itself
+        self._add(items, Watched.LIST, len(held), held)
 
     def answer(self, question: Callable[[], bool]) -> None:
         """Watch for another answer to a question."""
@@ -63,7 +64,7 @@ class ContainerWatch:
             and all(question() is seen for question, seen in self._answers)
         )
 
-    def _add(self, container: Sized, watched: Watched, size: int, items: Iterable[object]) -> None:
+    def _add(self, container: Sized, watched: Watched, size: int, items: Sequence[object] = ()) -> None:
         self._words.extend((id(container), watched, size))
         self._words.extend(map(id, items))
         self._kept.append(container)
@@ -100,7 +101,7 @@ class TensorWatch:
 
 
 def _exchange() -> int | None:
-    """The address of torch's exchange table, which is there from torch 2.10 on."""
+    """The address of torch's exchange table, if this torch has one."""
     capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     return None if capsule is None else native.exchange_address(capsule)
 
@@ -112,8 +113,8 @@ def _words(tensors: Iterable[Tensor], param_ids: Collection[int]) -> array[int]:
         grad = Grad.IGNORED
         if id(tensor) in param_ids:
             grad = Grad.WANTED if tensor.requires_grad else Grad.UNWANTED
-        words.extend((id(tensor), grad, 0, 0, tensor.dim()))
-        words.extend((0,) * (2 * tensor.dim()))
+        ndim = tensor.dim()
+        words.extend((id(tensor), grad, 0, 0, ndim, *(0,) * (2 * ndim)))
     return words
 
 

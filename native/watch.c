@@ -2,13 +2,13 @@
  * watch.c: whether Python's containers and torch's tensors are as they were.
  *
  * Theory of operation.  Every save asks, in the training's own time, so all of it is one walk over one array of words
- * that says which objects were seen and what was in them: about 0.3 us a tensor, most of it the latency of memory,
+ * that says which objects were seen and what was in them: about 0.4 us a tensor, most of it the latency of memory,
  * where a loop of Python's takes three times as long.  Nothing is allocated, changed or kept; an object is only ever
  * compared by its address, and the caller keeps all of them alive, so that no address comes to mean another object.
  *
  * Containers are asked through Python's stable ABI.  Tensors are asked through DLPack's exchange table, which torch
- * has had since 2.10: https://dmlc.github.io/dlpack/latest/c_api.html, "DLPackExchangeAPI".  It gives a tensor's
- * address, dtype, shape and strides without a Python object being made.  It does not know `requires_grad`.
+ * 2.13 has and older ones may lack (ATen/dlpack.h, "DLPackExchangeAPI").  It gives a tensor's address, dtype, shape and
+ * strides without a Python object being made.  It does not know `requires_grad`.
  *
  * Rules: called with the GIL, unlike everything else here, so not through cffi, which lets go of it.  An exception
  * is taken for a difference and cleared: whoever then walks the objects in Python meets it again.  Only `requires_grad`
@@ -58,6 +58,15 @@ static uint64_t word_of(const void *pointer)
     return (uint64_t)(uintptr_t)pointer;
 }
 
+/* An answer of yes or no, once nothing has raised. */
+static int unless_raised(int answer)
+{
+    if (!PyErr_Occurred())
+        return answer;
+    PyErr_Clear();
+    return 0;
+}
+
 static int same_dict(PyObject *dict, const uint64_t *items, uint64_t count)
 {
     if (PyDict_Size(dict) != (Py_ssize_t)count)
@@ -102,14 +111,10 @@ int eng_same_containers(const uint64_t *words, uint64_t word_count)
             words += count;
         }
     }
-    if (PyErr_Occurred()) {
-        PyErr_Clear();
-        return 0;
-    }
-    return same;
+    return unless_raised(same);
 }
 
-/* The lie of a tensor as words: its address, its dtype, how many dimensions, their sizes, their strides. */
+/* The words of a tensor that every one has: its address, its dtype, how many dimensions.  The rest is in `tensor`. */
 static int describe(const dl_exchange *exchange, uint64_t object, dl_tensor *tensor, uint64_t head[3])
 {
     if (exchange->tensor_from_object(object_of(object), tensor))
@@ -151,11 +156,7 @@ int eng_same_tensors(const void *exchange, const uint64_t *words, uint64_t word_
     PyObject *grad_name = PyUnicode_InternFromString("requires_grad");
     int same = grad_name && same_tensors(exchange, words, words + word_count, grad_name);
     Py_XDECREF(grad_name);
-    if (PyErr_Occurred()) {
-        PyErr_Clear();
-        return 0;
-    }
-    return same;
+    return unless_raised(same);
 }
 
 int eng_describe_tensors(const void *table, uint64_t *words, uint64_t word_count)
