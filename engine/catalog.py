@@ -320,7 +320,8 @@ class Catalog:
         finally:  # if one of several is refused, the next save may take those before it
             if steps:
                 self._sync_moves()
-        self._trim_spares()
+        if self._sound:  # else a power cut may give what was retired before this its old name
+            self._trim_spares()
 
     def _sync(self, path: str) -> None:
         """Sync a directory; once that has failed, no rename can be relied on until the next open."""
@@ -329,17 +330,16 @@ class Catalog:
         except StorageError:
             self._sound = False
             raise
+        if path == self._spare and self._sound:
+            self._taken.clear()
 
     def _sync_taken(self, step: int) -> None:
         """Make durable what has been taken from spare, by whom it may be, before the root is synced for this step.
 
         Not when it is taken: it would hold up the first write, and here the data's fsync has done most of it.
         """
-        if not self._taken:
-            return
-        if self._sound:
+        if self._taken and self._sound:
             self._sync(self._spare)
-            self._taken.clear()
         elif step in self._taken:
             raise StorageError(errno.EIO, "fsync", self._spare)  # it has failed for somebody else
 

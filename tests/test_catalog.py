@@ -383,6 +383,41 @@ def test_a_taking_that_may_not_last_fails_every_save_that_took(catalog: Catalog,
     assert catalog.steps() == [3, 4, 5, 6]
 
 
+def test_a_taking_is_known_to_last_once_another_has_synced_spare(
+    catalog: Catalog, filesystem: Recorded, tmp_path: Path
+) -> None:
+    for step in (1, 2, 3):
+        save(catalog, step)
+    catalog.retire(2)
+    fill(catalog.begin(4, [DATA_NAME]), b"4")
+    assert spares(tmp_path) == [], "it has taken the one there was"
+    filesystem.refuse("sync_directory", spared=1)  # the root's: spare's, right before, has done for what was taken, too
+    with pytest.raises(StorageError):
+        catalog.retire(1)
+    filesystem.done.clear()
+    catalog.publish(4)
+    assert filesystem.done == [("rename", f"{catalog.path(4)}.partial", catalog.path(4)), ("sync", str(tmp_path))]
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["spare", "root"])
+def test_going_back_deletes_nothing_once_a_sync_has_failed(
+    catalog: Catalog, filesystem: Recorded, tmp_path: Path, which: int
+) -> None:
+    for step in (1, 2, 3, 4, 5):
+        save(catalog, step)
+    filesystem.refuse("sync_directory", spared=which)
+    with pytest.raises(StorageError):
+        catalog.retire(4)  # which a power cut may undo
+    assert catalog.retire_after(2) == [5, 4, 3]
+    assert catalog.steps() == [2]
+    assert [Path(tmp_path, SPARE, name, DATA_NAME).read_bytes() for name in spares(tmp_path)] == [
+        b"1",
+        b"5",
+        b"4",
+        b"3",
+    ]
+
+
 def check_order(done: list[tuple[str, ...]], root: str) -> None:
     """I4 and I5 of docs/durability.md: a spare is durable before it is taken, and taken before it is published.
 
