@@ -326,6 +326,7 @@ class Arena:
             self._take(self._find())
 
     def _take(self, census: Census) -> None:
+        self._watch: TensorWatch | None = None  # until all is done: if interrupted, the next refresh() goes on
         table = self._tabulate(census)
         if table != self._table:
             layout = lay_out([entry.spec for entry in census.entries.values()], census.aliases)
@@ -337,7 +338,6 @@ class Arena:
         self._kept = _kept_besides(self._optimizer, census)
         self._awaits_state = any(not census.entries[name].tensors for name in census.optional)
         self._tensors = [tensor for entry in census.entries.values() for tensor in entry.tensors]
-        self._watch: TensorWatch | None = None  # until all has moved: if interrupted, the next refresh() goes on
         if self._model is not None:
             self._bind()
             self._hook(self._model)

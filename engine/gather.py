@@ -194,28 +194,33 @@ def _walk(model: nn.Module, optimizer: Optimizer | None) -> Census:
 def _find_model(model: nn.Module, watch: ContainerWatch) -> Iterator[Found]:
     # A shared module is walked under each of its paths, as state_dict() does: its tensors get all their names.
     for path, module in model.named_modules(remove_duplicate=False):
+        hidden = module._non_persistent_buffers_set
+        # ModuleList's own `del` puts another dictionary there.
+        watch.members(vars(module), "_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
         watch.mapping(module._modules)
         watch.mapping(module._parameters)
         watch.mapping(module._buffers)
-        watch.size(module._non_persistent_buffers_set)
+        if hidden:
+            watch.answer(functools.partial(frozenset, hidden))
+        else:
+            watch.size(hidden)
         prefix = f"{path}." if path else ""
         for key, param in module._parameters.items():
             if param is not None:
                 yield Found(prefix + key, "model", path, param, param)
         for key, buffer in module._buffers.items():
-            if buffer is not None and key not in module._non_persistent_buffers_set:
+            if buffer is not None and key not in hidden:
                 yield Found(prefix + key, "buffer", path, buffer, buffer)
 
 
 def _find_optimizer(
     optimizer: Optimizer, names: Mapping[int, tuple[str, str]], watch: ContainerWatch, owned: _Owned
 ) -> Iterator[Found]:
-    watch.member(vars(optimizer), "state")  # load_state_dict() puts other objects there
-    watch.member(vars(optimizer), "param_groups")
+    watch.members(vars(optimizer), "state", "param_groups")  # load_state_dict() puts other objects there
     watch.sequence(optimizer.param_groups)
     watch.mapping(optimizer.state)
     for group_index, group in enumerate(optimizer.param_groups):
-        watch.member(group, "params")
+        watch.members(group, "params")
         watch.sequence(group["params"])
         if isinstance(optimizer, SGD):
             # Not the number: a scheduler may change that in every step.

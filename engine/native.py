@@ -207,11 +207,12 @@ def direct_alignment(descriptor: int) -> int:
 
 
 class Watched(IntEnum):
-    """What of a container is watched: its size, or everything in it."""
+    """What of a container is watched: its size, everything in it, or what some keys of a dictionary lead to."""
 
     SIZE = lib.ENG_SIZED
     DICT = lib.ENG_DICT
     LIST = lib.ENG_LIST
+    MEMBERS = lib.ENG_MEMBERS
 
 
 class Grad(IntEnum):

@@ -31,20 +31,21 @@ class ContainerWatch:
     def __init__(self) -> None:
         self._words = array("Q")
         self._kept: list[object] = []
-        self._members: list[tuple[dict[Any, Any], object, object]] = []
-        self._answers: list[tuple[Callable[[], bool], bool]] = []
+        self._answers: list[tuple[Callable[[], object], object]] = []
 
     def size(self, container: Sized) -> None:
         """Watch for additions and removals."""
         self._add(container, Watched.SIZE, len(container))
 
-    def member(self, owner: dict[Any, Any], key: object) -> None:
-        """Watch for another object under `key`."""
-        self._members.append((owner, key, owner.get(key)))
+    def members(self, owner: dict[Any, Any], *keys: str) -> None:
+        """Watch for other objects under these keys; None and nothing are the same."""
+        self._add(owner, Watched.MEMBERS, len(keys), [each for key in keys for each in (key, owner.get(key))])
 
     def mapping(self, owner: dict[Any, Any]) -> None:
-        """Watch a whole dictionary, its order included."""
-        items = list(owner.items())
+        """Watch a whole dictionary and its order; not what `OrderedDict.move_to_end` adds to that, which names nothing
+        anew.  What is no dictionary is never unchanged.
+        """
+        items = list(dict.items(owner)) if isinstance(owner, dict) else []  # as native code walks it
         self._add(owner, Watched.DICT, len(items), [each for item in items for each in item])
 
     def sequence(self, items: list[Any]) -> None:
@@ -52,17 +53,13 @@ class ContainerWatch:
         held = list(items)  # another thread may change it: what native code walks must agree with itself
         self._add(items, Watched.LIST, len(held), held)
 
-    def answer(self, question: Callable[[], bool]) -> None:
-        """Watch for another answer to a question."""
+    def answer(self, question: Callable[[], object]) -> None:
+        """Watch for an answer to a question that is not equal."""
         self._answers.append((question, question()))
 
     def unchanged(self) -> bool:
         """Whether nothing happened."""
-        return (
-            native.same_containers(self._words)
-            and all(owner.get(key) is value for owner, key, value in self._members)
-            and all(question() is seen for question, seen in self._answers)
-        )
+        return native.same_containers(self._words) and all(question() == seen for question, seen in self._answers)
 
     def _add(self, container: Sized, watched: Watched, size: int, items: Sequence[object] = ()) -> None:
         self._words.extend((id(container), watched, size))
@@ -81,7 +78,8 @@ class TensorWatch:
 
     def __init__(self, tensors: Sequence[Tensor], params: Iterable[Tensor]) -> None:
         self._tensors = tensors
-        self._conjugated = [(tensor, tensor.is_conj()) for tensor in tensors if tensor.is_complex()]
+        # What is refused, and neither way of looking sees: the imaginary part of a conjugate is a view with a stride.
+        self._lazy = [tensor for tensor in tensors if tensor.is_complex() or not tensor.is_contiguous()]
         param_ids = {id(param) for param in params}
         self._exchange = _exchange()
         self._words = _words(tensors, param_ids)
@@ -97,7 +95,7 @@ class TensorWatch:
             same = native.same_tensors(self._exchange, self._words)
         else:
             same = all(_look(tensor, is_param) == look for tensor, is_param, look in self._looks)
-        return same and all(tensor.is_conj() == was_conj for tensor, was_conj in self._conjugated)
+        return same and not any(tensor.is_conj() or tensor.is_neg() for tensor in self._lazy)
 
 
 def _exchange() -> int | None:

@@ -10,9 +10,11 @@
  * 2.13 has and older ones may lack (ATen/dlpack.h, "DLPackExchangeAPI").  It gives a tensor's address, dtype, shape and
  * strides without a Python object being made.  It does not know `requires_grad`.
  *
- * Rules: called with the GIL, unlike everything else here, so not through cffi, which lets go of it.  An exception
- * is taken for a difference and cleared: whoever then walks the objects in Python meets it again.  Only `requires_grad`
- * of a subclass of Tensor can run Python code.
+ * Rules: called with the GIL, unlike everything else here, so not through cffi, which lets go of it.  What an object
+ * raises is taken for a difference and cleared: whoever then walks the objects in Python meets it again.  What is no
+ * Exception (Ctrl-C) is not the object's, and is left to be raised.  Python code can run in `requires_grad`, of a subclass
+ * of Tensor or under a mode such as `torch.device`, and where a class of the user's says its size; no reference that
+ * is not ours outlasts that.
  */
 #include <Python.h>
 #include <string.h>
@@ -58,12 +60,13 @@ static uint64_t word_of(const void *pointer)
     return (uint64_t)(uintptr_t)pointer;
 }
 
-/* An answer of yes or no, once nothing has raised. */
+/* An answer of yes or no, which is no if something has raised; see the rules above. */
 static int unless_raised(int answer)
 {
     if (!PyErr_Occurred())
         return answer;
-    PyErr_Clear();
+    if (PyErr_ExceptionMatches(PyExc_Exception))
+        PyErr_Clear();
     return 0;
 }
 
@@ -77,6 +80,16 @@ static int same_dict(PyObject *dict, const uint64_t *items, uint64_t count)
         if (!PyDict_Next(dict, &position, &key, &value) || word_of(key) != items[2 * i] ||
             word_of(value) != items[2 * i + 1])
             return 0;
+    return 1;
+}
+
+static int same_members(PyObject *dict, const uint64_t *items, uint64_t count)
+{
+    for (uint64_t i = 0; i < count; i++) {
+        PyObject *value = PyDict_GetItemWithError(dict, object_of(items[2 * i]));
+        if (word_of(value != NULL ? value : Py_None) != items[2 * i + 1])
+            return 0;
+    }
     return 1;
 }
 
@@ -104,6 +117,10 @@ int eng_same_containers(const uint64_t *words, uint64_t word_count)
             break;
         case ENG_DICT:
             same = same_dict(container, words, count);
+            words += 2 * count;
+            break;
+        case ENG_MEMBERS:
+            same = same_members(container, words, count);
             words += 2 * count;
             break;
         default: /* ENG_LIST */
@@ -168,10 +185,8 @@ int eng_describe_tensors(const void *table, uint64_t *words, uint64_t word_count
     while (words < end) {
         dl_tensor tensor;
         uint64_t head[3], ndim = words[4];
-        if (describe(exchange, words[0], &tensor, head) || head[2] != ndim) {
-            PyErr_Clear();
-            return 0;
-        }
+        if (describe(exchange, words[0], &tensor, head) || head[2] != ndim)
+            return unless_raised(0);
         memcpy(words + 2, head, sizeof head);
         if (ndim) {
             memcpy(words + ENG_TENSOR_WORDS, tensor.shape, ndim * sizeof(int64_t));

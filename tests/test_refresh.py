@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import struct
+import sys
 from collections import defaultdict
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -200,6 +202,52 @@ def test_an_interrupted_refresh_is_gone_on_with(moved_count: int, monkeypatch: p
     assert_holds(arena)
 
 
+class InterruptedAtLine:
+    """Raises KeyboardInterrupt once so many lines of engine/arena.py have begun."""
+
+    def __init__(self, line_count: int) -> None:
+        self.left = line_count
+
+    def __call__(self, frame: FrameType, event: str, argument: object) -> InterruptedAtLine | None:
+        if frame.f_code.co_filename != engine.arena.__file__:
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+        return self
+
+
+@pytest.mark.parametrize("optimized", [True, False])
+@pytest.mark.parametrize("leave", [to_double, new_data, replace_module], ids=lambda leave: leave.__name__)
+def test_a_refresh_that_is_interrupted_at_any_line_is_gone_on_with(
+    leave: Callable[[nn.Module, Optimizer], None], optimized: bool
+) -> None:
+    done = False
+    for line_count in range(5000):
+        model, optimizer = build("mlp", "adam")
+        arena = Arena.adopt(model, optimizer if optimized else None)
+        leave(model, optimizer)
+        expected = everything(model, optimizer)
+        before = sys.gettrace()
+        sys.settrace(InterruptedAtLine(line_count))
+        try:
+            arena.refresh()
+            done = True
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        arena.refresh()
+        assert everything(model, optimizer).items() >= expected.items(), line_count
+        for tensor in model.state_dict().values():
+            assert_inside(arena, tensor)
+        assert_holds(arena)
+        if done:
+            break
+    assert done and line_count > 50, "it has not been interrupted everywhere"
+
+
 def test_state_dict_is_of_what_is_there_now() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     arena = Arena.adopt(model)
@@ -216,6 +264,36 @@ def test_conjugated_in_place_is_noticed() -> None:
     model.z.data = model.z.data.conj()
     with pytest.raises(ArenaError, match=r"'z' is a lazy conjugate"):
         arena.refresh()
+
+
+def test_negated_in_place_is_noticed() -> None:
+    whole = torch.ones(2, dtype=torch.complex64)
+    tensor = whole.imag
+    arena = Arena.wrap({"w": tensor})
+    tensor.data = whole.conj().imag  # the same address, dtype, shape and stride
+    with pytest.raises(ArenaError, match="'w' is a lazy negative"):
+        arena.refresh()
+
+
+@pytest.mark.parametrize("kind", [nn.Sequential, nn.ModuleList])
+def test_a_module_with_another_dictionary_of_modules_is_noticed(kind: Callable[..., Any]) -> None:
+    model = kind([nn.Linear(2, 2)]) if kind is nn.ModuleList else kind(nn.Linear(2, 2))
+    arena = Arena.adopt(model)
+    del model[1:]  # of nothing, and yet the modules are in another dictionary from here on
+    model[0] = nn.Linear(2, 2)
+    arena.refresh()
+    assert_inside(arena, model[0].weight)
+    assert_holds(arena)
+
+
+def test_buffers_that_change_places_in_what_is_stored_are_noticed() -> None:
+    model = nn.Module()
+    model.register_buffer("a", torch.ones(2))
+    model.register_buffer("b", torch.zeros(2), persistent=False)
+    arena = Arena.adopt(model)
+    model.register_buffer("a", model.a, persistent=False)
+    model.register_buffer("b", model.b)
+    assert list(arena.state_dict()) == list(model.state_dict()) == ["b"]
 
 
 def test_transposed_in_place_is_noticed() -> None:

@@ -113,12 +113,21 @@ def test_subclasses_of_dict_are_watched(make: Callable[[], dict[str, object]]) -
     assert not watch.unchanged()
 
 
+def test_an_ordered_dictionary_may_be_in_any_order() -> None:
+    owner = OrderedDict(a=OBJECTS[0], b=OBJECTS[1])
+    owner.move_to_end("a")
+    watch = ContainerWatch()
+    watch.mapping(owner)
+    assert watch.unchanged()
+    owner["a"] = OBJECTS[2]
+    assert not watch.unchanged()
+
+
 def test_sizes_members_and_answers() -> None:
     names, owner, answers = {"a"}, {"x": OBJECTS[0]}, [True]
     watch = ContainerWatch()
     watch.size(names)
-    watch.member(owner, "x")
-    watch.member(owner, "y")
+    watch.members(owner, "x", "y")
     watch.answer(lambda: answers[0])
     owner["z"] = OBJECTS[1]
     assert watch.unchanged()
@@ -128,6 +137,10 @@ def test_sizes_members_and_answers() -> None:
     owner["y"] = OBJECTS[1]
     assert not watch.unchanged()
     del owner["y"]
+    assert watch.unchanged()
+    owner["x"] = OBJECTS[1]
+    assert not watch.unchanged()
+    owner["x"] = OBJECTS[0]
     answers[0] = False
     assert not watch.unchanged()
     answers[0] = True
@@ -143,21 +156,32 @@ def test_what_is_no_dict_is_a_difference_and_leaves_no_exception() -> None:
     assert not watch.unchanged()
 
 
+class Broken(list[int]):
+    raised: BaseException | None = None
+
+    def __len__(self) -> int:
+        if self.raised is not None:
+            raise self.raised
+        return 0
+
+
 def test_a_container_that_cannot_say_its_size_is_a_difference() -> None:
-    class Broken(list[int]):
-        broken = False
-
-        def __len__(self) -> int:
-            if self.broken:
-                raise RuntimeError("no size")
-            return 0
-
     container = Broken()
     watch = ContainerWatch()
     watch.size(container)
     assert watch.unchanged()
-    container.broken = True
+    container.raised = RuntimeError("no size")
     assert not watch.unchanged()
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_while_containers_are_asked_is_raised(interrupt: type[BaseException]) -> None:
+    container = Broken()
+    watch = ContainerWatch()
+    watch.size(container)
+    container.raised = interrupt()
+    with pytest.raises(interrupt):
+        watch.unchanged()
 
 
 def test_what_left_is_kept_so_that_no_other_object_is_taken_for_it() -> None:
@@ -265,6 +289,15 @@ def test_lazy_conjugation_is_noticed(way: str) -> None:
     assert not watch.unchanged()
 
 
+def test_lazy_negation_is_noticed(way: str) -> None:
+    whole = torch.ones(2, dtype=torch.complex64)
+    tensor = whole.imag
+    watch = TensorWatch([tensor], [])
+    assert watch.unchanged()
+    tensor.data = whole.conj().imag
+    assert not watch.unchanged()
+
+
 def test_what_cannot_be_described_is_looked_at_in_python() -> None:
     tensors = [torch.ones(2), torch.ones(2, device="meta")]  # an arena refuses it; DLPack has no words for it
     watch = TensorWatch(tensors, [])
@@ -273,21 +306,31 @@ def test_what_cannot_be_described_is_looked_at_in_python() -> None:
     assert not watch.unchanged()
 
 
+class Angry(nn.Parameter):
+    raised: BaseException | None = None
+
+    @property
+    def requires_grad(self) -> bool:
+        if self.raised is not None:
+            raise self.raised
+        return True
+
+
 def test_a_subclass_whose_attributes_raise_is_a_difference() -> None:
-    class Angry(nn.Parameter):
-        angry = False
-
-        @property
-        def requires_grad(self) -> bool:
-            if self.angry:
-                raise RuntimeError("do not ask")
-            return True
-
     param = Angry(torch.ones(2))
     watch = TensorWatch([param], [param])
     assert watch.unchanged() and watch._looks is None
-    param.angry = True
+    param.raised = RuntimeError("do not ask")
     assert not watch.unchanged()
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_while_tensors_are_asked_is_raised(interrupt: type[BaseException], way: str) -> None:
+    param = Angry(torch.ones(2))
+    watch = TensorWatch([param], [param])
+    param.raised = interrupt()
+    with pytest.raises(interrupt):
+        watch.unchanged()
 
 
 class _Table(ctypes.Structure):
