@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 
 import engine
 from engine.bench import charts, compare, footprint, goals, limits, measure, report, slowdown, states
-from engine.bench.__main__ import QUICK, _limit, main
+from engine.bench.__main__ import QUICK, SECTIONS, main
 from engine.bench.loaders import LOADERS, OursLoader, SafetensorsLoader
 from engine.bench.noise import GROUP_MAX, chance, spread
 from engine.bench.record import FORMAT, Record, Sample, Subject, decode, encode, values
@@ -106,6 +106,19 @@ def test_a_run_records_every_sample_that_was_asked_for(run: tuple[Path, Record, 
     [save] = record.select("save", "engine")
     assert save.values["stats.io_bytes"] >= 2 * 10**6, "the engine's own counters are in its samples"
     assert (record.main_bytes, record.main_count) == (2 * 10**6, 148)
+
+
+def test_the_fewest_and_the_most_tensors_take_turns(tmp_path: Path) -> None:
+    scales = replace(QUICK, tensors_bytes=10**5, tensor_counts=(2, 5, 9), rounds=2, scale_rounds=1)
+    rounds = measure.Rounds(make_record(), tmp_path, ["engine"])
+    SECTIONS["tensors"](rounds, scales)
+    taken = [(s.tensor_count, s.section, s.setting) for s in rounds.record.samples]
+    assert taken[:2] == [(5, "tensors", ""), (5, "tensors", "first")]
+    ends = [(count, *what) for count in (2, 9) for what in (("looks", ""), ("tensors", ""), ("tensors", "first"))]
+    for start in (2, 8):
+        assert sorted(taken[start : start + 6]) == ends
+        assert [count for count, *_ in taken[start : start + 6]] == [2, 2, 2, 9, 9, 9]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_tells_the_host_and_not_the_machine(run: tuple[Path, Record, str]) -> None:
@@ -714,7 +727,7 @@ def test_the_limit_is_lent_what_ours_overwrites_and_reads(tmp_path: Path) -> Non
     rounds = measure.Rounds(make_record(), tmp_path, ["engine"])
     scales = replace(QUICK, main_bytes=1_000_000, limit_rounds=1)
     with mock.patch.object(limits, "limit_turns", return_value={}) as limit_turns:
-        _limit(rounds, scales)
+        SECTIONS["limit"](rounds, scales)
     assert limit_turns.call_args.args[2].keys() == {goals.OVERWRITTEN, goals.READ}
     assert {sample.setting for sample in rounds.record.select("ours", "engine")} == {
         *(goals.RECYCLED, goals.FIRST, goals.RESTORED, goals.PART),
@@ -756,14 +769,17 @@ def test_the_goals_about_scale() -> None:
             scaled("tensors", 100, 10, "first", held_s=0.001, durable_s=0.1),
             scaled("tensors", 100, 100_000, "first", held_s=0.4, durable_s=0.5),
             scaled("tensors", 100, 100_000, "", held_s=0.05, durable_s=0.3),
+            scaled("looks", 100, 100_000, "", seconds_s=0.03),
         ]
     )
     assert outcome(record, "loop held, the largest size").verdict == "missed"
     assert outcome(record, "loop held, a tensor").measured == pytest.approx(0.5)
     assert outcome(record, "loop held, a tensor").verdict == "met"
+    assert outcome(record, "loop held, a tensor").standin == pytest.approx(0.3)
     plan = outcome(record, "the most tensors: a first save's plan")
     assert plan.measured == pytest.approx(20) and plan.verdict == "missed"
     assert outcome(record, "the most tensors: loop held").verdict == "missed"
+    assert outcome(record, "the most tensors: loop held").standin == pytest.approx(0.3)
 
 
 def test_a_missed_goal_stands_as_missed_in_both_tables() -> None:

@@ -305,32 +305,43 @@ def _size(rounds: Rounds, scales: Scales) -> None:
 
 def _tensors(rounds: Rounds, scales: Scales) -> None:
     """The same bytes in ever more tensors; the first save of an Engine apart, which plans the arena."""
-    kinds = [saver for saver in SAVERS if saver.name in SCALE_PEERS]
     for count in scales.tensor_counts:
+        kinds = [saver for saver in SAVERS if saver.name in SCALE_PEERS]
+        if count in _ends(scales):
+            kinds.remove(Ours)
         state = make_state(scales.tensors_bytes, count)
         shape = (scales.tensors_bytes, count)
         savers = rounds.open_savers(kinds, state, WARM_UP)
         saves = {(name, ""): _save_turn(saver) for name, saver in savers.items()}
         rounds.run("tensors", saves, shape, range(scales.scale_rounds), seconds=scales.seconds / 4)
         firsts = {(name, "first"): _first_turn(rounds, type(saver), state) for name, saver in savers.items()}
-        if count in _ends(scales):
-            firsts.pop((Ours.name, "first"), None)
         rounds.run("tensors", firsts, shape, range(1), seconds=0)
         for saver in savers.values():
             saver.close()
         _clear(rounds)
     if rounds.wanted(Ours.name):
-        _first_of_ends(rounds, scales)
+        _ends_in_turn(rounds, scales)
 
 
-def _first_of_ends(rounds: Rounds, scales: Scales) -> None:
-    """Our first saves of the fewest and of the most tensors, in turn: a goal is about how far they differ."""
-    states = [make_state(scales.tensors_bytes, count, plain=False) for count in _ends(scales)]
-    turns = [_first_turn(rounds, Ours, state) for state in states]
-    for number in range(scales.rounds):
-        for state, turn in zip(states, turns, strict=True):
-            shape = (scales.tensors_bytes, state.tensor_count)
-            rounds.run("tensors", {(Ours.name, "first"): turn}, shape, range(number, number + 1), seconds=0)
+def _ends_in_turn(rounds: Rounds, scales: Scales) -> None:
+    """Ours of the fewest and of the most tensors, in turn: goals are about how far their first saves differ, and about
+    what one tensor costs, beside the look at it alone.  Peers take seconds for as many, and leave time for one round.
+    """
+    rounds.introduce(Ours.name, "save", Ours.how)
+    with ExitStack() as stack:
+        sections = []
+        for count in _ends(scales):
+            state = make_state(scales.tensors_bytes, count, plain=False)
+            saver = Ours(rounds.directory / f"{Ours.name}-{count}", state)
+            stack.callback(saver.close)
+            for _ in range(WARM_UP):
+                timed_save(saver)
+            saves = {(Ours.name, ""): _save_turn(saver), (Ours.name, "first"): _first_turn(rounds, Ours, state)}
+            sections.append((state.tensor_count, {"tensors": saves, "looks": {(Ours.name, ""): _look_turn(state)}}))
+        for number in range(scales.rounds):
+            for count, turns in sections:
+                shape = (scales.tensors_bytes, count)
+                rounds.run_together(turns, shape, range(number, number + 1), seconds=0)
     _clear(rounds)
 
 
