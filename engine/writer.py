@@ -192,8 +192,8 @@ class Save(Future[CheckpointInfo]):
         """What the save took, as far as it has come; times in ns.
 
         ``held_ns``: inside `checkpoint()`.  ``staged_ns``: from the call until the arena could change again.
-        ``written_ns``: from the call until the last block was written and hashed.  ``durable_ns``: from the call until
-        committed.  ``copying_ns``, ``hashing_ns``: of the native thread, on each of these.
+        ``written_ns``: from the call until the last block was written.  ``durable_ns``: from the call until committed.
+        ``copying_ns``: of the native thread, on copying and hashing.
         ``io_bytes``, ``retry_count``: bytes written, operations tried again.
         """
         if self._job is None:
@@ -205,7 +205,6 @@ class Save(Future[CheckpointInfo]):
             "written_ns": max(0, counters["done_ns"] - self._began_ns),
             "durable_ns": self._durable_ns,
             "copying_ns": counters["copying_ns"],
-            "hashing_ns": counters["hashing_ns"],
             "io_bytes": counters["io_bytes"],
             "retry_count": counters["retry_count"],
         }

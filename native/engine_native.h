@@ -5,8 +5,8 @@
  * What it is.  A pipeline is one POSIX thread that owns a fixed set of staging slots and one way of moving them: an
  * io_uring, or where there is none a few threads that call pread and pwrite.  A job is one save (ENG_WRITE) or one
  * restore (ENG_READ): arrays of blocks and extents that the thread works through.
- * A write copies each block's extents from their sources into a slot, and writes the slot at the block's file
- * offset, hashing it meanwhile.  A read does the reverse, and lets no block out of its slot that does not verify.
+ * A write copies each block's extents from their sources into a slot, hashing them on the way, and writes the slot at
+ * the block's file offset.  A read does the reverse, and lets no block out of its slot that does not verify.
  *
  * Threads.  eng_submit, eng_attach, eng_abort and eng_wait may be called from any thread.  eng_open, eng_stop and
  * eng_close are called in this order and from one thread at a time, eng_stop once or more, and no other call may be
@@ -122,8 +122,8 @@ typedef struct {
     uint64_t submitted_ns;    /* CLOCK_MONOTONIC, as Python's time.monotonic_ns() */
     uint64_t staged_ns;
     uint64_t done_ns;
-    uint64_t copying_ns;      /* time spent copying between sources and slots */
-    uint64_t hashing_ns;      /* time spent on checksums */
+    uint64_t copying_ns;      /* time spent copying between sources and slots; of a write, with the checksums */
+    uint64_t hashing_ns;      /* time spent on the checksums of a read */
     uint64_t io_bytes;        /* bytes that completions reported */
     uint32_t retry_count;     /* short, interrupted or refused operations that were tried again */
     uint32_t reserved_end;

@@ -1,15 +1,13 @@
 /*
  * pipeline.c: the slot state machine.
  *
- *     FREE -> STAGING -> STAGED -> MOVING -> MOVED -> FREE   a block of a write
+ *     FREE -> STAGING -> STAGED -> MOVING ----------> FREE   a block of a write: hashed as it is staged
  *     FREE ----------------------> MOVING -> MOVED -> FREE   a block of a read: verified, then copied out
  *
  * A write waits in STAGED until its job has files, so that staging can begin before the files are made; where they are
  * there it goes past it.  Jobs are served in order of arrival: an older save frees its arena first.
  *
- * The arena is wanted back soonest, and the device is slower than memory, so copying comes before everything else. A
- * block is hashed when there is nothing to copy, while the device works; from its slot, whose bytes are those that are
- * written.  A slot is free again when its block has both been written and been hashed: MOVED waits for the second.
+ * The arena is wanted back soonest, and the device is slower than memory, so staging comes before everything else.
  * Reads likewise: as long as there are slots to read into, the device is given its next blocks before those that it has
  * delivered are looked at.  So only some of the slots are under way at a time, and the others are worked on meanwhile.
  */
@@ -87,32 +85,26 @@ static void await_files(eng_pipeline *p, uint32_t index)
     append(&p->waiting, index);
 }
 
-static void await_hash(eng_pipeline *p, uint32_t index)
+static void await_verification(eng_pipeline *p, uint32_t index)
 {
-    p->slots[index].hashed = 0;
-    append(&p->unhashed, index);
-}
-
-static void end_wait_for_hash(eng_pipeline *p, uint32_t index)
-{
-    p->slots[index].hashed = 1;
-    take_out(&p->unhashed, index);
+    p->slots[index].state = SLOT_MOVED;
+    append(&p->unverified, index);
 }
 
 static uint32_t take_slot(eng_pipeline *p, uint32_t entry_index, uint32_t block)
 {
     const uint32_t index = p->free_slots[--p->free_count];
-    p->slots[index] = (slot){SLOT_STAGING, entry_index, block, 0, 0, 1};
+    p->slots[index] = (slot){SLOT_STAGING, entry_index, block, 0, 0};
     p->entries[entry_index].slot_count++;
     return index;
 }
 
 static void free_slot(eng_pipeline *p, uint32_t index)
 {
-    if (!p->slots[index].hashed)
-        end_wait_for_hash(p, index);
     if (p->slots[index].state == SLOT_STAGED)
         take_out(&p->waiting, index);
+    if (p->slots[index].state == SLOT_MOVED)
+        take_out(&p->unverified, index);
     p->entries[p->slots[index].entry].slot_count--;
     p->slots[index].state = SLOT_FREE;
     p->free_slots[p->free_count++] = index;
@@ -145,10 +137,10 @@ static int is_rechecked(const entry *e)
     return !due || e->recheck_next == e->job->block_count;
 }
 
-/* Whether the next block to look at a second time has the checksum of the first. */
+/* Whether there is a block to look at a second time. */
 static int may_recheck(const entry *e)
 {
-    return e->next == e->job->block_count && !is_rechecked(e) && e->recheck_next < e->hashed_count;
+    return e->next == e->job->block_count && !is_rechecked(e);
 }
 
 /* Let go of a job that has nothing left to do.  Its memory is the caller's again once ENG_DONE is reached. */
@@ -227,9 +219,8 @@ static void begin_block(eng_pipeline *p, uint32_t entry_index)
         return;
     }
     const uint64_t start_ns = pipeline_now_ns();
-    host_gather(job, &job->blocks[block], slot_memory(p, index));
+    job->checksums[block] = host_gather(job, &job->blocks[block], slot_memory(p, index));
     job->copying_ns += pipeline_now_ns() - start_ns;
-    await_hash(p, index);
     set_state(job, block, ENG_STAGED);
     note_staged(p, e);
     if (e->has_files)
@@ -244,8 +235,7 @@ static void recheck_block(eng_pipeline *p, uint32_t entry_index)
     entry *e = &p->entries[entry_index];
     const uint32_t block = e->job->order[e->recheck_next];
     const uint32_t index = take_slot(p, entry_index, block);
-    host_gather(e->job, &e->job->blocks[block], slot_memory(p, index));
-    const uint64_t checksum = host_checksum(e->job, &e->job->blocks[block], slot_memory(p, index));
+    const uint64_t checksum = host_gather(e->job, &e->job->blocks[block], slot_memory(p, index));
     free_slot(p, index);
     if (checksum != e->job->checksums[block]) {
         fail(p, entry_index, ENG_TORN_FAILURE, 0, block);
@@ -286,7 +276,7 @@ uint32_t pipeline_fill(eng_pipeline *p)
     return begun;
 }
 
-static void finish_write(eng_pipeline *p, uint32_t index)
+static void finish_block(eng_pipeline *p, uint32_t index)
 {
     entry *e = &p->entries[p->slots[index].entry];
     set_state(e->job, p->slots[index].block, ENG_WRITTEN);
@@ -294,62 +284,25 @@ static void finish_write(eng_pipeline *p, uint32_t index)
     free_slot(p, index);
 }
 
-/* A block that was read and moved is let out of its slot if it is the one that was written. */
-static void finish_read(eng_pipeline *p, uint32_t index, uint64_t checksum)
+uint32_t pipeline_verify(eng_pipeline *p)
 {
-    const slot *s = &p->slots[index];
-    entry *e = &p->entries[s->entry];
-    eng_job *job = e->job;
-    if (checksum != job->checksums[s->block]) {
-        fail(p, s->entry, ENG_CHECKSUM_FAILURE, 0, s->block);
-        return; /* which has freed the slot */
-    }
-    const uint64_t start_ns = pipeline_now_ns();
-    host_scatter(job, &job->blocks[s->block], slot_memory(p, index));
-    job->copying_ns += pipeline_now_ns() - start_ns;
-    set_state(job, s->block, ENG_WRITTEN);
-    e->finished_count++;
-    free_slot(p, index);
-}
-
-uint32_t pipeline_hash(eng_pipeline *p)
-{
-    if (p->unhashed.count == 0)
+    if (p->unverified.count == 0)
         return 0;
-    const uint32_t index = p->unhashed.slots[0];
-    end_wait_for_hash(p, index);
-    const slot *s = &p->slots[index];
-    const uint32_t entry_index = s->entry;
-    entry *e = &p->entries[entry_index];
-    eng_job *job = e->job;
-    if (e->failed)
-        return 1; /* still moving, and nobody will ask */
+    const uint32_t index = p->unverified.slots[0], entry_index = p->slots[index].entry, block = p->slots[index].block;
+    eng_job *job = p->entries[entry_index].job;
     const uint64_t start_ns = pipeline_now_ns();
-    const uint64_t checksum = host_checksum(job, &job->blocks[s->block], slot_memory(p, index));
-    job->hashing_ns += pipeline_now_ns() - start_ns;
-    if (job->direction == ENG_READ) {
-        finish_read(p, index, checksum);
-        settle(p, entry_index);
-        return 1;
+    const uint64_t checksum = host_checksum(job, &job->blocks[block], slot_memory(p, index));
+    const uint64_t hashed_ns = pipeline_now_ns();
+    job->hashing_ns += hashed_ns - start_ns;
+    if (checksum == job->checksums[block]) {
+        host_scatter(job, &job->blocks[block], slot_memory(p, index));
+        job->copying_ns += pipeline_now_ns() - hashed_ns;
+        finish_block(p, index);
+    } else {
+        fail(p, entry_index, ENG_CHECKSUM_FAILURE, 0, block);
     }
-    job->checksums[s->block] = checksum;
-    e->hashed_count++;
-    if (s->state == SLOT_MOVED) {
-        finish_write(p, index);
-        settle(p, entry_index);
-    }
+    settle(p, entry_index);
     return 1;
-}
-
-/* The whole block has moved: a write is done once it is hashed, a read is hashed in its turn. */
-static void finish_block(eng_pipeline *p, uint32_t index)
-{
-    slot *s = &p->slots[index];
-    s->state = SLOT_MOVED;
-    if (p->entries[s->entry].job->direction == ENG_READ)
-        await_hash(p, index);
-    else if (s->hashed)
-        finish_write(p, index);
 }
 
 static void retry(eng_pipeline *p, uint32_t index, uint32_t kind, int error)
@@ -385,7 +338,10 @@ static void complete(eng_pipeline *p, uint32_t index, int32_t result)
         free_slot(p, index);
     } else if (s->done_bytes + (uint32_t)result >= wanted) {
         e->job->io_bytes += (uint32_t)result;
-        finish_block(p, index);
+        if (e->job->direction == ENG_READ)
+            await_verification(p, index);
+        else
+            finish_block(p, index);
     } else {
         /* Short: go on from the last aligned byte, as O_DIRECT wants.  Progress starts the count afresh. */
         const uint32_t progress = (uint32_t)result & ~(uint32_t)(ENG_ALIGNMENT - 1);
@@ -405,8 +361,6 @@ static void break_down(eng_pipeline *p, int error)
     p->broken = error;
     p->refusal_count = 0;
     p->free_count = 0;
-    while (p->unhashed.count > 0)
-        end_wait_for_hash(p, p->unhashed.slots[0]);
     p->moving_count = p->reading_count = 0;
     while (p->queue_count > 0) {
         const uint32_t entry_index = p->queue[0];

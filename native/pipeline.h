@@ -17,7 +17,7 @@
 #include "posix.h"
 #include "ring.h"
 
-/* A slot is in SLOT_STAGED if and only if it is in `waiting`. */
+/* A slot is in SLOT_STAGED if and only if it is in `waiting`, and in SLOT_MOVED if and only if it is in `unverified`. */
 enum slot_state { SLOT_FREE, SLOT_STAGING, SLOT_STAGED, SLOT_MOVING, SLOT_MOVED };
 
 typedef struct {
@@ -26,7 +26,6 @@ typedef struct {
     uint32_t block;
     uint32_t done_bytes;      /* of this block; a multiple of ENG_ALIGNMENT while more is to come */
     uint32_t retry_count;
-    int hashed;               /* or in need of no hash; else the slot is in `unhashed` */
 } slot;
 
 /* Some of the slots, in the order in which they came. */
@@ -45,7 +44,6 @@ typedef struct {
     int has_files, failed;
     uint32_t next;            /* index into order of the next block to begin */
     uint32_t recheck_next;    /* the same for the second hash of a checked job */
-    uint32_t hashed_count;    /* blocks of a write that have their checksum: the first so many of order */
     uint32_t finished_count;
     uint32_t slot_count;      /* slots this job holds */
 } entry;
@@ -60,7 +58,7 @@ struct eng_pipeline {
     uint32_t *free_slots;
     uint32_t free_count;
     slot_list waiting;        /* staged, and their jobs have no files yet */
-    slot_list unhashed;       /* staged or read, and not hashed */
+    slot_list unverified;     /* read, and not hashed */
     uint32_t moving_count;    /* operations under way */
     uint32_t reading_count;   /* those of them that are reads */
     uint32_t refusal_count;
@@ -95,9 +93,9 @@ void pipeline_cancel_unattached(struct eng_pipeline *p);
 /* Begin a few blocks, oldest job first.  Returns how many. */
 uint32_t pipeline_fill(struct eng_pipeline *p);
 
-/* Hash the block that was staged or read first of those that are not hashed; one that was read is then verified and
- * copied out.  Returns 1, or 0 if there is none. */
-uint32_t pipeline_hash(struct eng_pipeline *p);
+/* Verify the block that was read first of those that are not verified, and copy it out.  Returns 1, or 0 if there is
+ * none. */
+uint32_t pipeline_verify(struct eng_pipeline *p);
 
 /* Hand over what has begun and take what has completed; with `wait`, sleep until there is something. */
 void pipeline_reap(struct eng_pipeline *p, uint32_t wait);

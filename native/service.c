@@ -1,9 +1,9 @@
 /*
  * service.c: the pipeline's thread, and the calls that other threads make to it.
  *
- * One turn of the thread: take what callers left in the inbox, stage a few blocks into free slots or, if there are
- * none, hash one; hand what has begun over in one submission, and reap what has completed.  Sleep only when none of
- * that moved.
+ * One turn of the thread: take what callers left in the inbox, stage a few blocks into free slots or have them read or,
+ * if there is none to begin, verify one that was read; hand what has begun over in one submission, and reap what has
+ * completed.  Sleep only when none of that moved.
  */
 #include <errno.h>
 #include <poll.h>
@@ -143,7 +143,7 @@ static void *run(void *argument)
         if (stopping)
             pipeline_cancel_unattached(p);
         const uint32_t begun = pipeline_fill(p);
-        const int idle = begun == 0 && pipeline_hash(p) == 0;
+        const int idle = begun == 0 && pipeline_verify(p) == 0;
         if (p->moving_count > 0)
             pipeline_reap(p, idle);
         else if (idle && p->queue_count == 0 && stopping)
@@ -168,7 +168,7 @@ static void release(eng_pipeline *p)
     pthread_cond_destroy(&p->changed);
     pthread_mutex_destroy(&p->mutex);
     free(p->free_slots);
-    free(p->unhashed.slots);
+    free(p->unverified.slots);
     free(p->waiting.slots);
     free(p->slots);
     free(p);
@@ -202,9 +202,9 @@ static int allocate_slots(eng_pipeline *p)
 {
     p->slots = calloc(p->config.slot_count, sizeof *p->slots);
     p->free_slots = calloc(p->config.slot_count, sizeof *p->free_slots);
-    p->unhashed.slots = calloc(p->config.slot_count, sizeof *p->unhashed.slots);
+    p->unverified.slots = calloc(p->config.slot_count, sizeof *p->unverified.slots);
     p->waiting.slots = calloc(p->config.slot_count, sizeof *p->waiting.slots);
-    const int listed = p->free_slots != NULL && p->unhashed.slots != NULL && p->waiting.slots != NULL;
+    const int listed = p->free_slots != NULL && p->unverified.slots != NULL && p->waiting.slots != NULL;
     return p->slots != NULL && listed ? 0 : -ENOMEM;
 }
 
