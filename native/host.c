@@ -6,8 +6,8 @@
  * the memory's bandwidth.  Measured with 500 MB in blocks of 4 MiB: on one AMD EPYC memcpy moved 7.2 GB/s, this 9.4, and
  * two pages at a time 10.7; on a newer one (family 26) memcpy 20.5, this 24.5, and two pages at a time 14.2.
  *
- * What is copied into a slot is hashed on its way, from a piece that is still in the nearest cache: read from the slot
- * again it would be a third more of what memory moves, at the time when the device reads from it too
+ * What is copied into a slot is hashed on its way, piece by piece, each from the nearest cache: read from the slot again
+ * it would be a third more of what memory moves, at the time when the device reads from it too
  * (docs/decisions/0015-blocks-are-hashed-while-they-are-copied.md).
  */
 #include "host.h"
@@ -25,6 +25,13 @@ uint64_t host_block_seed(uint64_t seed, uint32_t file, uint64_t file_offset)
     return checksum_baseline.whole(place, sizeof place, 0);
 }
 
+enum {
+    /* What is hashed at a time of what is copied; every itemsize divides it.  500 MB took 29.6 ms past the caches, with 2048
+     * bytes 29.9, with 1024 32.9, with 8192 from 28.6 to 35.4, and 24.8 without hashing (medians of 9, three alignments, on
+     * the host of docs/perf.md). */
+    PIECE_BYTES = 4096
+};
+
 /* The checksum of a block that is being copied. */
 typedef struct {
     const checksum_functions *functions;
@@ -34,18 +41,18 @@ typedef struct {
 /* What is hashed is what has arrived. */
 static void copy_cached(uint8_t *to, const uint8_t *from, size_t nbytes, block_hash *hash)
 {
-    memcpy(to, from, nbytes);
-    hash->functions->add(&hash->state, to, nbytes);
+    for (size_t done = 0; done < nbytes; done += PIECE_BYTES) {
+        const size_t piece_bytes = nbytes - done < PIECE_BYTES ? nbytes - done : PIECE_BYTES;
+        memcpy(to + done, from + done, piece_bytes);
+        hash->functions->add(&hash->state, to + done, piece_bytes);
+    }
 }
 
 #if defined(__x86_64__)
 enum {
     LINE_BYTES = 64,
     PREFETCH_BYTES = 256, /* four lines ahead, into the next page too, where the hardware's prefetchers do not go */
-    STREAM_BYTES_MIN = 64 << 10, /* below this a run may be in the cache, and the setting up is worth more */
-    /* What is hashed at a time of a run that is copied.  500 MB took 29.6 ms, with 2048 bytes 29.9, with 1024 32.9, with
-     * 8192 from 28.6 to 35.4, and 24.8 without hashing (medians of 9, three alignments, on the host of docs/perf.md). */
-    PIECE_BYTES = 4096
+    STREAM_BYTES_MIN = 64 << 10 /* below this a run may be in the cache, and the setting up is worth more */
 };
 
 typedef struct {
@@ -178,6 +185,15 @@ static void copy_strided(const eng_source *source, uint64_t offset, uint8_t *pac
     }
 }
 
+static void pack_and_hash(const eng_source *source, uint64_t offset, uint8_t *to, uint64_t nbytes, block_hash *hash)
+{
+    for (uint64_t done = 0; done < nbytes; done += PIECE_BYTES) {
+        const uint64_t piece_bytes = nbytes - done < PIECE_BYTES ? nbytes - done : PIECE_BYTES;
+        copy_strided(source, offset + done, to + done, piece_bytes, 0);
+        hash->functions->add(&hash->state, to + done, piece_bytes);
+    }
+}
+
 static uint8_t *source_memory(const eng_source *source, uint64_t offset)
 {
     return (uint8_t *)(uintptr_t)source->address + offset;
@@ -193,12 +209,10 @@ uint64_t host_gather(const eng_job *job, const eng_block *block, uint8_t *slot)
     for (uint32_t i = 0; i < block->extent_count; i++) {
         const eng_extent *extent = &extents[i];
         const eng_source *source = &job->sources[extent->source];
-        if (source->ndim == 0) {
+        if (source->ndim == 0)
             copy_and_hash(slot + filled, source_memory(source, extent->source_offset), extent->nbytes, &hash);
-        } else {
-            copy_strided(source, extent->source_offset, slot + filled, extent->nbytes, 0);
-            hash.functions->add(&hash.state, slot + filled, extent->nbytes);
-        }
+        else
+            pack_and_hash(source, extent->source_offset, slot + filled, extent->nbytes, &hash);
         filled += extent->nbytes;
     }
     memset(slot + filled, 0, (size_t)(-filled & (ENG_ALIGNMENT - 1)));

@@ -14,7 +14,7 @@
 uint64_t host_block_seed(uint64_t seed, uint32_t file, uint64_t file_offset);
 
 /* Copy a block's extents from their sources into `slot`, and zero the padding up to ENG_ALIGNMENT.  Returns the checksum
- * of what is in the slot, whatever was written to the sources meanwhile: no byte of them is read twice. */
+ * of what is in the slot, whatever was written to the sources meanwhile. */
 uint64_t host_gather(const eng_job *job, const eng_block *block, uint8_t *slot);
 
 /* The checksum of the stored bytes of a block that was read into `slot`. */

@@ -235,7 +235,9 @@ static void recheck_block(eng_pipeline *p, uint32_t entry_index)
     entry *e = &p->entries[entry_index];
     const uint32_t block = e->job->order[e->recheck_next];
     const uint32_t index = take_slot(p, entry_index, block);
+    const uint64_t start_ns = pipeline_now_ns();
     const uint64_t checksum = host_gather(e->job, &e->job->blocks[block], slot_memory(p, index));
+    e->job->copying_ns += pipeline_now_ns() - start_ns;
     free_slot(p, index);
     if (checksum != e->job->checksums[block]) {
         fail(p, entry_index, ENG_TORN_FAILURE, 0, block);
@@ -266,6 +268,8 @@ uint32_t pipeline_fill(eng_pipeline *p)
             begin_block(p, entry_index);
         } else if (!e->failed && may_recheck(e)) {
             recheck_block(p, entry_index);
+        } else if (p->unverified.count > 0 && p->slots[p->unverified.slots[0]].entry == entry_index) {
+            break; /* its blocks come before a younger job's, which could have something to begin for ever */
         } else {
             at++;
             continue;

@@ -58,7 +58,7 @@ struct eng_pipeline {
     uint32_t *free_slots;
     uint32_t free_count;
     slot_list waiting;        /* staged, and their jobs have no files yet */
-    slot_list unverified;     /* read, and not hashed */
+    slot_list unverified;     /* read, and to be verified */
     uint32_t moving_count;    /* operations under way */
     uint32_t reading_count;   /* those of them that are reads */
     uint32_t refusal_count;

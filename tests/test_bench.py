@@ -331,22 +331,29 @@ def test_a_small_read_is_all_or_nothing(like_fio: measure.Rounds) -> None:
         turn()
 
 
-def test_a_copy_is_made_and_looked_at_once_in_a_period() -> None:
+@pytest.mark.parametrize("looking", [True, False])
+def test_a_copy_is_made_and_perhaps_looked_at_once_in_a_period(looking: bool) -> None:
     copy = limits._Copy(limits.huge_pages(100_000))
+    expected = ["make", "look"] if looking else ["make"]
     done: list[str] = []
-    looked = threading.Event()
+    all_done = threading.Event()
 
-    def look() -> None:
-        done.append("look")
-        looked.set()
+    def note(what: str) -> None:
+        done.append(what)
+        if len(done) == len(expected):
+            all_done.set()
 
     with (
-        mock.patch.object(copy, "make", lambda: done.append("make")),
-        mock.patch.object(copy, "look", look),
-        copy.every(3600),
+        mock.patch.object(copy, "make", lambda: note("make")),
+        mock.patch.object(copy, "look", lambda: note("look")),
+        copy.every(3600, looking=looking),
     ):
-        assert looked.wait(60)
-    assert done == ["make", "look"]
+        assert all_done.wait(60)
+    assert done == expected
+
+
+def test_a_copy_that_is_not_one_is_found_out() -> None:
+    copy = limits._Copy(limits.huge_pages(100_000))
     copy.make()
     copy.look()
     ctypes.memset(copy._target, 0, 1)
@@ -356,7 +363,11 @@ def test_a_copy_is_made_and_looked_at_once_in_a_period() -> None:
 
 def test_a_copy_that_fails_fails_the_job_beside_it() -> None:
     copy = limits._Copy(limits.huge_pages(100_000))
-    with pytest.raises(ZeroDivisionError), mock.patch.object(copy, "make", lambda: 1 // 0), copy.every(1.0):
+    with (
+        pytest.raises(ZeroDivisionError),
+        mock.patch.object(copy, "make", lambda: 1 // 0),
+        copy.every(1.0, looking=True),
+    ):
         pass
 
 

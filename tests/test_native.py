@@ -304,12 +304,19 @@ def test_the_pipeline_gives_the_checksums_of_the_stored_bytes(
     assert job.checksums() == checksums_of(plan, [bytes_of(tensor)])
 
 
+@pytest.mark.parametrize("extent_bytes", [1000, (64 << 10) + 37, 2 << 20])
+@pytest.mark.parametrize("transposed", [False, True])
 def test_a_source_that_is_written_to_meanwhile_gets_the_checksum_of_what_was_copied(
-    open_pipeline: Callable[..., Pipeline], fd: int
+    open_pipeline: Callable[..., Pipeline], fd: int, extent_bytes: int, transposed: bool
 ) -> None:
-    block_bytes, nbytes = 1 << 20, 4 << 20
-    pipeline, tensor, plan = open_pipeline(2, block_bytes), noise(nbytes), whole(nbytes, block_bytes)
-    whole_states = {bytes_of(tensor), bytes_of(tensor ^ 0xFF)}
+    """Extents that are copied through the caches, and past them with a head and a tail and without, and strided."""
+    pipeline, tensor = open_pipeline(2, 1 << 20), noise(max(extent_bytes, 32 << 10))
+    parts = [*tensor.split(extent_bytes)] * ((2 << 20) // len(tensor))  # again and again, so that one is often hit
+    if transposed:
+        parts = [part[: len(part) // 2 * 2].reshape(2, -1).t() for part in parts]
+    plan, sources = cut([packed_runs(parts)], 1 << 20), [*map(strided if transposed else plain, parts)]
+    undisturbed = b"".join(map(bytes_of, parts))
+    whole_states = {undisturbed, bytes(byte ^ 0xFF for byte in undisturbed)}
     ended = threading.Event()
 
     def disturb() -> None:
@@ -321,8 +328,8 @@ def test_a_source_that_is_written_to_meanwhile_gets_the_checksum_of_what_was_cop
         disturbing = threads.submit(disturb)
         try:
             for _ in range(1000):
-                job = run(pipeline, make_job(WRITE, plan, [plain(tensor)]), [fd])
-                stored = content(fd, nbytes)
+                job = run(pipeline, make_job(WRITE, plan, sources), [fd])
+                stored = content(fd, len(undisturbed))
                 assert job.checksums() == checksums_of(plan, [stored])
                 torn_count += stored not in whole_states
                 if torn_count == 20:
@@ -503,6 +510,27 @@ def test_states_and_milestones_come_in_order(open_pipeline: Callable[..., Pipeli
     assert 0 < counters["submitted_ns"] < counters["staged_ns"] < counters["done_ns"]
     assert 0 < counters["copying_ns"] < counters["done_ns"] - counters["submitted_ns"]
     assert counters["hashing_ns"] == 0, "what is copied is hashed on its way"
+
+
+def test_a_restore_is_verified_before_a_younger_save_is_staged(
+    open_pipeline: Callable[..., Pipeline], buffered_fd: int
+) -> None:
+    """A save whose writes are done as soon as they have begun has always a slot, and something to begin."""
+    gate = threading.Event()
+    table = FaultTable(gate=gate)
+    pipeline = open_pipeline(4, ALIGNMENT, table)
+    tensor, large = noise(2 * ALIGNMENT), torch.zeros(1000 * ALIGNMENT, dtype=torch.uint8)
+    plan, large_plan = whole(2 * ALIGNMENT, ALIGNMENT), whole(1000 * ALIGNMENT, ALIGNMENT)
+    rewrite(buffered_fd, 0, bytes_of(tensor))
+    restore = make_job(READ, plan, [plain(tensor.clone())], checksums=checksums_of(plan, [bytes_of(tensor)]))
+    save = make_job(WRITE, large_plan, [plain(large)])
+    for job in (restore, save):
+        pipeline.submit(job)
+        pipeline.attach(job, [buffered_fd])
+    gate.set()
+    assert finish(pipeline, restore).failure is None
+    assert finish(pipeline, save).failure is None
+    assert restore.counters["done_ns"] < save.counters["staged_ns"]
 
 
 def test_all_is_staged_before_all_is_written(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:

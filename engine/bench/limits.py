@@ -11,9 +11,9 @@ What a job overwrites and reads are the very files that the engine recycles and 
 turns, since a virtual drive may be faster in one place than in another.  On the host of docs/perf.md the same job took
 100 ms on some files and 185 on others, again and again on the same ones, and those of a kind lay beside each other.
 
-A save that stages, as ours does, copies the state once and looks at the copy once, to hash it; a restore that verifies
-before a byte reaches a tensor looks once and copies once.  So fio also runs beside a thread that does that much in the
-time that fio takes: `BESIDE`.  It shows what of the limit such an engine can have on a host whose device, or the memory
+A save that stages, as ours does, copies the state once; a restore that verifies before a byte reaches a tensor looks at
+what was read once and copies it once.  So fio also runs beside a thread that does that much in the time that fio takes:
+`BESIDE`.  It shows what of the limit such an engine can have on a host whose device, or the memory
 that it needs, is busy with the copy as well.
 
 memcpy is that of the C library, in one thread, over huge pages, more than any cache holds.  It copies from memory that
@@ -88,7 +88,7 @@ def limit_turns(rounds: Rounds, nbytes: int, lent: Lent) -> dict[tuple[str, str]
     copy = _Copy(source)
     for (name, alone), turn in beside.items():
         what, _, shape = alone.partition(", ")
-        turns[name, f"{what}{BESIDE}, {shape}"] = _beside(rounds, copy, turn)
+        turns[name, f"{what}{BESIDE}, {shape}"] = _beside(rounds, copy, turn, looking=what == READ)
     return turns
 
 
@@ -179,15 +179,16 @@ class _Copy:
         return {"seconds_s": (time.perf_counter_ns() - began_ns) / 1e9}
 
     @contextmanager
-    def every(self, period_s: float) -> Iterator[None]:
-        """Meanwhile make and look at a copy once in each period.  ctypes lets go of the GIL for either."""
+    def every(self, period_s: float, *, looking: bool) -> Iterator[None]:
+        """Meanwhile make a copy once in each period, and perhaps look at it.  ctypes lets go of the GIL for either."""
         ended = threading.Event()
 
         def work() -> None:
             while not ended.is_set():
                 began = time.monotonic()
                 self.make()
-                self.look()
+                if looking:
+                    self.look()
                 ended.wait(max(0.0, period_s - (time.monotonic() - began)))
 
         with ThreadPoolExecutor(1) as threads:
@@ -199,7 +200,7 @@ class _Copy:
                 working.result()
 
 
-def _beside(rounds: Rounds, copy: _Copy, job: Turn) -> Turn:
+def _beside(rounds: Rounds, copy: _Copy, job: Turn, *, looking: bool) -> Turn:
     """The same job beside one copy in the time that it takes: the middle of its last three turns, as each may be on
     another file; at first what it takes alone."""
     taken_s: deque[float] = deque(maxlen=3)
@@ -208,7 +209,7 @@ def _beside(rounds: Rounds, copy: _Copy, job: Turn) -> Turn:
         if not taken_s:
             taken_s.append(job()["seconds_s"])
             settle(rounds.directory)
-        with copy.every(median(taken_s)):
+        with copy.every(median(taken_s), looking=looking):
             taken_s.append(job()["seconds_s"])
         return {"seconds_s": taken_s[-1]}
 
