@@ -205,7 +205,8 @@ uint64_t eng_block_checksum(const void *bytes, uint64_t nbytes, uint64_t seed, u
 
 /* Of what a walk over Python's objects has seen: words, of which an object is its address.  A container is
  * ENG_CONTAINER_WORDS of them (object, kind, size) and, for a dictionary, its keys and values in turn, for members
- * those of some keys, with None for what is absent, for a list its items.  A tensor is ENG_TENSOR_WORDS (object, grad, address, dtype, ndim), its shape and its strides in elements. */
+ * those of some keys, with None for what is absent, for a list its items.  A tensor is ENG_TENSOR_WORDS (object, grad,
+ * address, dtype, ndim), its shape and its strides in elements. */
 enum { ENG_SIZED = 0, ENG_DICT = 1, ENG_LIST = 2, ENG_MEMBERS = 3, ENG_CONTAINER_WORDS = 3 };
 enum { ENG_GRAD_UNWANTED = 0, ENG_GRAD_WANTED = 1, ENG_GRAD_IGNORED = 2, ENG_TENSOR_WORDS = 5 };
 

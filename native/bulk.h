@@ -1,0 +1,49 @@
+/*
+ * bulk.h: bytes in bulk, copied past the caches and hashed, in the variant that the processor runs fastest.
+ *
+ * bulk.c is compiled once for every variant, each giving one table of functions; bulk_variant() picks at run time.  All
+ * variants give the same checksums (XXH3 is defined independently of vector width), so a checkpoint written on one
+ * machine verifies on another.  Called by host.c.
+ */
+#ifndef BULK_H
+#define BULK_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* Makes every xxHash function static, so that the variants do not collide and nothing is linked. */
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
+enum {
+    /* What is hashed at a time of what is copied.  500 MB took 29.6 ms, with 2048 bytes 29.9, with 1024 32.9, with 8192
+     * from 28.6 to 35.4, and 24.8 without hashing (medians of 9, three alignments, on the host of docs/perf.md).  Every
+     * itemsize divides it. */
+    BULK_PIECE_BYTES = 4096
+};
+
+typedef struct {
+    /* The XXH3-64 of bytes that lie together. */
+    uint64_t (*checksum)(const void *bytes, size_t nbytes, uint64_t seed);
+    /* The same in pieces: what `end` returns is what `checksum` does of all that was added since `begin`. */
+    void (*begin)(XXH3_state_t *state, uint64_t seed);
+    void (*add)(XXH3_state_t *state, const uint8_t *bytes, size_t nbytes);
+    uint64_t (*end)(const XXH3_state_t *state);
+    /* Copy what does not overlap. */
+    void (*copy)(uint8_t *to, const uint8_t *from, size_t nbytes);
+    /* Copy, and add what has arrived, whatever is written to `from` meanwhile. */
+    void (*copy_and_add)(XXH3_state_t *state, uint8_t *to, const uint8_t *from, size_t nbytes);
+} bulk_functions;
+
+extern const bulk_functions bulk_baseline, bulk_avx2; /* the second where the build has ENGINE_BULK_AVX2 */
+
+static inline const bulk_functions *bulk_variant(void)
+{
+#if defined(ENGINE_BULK_AVX2)
+    if (__builtin_cpu_supports("avx2"))
+        return &bulk_avx2;
+#endif
+    return &bulk_baseline;
+}
+
+#endif
