@@ -128,11 +128,12 @@ FUZZ_TARGETS := manifest extra header directory
 # Of one target.  One input may take a minute and 2 GiB: far beyond what any does, torch and the sanitizers included.
 SECONDS ?= 600
 FUZZ_LIMITS = -max_total_time=$(SECONDS) -timeout=60 -rss_limit_mb=2048 -artifact_prefix=$(FUZZ)/
+FUZZ_AVX2 := $(filter x86_64,$(shell uname -m))
 FUZZ_CFLAGS := -g -O1 -std=gnu11 -D_GNU_SOURCE -Inative -Wall -Wextra -fno-omit-frame-pointer \
 	-fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
-	$(if $(filter x86_64,$(shell uname -m)),-DENGINE_BULK_AVX2)
+	$(if $(FUZZ_AVX2),-DENGINE_BULK_AVX2)
 FUZZ_OBJECTS := $(patsubst native/%.c,$(FUZZ)/%.o,$(filter-out native/bulk.c native/watch.c,$(wildcard native/*.c))) \
-	$(FUZZ)/bulk_baseline.o $(if $(filter x86_64,$(shell uname -m)),$(FUZZ)/bulk_avx2.o)
+	$(FUZZ)/bulk_baseline.o $(if $(FUZZ_AVX2),$(FUZZ)/bulk_avx2.o)
 
 fuzz: $(FUZZ_TARGETS:%=fuzz-%) fuzz-job ## Fuzz every target for ten minutes (SECONDS=)
 

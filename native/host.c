@@ -113,12 +113,14 @@ uint64_t host_checksum(const eng_job *job, const eng_block *block, const uint8_t
 void host_scatter(const eng_job *job, const eng_block *block, const uint8_t *slot)
 {
     const eng_extent *extents = job->extents + block->extent_start;
+    const bulk_functions *bulk = bulk_variant();
+
     for (uint32_t i = 0; i < block->extent_count; i++) {
         const eng_extent *extent = &extents[i];
         const eng_source *source = &job->sources[extent->source];
         const uint8_t *from = slot + extent->block_offset;
         if (source->ndim == 0)
-            bulk_variant()->copy(source_memory(source, extent->source_offset), from, extent->nbytes);
+            bulk->copy(source_memory(source, extent->source_offset), from, extent->nbytes);
         else /* which does not write to the slot when it scatters */
             copy_strided(source, extent->source_offset, (uint8_t *)from, extent->nbytes, 1);
     }

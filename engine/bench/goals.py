@@ -225,18 +225,12 @@ def _held(record: Record) -> list[Outcome]:
         low, high = (_median(record.select("size", OURS, nbytes=size), "held_s") for size in (sizes[0], sizes[-1]))
         return high / low
 
-    def each_tensor() -> float:
-        count = _most_tensors(record)
-        return _median(record.select("tensors", OURS, tensor_count=count, setting=""), "held_s") / count * 1e6
-
     return [
         beside("torch-checkpointing", 0.5),
         beside("DCP async_save", 0.01),
         # "Flat" is the issue's word; twice is what a page of a larger plan that has left the cache may cost.
         _at_most("loop held, the largest size beside the smallest", 2, growth),
-        _with_standin(
-            _at_most("loop held, a tensor, at the most tensors", 1, each_tensor, unit="us"), lambda: _look_us(record)
-        ),
+        _held_a_tensor(record, "loop held, a tensor, at the most tensors", setting=""),
     ]
 
 
@@ -336,18 +330,11 @@ def _many_tensors(record: Record) -> list[Outcome]:
         largest = _median(record.select("size", OURS, nbytes=max(sizes)), "durable_s")
         return (first(max(counts), "durable_s") - first(min(counts), "durable_s")) / largest * 100
 
-    def held() -> float:
-        count = _most_tensors(record)
-        return first(count, "held_s") / count * 1e6
-
     return [
         _at_most(
             "the most tensors: a first save's plan, headers and manifest, beside the largest state", 10, share, "%"
         ),
-        _with_standin(
-            _at_most("the most tensors: loop held by that first save, a tensor", 1, held, unit="us"),
-            lambda: _look_us(record),
-        ),
+        _held_a_tensor(record, "the most tensors: loop held by that first save, a tensor", setting="first"),
     ]
 
 
@@ -366,14 +353,17 @@ def _with_standin(outcome: Outcome, standin: Compute) -> Outcome:
         return outcome
 
 
-def _look_us(record: Record) -> float:
-    """What the look at every tensor takes for one, where there are the most."""
-    count = _most_tensors(record)
-    return _median(record.select("looks", OURS, tensor_count=count), "seconds_s") / count * 1e6
+def _held_a_tensor(record: Record, what: str, *, setting: str) -> Outcome:
+    """What a save and, in its place, the look at every tensor take for one, where there are the most."""
 
+    def each_us(section: str, of: str, name: str) -> float:
+        count = max(_known([sample.tensor_count for sample in record.select("tensors", OURS)]))
+        return _median(record.select(section, OURS, tensor_count=count, setting=of), name) / count * 1e6
 
-def _most_tensors(record: Record) -> int:
-    return max(_known([sample.tensor_count for sample in record.select("tensors", OURS)]))
+    return _with_standin(
+        _at_most(what, 1, lambda: each_us("tensors", setting, "held_s"), unit="us"),
+        lambda: each_us("looks", "", "seconds_s"),
+    )
 
 
 def _known(found: list[Number]) -> list[Number]:
