@@ -14,7 +14,7 @@ INSTALL_ENGINE := $(PIP_INSTALL) --no-build-isolation --config-settings=cmake.de
 TOOLS_STAMP := .venv/tools.stamp
 ENGINE_STAMP := .venv/engine.stamp
 BENCH_STAMP := .venv/bench.stamp
-NATIVE_SOURCES := $(wildcard native/*)
+NATIVE_SOURCES := $(wildcard native/*.* native/*/*)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -47,10 +47,10 @@ KILLS ?= 5000
 SEED ?= 1
 
 crash-campaign: setup ## Try a million crash states (STATES=, SEED=)
-	$(BIN)/python tests/crash_campaign.py --states $(STATES) --seed $(SEED)
+	$(BIN)/python tests/support/crash_campaign.py --states $(STATES) --seed $(SEED)
 
 kill-campaign: setup ## Kill a training 5000 times on four file systems (KILLS=, SEED=)
-	$(BIN)/python tests/kill_campaign.py --kills $(KILLS) --seed $(SEED)
+	$(BIN)/python tests/support/kill_campaign.py --kills $(KILLS) --seed $(SEED)
 
 bench: $(BENCH_STAMP) ## Measure the engine beside fio and its peers, into docs/perf.md: 20 minutes, 40 GB of disk
 	$(BIN)/python -m engine.bench --publish docs
@@ -88,7 +88,8 @@ $(BENCH_STAMP): $(ENGINE_STAMP) .ci/prepare .ci/peers
 # file.  Python does not process .pth files it finds that way, so the plain build of .venv stays out of sight.  pytest
 # leaves descriptor 2 alone (--capture=sys), so that a finding is seen though it ends the process.
 
-SANITIZE_TESTS := $(wildcard tests/test_native*.py) tests/test_watch.py tests/test_engine.py tests/test_snapshot.py
+SANITIZE_TESTS := $(wildcard tests/io/test_native*.py) tests/state/test_watch.py tests/session/test_engine.py \
+	tests/session/test_snapshot.py
 SITE_PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
 
 sanitize: sanitize-address sanitize-thread ## Run the tests that drive native code under ASan, UBSan and TSan
@@ -103,9 +104,9 @@ sanitize-address: build/address/engine.stamp ## Only ASan and UBSan
 # that starts one, which is what the test left out does; and torch's threads are not ours to look at, so there are none.
 sanitize-thread: build/thread/engine.stamp ## Only TSan
 	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" OMP_NUM_THREADS=1 \
-	    TSAN_OPTIONS="suppressions=tests/tsan.supp exitcode=66" \
+	    TSAN_OPTIONS="suppressions=tests/support/tsan.supp exitcode=66" \
 	    setarch -R build/thread/bin/python -m pytest --capture=sys $(SANITIZE_TESTS) \
-	    --deselect tests/test_native_lifecycle.py::test_a_fork_has_no_pipeline_and_harms_nobody
+	    --deselect tests/io/test_native_lifecycle.py::test_a_fork_has_no_pipeline_and_harms_nobody
 
 # One of them tests the variant of bulk.c that hosts without AVX2 have, which make test does not see otherwise.
 build/address/engine.stamp: BUILD_OPTIONS := ENGINE_SANITIZE="address;undefined" ENGINE_AVX2=OFF
@@ -132,7 +133,7 @@ FUZZ_AVX2 := $(filter x86_64,$(shell uname -m))
 FUZZ_CFLAGS := -g -O1 -std=gnu11 -D_GNU_SOURCE -Inative -Wall -Wextra -fno-omit-frame-pointer \
 	-fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
 	$(if $(FUZZ_AVX2),-DENGINE_BULK_AVX2)
-FUZZ_OBJECTS := $(patsubst native/%.c,$(FUZZ)/%.o,$(filter-out native/bulk.c native/watch.c,$(wildcard native/*.c))) \
+FUZZ_OBJECTS := $(patsubst native/%.c,$(FUZZ)/%.o,$(filter-out native/staging/bulk.c,$(wildcard native/*/*.c))) \
 	$(FUZZ)/bulk_baseline.o $(if $(FUZZ_AVX2),$(FUZZ)/bulk_avx2.o)
 
 fuzz: $(FUZZ_TARGETS:%=fuzz-%) fuzz-job ## Fuzz every target for ten minutes (SECONDS=)
@@ -150,20 +151,21 @@ fuzz-job: $(FUZZ)/job
 $(FUZZ)/tools.stamp: $(ENGINE_STAMP) .ci/prepare
 	.ci/prepare $(PYTHON) fuzz
 	$(BIN)/python -m venv $(FUZZ)
-	{ $(BIN)/python -c '$(SITE_PACKAGES)'; pwd; echo "$$PWD/tests"; } \
+	{ $(BIN)/python -c '$(SITE_PACKAGES)'; pwd; echo "$$PWD/tests/support"; } \
 	    >"$$($(FUZZ)/bin/python -c '$(SITE_PACKAGES)')/tools.pth"
 	$(FUZZ)/bin/python $(PIP_INSTALL) --constraint constraints.txt atheris
 	@touch $@
 
-$(FUZZ)/engine.stamp: $(FUZZ)/tools.stamp $(wildcard engine/*.py) $(NATIVE_SOURCES)
+$(FUZZ)/engine.stamp: $(FUZZ)/tools.stamp $(wildcard engine/*.py engine/*/*.py) $(NATIVE_SOURCES)
 	$(FUZZ)/bin/python $(PIP_INSTALL) --no-build-isolation --no-deps --force-reinstall .
 	@touch $@
 
 $(FUZZ)/job: fuzz/job.c $(FUZZ_OBJECTS)
 	clang $(FUZZ_CFLAGS) $^ -luring -lpthread -o $@
 
-$(FUZZ)/%.o: native/%.c $(FUZZ)/tools.stamp $(wildcard native/*.h)
+$(FUZZ)/%.o: native/%.c $(FUZZ)/tools.stamp $(NATIVE_SOURCES)
+	@mkdir -p $(@D)
 	clang $(FUZZ_CFLAGS) -c $< -o $@
 
-$(FUZZ)/bulk_%.o: native/bulk.c $(FUZZ)/tools.stamp $(wildcard native/*.h)
+$(FUZZ)/bulk_%.o: native/staging/bulk.c $(FUZZ)/tools.stamp $(NATIVE_SOURCES)
 	clang $(FUZZ_CFLAGS) $(if $(filter avx2,$*),-mavx2) -DENGINE_BULK_SUFFIX=_$* -c $< -o $@

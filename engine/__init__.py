@@ -19,8 +19,6 @@ if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
         f"{platform.machine()}"
     )
 
-from engine.arena import Arena
-from engine.backend import Attempt, Probe
 from engine.defaults import checkpoint, restore
 from engine.engine import Engine, probe
 from engine.errors import (
@@ -44,8 +42,10 @@ from engine.errors import (
     TornSnapshot,
     UsageError,
 )
-from engine.reader import Damage, PassedOver, RestoreInfo
-from engine.writer import CheckpointInfo, ChunkStatus, Save
+from engine.io.backend import Attempt, Probe
+from engine.state.arena import Arena
+from engine.store.reader import Damage, PassedOver, RestoreInfo
+from engine.store.writer import CheckpointInfo, ChunkStatus, Save
 
 __all__ = [
     "Arena",

@@ -12,10 +12,10 @@ import os
 import threading
 from typing import Any
 
-from engine.arena import Arena
 from engine.engine import Engine
-from engine.reader import RestoreInfo, Select
-from engine.writer import Save
+from engine.state.arena import Arena
+from engine.store.reader import RestoreInfo, Select
+from engine.store.writer import Save
 
 _engines: dict[tuple[int, str], Engine] = {}
 _mutex = threading.Lock()

@@ -27,9 +27,6 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal
 
-from engine.arena import Arena
-from engine.backend import Choice, Probe, degradation, find, open_pipeline
-from engine.catalog import Catalog
 from engine.errors import (
     ArenaError,
     ArgumentError,
@@ -40,17 +37,22 @@ from engine.errors import (
     StepError,
     UsageError,
 )
-from engine.extra import encode as encode_extra
-from engine.extra import encode_options
-from engine.filesystem import Filesystem
-from engine.inflight import InFlight, Ticket
-from engine.layout import Layout
-from engine.manifest import BLOCK_BYTES_MAX, STEP_MAX
-from engine.native import Backend, Milestone, Packed, Pipeline
-from engine.plan import ALIGNMENT, chunk_size
-from engine.reader import Damage, Reader, RestoreInfo, Select, Tensors
-from engine.workers import Workers, is_worker
-from engine.writer import PackedPlan, Save, Writer, pack_plan, pack_sources
+from engine.format.layout import Layout
+from engine.format.manifest import BLOCK_BYTES_MAX, STEP_MAX
+from engine.format.plan import ALIGNMENT, chunk_size
+from engine.format.values import encode as encode_extra
+from engine.format.values import encode_options
+from engine.io.backend import Choice, Probe, degradation, find, open_pipeline
+from engine.io.job import Milestone
+from engine.io.packing import Packed
+from engine.io.pipeline import Backend, Pipeline
+from engine.session.in_flight import InFlight, Ticket
+from engine.session.workers import Workers, is_worker
+from engine.state.arena import Arena
+from engine.store.catalog import Catalog
+from engine.store.filesystem import Filesystem
+from engine.store.reader import Damage, Reader, RestoreInfo, Select, Tensors
+from engine.store.writer import PackedPlan, Save, Writer, pack_arena_sources, pack_plan
 
 Snapshot = Literal["eager", "lazy", "checked"]
 OnBusy = Literal["wait", "skip", "raise"]
@@ -83,7 +85,7 @@ class Engine:
         staging_bytes: memory for staging slots, allocated now and pinned if the locked-memory limit allows; at most
             1024 slots are made of it.
         block_bytes: the size of one write or read, a multiple of 4096; a slot holds one.
-        backend: how blocks are moved (see `engine.backend`).  ``"auto"`` takes the best that works in the directory,
+        backend: how blocks are moved (see `engine.io.backend`).  ``"auto"`` takes the best that works in the directory,
             with a warning if that is not ``"io_uring"``; any other is insisted on.
         filesystem: how to reach the directory; tests inject faults here.
 
@@ -155,7 +157,7 @@ class Engine:
             arena: what to save.
             step: its number, after every committed step; None for the next one.
             extra: a tree of plain values and small tensors, copied now.
-            chunk_count, chunk_bytes: how to cut the files into chunks (see `engine.plan.chunk_size`).
+            chunk_count, chunk_bytes: how to cut the files into chunks (see `engine.format.plan.chunk_size`).
             snapshot: ``"lazy"`` returns while staging goes on, and is the default for an arena adopted with its
                 optimizer, whose step it holds back; ``"eager"`` is the default for all others.  ``"checked"`` is
                 that default, and hashes the arena a second time: a writer in between fails the save.
@@ -351,7 +353,7 @@ class Engine:
         if packs is None or packs.layout is not arena.layout:
             packs = self._packs[arena] = _Packs(arena.layout)
         if packs.sources is None or packs.places is not arena.sources:
-            packs.places, packs.sources = arena.sources, pack_sources(arena)
+            packs.places, packs.sources = arena.sources, pack_arena_sources(arena)
         size = chunk_size(arena.layout, chunk_count, chunk_bytes)
         if size not in packs.plans:
             packs.plans[size] = pack_plan(arena, self._block_bytes, size)

@@ -31,7 +31,7 @@ from strategies import nearly_valid
 
 import engine
 from engine.errors import EngineError, EngineWarning
-from engine.manifest import decode
+from engine.format.manifest import decode
 from fuzz.limits import allocating_at_most
 
 SMALL = {"keep": 2, "max_async": 1, "staging_bytes": 1 << 16, "block_bytes": 4096}

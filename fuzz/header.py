@@ -13,8 +13,8 @@ from safetensors import deserialize
 from strategies import NAMES, SMALL_SHAPES, specs
 
 from engine.errors import ArenaError
-from engine.layout import DTYPES, Layout, TensorSpec, lay_out
-from engine.manifest import segment_records
+from engine.format.layout import DTYPES, Layout, TensorSpec, lay_out
+from engine.format.manifest import segment_records
 
 ANY_NAMES = st.text(max_size=12) | st.sampled_from(["__metadata__", "\ud800", "\0", '"', "\\", "\u2028", "a/../b"])
 # A prime, so that no two places of a file within a page look alike.

@@ -15,7 +15,7 @@ from hypothesis import given
 from strategies import nearly_valid, sealed
 
 from engine.errors import CorruptError
-from engine.manifest import Manifest, block_checksums, decode, encode
+from engine.format.manifest import Manifest, block_checksums, decode, encode
 from fuzz.limits import allocating_at_most
 
 # An empty object is 3 bytes of JSON with its comma, and 64 of memory and 8 in its list; one that holds something is 7

@@ -19,9 +19,9 @@ from faults import FaultTable
 from hypothesis import settings
 from jobs import SLOT_BYTES, Stage
 
-from engine import backend
-from engine.filesystem import Filesystem
-from engine.native import Backend, Pipeline
+from engine.io import backend
+from engine.io.pipeline import Backend, Pipeline
+from engine.store.filesystem import Filesystem
 
 settings.register_profile("engine", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("engine")

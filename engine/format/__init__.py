@@ -1,0 +1,5 @@
+"""Format: offsets and bytes.
+
+Everything here is pure: no torch, no I/O, integers of any size, the same input always gives the same bytes.  `layout`
+decides where tensors go, `plan` cuts files into chunks and blocks, `manifest` records both, `values` encodes `extra`.
+"""

@@ -1,0 +1,456 @@
+"""Extra: a tree of plain values and tensors, as values that JSON can hold, and back.
+
+Theory of operation.  `extra` travels inside the manifest, and the manifest is JSON.  What JSON holds exactly
+goes there as it is: None, bool, str, finite float, list, and int as far as every JSON reader keeps it.
+Anything else becomes an object of one key, its **tag**, and plain objects are not otherwise used, so no value
+of the caller can be mistaken for a tag:
+
+    (1, None)        {"tuple": [1, null]}
+    {3: "a"}         {"dict": [[3, "a"]]}                  pairs: keys keep their type, and their order
+    {"a"}            {"set": ["a"]}                        sorted by its own encoding, so equal sets encode equally
+    2**64            {"int": "0x10000000000000000"}        hexadecimal: Python limits the digits of decimals only
+    nan              {"float": "7ff8000000000000"}         the bits of a binary64, highest byte first
+    b"hi"            {"bytes": "aGk="}
+    torch.ones(1)    {"tensor": ["float32", [1], "AACAPw=="]}   torch's dtype, shape, row-major bytes
+
+Types are exact: a subclass (an enum, a namedtuple, a numpy number) would come back as something else, and is
+refused with the path to it and what to do instead.  An optimizer's options are stored in the same form, but the
+caller did not choose what is in them (schedulers put numpy's floats there): `encode_options` stores a subclass of
+a number, of text or of a tuple as the plain value that it equals.  Attributes on an OrderedDict, such as the
+`_metadata` of `Module.state_dict()`, are not values and are not stored; a tensor met twice is stored twice.
+
+Rules: nothing is pickled and nothing that was read is executed; `decode` trusts nothing, allocates no
+more than it was given, and raises `CorruptError` only.  Called by `writer` and `reader`.
+"""
+
+from __future__ import annotations
+
+import base64
+import ctypes
+import json
+import math
+import re
+import struct
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
+
+import torch
+
+from engine.errors import CorruptError, ExtraError
+from engine.format.layout import DTYPES
+
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+
+# State dicts nest five or six deep.  A level costs three frames of Python's stack of 1000 (sys.getrecursionlimit)
+# and three levels of JSON, and a value that contains itself has to end somewhere.
+DEPTH_MAX = 100
+
+# The manifest is read whole, and before any tensor is: 64 MiB of tensors and bytes keeps that below a second.
+BINARY_BYTES_MAX = 64 << 20
+
+# Integers that a binary64, and so every JSON reader, holds exactly (RFC 8259, section 6).
+EXACT_INT_MAX = 2**53
+
+# How a refused subclass becomes a storable value: by the constructor of the type it extends.
+CONVERTIBLE = (int, float, str, tuple, list, set, frozenset, dict)
+
+
+class Names(list[str]):
+    """Strings that are known to be text, encoded as a list of them without another look: there may be one a tensor."""
+
+    __slots__ = ()
+
+
+class _Spot(NamedTuple):
+    """Where in the tree a value stands: the spot around it, its own step of the path, and how deep that is.
+
+    The path is put together only for an error: one string for each value would take time and memory in proportion to
+    the square of what was given.
+    """
+
+    around: _Spot | None
+    step: str | None  # None: the subscript of `key`
+    key: object
+    depth: int
+
+    @classmethod
+    def root(cls, name: str, depth: int = 0) -> _Spot:
+        """The outermost value, as the caller calls it."""
+        return cls(None, name, None, depth)
+
+    @property
+    def path(self) -> str:
+        """The path, as one would write it in Python."""
+        steps: list[str] = []
+        spot: _Spot | None = self
+        while spot is not None:
+            steps.append(_subscript(spot.key) if spot.step is None else spot.step)
+            spot = spot.around
+        return "".join(reversed(steps))
+
+    def at(self, step: str) -> _Spot:
+        """Inside it, at something that has no key."""
+        return _Spot(self, step, None, self.depth + 1)
+
+    def item(self, key: object) -> _Spot:
+        """Inside it, under a key."""
+        return _Spot(self, None, key, self.depth + 1)
+
+    def corrupt(self, problem: str) -> CorruptError:
+        """The error that says so."""
+        return CorruptError(f"{self.path} {problem}; the manifest is damaged, restore another step")
+
+
+def _subscript(key: object) -> str:
+    try:
+        return f"[{json.dumps(key) if isinstance(key, str) else repr(key)}]"
+    except ValueError:  # an integer of more digits than Python prints (sys.get_int_max_str_digits)
+        return "[...]"
+
+
+def encode(value: object, where: str = "extra") -> Json:
+    """The value as JSON-able Python values, a snapshot that shares nothing with it.
+
+    Args:
+        value: dicts, lists, tuples, sets, None, bool, int, float, str, bytes and CPU tensors, nested.
+        where: what the caller calls the value; error messages start their path with it.
+
+    Raises:
+        ExtraError: something in it cannot be stored; the message holds the path to it and the remedy.
+    """
+    return _Encoder(_EXTRA).encode(value, _Spot.root(where))
+
+
+def decode(value: object, where: str = "extra") -> object:
+    """The value that `encode` was given, from what JSON gave back.
+
+    Raises:
+        CorruptError: this is not what `encode` makes.
+    """
+    return _decode(value, _Spot.root(where))
+
+
+def encode_options(options: Mapping[str, object]) -> Json:
+    """What `Arena.options` gives, likewise; `decode` reads it.
+
+    Raises:
+        ExtraError: the optimizer keeps something that cannot be stored.
+    """
+    encoder = _Encoder(_OPTIONS)
+    pairs: list[Json] = [
+        [key, encoder.encode(value, _Spot.root(f"the optimizer's {key}", 1))] for key, value in options.items()
+    ]
+    return {"dict": pairs}
+
+
+class _Holder(NamedTuple):
+    """What the values belong to: how its errors call it, what they advise, and the subclasses that it takes."""
+
+    name: str
+    advice: str
+    size_advice: str
+    plain: Mapping[type, Callable[[Any], object]]
+
+
+_EXTRA = _Holder(
+    name="extra",
+    advice="pass plain values or tensors: an object's state_dict(), a number's .item(), an array's .tolist()",
+    size_advice="put big tensors into the arena (Arena.wrap)",
+    plain={},
+)
+_OPTIONS = _Holder(
+    name="a checkpoint",
+    advice="have the optimizer keep a plain value or a tensor there: a number's .item(), the name of a function",
+    size_advice="have the optimizer keep less there (LBFGS: a smaller history_size)",
+    # Not the subclass's own conversion: str() of an enum's member is its name.
+    plain={int: int.__int__, float: float.__float__, str: str.__str__, tuple: tuple},
+)
+
+
+class _Encoder:
+    """One call of `encode`: it adds up the bytes that it has met."""
+
+    def __init__(self, holder: _Holder) -> None:
+        self.holder = holder
+        self.binary_bytes = 0
+
+    def encode(self, value: object, spot: _Spot) -> Json:
+        if spot.depth > DEPTH_MAX:
+            raise ExtraError(f"{spot.path} is over {DEPTH_MAX} levels deep; flatten it, or break its cycle")
+        kind = type(value)
+        write = _WRITERS.get(kind)
+        if write is not None:
+            return write(self, value, spot)
+        for base, convert in self.holder.plain.items():
+            if isinstance(value, base):
+                return self.encode(convert(value), spot)
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        advice = _conversion(value) or self.holder.advice
+        raise ExtraError(f"{spot.path} is a {name}, which {self.holder.name} cannot hold; {advice}")
+
+    def plain(self, value: bool | None, spot: _Spot) -> Json:
+        return value
+
+    def integer(self, value: int, spot: _Spot) -> Json:
+        return value if -EXACT_INT_MAX <= value <= EXACT_INT_MAX else {"int": hex(value)}
+
+    def real(self, value: float, spot: _Spot) -> Json:
+        return value if math.isfinite(value) else {"float": struct.pack(">d", value).hex()}
+
+    def text(self, value: str, spot: _Spot) -> Json:
+        if not _is_text(value):
+            raise ExtraError(f"{spot.path} is text with a lone surrogate, which UTF-8 cannot hold; store it as bytes")
+        return value
+
+    def binary(self, value: bytes, spot: _Spot) -> Json:
+        self._charge(len(value), spot)
+        return {"bytes": base64.b64encode(value).decode()}
+
+    def names(self, value: Names, spot: _Spot) -> list[Json]:
+        return list(value)
+
+    def elements(self, value: Iterable[object], spot: _Spot) -> list[Json]:
+        room = spot.depth < DEPTH_MAX
+        return [
+            member if room and _is_json(member) else self.encode(member, spot.item(index))
+            for index, member in enumerate(value)
+        ]
+
+    def sequence(self, value: tuple[object, ...], spot: _Spot) -> Json:
+        return {"tuple": self.elements(value, spot)}
+
+    def members(self, value: set[object] | frozenset[object], spot: _Spot) -> Json:
+        encoded = [self._hashable(member, spot.at("{...}")) for member in value]
+        return {_TAGS[type(value)]: sorted(encoded, key=repr)}
+
+    def mapping(self, value: dict[object, object], spot: _Spot) -> Json:
+        room = spot.depth < DEPTH_MAX
+        pairs: list[Json] = [
+            [
+                key if room and _is_json(key) else self._hashable(key, spot.at(".keys()")),
+                member if room and _is_json(member) else self.encode(member, spot.item(key)),
+            ]
+            for key, member in value.items()
+        ]
+        return {_TAGS[type(value)]: pairs}
+
+    def tensor(self, value: torch.Tensor, spot: _Spot) -> Json:
+        dtype = str(value.dtype).removeprefix("torch.")
+        if value.device.type != "cpu" or value.layout != torch.strided or value.is_nested or dtype not in DTYPES:
+            raise ExtraError(
+                f"{spot.path} is a {value.layout} tensor of {value.dtype} on {value.device}, and {self.holder.name} "
+                f"holds dense CPU tensors of safetensors' dtypes; convert it with .to_dense(), .to(dtype) or .cpu()"
+            )
+        self._charge(value.numel() * value.element_size(), spot)  # before the copies below
+        flat = value.detach().resolve_conj().resolve_neg().contiguous().view(-1)
+        data = ctypes.string_at(flat.data_ptr(), flat.nbytes)  # torch gives bytes away through numpy only
+        return {"tensor": [dtype, [*value.shape], base64.b64encode(data).decode()]}
+
+    def _hashable(self, value: object, spot: _Spot) -> Json:
+        encoded = self.encode(value, spot)
+        if not _is_hashable(value):
+            raise ExtraError(f"{spot.path} holds a tensor, which only equals itself; use a name or a number instead")
+        return encoded
+
+    def _charge(self, nbytes: int, spot: _Spot) -> None:
+        self.binary_bytes += nbytes
+        if self.binary_bytes > BINARY_BYTES_MAX:
+            raise ExtraError(
+                f"{spot.path} brings tensors and bytes to {self.binary_bytes} bytes, and {self.holder.name} holds at "
+                f"most {BINARY_BYTES_MAX} beside the arena; {self.holder.size_advice}"
+            )
+
+
+def _conversion(value: object) -> str:
+    """How to make a value of it that can be stored; empty where that is not known."""
+    if isinstance(value, torch.Tensor):
+        return "pass a plain torch.Tensor: .detach() of a parameter"
+    for base in CONVERTIBLE:
+        if isinstance(value, base):
+            return f"pass {base.__name__}(...) of it"
+    return ""
+
+
+def _is_json(value: object) -> TypeGuard[bool | int | float | str | None]:
+    """Whether JSON holds a value as it is, and there is nothing in it to refuse.
+
+    Most values are such, and a spot for each would be most of the work: every save encodes the optimizer's options in
+    the caller's time.
+    """
+    if type(value) is str:
+        return value.isascii()
+    if type(value) is float:
+        return math.isfinite(value)
+    if type(value) is int:
+        return -EXACT_INT_MAX <= value <= EXACT_INT_MAX
+    return value is None or type(value) is bool
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_hashable(value: object) -> bool:
+    """Whether the value, one that `encode` takes or `decode` gives, equals its own copy when used as a key."""
+    if isinstance(value, (tuple, frozenset)):
+        return all(map(_is_hashable, value))
+    return value is None or isinstance(value, (bool, int, float, str, bytes))
+
+
+def _decode(value: object, spot: _Spot) -> object:
+    if spot.depth > DEPTH_MAX:
+        raise spot.corrupt(f"is over {DEPTH_MAX} levels deep")
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, str):
+        return _read_text(value, spot)
+    if isinstance(value, list):
+        return _read_elements(value, spot)
+    if not isinstance(value, dict) or len(value) != 1:
+        raise spot.corrupt("is not a JSON value or an object of one key")
+    [(tag, payload)] = value.items()
+    read = _READERS.get(tag)
+    if read is None:
+        raise spot.corrupt(f"has the unknown tag {tag!r}")
+    return read(payload, spot)
+
+
+def _read_text(payload: object, spot: _Spot) -> str:
+    if not isinstance(payload, str) or not _is_text(payload):
+        raise spot.corrupt("is not text")
+    return payload
+
+
+def _read_elements(payload: object, spot: _Spot) -> list[object]:
+    if not isinstance(payload, list):
+        raise spot.corrupt("is not a list")
+    if all(type(member) is str and _is_text(member) for member in payload):
+        return payload  # names of parameters: there may be a hundred thousand
+    return [_decode(member, spot.item(index)) for index, member in enumerate(payload)]
+
+
+def _read_integer(payload: object, spot: _Spot) -> int:
+    text = _read_text(payload, spot)
+    if not re.fullmatch("-?0x[0-9a-f]+", text):
+        raise spot.corrupt("is not a hexadecimal integer")
+    return int(text, 16)
+
+
+def _read_real(payload: object, spot: _Spot) -> float:
+    text = _read_text(payload, spot)
+    if not re.fullmatch("[0-9a-f]{16}", text):
+        raise spot.corrupt("is not the 16 hexadecimal digits of a binary64")
+    value: float = struct.unpack(">d", bytes.fromhex(text))[0]
+    return value
+
+
+def _read_binary(payload: object, spot: _Spot) -> bytes:
+    try:
+        return base64.b64decode(_read_text(payload, spot), validate=True)
+    except ValueError:  # binascii.Error is one; so is text that is not ASCII
+        raise spot.corrupt("is not base64") from None
+
+
+def _read_hashable(payload: object, spot: _Spot) -> object:
+    value = _decode(payload, spot)
+    if not _is_hashable(value):
+        raise spot.corrupt("cannot be a key or a member of a set")
+    return value
+
+
+def _read_members(payload: object, spot: _Spot) -> frozenset[object]:
+    if not isinstance(payload, list):
+        raise spot.corrupt("is not a list")
+    members = frozenset(_read_hashable(member, spot.at("{...}")) for member in payload)
+    if len(members) != len(payload):
+        raise spot.corrupt("has a member twice")
+    return members
+
+
+def _read_mapping(payload: object, spot: _Spot) -> dict[object, object]:
+    if not isinstance(payload, list):
+        raise spot.corrupt("is not a list of pairs")
+    result: dict[object, object] = {}
+    for pair in payload:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise spot.corrupt("is not a list of pairs")
+        key = _read_hashable(pair[0], spot.at(".keys()"))
+        value_spot = spot.item(key)
+        if key in result:
+            raise value_spot.corrupt("is there twice")
+        result[key] = _decode(pair[1], value_spot)
+    return result
+
+
+def _read_tensor(payload: object, spot: _Spot) -> torch.Tensor:
+    if not isinstance(payload, list) or len(payload) != 3:
+        raise spot.corrupt("is not a dtype, a shape and base64")
+    dtype, shape, text = _read_text(payload[0], spot), payload[1], payload[2]
+    if dtype not in DTYPES:
+        raise spot.corrupt(f"has the unknown dtype {dtype!r}")
+    if not isinstance(shape, list) or not all(type(extent) is int and 0 <= extent < 2**63 for extent in shape):
+        raise spot.corrupt("has a shape that is not a list of sizes")
+    data = _read_binary(text, spot)
+    if len(data) != _tensor_bytes(dtype, shape, len(data)):
+        raise spot.corrupt(f"has {len(data)} bytes, which is not what {dtype} of shape {shape} takes")
+    flat = torch.empty(len(data), dtype=torch.uint8, device="cpu")
+    ctypes.memmove(flat.data_ptr(), data, len(data))
+    try:
+        return flat.view(getattr(torch, dtype)).view(shape)
+    except RuntimeError:  # no elements, yet sizes whose strides overflow torch's 64 bits
+        raise spot.corrupt(f"has the impossible shape {shape}") from None
+
+
+def _tensor_bytes(dtype: str, shape: list[int], at_most: int) -> int:
+    """Bytes of a tensor, or any number beyond `at_most`: many large sizes would make a number of millions of digits."""
+    nbytes = 0 if 0 in shape else DTYPES[dtype].itemsize
+    for extent in shape:
+        nbytes *= extent
+        if nbytes > at_most:
+            break
+    return nbytes
+
+
+_WRITERS: Mapping[type, Callable[[_Encoder, Any, _Spot], Json]] = {
+    type(None): _Encoder.plain,
+    Names: _Encoder.names,
+    bool: _Encoder.plain,
+    int: _Encoder.integer,
+    float: _Encoder.real,
+    str: _Encoder.text,
+    bytes: _Encoder.binary,
+    list: _Encoder.elements,
+    tuple: _Encoder.sequence,
+    set: _Encoder.members,
+    frozenset: _Encoder.members,
+    dict: _Encoder.mapping,
+    OrderedDict: _Encoder.mapping,
+    Counter: _Encoder.mapping,
+    torch.Tensor: _Encoder.tensor,
+}
+
+_TAGS: Mapping[type, str] = {
+    set: "set",
+    frozenset: "frozenset",
+    dict: "dict",
+    OrderedDict: "ordered_dict",
+    Counter: "counter",
+}
+
+_READERS: Mapping[object, Callable[[object, _Spot], object]] = {
+    "int": _read_integer,
+    "float": _read_real,
+    "bytes": _read_binary,
+    "tuple": lambda payload, spot: tuple(_read_elements(payload, spot)),
+    "set": lambda payload, spot: set(_read_members(payload, spot)),
+    "frozenset": _read_members,
+    "dict": _read_mapping,
+    "ordered_dict": lambda payload, spot: OrderedDict(_read_mapping(payload, spot)),
+    "counter": lambda payload, spot: Counter(_read_mapping(payload, spot)),
+    "tensor": _read_tensor,
+}

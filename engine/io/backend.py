@@ -1,0 +1,323 @@
+"""Backend: which way blocks are moved on this host, found out by moving one.
+
+Theory of operation.  There is a ladder of four, best first:
+
+    io_uring         one ring, slots and files registered with it, O_DIRECT
+    io_uring_plain   one ring, nothing registered, O_DIRECT
+    threads          threads that call pread(2) and pwrite(2), O_DIRECT
+    buffered         the same through the page cache
+
+Versions and configurations say little about what a container, a limit or a file system allows, so each rung is tried
+with the very slots that it would work with, by writing one block to a file without a name in the directory and
+reading it back.  The first that works is taken.  Plan, statuses, checksums and commit are the same for all of them.
+
+A rung is refused by what is wrong with the way.  A full or failing disk is not: every other rung would meet it too,
+and an Engine must open on a full disk to restore from it.  Where the disk has not even room for the file, a rung is
+taken that could be opened.  Each cause has its own text, with its own remedy.
+
+Called by `engine` and `reader`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+from engine.errors import MEDIA_ERRORS, PlatformError, StorageError, remedy_for
+from engine.format.plan import Source
+from engine.io.binding import ALIGNMENT, JOB_FILES_MAX, JOBS_MAX, direct_alignment
+from engine.io.job import Direction, FailureKind, Job, Milestone
+from engine.io.packing import address_of, pack_blocks, pack_extents, pack_order, pack_sources
+from engine.io.pipeline import Backend, OpenError, Pipeline, Refused
+from engine.store.filesystem import Filesystem
+
+Choice = Literal["auto", "io_uring", "io_uring_plain", "threads", "buffered"]
+
+LADDER: tuple[Backend, ...] = get_args(Backend)
+
+# What a disk, or a limit on what may lie there, may say of a write, whichever way it comes: nothing about the way.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_STORAGE_ERRORS = (*_NO_ROOM, errno.EROFS, errno.EFBIG, errno.ENXIO, errno.ENODEV, *MEDIA_ERRORS)
+
+# What is written and read back: no two of its 8-byte words are equal.
+_PATTERN = b"".join(number.to_bytes(8, "little") for number in range(ALIGNMENT // 8))
+
+_SYSCTL = "/proc/sys/kernel/io_uring_disabled"
+
+
+class Attempt(NamedTuple):
+    """One rung that was tried: why not, and what to do about it; both None where it works."""
+
+    backend: Backend
+    cause: str | None = None
+    remedy: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.backend}: {'works' if self.cause is None else f'{self.cause}; {self.remedy}'}"
+
+
+class Probe(NamedTuple):
+    """What was tried in a directory, best first.  `backend` is the one that works, or None."""
+
+    directory: str
+    backend: Backend | None
+    attempts: tuple[Attempt, ...]
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.directory}: {self.backend or 'nothing works'}", *map(str, self.attempts)])
+
+
+def open_pipeline(
+    directory: str, filesystem: Filesystem, choice: Choice, slot_count: int, slot_bytes: int
+) -> tuple[Pipeline, Probe]:
+    """Open a pipeline of the best backend that works in a directory, or of the one chosen.  Blocks on the disk.
+
+    Raises:
+        PlatformError: the one chosen does not work here, or none does.
+        StorageError: no file can be made in the directory.
+    """
+    rungs = LADDER if choice == "auto" else (choice,)
+    pipeline, probe = _climb_down(directory, filesystem, rungs, slot_count, slot_bytes)
+    if pipeline is not None:
+        return pipeline, probe
+    causes = _join([attempt.cause for attempt in probe.attempts])
+    tried = "no backend works" if choice == "auto" else f"backend {choice!r} does not work"
+    remedy = _join([attempt.remedy for attempt in probe.attempts])
+    raise PlatformError(f"{tried} in {directory}: {causes}", remedy if choice == "auto" else f"{remedy}; or use 'auto'")
+
+
+def find(directory: str, filesystem: Filesystem, slot_count: int, slot_bytes: int) -> Probe:
+    """What `open_pipeline` would find in a directory.  Blocks on the disk; leaves nothing open or behind.
+
+    Raises:
+        StorageError: no file can be made in the directory.
+    """
+    pipeline, probe = _climb_down(directory, filesystem, LADDER, slot_count, slot_bytes)
+    if pipeline is not None:
+        pipeline.close()
+    return probe
+
+
+def open_like(pipeline: Pipeline, slot_count: int, slot_bytes: int) -> Pipeline:
+    """A second pipeline of the same backend; its slots are not registered, because it is not kept for long.
+
+    Raises:
+        PlatformError: the host has not the memory, descriptors or threads for it.
+    """
+    try:
+        backend: Backend = "io_uring_plain" if pipeline.backend == "io_uring" else pipeline.backend
+        return Pipeline(slot_count, slot_bytes, backend)
+    except OpenError as error:
+        raise _explain_open(error, slot_count * slot_bytes) from None
+
+
+def degradation(probe: Probe) -> str | None:
+    """What to tell the user where the best backend did not work; None where it did."""
+    refused = [attempt for attempt in probe.attempts if attempt.cause is not None]
+    if not refused:
+        return None
+    reasons = _join([f"{attempt.cause}; {attempt.remedy}" for attempt in refused])
+    return f"{probe.backend!r} is used in {probe.directory}, and not {refused[0].backend!r}: {reasons}"
+
+
+def _climb_down(
+    directory: str, filesystem: Filesystem, rungs: Sequence[Backend], slot_count: int, slot_bytes: int
+) -> tuple[Pipeline | None, Probe]:
+    attempts: list[Attempt] = []
+    for backend in rungs:
+        try:
+            pipeline = _try(directory, filesystem, backend, slot_count, slot_bytes)
+        except PlatformError as error:
+            attempts.append(Attempt(backend, error.cause, error.remedy))
+            continue
+        attempts.append(Attempt(backend))
+        return pipeline, Probe(directory, backend, tuple(attempts))
+    return None, Probe(directory, None, tuple(attempts))
+
+
+def _try(directory: str, filesystem: Filesystem, backend: Backend, slot_count: int, slot_bytes: int) -> Pipeline:
+    """A pipeline that has written and read a block, if there is room for one; PlatformError if this backend does not
+    work."""
+    descriptor = _open_scratch(directory, filesystem, direct=backend != "buffered")
+    try:
+        try:
+            pipeline = Pipeline(slot_count, slot_bytes, backend)
+        except OpenError as error:
+            raise _explain_open(error, slot_count * slot_bytes) from None
+        try:
+            if descriptor is not None:
+                _round_trip(pipeline, descriptor)
+        except BaseException:
+            pipeline.close()
+            raise
+        return pipeline
+    finally:
+        if descriptor is not None:
+            filesystem.close(descriptor)
+
+
+def _open_scratch(directory: str, filesystem: Filesystem, direct: bool) -> int | None:
+    """A nameless file, or None where there is no room for one; PlatformError if it cannot have O_DIRECT with blocks
+    aligned as ours are."""
+    try:
+        descriptor = filesystem.open_scratch(directory, direct)
+    except StorageError as error:
+        if error.errno in _NO_ROOM:  # no inode is left
+            return None
+        if not direct or error.errno != errno.EINVAL:  # what open(2) says where there is no O_DIRECT
+            raise
+        raise PlatformError(f"the file system of {directory} has no direct I/O (O_DIRECT)", _ELSEWHERE) from None
+    wanted = direct_alignment(descriptor)
+    if direct and wanted > ALIGNMENT:
+        filesystem.close(descriptor)
+        cause = f"direct I/O in {directory} is aligned to {wanted} bytes, and blocks to {ALIGNMENT}"
+        raise PlatformError(cause, _ELSEWHERE)
+    return descriptor
+
+
+def _round_trip(pipeline: Pipeline, descriptor: int) -> None:
+    """Write one block and read it back; PlatformError if the way does not work."""
+    written = _move(pipeline, Direction.WRITE, descriptor, _PATTERN, None)
+    if _refused(written, "write", pipeline.backend):
+        return  # nothing is there to be read
+    read = _move(pipeline, Direction.READ, descriptor, bytearray(ALIGNMENT), written.checksums())
+    _refused(read, "read", pipeline.backend)
+
+
+def _move(
+    pipeline: Pipeline, direction: Direction, descriptor: int, memory: bytes | bytearray, checksums: list[int] | None
+) -> Job:
+    job = Job(
+        direction,
+        0,
+        pack_sources([Source(address_of(memory))]),
+        pack_extents([0], [0], [ALIGNMENT], [0]),
+        pack_blocks([(0, ALIGNMENT, 0, 0, 1)]),
+        pack_order([0]),
+        file_count=1,
+        checksums=checksums,
+        owners=memory,
+    )
+    pipeline.submit(job)
+    pipeline.attach(job, [descriptor])
+    pipeline.wait(job, Milestone.DONE)
+    return job
+
+
+def _refused(job: Job, operation: str, backend: Backend) -> bool:
+    """Whether the disk refused a job; PlatformError if the way did."""
+    failure = job.failure
+    if failure is None or (failure.kind == FailureKind.IO and failure.errno in _STORAGE_ERRORS):
+        return failure is not None
+    if failure.kind != FailureKind.IO:
+        raise PlatformError(f"a block's {operation} did not move what it should have", "see the kernel's log")
+    remedy = _REMEDIES.get(failure.errno, _ALLOW) if backend in _RINGS else remedy_for(failure.errno)
+    raise PlatformError(f"a {operation} of one block is refused: {_named(failure.errno)}", remedy)
+
+
+# -- causes and remedies ----------------------------------------------------------------------------------------------
+
+# The backends to which what is said of io_uring applies.
+_RINGS: tuple[Backend, ...] = ("io_uring", "io_uring_plain")
+
+_ELSEWHERE = "keep checkpoints on ext4, XFS or another file system with direct I/O"
+_ALLOW = "let a seccomp profile or security module that refuses it allow io_uring_setup, _enter and _register"
+_REMEDIES = {
+    errno.ENOMEM: "give the Engine a smaller staging_bytes, or the process more memory",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "raise the system's limit on open files (sysctl fs.file-max)",
+    errno.EAGAIN: "raise the limit on threads (ulimit -u, or pids.max of the cgroup)",
+    errno.EINVAL: "use a kernel of 5.6 or later, or keep checkpoints on another file system",
+}
+_MEMLOCK = "raise it (ulimit -l, LimitMEMLOCK= in systemd, --ulimit memlock=-1 in docker) or lower staging_bytes"
+
+
+def _explain_open(error: OpenError, staging_bytes: int) -> PlatformError:
+    """Why a pipeline could not be opened, and what would help: each cause its own text."""
+    explain: Callable[[int, int], tuple[str, str] | None] = {
+        Refused.RESOURCES: lambda *_: None,
+        Refused.RING: _explain_ring,
+        Refused.BUFFERS: _explain_buffers,
+        Refused.FILES: _explain_files,
+    }[error.refused]
+    known = explain(error.errno, staging_bytes)
+    if known is not None:
+        return PlatformError(*known)
+    what = {
+        Refused.RESOURCES: f"memory, a descriptor or a thread for {staging_bytes} bytes of staging slots",
+        Refused.RING: "an io_uring (io_uring_setup)",
+        Refused.BUFFERS: "the registration of staging slots (io_uring_register)",
+        Refused.FILES: "the registration of files (io_uring_register)",
+    }[error.refused]
+    otherwise = remedy_for(error.errno) if error.refused == Refused.RESOURCES else _ALLOW
+    return PlatformError(f"the kernel refused {what}: {_named(error.errno)}", _REMEDIES.get(error.errno, otherwise))
+
+
+def _explain_ring(error: int, _staging_bytes: int) -> tuple[str, str] | None:
+    """io_uring_setup(2), ERRORS, and Documentation/admin-guide/sysctl/kernel.rst on io_uring_disabled."""
+    disabled = _content(_SYSCTL)
+    if error == errno.EPERM and disabled in ("1", "2"):
+        whom = "every process" if disabled == "2" else "processes outside kernel.io_uring_group without CAP_SYS_ADMIN"
+        return f"the sysctl kernel.io_uring_disabled is {disabled}: io_uring is refused to {whom}", (
+            "have root run sysctl -w kernel.io_uring_disabled=0"
+        )
+    filtered = "Seccomp:\t2" in _content("/proc/self/status")
+    if error == errno.EPERM or (error == errno.ENOSYS and filtered):
+        return f"a seccomp filter or security module refuses io_uring ({_named(error)}), as Docker's default does", (
+            "run with a profile that allows io_uring_setup, io_uring_enter and io_uring_register "
+            "(docker run --security-opt seccomp=FILE, seccompProfile in Kubernetes)"
+        )
+    if error == errno.ENOSYS:
+        return "this kernel has no io_uring, as gVisor's and some of RHEL's and WSL's have none", (
+            "use a kernel of 5.6 or later that is built with CONFIG_IO_URING"
+        )
+    limit = _limit(resource.RLIMIT_MEMLOCK)
+    if error == errno.ENOMEM and limit is not None:  # until 5.12 the ring itself was charged
+        return f"RLIMIT_MEMLOCK is {limit}, too small for an io_uring", _MEMLOCK
+    return None
+
+
+def _explain_buffers(error: int, staging_bytes: int) -> tuple[str, str] | None:
+    """io_uring_register(2), IORING_REGISTER_BUFFERS, ERRORS."""
+    limit = _limit(resource.RLIMIT_MEMLOCK)
+    if error != errno.ENOMEM or limit is None:  # without a limit it is memory that is short
+        return None
+    cause = f"RLIMIT_MEMLOCK is {limit}, and {staging_bytes} bytes of staging slots are to be pinned"
+    return f"{cause}, beside what this user has pinned already", _MEMLOCK
+
+
+def _explain_files(error: int, _staging_bytes: int) -> tuple[str, str] | None:
+    """io_uring_register(2), IORING_REGISTER_FILES, ERRORS."""
+    if error != errno.EMFILE:
+        return None
+    table = JOBS_MAX * JOB_FILES_MAX
+    limit = _limit(resource.RLIMIT_NOFILE)
+    return f"RLIMIT_NOFILE is {limit}, below the ring's table of {table} files", _REMEDIES[errno.EMFILE]
+
+
+def _limit(which: int) -> int | None:
+    """A limit of this process, or None where there is none."""
+    soft = resource.getrlimit(which)[0]
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def _named(error: int) -> str:
+    return f"{errno.errorcode.get(error, error)}, {os.strerror(error)}"
+
+
+def _content(path: str) -> str:
+    """What a file of the kernel's says; nothing where it is not there."""
+    try:
+        # A process may have any bytes for its name, which /proc/self/status begins with.
+        return Path(path).read_text(encoding="ascii", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _join(texts: Sequence[str | None]) -> str:
+    """Each text once, in order."""
+    return "; ".join(dict.fromkeys(text for text in texts if text is not None))

@@ -1,0 +1,40 @@
+"""Binding: the compiled module `engine._native`, and the calls that need no more than it.
+
+Theory of operation.  `native/engine_native.h` is the C interface.  This is the only importer of `engine._native`; the
+rest of the engine takes `ffi`, `lib` and the constants from here.  Every call releases the GIL.
+"""
+
+from __future__ import annotations
+
+try:
+    from engine._native import ffi as ffi
+    from engine._native import lib as lib
+except ImportError as error:
+    raise ImportError(
+        f"the compiled module engine._native is missing; build it with 'pip install .' ({error})"
+    ) from error
+
+# Long enough to cost nothing, short enough that Ctrl-C feels prompt.
+WAIT_SLICE_NS = 50_000_000
+
+# The number of live jobs that a pipeline has room for, and of files in one job (engine_native.h).
+JOBS_MAX: int = lib.ENG_JOBS_MAX
+JOB_FILES_MAX: int = lib.ENG_JOB_FILES_MAX
+DIMS_MAX: int = lib.ENG_DIMS_MAX
+ALIGNMENT: int = lib.ENG_ALIGNMENT
+
+
+def block_checksum(block: bytes | bytearray | memoryview, seed: int, file_index: int, file_offset: int) -> int:
+    """The checksum that the pipeline gives a block with these stored bytes: XXH3-64, seeded by its place."""
+    view = ffi.from_buffer(block)
+    return int(lib.eng_block_checksum(view, len(view), seed, file_index, file_offset))
+
+
+def allocate(descriptor: int, nbytes: int) -> int:
+    """Reserve a file's blocks (fallocate(2)); 0 or an errno.  Blocks, without the GIL."""
+    return -int(lib.eng_allocate(descriptor, nbytes))
+
+
+def direct_alignment(descriptor: int) -> int:
+    """The alignment that O_DIRECT wants on this file (statx(2)), or 0 where the kernel does not say."""
+    return int(lib.eng_direct_alignment(descriptor))

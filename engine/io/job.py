@@ -1,0 +1,145 @@
+"""Job: one save or restore, as native code works on it.
+
+Theory of operation.  A job's arrays are Python's memory that the pipeline reads and writes, so its `Pipeline` keeps it
+alive until it is done.  Its states and milestones may be read at any time, from any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import NamedTuple
+
+from engine.io.binding import ffi, lib
+from engine.io.packing import Packed
+
+
+class Direction(IntEnum):
+    """Which way a job moves bytes."""
+
+    WRITE = lib.ENG_WRITE
+    READ = lib.ENG_READ
+
+
+class BlockState(IntEnum):
+    """How far a block has come.  A block read, verified and copied out is WRITTEN."""
+
+    PENDING = lib.ENG_PENDING
+    STAGED = lib.ENG_STAGED
+    WRITTEN = lib.ENG_WRITTEN
+    FAILED = lib.ENG_FAILED
+
+
+class Milestone(IntEnum):
+    """What a job can be waited for."""
+
+    URGENT = lib.ENG_URGENT
+    STAGED = lib.ENG_ALL_STAGED
+    DONE = lib.ENG_DONE
+
+
+class FailureKind(IntEnum):
+    """Why a job failed."""
+
+    IO = lib.ENG_IO_FAILURE
+    SHORT = lib.ENG_SHORT_FAILURE
+    CHECKSUM = lib.ENG_CHECKSUM_FAILURE
+    TORN = lib.ENG_TORN_FAILURE
+    INVALID = lib.ENG_INVALID_FAILURE
+    ABORTED = lib.ENG_ABORTED_FAILURE
+
+
+class Failure(NamedTuple):
+    """A job's first failure.  `block` is the block it happened on, or None."""
+
+    kind: FailureKind
+    errno: int
+    block: int | None
+
+
+class Job:
+    """One save or restore.
+
+    Args:
+        direction: which way.
+        seed: of the checkpoint, 64 bits, mixed into every block's checksum.
+        sources, extents, blocks, order: packed; see `engine_native.h`.
+        file_count: how many files `Pipeline.attach` will be given.
+        urgent_count: the first so many of `order` are staged before `Milestone.URGENT`.
+        checked: hash the sources again once all is staged.
+        checksums: for a read, what each block must verify against.
+        owners: objects to keep alive as long as the pipeline may touch the sources.
+    """
+
+    def __init__(
+        self,
+        direction: Direction,
+        seed: int,
+        sources: Packed,
+        extents: Packed,
+        blocks: Packed,
+        order: Packed,
+        file_count: int,
+        urgent_count: int = 0,
+        checked: bool = False,
+        checksums: Sequence[int] | None = None,
+        owners: object = None,
+    ) -> None:
+        self._kept: object = (sources, extents, blocks, order, owners)
+        self._states = bytearray(max(blocks.row_count, 1))
+        self._checksums = ffi.new("uint64_t[]", max(blocks.row_count, 1))
+        if checksums is not None:
+            assert len(checksums) == blocks.row_count, (len(checksums), blocks.row_count)
+            self._checksums[0 : blocks.row_count] = checksums
+        self._states_view = ffi.from_buffer("uint8_t[]", self._states)
+        self.block_count = blocks.row_count
+        self.c_job = ffi.new(
+            "eng_job *",
+            {
+                "direction": direction,
+                "checked": checked,
+                "source_count": sources.row_count,
+                "extent_count": extents.row_count,
+                "block_count": blocks.row_count,
+                "urgent_count": urgent_count,
+                "file_count": file_count,
+                "seed": seed,
+                "sources": sources.pointer,
+                "extents": extents.pointer,
+                "blocks": blocks.pointer,
+                "order": order.pointer,
+                "checksums": self._checksums,
+                "states": self._states_view,
+            },
+        )
+
+    def reached(self, milestone: Milestone) -> bool:
+        """Whether the job has come so far.  Asks neither the pipeline nor the process that opened it."""
+        return bool(lib.eng_reached(self.c_job, milestone))
+
+    def release(self) -> None:
+        """Let go of the sources and their owners: a job that is done may be looked at for long after."""
+        self._kept = None
+
+    def states(self) -> bytes:
+        """One `BlockState` a block, as they are at this moment."""
+        return bytes(self._states[: self.block_count])
+
+    def checksums(self) -> list[int]:
+        """The blocks' checksums; those of a write are final once it is staged."""
+        return list(ffi.unpack(self._checksums, self.block_count)) if self.block_count else []
+
+    @property
+    def failure(self) -> Failure | None:
+        """The first failure, once the job is done; None if there was none."""
+        c_job = self.c_job
+        if c_job.failure == lib.ENG_NO_FAILURE:
+            return None
+        block = int(c_job.failed_block)
+        return Failure(FailureKind(c_job.failure), int(c_job.error), block if block < self.block_count else None)
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What the pipeline measured: times in ns on the clock of time.monotonic_ns(), bytes and retries."""
+        names = ("submitted_ns", "staged_ns", "done_ns", "copying_ns", "hashing_ns", "io_bytes", "retry_count")
+        return {name: int(getattr(self.c_job, name)) for name in names}

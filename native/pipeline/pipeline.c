@@ -1,0 +1,468 @@
+/*
+ * pipeline.c: the slot state machine.
+ *
+ *     FREE -> STAGING -> STAGED -> MOVING ----------> FREE   a block of a write: hashed as it is staged
+ *     FREE ----------------------> MOVING -> MOVED -> FREE   a block of a read: verified, then copied out
+ *
+ * A write waits in STAGED until its job has files, so that staging can begin before the files are made; where they are
+ * there it goes past it.  Jobs are served in order of arrival: an older save frees its arena first.
+ *
+ * The arena is wanted back soonest, and the device is slower than memory, so staging comes before everything else.
+ * Reads likewise: as long as there are slots to read into, the device is given its next blocks before those that it has
+ * delivered are looked at.  So only some of the slots are under way at a time, and the others are worked on meanwhile.
+ */
+#include "pipeline/pipeline.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "staging/host.h"
+#include "pipeline/job.h"
+
+enum {
+    /* Blocks staged before their writes are submitted together: few enough that the device starts early (4 MiB
+     * stage in about half a millisecond), enough that a submission is not paid for every block. */
+    BATCH_BLOCKS = 2,
+    /* Read at a time.  A drive is busy with its bandwidth times its latency, some 2 MB, and an array of them with a few
+     * times that; what is asked for beyond delays the first block, and all are there at once in the end, with nothing
+     * left to read while they are verified.  500 MB in blocks of 4 MiB took, on the host of docs/perf.md: 139 ms with
+     * 16 MiB under way, 135 with 64, 140 with 128, 146 with 256. */
+    READ_WINDOW_BYTES = 64 << 20,
+    /* Tries of one operation that made no progress (EINTR, EAGAIN, ENOMEM, a short write under the alignment). */
+    RETRIES_MAX = 16,
+    /* Refusals of the submission itself in a row, 1 ms apart: 100 ms is far beyond a passing shortage. */
+    REFUSALS_MAX = 100,
+    REAP_MAX = 64
+};
+
+uint64_t pipeline_now_ns(void)
+{
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
+}
+
+static uint8_t *slot_memory(const eng_pipeline *p, uint32_t index)
+{
+    return p->memory + (size_t)index * p->config.slot_bytes;
+}
+
+static void set_state(eng_job *job, uint32_t block, uint8_t state)
+{
+    __atomic_store_n(&job->states[block], state, __ATOMIC_RELEASE);
+}
+
+static void reach(eng_pipeline *p, eng_job *job, uint32_t milestones)
+{
+    pthread_mutex_lock(&p->mutex);
+    __atomic_fetch_or(&job->milestones, milestones, __ATOMIC_RELEASE);
+    pthread_cond_broadcast(&p->changed);
+    pthread_mutex_unlock(&p->mutex);
+}
+
+/* ---- slots ---- */
+
+static void append(slot_list *list, uint32_t index)
+{
+    list->slots[list->count++] = index;
+}
+
+/* Take out a slot that is in the list. */
+static void take_out(slot_list *list, uint32_t index)
+{
+    uint32_t at = 0;
+    while (list->slots[at] != index)
+        at++;
+    list->count--;
+    memmove(&list->slots[at], &list->slots[at + 1], (list->count - at) * sizeof *list->slots);
+}
+
+static void await_files(eng_pipeline *p, uint32_t index)
+{
+    p->slots[index].state = SLOT_STAGED;
+    append(&p->waiting, index);
+}
+
+static void await_verification(eng_pipeline *p, uint32_t index)
+{
+    p->slots[index].state = SLOT_MOVED;
+    append(&p->unverified, index);
+}
+
+static uint32_t take_slot(eng_pipeline *p, uint32_t entry_index, uint32_t block)
+{
+    const uint32_t index = p->free_slots[--p->free_count];
+    p->slots[index] = (slot){SLOT_STAGING, entry_index, block, 0, 0};
+    p->entries[entry_index].slot_count++;
+    return index;
+}
+
+static void free_slot(eng_pipeline *p, uint32_t index)
+{
+    if (p->slots[index].state == SLOT_STAGED)
+        take_out(&p->waiting, index);
+    if (p->slots[index].state == SLOT_MOVED)
+        take_out(&p->unverified, index);
+    p->entries[p->slots[index].entry].slot_count--;
+    p->slots[index].state = SLOT_FREE;
+    p->free_slots[p->free_count++] = index;
+}
+
+/* ---- failure and completion of a job ---- */
+
+static void fail(eng_pipeline *p, uint32_t entry_index, uint32_t kind, int error, uint32_t block)
+{
+    entry *e = &p->entries[entry_index];
+    if (e->failed)
+        return; /* the first failure is the one that is told */
+    e->failed = 1;
+    e->job->failure = kind;
+    e->job->error = error;
+    e->job->failed_block = block;
+    if (block < e->job->block_count)
+        set_state(e->job, block, ENG_FAILED);
+    for (uint32_t i = 0; i < p->config.slot_count; i++) {
+        const int idle = p->slots[i].state == SLOT_STAGED || p->slots[i].state == SLOT_MOVED;
+        if (idle && p->slots[i].entry == entry_index)
+            free_slot(p, i);
+    }
+    reach(p, e->job, ENG_URGENT | ENG_ALL_STAGED);
+}
+
+static int is_rechecked(const entry *e)
+{
+    const int due = e->job->checked && e->job->direction == ENG_WRITE;
+    return !due || e->recheck_next == e->job->block_count;
+}
+
+/* Whether there is a block to look at a second time. */
+static int may_recheck(const entry *e)
+{
+    return e->next == e->job->block_count && !is_rechecked(e);
+}
+
+/* Let go of a job that has nothing left to do.  Its memory is the caller's again once ENG_DONE is reached. */
+static void settle(eng_pipeline *p, uint32_t entry_index)
+{
+    entry *e = &p->entries[entry_index];
+    eng_job *job = e->job;
+    const int complete = e->finished_count == job->block_count && is_rechecked(e);
+    if (e->slot_count > 0 || !(e->failed || complete))
+        return;
+    /* What success means, checked once more at the end: an `order` that names a block twice leaves one out. */
+    for (uint32_t i = 0; i < job->block_count && !e->failed; i++)
+        if (job->states[i] != ENG_WRITTEN)
+            fail(p, entry_index, ENG_INVALID_FAILURE, EINVAL, i);
+    if (e->has_files)
+        for (uint32_t i = 0; i < job->file_count; i++)
+            p->io.set_file(p->io.context, entry_index * ENG_JOB_FILES_MAX + i, -1);
+    uint32_t at = 0;
+    while (p->queue[at] != entry_index)
+        at++;
+    p->queue_count--;
+    memmove(&p->queue[at], &p->queue[at + 1], (p->queue_count - at) * sizeof *p->queue);
+    job->done_ns = pipeline_now_ns();
+    pthread_mutex_lock(&p->mutex);
+    memset(e, 0, sizeof *e);
+    pthread_mutex_unlock(&p->mutex);
+    reach(p, job, ENG_URGENT | ENG_ALL_STAGED | ENG_DONE);
+}
+
+/* ---- moving bytes ---- */
+
+static void start_io(eng_pipeline *p, uint32_t index)
+{
+    slot *s = &p->slots[index];
+    const eng_job *job = p->entries[s->entry].job;
+    const eng_block *block = &job->blocks[s->block];
+    const uint32_t padded = (block->nbytes + ENG_ALIGNMENT - 1) & ~(uint32_t)(ENG_ALIGNMENT - 1);
+    const eng_io io = {
+        .slot = index,
+        .direction = job->direction,
+        .file = s->entry * ENG_JOB_FILES_MAX + block->file,
+        .nbytes = padded - s->done_bytes,
+        .file_offset = block->file_offset + s->done_bytes,
+        .address = slot_memory(p, index) + s->done_bytes,
+    };
+    s->state = SLOT_MOVING;
+    const int result = p->io.start(p->io.context, &io);
+    if (result == 0) {
+        p->moving_count++;
+        p->reading_count += job->direction == ENG_READ;
+        return;
+    }
+    fail(p, s->entry, ENG_IO_FAILURE, -result, s->block);
+    free_slot(p, index);
+}
+
+static void note_staged(eng_pipeline *p, entry *e)
+{
+    if (e->next == e->job->urgent_count)
+        reach(p, e->job, ENG_URGENT);
+    if (e->next == e->job->block_count && is_rechecked(e)) {
+        e->job->staged_ns = pipeline_now_ns();
+        reach(p, e->job, ENG_ALL_STAGED);
+    }
+}
+
+static void begin_block(eng_pipeline *p, uint32_t entry_index)
+{
+    entry *e = &p->entries[entry_index];
+    eng_job *job = e->job;
+    const uint32_t block = job->order[e->next++];
+    const uint32_t index = take_slot(p, entry_index, block);
+
+    if (job->direction == ENG_READ) {
+        start_io(p, index);
+        return;
+    }
+    const uint64_t start_ns = pipeline_now_ns();
+    job->checksums[block] = host_gather(job, &job->blocks[block], slot_memory(p, index));
+    job->copying_ns += pipeline_now_ns() - start_ns;
+    set_state(job, block, ENG_STAGED);
+    note_staged(p, e);
+    if (e->has_files)
+        start_io(p, index);
+    else
+        await_files(p, index);
+}
+
+/* Hash one block's sources again; a difference means that somebody wrote while we read. */
+static void recheck_block(eng_pipeline *p, uint32_t entry_index)
+{
+    entry *e = &p->entries[entry_index];
+    const uint32_t block = e->job->order[e->recheck_next];
+    const uint32_t index = take_slot(p, entry_index, block);
+    const uint64_t start_ns = pipeline_now_ns();
+    const uint64_t checksum = host_gather(e->job, &e->job->blocks[block], slot_memory(p, index));
+    e->job->copying_ns += pipeline_now_ns() - start_ns;
+    free_slot(p, index);
+    if (checksum != e->job->checksums[block]) {
+        fail(p, entry_index, ENG_TORN_FAILURE, 0, block);
+    } else {
+        e->recheck_next++;
+        note_staged(p, e);
+    }
+}
+
+/* Whether the next block of a job may begin now: a write has only to be staged, a read needs its file and the device. */
+static int may_begin(const eng_pipeline *p, const entry *e)
+{
+    if (e->failed || e->next == e->job->block_count)
+        return 0;
+    if (e->job->direction == ENG_WRITE)
+        return 1;
+    const uint64_t reading_bytes = (uint64_t)p->reading_count * p->config.slot_bytes;
+    return e->has_files && reading_bytes < READ_WINDOW_BYTES;
+}
+
+uint32_t pipeline_fill(eng_pipeline *p)
+{
+    uint32_t begun = 0;
+    for (uint32_t at = 0; at < p->queue_count && begun < BATCH_BLOCKS && p->free_count > 0;) {
+        const uint32_t entry_index = p->queue[at];
+        const entry *e = &p->entries[entry_index];
+        if (may_begin(p, e)) {
+            begin_block(p, entry_index);
+        } else if (!e->failed && may_recheck(e)) {
+            recheck_block(p, entry_index);
+        } else if (p->unverified.count > 0 && p->slots[p->unverified.slots[0]].entry == entry_index) {
+            break; /* its blocks come before a younger job's, which could have something to begin for ever */
+        } else {
+            at++;
+            continue;
+        }
+        begun++;
+        settle(p, entry_index); /* may take the job out of the queue, and then `at` is already the next one */
+    }
+    return begun;
+}
+
+static void finish_block(eng_pipeline *p, uint32_t index)
+{
+    entry *e = &p->entries[p->slots[index].entry];
+    set_state(e->job, p->slots[index].block, ENG_WRITTEN);
+    e->finished_count++;
+    free_slot(p, index);
+}
+
+uint32_t pipeline_verify(eng_pipeline *p)
+{
+    if (p->unverified.count == 0)
+        return 0;
+    const uint32_t index = p->unverified.slots[0], entry_index = p->slots[index].entry, block = p->slots[index].block;
+    eng_job *job = p->entries[entry_index].job;
+    const uint64_t start_ns = pipeline_now_ns();
+    const uint64_t checksum = host_checksum(job, &job->blocks[block], slot_memory(p, index));
+    const uint64_t hashed_ns = pipeline_now_ns();
+    job->hashing_ns += hashed_ns - start_ns;
+    if (checksum == job->checksums[block]) {
+        host_scatter(job, &job->blocks[block], slot_memory(p, index));
+        job->copying_ns += pipeline_now_ns() - hashed_ns;
+        finish_block(p, index);
+    } else {
+        fail(p, entry_index, ENG_CHECKSUM_FAILURE, 0, block);
+    }
+    settle(p, entry_index);
+    return 1;
+}
+
+static void retry(eng_pipeline *p, uint32_t index, uint32_t kind, int error)
+{
+    slot *s = &p->slots[index];
+    p->entries[s->entry].job->retry_count++;
+    if (s->retry_count++ < RETRIES_MAX) {
+        start_io(p, index);
+        return;
+    }
+    fail(p, s->entry, kind, error, s->block);
+    free_slot(p, index);
+}
+
+static void complete(eng_pipeline *p, uint32_t index, int32_t result)
+{
+    slot *s = &p->slots[index];
+    const uint32_t entry_index = s->entry;
+    entry *e = &p->entries[entry_index];
+    const eng_block *block = &e->job->blocks[s->block];
+    const uint32_t padded = (block->nbytes + ENG_ALIGNMENT - 1) & ~(uint32_t)(ENG_ALIGNMENT - 1);
+    const uint32_t wanted = e->job->direction == ENG_WRITE ? padded : block->nbytes;
+
+    p->moving_count--;
+    p->reading_count -= e->job->direction == ENG_READ;
+    if (e->failed) {
+        free_slot(p, index);
+    } else if (result == -EINTR || result == -EAGAIN || result == -ENOMEM) {
+        retry(p, index, ENG_IO_FAILURE, -result);
+    } else if (result <= 0 || (uint32_t)result > padded - s->done_bytes) {
+        const int error = result < 0 ? -result : result == 0 ? 0 : EIO;
+        fail(p, entry_index, result == 0 ? ENG_SHORT_FAILURE : ENG_IO_FAILURE, error, s->block);
+        free_slot(p, index);
+    } else if (s->done_bytes + (uint32_t)result >= wanted) {
+        e->job->io_bytes += (uint32_t)result;
+        if (e->job->direction == ENG_READ)
+            await_verification(p, index);
+        else
+            finish_block(p, index);
+    } else {
+        /* Short: go on from the last aligned byte, as O_DIRECT wants.  Progress starts the count afresh. */
+        const uint32_t progress = (uint32_t)result & ~(uint32_t)(ENG_ALIGNMENT - 1);
+        e->job->io_bytes += progress;
+        s->done_bytes += progress;
+        if (progress > 0)
+            s->retry_count = 0;
+        retry(p, index, ENG_SHORT_FAILURE, 0);
+    }
+    settle(p, entry_index);
+}
+
+/* The ring itself is gone: every job fails, and the next one gets a new ring.  Slots that the kernel may still write to
+ * are never used again. */
+static void break_down(eng_pipeline *p, int error)
+{
+    p->broken = error;
+    p->refusal_count = 0;
+    p->free_count = 0;
+    p->moving_count = p->reading_count = 0;
+    while (p->queue_count > 0) {
+        const uint32_t entry_index = p->queue[0];
+        fail(p, entry_index, ENG_IO_FAILURE, error, UINT32_MAX);
+        p->free_count = 0;
+        p->entries[entry_index].slot_count = 0;
+        settle(p, entry_index);
+    }
+}
+
+void pipeline_reap(eng_pipeline *p, uint32_t wait)
+{
+    static const struct timespec PAUSE = {0, 1000000};
+    eng_completion completions[REAP_MAX];
+    const int count = p->io.reap(p->io.context, completions, REAP_MAX, wait);
+
+    for (int i = 0; i < count; i++)
+        if (completions[i].slot < p->config.slot_count && p->slots[completions[i].slot].state == SLOT_MOVING)
+            complete(p, completions[i].slot, completions[i].result);
+        else
+            abort(); /* a completion nobody asked for: memory is no longer what we think it is */
+    if (count >= 0) {
+        p->refusal_count = 0;
+        return;
+    }
+    const int passing = count == -EINTR || count == -EAGAIN || count == -EBUSY || count == -ENOMEM;
+    if (!passing || ++p->refusal_count > REFUSALS_MAX)
+        break_down(p, -count);
+    else if (count != -EINTR)
+        nanosleep(&PAUSE, NULL);
+}
+
+/* ---- the inbox ---- */
+
+/* Give a job its files, and start what waited for them, in the order in which it was staged.  0 if the ring is found to
+ * be gone, and the job with it. */
+static int attach_files(eng_pipeline *p, uint32_t entry_index)
+{
+    entry *e = &p->entries[entry_index];
+    if (e->failed || e->has_files)
+        return 1;
+    e->has_files = 1;
+    for (uint32_t i = 0; i < e->job->file_count; i++) {
+        const int result = p->io.set_file(p->io.context, entry_index * ENG_JOB_FILES_MAX + i, e->fds[i]);
+        if (result == -EOPNOTSUPP || result == -ENXIO) { /* it is no ring any more (io_uring_register(2), ERRORS) */
+            break_down(p, -result);
+            return 0;
+        }
+        if (result < 0) {
+            fail(p, entry_index, ENG_IO_FAILURE, -result, UINT32_MAX);
+            return 1;
+        }
+    }
+    for (uint32_t at = 0; at < p->waiting.count && !e->failed;) {
+        const uint32_t index = p->waiting.slots[at];
+        if (p->slots[index].entry != entry_index) {
+            at++;
+            continue;
+        }
+        take_out(&p->waiting, index);
+        start_io(p, index);
+    }
+    return 1;
+}
+
+void pipeline_accept(eng_pipeline *p, uint32_t entry_index)
+{
+    entry *e = &p->entries[entry_index];
+    pthread_mutex_lock(&p->mutex);
+    const int submitted = e->submitted, attached = e->attached, aborted = e->aborted;
+    const int32_t abort_error = e->abort_error;
+    e->submitted = e->attached = e->aborted = 0;
+    pthread_mutex_unlock(&p->mutex);
+
+    if (submitted) {
+        p->queue[p->queue_count++] = entry_index;
+        if (p->broken && service_mend(p) != 0)
+            fail(p, entry_index, ENG_IO_FAILURE, p->broken, UINT32_MAX);
+        else if (!job_is_valid(e->job, p->config.slot_bytes))
+            fail(p, entry_index, ENG_INVALID_FAILURE, EINVAL, UINT32_MAX);
+        else
+            note_staged(p, e); /* with nothing urgent, ENG_URGENT is reached at once */
+    }
+    if (aborted)
+        fail(p, entry_index, ENG_ABORTED_FAILURE, abort_error, UINT32_MAX);
+    if (attached && !attach_files(p, entry_index))
+        return;
+    if (submitted || aborted || attached)
+        settle(p, entry_index);
+}
+
+void pipeline_cancel_unattached(eng_pipeline *p)
+{
+    for (uint32_t at = p->queue_count; at-- > 0;) {
+        const uint32_t entry_index = p->queue[at];
+        if (p->entries[entry_index].has_files)
+            continue;
+        fail(p, entry_index, ENG_ABORTED_FAILURE, ECANCELED, UINT32_MAX);
+        settle(p, entry_index);
+    }
+}

@@ -1,0 +1,104 @@
+/*
+ * pipeline.h: what the two halves of a pipeline share.
+ *
+ * pipeline.c is the slot state machine: it runs on the pipeline's thread only and never blocks but in reap.
+ * service.c is the thread itself and the functions of engine_native.h, which other threads call; they reach the
+ * machine through the inbox half of an entry and nothing else.
+ *
+ * Locks.  `mutex` guards the inbox half of every entry, and the broadcast of milestones.  All else belongs to the
+ * thread, or is a single word written atomically (a job's states and milestones, `dirty`, `stopping`).
+ */
+#ifndef PIPELINE_H
+#define PIPELINE_H
+
+#include <pthread.h>
+
+#include "engine_native.h"
+#include "moving/posix.h"
+#include "moving/ring.h"
+
+/* A slot is in SLOT_STAGED if and only if it is in `waiting`, and in SLOT_MOVED if and only if it is in `unverified`. */
+enum slot_state { SLOT_FREE, SLOT_STAGING, SLOT_STAGED, SLOT_MOVING, SLOT_MOVED };
+
+typedef struct {
+    enum slot_state state;
+    uint32_t entry;
+    uint32_t block;
+    uint32_t done_bytes;      /* of this block; a multiple of ENG_ALIGNMENT while more is to come */
+    uint32_t retry_count;
+} slot;
+
+/* Some of the slots, in the order in which they came. */
+typedef struct {
+    uint32_t *slots;
+    uint32_t count;
+} slot_list;
+
+typedef struct {
+    /* The inbox, guarded by the mutex. */
+    eng_job *job;             /* NULL: the entry is free */
+    int submitted, attached, aborted;
+    int32_t abort_error;
+    int32_t fds[ENG_JOB_FILES_MAX];
+    /* The thread's own. */
+    int has_files, failed;
+    uint32_t next;            /* index into order of the next block to begin */
+    uint32_t recheck_next;    /* the same for the second hash of a checked job */
+    uint32_t finished_count;
+    uint32_t slot_count;      /* slots this job holds */
+} entry;
+
+struct eng_pipeline {
+    eng_config config;
+    eng_io_table io;
+    ring *ring;               /* at most one of these two is there: what is behind `io` */
+    posix *posix;
+    uint8_t *memory;
+    slot *slots;
+    uint32_t *free_slots;
+    uint32_t free_count;
+    slot_list waiting;        /* staged, and their jobs have no files yet */
+    slot_list unverified;     /* read, and to be verified */
+    uint32_t moving_count;    /* operations under way */
+    uint32_t reading_count;   /* those of them that are reads */
+    uint32_t refusal_count;
+    int broken;               /* errno that the ring itself died of, until it is replaced */
+    entry entries[ENG_JOBS_MAX];
+    uint32_t queue[ENG_JOBS_MAX]; /* entries in order of arrival */
+    uint32_t queue_count;
+    pthread_t thread;
+    pthread_mutex_t mutex;
+    pthread_cond_t changed;
+    int wake_fd;
+    int ring_fd;
+    int dirty;                /* something is in the inbox */
+    int stopping;
+    int stopped;              /* the thread has been joined */
+    int opened;               /* 0 until the thread has tried to set up, then 1 or -errno */
+};
+
+/* CLOCK_MONOTONIC in nanoseconds. */
+uint64_t pipeline_now_ns(void);
+
+/* Take one entry's inbox: a new job, its files, an abort. */
+void pipeline_accept(struct eng_pipeline *p, uint32_t entry_index);
+
+/* Replace a ring that broke, and its slots with it, which the kernel may still be moving.  Returns 0 or an errno.  In
+ * service.c, which opens rings. */
+int service_mend(struct eng_pipeline *p);
+
+/* Abort the jobs that have no files: the pipeline is closing, and they will never get any. */
+void pipeline_cancel_unattached(struct eng_pipeline *p);
+
+/* Begin a few blocks, oldest job first.  Returns how many. */
+uint32_t pipeline_fill(struct eng_pipeline *p);
+
+/* Verify the block that was read first of those that are not verified, and copy it out.  Returns 1, or 0 if there is
+ * none. */
+uint32_t pipeline_verify(struct eng_pipeline *p);
+
+/* Hand over what has begun and take what has completed; with `wait`, sleep until there is something. */
+void pipeline_reap(struct eng_pipeline *p, uint32_t wait);
+
+#endif
+

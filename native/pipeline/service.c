@@ -1,0 +1,343 @@
+/*
+ * service.c: the pipeline's thread, and the calls that other threads make to it.
+ *
+ * One turn of the thread: take what callers left in the inbox, stage a few blocks into free slots or have them read or,
+ * if there is none to begin, verify one that was read; hand what has begun over in one submission, and reap what has
+ * completed.  Sleep only when none of that moved.
+ */
+#include <errno.h>
+#include <poll.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "pipeline/pipeline.h"
+
+/* ---- the thread ---- */
+
+static void accept_inbox(eng_pipeline *p)
+{
+    if (!__atomic_exchange_n(&p->dirty, 0, __ATOMIC_ACQ_REL))
+        return;
+    for (uint32_t i = 0; i < ENG_JOBS_MAX; i++)
+        pipeline_accept(p, i);
+}
+
+static void wake(eng_pipeline *p)
+{
+    const uint64_t one = 1;
+    /* The flag first: whoever is woken empties the descriptor and then looks at the flag. */
+    __atomic_store_n(&p->dirty, 1, __ATOMIC_RELEASE);
+    if (write(p->wake_fd, &one, sizeof one) != sizeof one)
+        abort(); /* an eventfd takes 2^64 - 2 wakes before it refuses one */
+}
+
+static void sleep_until_woken(eng_pipeline *p)
+{
+    struct pollfd readable = {.fd = p->wake_fd, .events = POLLIN};
+    uint64_t wakes;
+    poll(&readable, 1, -1); /* an error is a wake for nothing */
+    if (read(p->wake_fd, &wakes, sizeof wakes) < 0 && errno != EAGAIN)
+        abort();
+}
+
+static int open_way(eng_pipeline *p)
+{
+    if (p->config.io != NULL) {
+        p->io = *p->config.io;
+        return 0;
+    }
+    if (p->config.way == ENG_THREADS)
+        return posix_open(&p->config, p->wake_fd, &p->posix, &p->io);
+    const int result = ring_open(&p->config, p->memory, p->wake_fd, &p->ring, &p->io);
+    if (result == 0)
+        p->ring_fd = ring_fd(p->ring);
+    return result;
+}
+
+/* All slots, free. */
+static int map_slots(eng_pipeline *p)
+{
+    const size_t nbytes = (size_t)p->config.slot_count * p->config.slot_bytes;
+    p->memory = mmap(NULL, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p->memory == MAP_FAILED)
+        return -ENOMEM;
+    /* Huge pages make pinning and copying cheaper where the host gives them; a fork must not copy slots that
+     * the kernel is writing from. */
+    madvise(p->memory, nbytes, MADV_HUGEPAGE);
+    madvise(p->memory, nbytes, MADV_DONTFORK);
+    memset(p->slots, 0, p->config.slot_count * sizeof *p->slots);
+    for (p->free_count = 0; p->free_count < p->config.slot_count; p->free_count++)
+        p->free_slots[p->free_count] = p->config.slot_count - 1 - p->free_count;
+    return 0;
+}
+
+static void unmap_slots(eng_pipeline *p)
+{
+    if (p->memory != MAP_FAILED)
+        munmap(p->memory, (size_t)p->config.slot_count * p->config.slot_bytes);
+    p->memory = MAP_FAILED;
+}
+
+/* Give the memory of slots back but not its addresses, which are never used again.  What a ring has pinned stays the
+ * kernel's until it is done; a read that it has yet to begin, or that goes through the page cache, finds nothing to write
+ * to, where otherwise it would find what was mapped next. */
+static void abandon_slots(eng_pipeline *p)
+{
+    const size_t nbytes = (size_t)p->config.slot_count * p->config.slot_bytes;
+    /* Where this fails they stay as they are, which does as well. */
+    mmap(p->memory, nbytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    p->memory = MAP_FAILED;
+}
+
+int service_mend(eng_pipeline *p)
+{
+    if (p->config.io != NULL)
+        return p->broken; /* the table is the caller's, and so is mending it */
+    if (p->ring != NULL) {
+        p->ring_fd = -1;
+        abandon_slots(p);
+        ring_close(p->ring);
+        p->ring = NULL;
+    } else {
+        unmap_slots(p); /* an attempt to mend has failed, and no ring has seen these */
+    }
+    int result = map_slots(p);
+    if (result == 0)
+        result = open_way(p);
+    p->broken = -result;
+    return p->broken;
+}
+
+/* A thread that wakes takes the CPU of the one that woke it if it has slept for long: a caller of eng_submit would be
+ * held up until some of the arena has been staged.  Under SCHED_BATCH it waits for its turn (sched(7)).  In a training on
+ * every core checkpoint() took 0.6 ms in some runs and 2 to 5 in others, and with this 0.6.  Where it is refused all
+ * goes on without, and whoever has chosen another policy keeps it. */
+static void step_back(void)
+{
+    struct sched_param parameters;
+    int policy;
+    if (pthread_getschedparam(pthread_self(), &policy, &parameters) == 0 && policy == SCHED_OTHER)
+        pthread_setschedparam(pthread_self(), SCHED_BATCH, &parameters);
+}
+
+static void *run(void *argument)
+{
+    eng_pipeline *p = argument;
+    step_back();
+    const int result = open_way(p);
+    pthread_mutex_lock(&p->mutex);
+    p->opened = result < 0 ? result : 1;
+    pthread_cond_broadcast(&p->changed);
+    pthread_mutex_unlock(&p->mutex);
+
+    while (result == 0) {
+        /* Read before the inbox is: what was attached before the close is then seen to be. */
+        const int stopping = __atomic_load_n(&p->stopping, __ATOMIC_ACQUIRE);
+        accept_inbox(p);
+        if (stopping)
+            pipeline_cancel_unattached(p);
+        const uint32_t begun = pipeline_fill(p);
+        const int idle = begun == 0 && pipeline_verify(p) == 0;
+        if (p->moving_count > 0)
+            pipeline_reap(p, idle);
+        else if (idle && p->queue_count == 0 && stopping)
+            break;
+        else if (idle && !__atomic_load_n(&p->stopping, __ATOMIC_ACQUIRE))
+            sleep_until_woken(p); /* not if a close has come since: its wake may be read already */
+    }
+    if (p->ring != NULL)
+        ring_close(p->ring);
+    if (p->posix != NULL)
+        posix_close(p->posix);
+    return NULL;
+}
+
+/* ---- called by others ---- */
+
+static void release(eng_pipeline *p)
+{
+    unmap_slots(p);
+    if (p->wake_fd >= 0)
+        close(p->wake_fd);
+    pthread_cond_destroy(&p->changed);
+    pthread_mutex_destroy(&p->mutex);
+    free(p->free_slots);
+    free(p->unverified.slots);
+    free(p->waiting.slots);
+    free(p->slots);
+    free(p);
+}
+
+static int start_thread(eng_pipeline *p)
+{
+    /* Signals belong to the program's own threads: a handler must not run here, nor EINTR the ring.  All but those
+     * of a crash, which would otherwise end the process without a word from its crash handler. */
+    static const int CRASHES[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP};
+    sigset_t blocked, before;
+    sigfillset(&blocked);
+    for (size_t i = 0; i < sizeof CRASHES / sizeof *CRASHES; i++)
+        sigdelset(&blocked, CRASHES[i]);
+    pthread_sigmask(SIG_SETMASK, &blocked, &before);
+    const int result = pthread_create(&p->thread, NULL, run, p);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (result != 0)
+        return -result;
+    pthread_setname_np(p->thread, "engine-io");
+    pthread_mutex_lock(&p->mutex);
+    while (p->opened == 0)
+        pthread_cond_wait(&p->changed, &p->mutex);
+    pthread_mutex_unlock(&p->mutex);
+    if (p->opened < 0)
+        pthread_join(p->thread, NULL);
+    return p->opened < 0 ? p->opened : 0;
+}
+
+static int allocate_slots(eng_pipeline *p)
+{
+    p->slots = calloc(p->config.slot_count, sizeof *p->slots);
+    p->free_slots = calloc(p->config.slot_count, sizeof *p->free_slots);
+    p->unverified.slots = calloc(p->config.slot_count, sizeof *p->unverified.slots);
+    p->waiting.slots = calloc(p->config.slot_count, sizeof *p->waiting.slots);
+    const int listed = p->free_slots != NULL && p->unverified.slots != NULL && p->waiting.slots != NULL;
+    return p->slots != NULL && listed ? 0 : -ENOMEM;
+}
+
+int eng_open(eng_config *config, eng_pipeline **pipeline)
+{
+    config->refused = ENG_REFUSED_RESOURCES;
+    if (config->slot_count == 0 || config->slot_bytes == 0 || config->slot_bytes % ENG_ALIGNMENT != 0)
+        return -EINVAL;
+    eng_pipeline *p = calloc(1, sizeof *p);
+    if (p == NULL)
+        return -ENOMEM;
+    p->config = *config;
+    p->memory = MAP_FAILED;
+    p->ring_fd = -1;
+    pthread_mutex_init(&p->mutex, NULL);
+    pthread_condattr_t monotonic;
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_cond_init(&p->changed, &monotonic);
+    pthread_condattr_destroy(&monotonic);
+    p->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    int result = p->wake_fd < 0 ? -errno : allocate_slots(p);
+    if (result == 0)
+        result = map_slots(p);
+    if (result == 0)
+        result = start_thread(p);
+    config->refused = result < 0 ? p->config.refused : ENG_REFUSED_NOTHING;
+    if (result < 0) {
+        release(p);
+        return result;
+    }
+    *pipeline = p;
+    return 0;
+}
+
+void eng_stop(eng_pipeline *p)
+{
+    if (p->stopped)
+        return;
+    __atomic_store_n(&p->stopping, 1, __ATOMIC_RELEASE);
+    wake(p);
+    pthread_join(p->thread, NULL);
+    p->stopped = 1;
+}
+
+void eng_close(eng_pipeline *p)
+{
+    release(p);
+}
+
+void eng_abandon(eng_pipeline *p)
+{
+    if (p->ring_fd >= 0)
+        close(p->ring_fd);
+    if (p->wake_fd >= 0)
+        close(p->wake_fd);
+    p->ring_fd = p->wake_fd = -1; /* a fork of the child comes here again, and the numbers are others' by then */
+}
+
+int eng_submit(eng_pipeline *p, eng_job *job)
+{
+    int result = -EBUSY;
+    pthread_mutex_lock(&p->mutex);
+    for (uint32_t i = 0; i < ENG_JOBS_MAX && result != 0; i++) {
+        if (p->entries[i].job != NULL)
+            continue;
+        job->submitted_ns = pipeline_now_ns();
+        p->entries[i].job = job;
+        p->entries[i].submitted = 1;
+        result = 0;
+    }
+    pthread_mutex_unlock(&p->mutex);
+    if (result == 0)
+        wake(p);
+    return result;
+}
+
+/* The entry of a job, or NULL if it has ended.  The mutex is held. */
+static entry *find(eng_pipeline *p, const eng_job *job)
+{
+    for (uint32_t i = 0; i < ENG_JOBS_MAX; i++)
+        if (p->entries[i].job == job)
+            return &p->entries[i];
+    return NULL;
+}
+
+int eng_attach(eng_pipeline *p, eng_job *job, const int32_t *fds)
+{
+    pthread_mutex_lock(&p->mutex);
+    entry *e = find(p, job);
+    /* A job that failed its validation may name any number of files: it is never attached. */
+    const int usable = e != NULL && job->file_count <= ENG_JOB_FILES_MAX;
+    if (usable) {
+        memcpy(e->fds, fds, job->file_count * sizeof *fds);
+        e->attached = 1;
+    }
+    pthread_mutex_unlock(&p->mutex);
+    if (usable)
+        wake(p);
+    return usable ? 0 : -ESRCH;
+}
+
+int eng_abort(eng_pipeline *p, eng_job *job, int32_t error)
+{
+    pthread_mutex_lock(&p->mutex);
+    entry *e = find(p, job);
+    if (e != NULL) {
+        e->abort_error = error;
+        e->aborted = 1;
+    }
+    pthread_mutex_unlock(&p->mutex);
+    if (e != NULL)
+        wake(p);
+    return e != NULL ? 0 : -ESRCH;
+}
+
+int eng_reached(const eng_job *job, uint32_t milestone)
+{
+    return (__atomic_load_n(&job->milestones, __ATOMIC_ACQUIRE) & milestone) != 0;
+}
+
+int eng_wait(eng_pipeline *p, const eng_job *job, uint32_t milestone, uint64_t timeout_ns)
+{
+    if (eng_reached(job, milestone))
+        return 1;
+    if (timeout_ns == 0)
+        return 0;
+    const uint64_t until_ns = pipeline_now_ns() + timeout_ns;
+    const struct timespec until = {(time_t)(until_ns / 1000000000u), (long)(until_ns % 1000000000u)};
+    int timed_out = 0;
+    pthread_mutex_lock(&p->mutex);
+    while (!eng_reached(job, milestone) && !timed_out)
+        timed_out = pthread_cond_timedwait(&p->changed, &p->mutex, &until) == ETIMEDOUT;
+    pthread_mutex_unlock(&p->mutex);
+    return eng_reached(job, milestone);
+}

@@ -1,0 +1,467 @@
+"""The manifest: what is encoded comes back, and nothing that contradicts itself gets past `decode`.
+
+Theory of operation.  Damage comes in two kinds.  A flipped bit is caught by the digest.  Whoever can also sign, by
+mistake or on purpose, is caught by the rules of `_validate`: here `signed` makes the bytes of a manifest out of any
+body at all, so that only those rules stand between a number and the reader that would trust it.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import ANY_SHAPES, JSON, manifests, plan_of, planned
+
+from engine.errors import CorruptError
+from engine.format.layout import Layout, TensorSpec, lay_out
+from engine.format.manifest import (
+    _ROWS_AT_ONCE,
+    FORMAT,
+    VERSION,
+    FileRecord,
+    Manifest,
+    SegmentRecord,
+    affected,
+    block_checksums,
+    chunk_layers,
+    chunk_records,
+    decode,
+    encode,
+    encode_rows,
+    segment_records,
+)
+from engine.format.plan import plan_geometry
+
+# Around how many rows are encoded at a time.
+ROW_COUNTS = (0, 1, *(_ROWS_AT_ONCE + more for more in (-1, 0, 1, _ROWS_AT_ONCE)))
+
+
+def signed(body: bytes) -> bytes:
+    """A manifest.json with this body: docs/format.md, in one line."""
+    return b'{"sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'","body":' + body + b"}\n"
+
+
+def example() -> Manifest:
+    """Two files of several chunks, these of several blocks, an empty tensor and an alias."""
+    specs = [
+        TensorSpec("a.weight", "float32", (3000, 2), "model", "a"),
+        TensorSpec("a.bias", "float64", (700,), "model", "a"),
+        TensorSpec("b.empty", "int8", (0, 5), "buffer", "b"),
+        TensorSpec("b.mask", "bool", (4099,), "buffer", "b"),
+        TensorSpec("a.weight.exp_avg", "float32", (3000, 2), "optimizer", "a"),
+    ]
+    layout = lay_out(specs)
+    plan = plan_of(layout, [(2, s.arena_offset) for s in layout.segments], 4096, 3 * 4096)
+    segments = segment_records(layout)
+    checksums = [index * 0x0101_0101_0101_0101 for index in range(len(plan.blocks))]
+    return Manifest(
+        format=FORMAT,
+        version=VERSION,
+        step=7,
+        checkpoint_id="0123456789abcdef" * 2,
+        created_ns=1_700_000_000_000_000_000,
+        block_bytes=4096,
+        files=tuple(FileRecord(*file) for file in plan.files),
+        chunks=chunk_records(plan, chunk_layers(plan, layout), checksums),
+        segments=segments,
+        aliases={"head.weight": "a.weight"},
+        options={},
+        extra={"dict": []},
+    )
+
+
+EXAMPLE = example()
+BODY: dict[str, Any] = json.loads(encode(EXAMPLE))["body"]
+assert len(BODY["files"]) == 2 and len(BODY["chunks"]) > 4 and len(BODY["chunks"][0]["checksums"]) > 2
+
+
+# -- what is encoded comes back ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row_count", ROW_COUNTS)
+def test_rows_encoded_beforehand_are_the_same_bytes(row_count: int) -> None:
+    layout = lay_out([TensorSpec(f'"{i}"', "float32", (1, i % 3), "model", f"l.{i}") for i in range(row_count)])
+    without = msgspec.structs.replace(EXAMPLE, segments=())
+    manifest = msgspec.structs.replace(EXAMPLE, segments=segment_records(layout))
+    assert encode(without, encode_rows(layout)) == encode(manifest)
+
+
+@given(manifests())
+def test_decoding_undoes_encoding(manifest: Manifest) -> None:
+    raw = encode(manifest)
+    decoded = decode(raw)
+    assert decoded == manifest
+    assert encode(decoded) == raw
+
+
+@given(manifests())
+def test_a_manifest_is_the_json_that_it_says_it_is(manifest: Manifest) -> None:
+    raw = encode(manifest)
+    outer = json.loads(raw)
+    assert set(outer) == {"sha256", "body"}
+    assert raw.endswith(b"}\n")
+    body = raw[raw.index(b'"body":') + len(b'"body":') : -2]
+    assert hashlib.sha256(body).hexdigest() == outer["sha256"]
+    assert raw == signed(body)
+
+
+@given(manifests())
+def test_what_a_reader_asks_of_it(manifest: Manifest) -> None:
+    decoded = decode(encode(manifest))
+    geometry = decoded.geometry(decoded.chunks)
+    assert geometry == plan_geometry(geometry.files, geometry.chunks, manifest.block_bytes)
+    checksums = [text for chunk in manifest.chunks for text in chunk.checksums]
+    assert [f"{checksum:016x}" for checksum in block_checksums(decoded.chunks)] == checksums
+    assert len(checksums) == len(geometry.blocks)
+    assert f"{decoded.seed:016x}" == manifest.checkpoint_id[:16]
+    assert decoded.nbytes == sum(block.nbytes for block in geometry.blocks)
+
+
+def test_places_beyond_32_bits_come_back() -> None:
+    layout = lay_out(
+        [TensorSpec("w", "float32", (3, 1 << 30), "model", "w"), TensorSpec("v", "int8", (1,), "model", "v")]
+    )
+    plan = plan_of(layout, [(1, 0), (2, 0)], 1 << 30, 1 << 33)
+    segments = segment_records(layout)
+    manifest = msgspec.structs.replace(
+        EXAMPLE,
+        block_bytes=1 << 30,
+        files=tuple(FileRecord(*file) for file in plan.files),
+        chunks=chunk_records(plan, chunk_layers(plan, layout), [2**64 - 1] * len(plan.blocks)),
+        segments=segments,
+        aliases={},
+    )
+    decoded = decode(encode(manifest))
+    assert decoded == manifest
+    assert decoded.nbytes == 4096 + (3 << 32) + 1
+    last = decoded.geometry(decoded.chunks).blocks[-1]
+    assert last.file_offset + last.nbytes == decoded.nbytes
+    assert affected(decoded.segments, 0, 4096 + (3 << 32), 1) == "v"
+
+
+# -- damage that the digest sees --------------------------------------------------------------------------------------
+
+
+def test_every_flipped_bit_is_seen() -> None:
+    raw = encode(EXAMPLE)
+    for index in range(len(raw)):
+        for bit in range(8):
+            flipped = raw[:index] + bytes([raw[index] ^ 1 << bit]) + raw[index + 1 :]
+            with pytest.raises(CorruptError):
+                decode(flipped)
+
+
+@given(st.data())
+def test_every_changed_byte_is_seen(data: st.DataObject) -> None:
+    raw = encode(data.draw(manifests()))
+    index = data.draw(st.integers(0, len(raw) - 1))
+    byte = data.draw(st.integers(0, 255).filter(lambda value: value != raw[index]))
+    with pytest.raises(CorruptError):
+        decode(raw[:index] + bytes([byte]) + raw[index + 1 :])
+
+
+def test_every_other_length_is_seen() -> None:
+    raw = encode(EXAMPLE)
+    for nbytes in range(len(raw)):
+        with pytest.raises(CorruptError):
+            decode(raw[:nbytes])
+    for extra in (b"\n", b" ", b"\0", b"}\n", raw):
+        with pytest.raises(CorruptError):
+            decode(raw + extra)
+
+
+@given(st.binary(max_size=200))
+def test_bytes_that_are_no_manifest(raw: bytes) -> None:
+    with pytest.raises(CorruptError, match="form of a manifest"):
+        decode(raw)
+
+
+# -- bodies that are signed but wrong ---------------------------------------------------------------------------------
+
+Path = tuple[str | int, ...]
+
+
+def changed(path: Path, value: object) -> bytes:
+    """The example with one value replaced, signed."""
+    body = copy.deepcopy(BODY)
+    at: Any = body
+    for name in path[:-1]:
+        at = at[name]
+    at[path[-1]] = value
+    return signed(json.dumps(body).encode())
+
+
+def restructured(edit: Callable[[dict[str, Any]], object]) -> bytes:
+    """The example after any edit, signed."""
+    body = copy.deepcopy(BODY)
+    edit(body)
+    return signed(json.dumps(body).encode())
+
+
+def test_signing_the_example_again_changes_nothing() -> None:
+    assert decode(restructured(lambda body: None)) == EXAMPLE
+
+
+ABSURD = [-1, -(2**63), 2**31, 2**32, 2**62, 2**63, 2**64, 10**30]
+OFF_BY_ONE = [-1, 1]
+
+# Every number, and how far its neighbours may go: nowhere, since each follows from the others.
+NUMBERS: list[Path] = [
+    ("files", 0, "nbytes"),
+    ("files", 0, "header_bytes"),
+    ("files", 1, "nbytes"),
+    ("files", 1, "header_bytes"),
+    ("chunks", 0, "file"),
+    ("chunks", 0, "index"),
+    ("chunks", 0, "offset"),
+    ("chunks", 0, "nbytes"),
+    ("chunks", 1, "offset"),
+    ("chunks", 1, "nbytes"),
+    ("chunks", -1, "file"),
+    ("chunks", -1, "index"),
+    ("chunks", -1, "offset"),
+    ("chunks", -1, "nbytes"),
+    ("segments", 0, 5),
+    ("segments", 0, 6),
+    ("segments", 0, 7),
+    ("segments", 0, 2, 0),
+    ("segments", 1, 2, 1),
+    ("segments", -1, 5),
+    ("segments", -1, 6),
+    ("segments", -1, 7),
+    ("version",),
+]
+
+
+def value_at(path: Path) -> int:
+    """The number that the example has there."""
+    at: Any = BODY
+    for name in path:
+        at = at[name]
+    assert isinstance(at, int)
+    return at
+
+
+@pytest.mark.parametrize("path", NUMBERS, ids=str)
+def test_a_wrong_number_is_refused(path: Path) -> None:
+    right = value_at(path)
+    for wrong in {*ABSURD, *(right + step for step in OFF_BY_ONE), right + 4096, right - 4096} - {right}:
+        with pytest.raises(CorruptError, match=r"manifest\.json"):
+            decode(changed(path, wrong))
+
+
+@pytest.mark.parametrize(
+    ("path", "values"),
+    [
+        (("step",), [-1, 2**63, 10**30]),
+        (("created_ns",), [-1, 2**63, 10**30]),
+        (("block_bytes",), [-4096, 0, 1, 4095, 4097, 8192, (1 << 30) + 4096, 2**62]),
+        (("segments", 2, 2, 1), [-1, 2**63, 10**30]),  # beside a dimension of 0, where the product cannot tell
+        (("format",), ["", "engine.checkpoint2"]),
+        (("checkpoint_id",), ["", "0" * 31, "0" * 33, "A" * 32, "g" * 32, "0" * 32 + "\n", "\u0660" * 32]),
+        (("chunks", 0, "checksums", 0), ["", "0" * 15, "0" * 17, "A" * 16, "g" * 16, "0x" + "0" * 14, "0" * 16 + "\n"]),
+        (("segments", 0, 1), ["float31", "", "torch.float32", "complex31"]),
+        (("segments", 0, 3), ["", "models"]),
+        (("segments", 0, 0), ["b.mask"]),
+        (("aliases",), [{"a.weight": "a.weight"}, {"a.bias": "a.weight"}, {"head": "nothing"}, {"head": ""}]),
+    ],
+    ids=lambda value: str(value) if isinstance(value, tuple) else "",
+)
+def test_a_wrong_value_is_refused(path: Path, values: list[object]) -> None:
+    for wrong in values:
+        with pytest.raises(CorruptError, match=r"manifest\.json"):
+            decode(changed(path, wrong))
+
+
+def swap(rows: list[Any], one: int, other: int) -> None:
+    """Exchange two rows."""
+    rows[one], rows[other] = rows[other], rows[one]
+
+
+STRUCTURES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no files": lambda body: body.update(files=[], chunks=[], segments=[], aliases={}),
+    "no chunks": lambda body: body.update(chunks=[]),
+    "no segments": lambda body: body.update(segments=[], aliases={}),
+    "a file twice": lambda body: body["files"][1].update(name=body["files"][0]["name"]),
+    "a file more": lambda body: body["files"].append({**body["files"][0], "name": "more.safetensors"}),
+    "a file less": lambda body: body["files"].pop(),
+    "files swapped": lambda body: swap(body["files"], 0, 1),
+    "a chunk missing at the start": lambda body: body["chunks"].pop(0),
+    "a chunk missing in between": lambda body: body["chunks"].pop(1),
+    "a chunk missing at the end": lambda body: body["chunks"].pop(),
+    "a chunk twice": lambda body: body["chunks"].insert(1, body["chunks"][1]),
+    "the last chunk twice": lambda body: body["chunks"].append(body["chunks"][-1]),
+    "a chunk of a file that is not there": lambda body: body["chunks"].append({**body["chunks"][0], "file": 2}),
+    "chunks swapped": lambda body: swap(body["chunks"], 0, 1),
+    "an empty chunk": lambda body: body["chunks"].insert(1, {**body["chunks"][1], "nbytes": 0, "checksums": []}),
+    "two chunks that meet unaligned": lambda body: (
+        body["chunks"][0].update(nbytes=body["chunks"][0]["nbytes"] - 8),
+        body["chunks"][1].update(
+            offset=body["chunks"][1]["offset"] - 8,
+            nbytes=body["chunks"][1]["nbytes"] + 8,
+            checksums=[*body["chunks"][1]["checksums"], "0" * 16],
+        ),
+    ),
+    "a checksum missing": lambda body: body["chunks"][0]["checksums"].pop(),
+    "a checksum more": lambda body: body["chunks"][0]["checksums"].append("0" * 16),
+    "no checksums": lambda body: body["chunks"][0].update(checksums=[]),
+    "a segment missing": lambda body: body["segments"].pop(0),
+    "the last segment missing": lambda body: body["segments"].pop(),
+    "a segment twice": lambda body: body["segments"].insert(0, body["segments"][0]),
+    "segments swapped": lambda body: swap(body["segments"], 0, 1),
+    "segments that overlap": lambda body: body["segments"][1].__setitem__(6, body["segments"][1][6] - 4),
+    "a field missing": lambda body: body.pop("extra"),
+    "a field more": lambda body: body.update(more=1),
+    "a field of a chunk more": lambda body: body["chunks"][0].update(more=1),
+    "a field of a file missing": lambda body: body["files"][0].pop("nbytes"),
+    "a column missing": lambda body: body["segments"][0].pop(),
+    "a column more": lambda body: body["segments"][0].append(1),
+    "another type": lambda body: body.update(step="7"),
+    "a fraction": lambda body: body.update(step=7.5),
+    "no number": lambda body: body.update(step=None),
+    "true": lambda body: body.update(step=True),
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_a_contradiction_is_refused(name: str) -> None:
+    with pytest.raises(CorruptError, match=r"manifest\.json"):
+        decode(restructured(STRUCTURES[name]))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", ".", "..", "/", "model", ".safetensors", "model.safetensors/", "/model.safetensors", "../m.safetensors"),
+        *("a/b.safetensors", "a\\b.safetensors", "model.safetensors\0", "mo\0del.safetensors", "model.safetensors\n"),
+        *("Model.safetensors", "-m.safetensors", ".m.safetensors", "a.b.safetensors", "a" * 101 + ".safetensors"),
+        *(
+            "m\u00f6del.safetensors",
+            "\u0661.safetensors",
+            "model.safetensors.partial",
+            "manifest.json",
+            "step-00000001",
+        ),
+    ],
+)
+def test_a_file_name_that_could_lead_elsewhere_is_refused(name: str) -> None:
+    with pytest.raises(CorruptError, match="cannot be a data file's name"):
+        decode(changed(("files", 0, "name"), name))
+
+
+@pytest.mark.parametrize(
+    "path", [("files", 0, "nbytes"), ("chunks", 0, "nbytes"), ("segments", 0, 2, 0), ("step",)], ids=str
+)
+def test_an_absurd_number_costs_no_memory(path: Path) -> None:
+    for absurd in (2**62, 2**63 - 1, 10**300):
+        raw = changed(path, absurd)
+        if decode_cost_bytes(raw) > 1 << 20:
+            pytest.fail(f"{absurd} at {path} made decode allocate")
+
+
+def decode_cost_bytes(raw: bytes) -> int:
+    """The most memory that Python held while it decoded these bytes, accepted or not."""
+    tracemalloc.start()
+    try:
+        decode(raw)
+    except CorruptError:
+        pass
+    finally:
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    return peak_bytes
+
+
+def test_a_consistent_file_of_absurd_length_is_refused_for_its_checksums() -> None:
+    def stretch(body: dict[str, Any]) -> None:
+        nbytes = body["files"][1]["nbytes"]
+        grown = 2**62 - 2**62 % 4096
+        body["files"][1]["nbytes"] += grown
+        body["chunks"][-1]["nbytes"] += grown
+        body["segments"][-1][7] += grown
+        body["segments"][-1][2] = [(nbytes + grown - 4096) // 4]
+
+    raw = restructured(stretch)
+    with pytest.raises(CorruptError, match=r"checksums for \d+ blocks"):
+        decode(raw)
+    assert decode_cost_bytes(raw) < 1 << 20
+
+
+@pytest.mark.parametrize("brackets", [("[", "]"), ('{"a":', "}")])
+@pytest.mark.parametrize("depth", [1000, 1_000_000])
+def test_deep_nesting_is_refused_or_read(brackets: tuple[str, str], depth: int) -> None:
+    body = json.dumps({**BODY, "extra": "HERE"}).replace('"HERE"', brackets[0] * depth + "1" + brackets[1] * depth)
+    with pytest.raises(CorruptError, match="cannot be decoded"):
+        decode(signed(body.encode()))
+
+
+@given(JSON)
+def test_json_that_is_no_manifest(value: object) -> None:
+    with pytest.raises(CorruptError, match="cannot be decoded"):
+        decode(signed(json.dumps(value).encode()))
+
+
+@given(st.binary(max_size=100))
+def test_a_signed_body_that_is_no_json(body: bytes) -> None:
+    with pytest.raises(CorruptError):
+        decode(signed(body))
+
+
+def paths_of(value: Any, prefix: Path = ()) -> list[Path]:
+    """The way to every value inside a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path for key, inner in items for path in [(*prefix, key), *paths_of(inner, (*prefix, key))]]
+
+
+@settings(max_examples=300)
+@given(st.sampled_from(paths_of(BODY)), JSON | st.sampled_from([*ABSURD, 10**400]))
+def test_any_value_anywhere_is_read_or_refused(path: Path, value: object) -> None:
+    try:
+        manifest = decode(changed(path, value))
+    except CorruptError:
+        return
+    # Whatever was let through cannot lead a reader astray.
+    geometry, right = manifest.geometry(manifest.chunks), EXAMPLE.geometry(EXAMPLE.chunks)
+    assert (geometry.blocks, manifest.nbytes) == (right.blocks, EXAMPLE.nbytes)
+    assert len(block_checksums(manifest.chunks)) == len(geometry.blocks)
+    assert decode(encode(manifest)) == manifest
+
+
+# -- what the errors and the status are made of -----------------------------------------------------------------------
+
+
+@given(planned(ANY_SHAPES))
+def test_the_layers_of_a_chunk(arguments: tuple[Layout, list[tuple[int, int]], int, int]) -> None:
+    layout, where, block_bytes, chunk_bytes = arguments
+    plan = plan_of(layout, where, block_bytes, chunk_bytes)
+    segments = segment_records(layout)
+    for chunk, layers in zip(plan.chunks, chunk_layers(plan, layout), strict=True):
+        inside = [s.layer for s in segments if holds(s, chunk.file_index, chunk.offset, chunk.nbytes)]
+        assert list(layers) == list(dict.fromkeys(inside))
+
+
+def holds(segment: SegmentRecord, file: int, offset: int, nbytes: int) -> bool:
+    """Whether a range of a file holds a byte of a segment."""
+    first, last = max(segment.offset, offset), min(segment.offset + segment.nbytes, offset + nbytes) - 1
+    return segment.file == file and first <= last
+
+
+@given(manifests(), st.data())
+def test_affected_names_what_lies_there(manifest: Manifest, data: st.DataObject) -> None:
+    block = data.draw(st.sampled_from(manifest.geometry(manifest.chunks).blocks))
+    told = affected(manifest.segments, block.file_index, block.file_offset, block.nbytes)
+    inside = [s.name for s in manifest.segments if holds(s, block.file_index, block.file_offset, block.nbytes)]
+    if not inside:
+        assert told == "the header"
+    elif len(inside) <= 4:
+        assert told == ", ".join(inside)
+    else:
+        assert told == f"{', '.join(inside[:4])} and {len(inside) - 4} tensors more"

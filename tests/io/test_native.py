@@ -1,0 +1,729 @@
+"""The native pipeline, driven through `engine.io` directly: bytes there and back, whatever they are made of.
+
+Theory of operation.  What a job must do is what numpy does to the same bytes: a write is a tensor's bytes in row-major
+order, cut at block boundaries, a checksum is the specification's XXH3-64 (`xxh3.py`), and a job that says it succeeded
+has moved every byte.
+
+A pipeline and its files are shared by the examples of one hypothesis test.  No test reads a clock; `HANG_NS` ends one
+that would never end.  The same is true of the other `test_native_*` files.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import struct
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from faults import FaultTable, not_started
+from hypothesis import given
+from hypothesis import strategies as st
+from jobs import (
+    HANG_NS,
+    LOOK_NS,
+    READ,
+    SEED,
+    SLOT_BYTES,
+    WRITE,
+    Stage,
+    assert_usable,
+    bytes_of,
+    checksums_of,
+    content,
+    cut,
+    finish,
+    make_job,
+    noise,
+    plain,
+    rewrite,
+    run,
+    strided,
+    until,
+    whole,
+)
+from xxh3 import xxh3_64
+
+from engine.format.plan import Extent, align_up
+from engine.io.binding import ALIGNMENT, DIMS_MAX, JOBS_MAX, block_checksum
+from engine.io.job import BlockState, Direction, Failure, FailureKind, Job, Milestone
+from engine.io.pipeline import Pipeline
+from engine.store.filesystem import Filesystem
+
+# -- bytes there and back ---------------------------------------------------------------------------------------------
+
+SIZES = [1, 4095, 4096, 4097, 2 * SLOT_BYTES, 5 * SLOT_BYTES + 17, 40 * SLOT_BYTES + 1]
+
+
+@pytest.mark.parametrize("slot_count", [1, 2, 5])
+@pytest.mark.parametrize("nbytes", SIZES)
+def test_bytes_go_to_disk_and_back(
+    open_pipeline: Callable[..., Pipeline], fd: int, nbytes: int, slot_count: int
+) -> None:
+    pipeline = open_pipeline(slot_count)
+    before, after, plan = noise(nbytes), torch.zeros(nbytes, dtype=torch.uint8), whole(nbytes, SLOT_BYTES)
+    written = run(pipeline, make_job(WRITE, plan, [plain(before)]), [fd])
+    assert written.failure is None
+    assert set(written.states()) == {BlockState.WRITTEN}
+    assert content(fd, nbytes) == bytes_of(before)
+    assert written.counters["io_bytes"] == align_up(nbytes, ALIGNMENT) == os.fstat(fd).st_size
+    read = run(pipeline, make_job(READ, plan, [plain(after)], checksums=written.checksums()), [fd])
+    assert read.failure is None
+    assert set(read.states()) == {BlockState.WRITTEN}
+    assert torch.equal(before, after)
+
+
+def test_a_file_of_exact_length_is_read_to_its_unaligned_end(stage: Stage) -> None:
+    nbytes = SLOT_BYTES + 100
+    before, after, plan = noise(nbytes), torch.zeros(nbytes, dtype=torch.uint8), whole(nbytes, SLOT_BYTES)
+    written = run(stage.pipeline, make_job(WRITE, plan, [plain(before)]), [stage.fd])
+    os.truncate(stage.path, nbytes)
+    read = run(stage.pipeline, make_job(READ, plan, [plain(after)], checksums=written.checksums()), [stage.fd])
+    assert read.failure is None
+    assert torch.equal(before, after)
+    assert read.counters["io_bytes"] == nbytes
+
+
+@pytest.mark.parametrize(("remaining_bytes", "block"), [(SLOT_BYTES, 1), (SLOT_BYTES + 50, 1), (0, 0), (50, 0)])
+def test_a_file_that_ends_early_is_a_failure(stage: Stage, remaining_bytes: int, block: int) -> None:
+    nbytes = SLOT_BYTES + 100
+    before, after, plan = noise(nbytes), torch.zeros(nbytes, dtype=torch.uint8), whole(nbytes, SLOT_BYTES)
+    written = run(stage.pipeline, make_job(WRITE, plan, [plain(before)]), [stage.fd])
+    os.truncate(stage.path, remaining_bytes)
+    job = make_job(READ, plan, [plain(after)], checksums=written.checksums())
+    failure = run(stage.pipeline, job, [stage.fd]).failure
+    assert failure is not None
+    assert failure.kind == FailureKind.SHORT
+    assert failure.block in ({0, 1} if block == 0 else {1})
+    assert not after[SLOT_BYTES:].any()
+
+
+def test_a_block_is_made_of_many_extents(stage: Stage) -> None:
+    # Every byte has a source of its own, and they lie backwards.
+    nbytes = ALIGNMENT + 100
+    before, after = noise(nbytes), torch.zeros(nbytes, dtype=torch.uint8)
+    plan = cut([[Extent(nbytes - 1 - at, 0, at, 1) for at in range(nbytes)]], SLOT_BYTES)
+    assert len(plan.extents) == nbytes and len(plan.blocks) == 1
+    written = run(stage.pipeline, make_job(WRITE, plan, [plain(byte) for byte in before.split(1)]), [stage.fd])
+    assert content(stage.fd, nbytes) == bytes_of(before.flip(0))
+    sources = [plain(byte) for byte in after.split(1)]
+    run(stage.pipeline, make_job(READ, plan, sources, checksums=written.checksums()), [stage.fd])
+    assert torch.equal(before, after)
+
+
+@pytest.mark.every_backend
+def test_several_files_in_any_order(open_pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
+    pipeline = open_pipeline(3)
+    sizes = [3 * SLOT_BYTES + 1, ALIGNMENT, 5 * SLOT_BYTES]
+    before = [noise(nbytes, seed) for seed, nbytes in enumerate(sizes)]
+    after = [torch.zeros_like(tensor) for tensor in before]
+    paths = [tmp_path / f"{index}" for index in range(3)]
+    fds = [Filesystem().open_for_blocks(str(path), write=True, direct=True) for path in paths]
+    plan = cut([[Extent(index, 0, 0, nbytes)] for index, nbytes in enumerate(sizes)], SLOT_BYTES)
+    backwards = range(len(plan.blocks))[::-1]
+    written = run(pipeline, make_job(WRITE, plan, [*map(plain, before)], order=backwards), fds)
+    for path, tensor, nbytes in zip(paths, before, sizes, strict=True):
+        assert path.read_bytes()[:nbytes] == bytes_of(tensor)
+    read = run(pipeline, make_job(READ, plan, [*map(plain, after)], checksums=written.checksums()), fds)
+    assert read.failure is None
+    assert all(map(torch.equal, before, after))
+    for descriptor in fds:
+        os.close(descriptor)
+
+
+def test_a_read_may_want_only_a_part_of_a_block(stage: Stage) -> None:
+    nbytes = 2 * SLOT_BYTES
+    before, after, plan = noise(nbytes), torch.zeros(nbytes, dtype=torch.uint8), whole(nbytes, SLOT_BYTES)
+    written = run(stage.pipeline, make_job(WRITE, plan, [plain(before)]), [stage.fd])
+    part = cut(
+        [[Extent(0, 10, 10, 5), Extent(0, SLOT_BYTES - 3, SLOT_BYTES - 3, 6), Extent(0, 0, nbytes - 1, 1)]], SLOT_BYTES
+    )
+    read = run(stage.pipeline, make_job(READ, part, [plain(after)], checksums=written.checksums()), [stage.fd])
+    assert read.failure is None
+    expected = torch.zeros_like(after)
+    for extent in part.extents:
+        where = slice(extent.source_offset, extent.source_offset + extent.nbytes)
+        expected[where] = before[extent.file_offset : extent.file_offset + extent.nbytes]
+    assert torch.equal(after, expected)
+
+
+@pytest.mark.every_backend
+def test_padding_is_zero_whatever_the_slot_held(open_pipeline: Callable[..., Pipeline], fd: int) -> None:
+    pipeline = open_pipeline(1)
+    ones = torch.full((SLOT_BYTES,), 255, dtype=torch.uint8)
+    run(pipeline, make_job(WRITE, whole(SLOT_BYTES, SLOT_BYTES), [plain(ones)]), [fd])
+    for nbytes in (1, 4095, 4097, SLOT_BYTES - 1):
+        run(pipeline, make_job(WRITE, whole(nbytes, SLOT_BYTES), [plain(ones)]), [fd])
+        padded_bytes = align_up(nbytes, ALIGNMENT)
+        assert content(fd, padded_bytes) == b"\xff" * nbytes + bytes(padded_bytes - nbytes)
+
+
+# -- strided sources --------------------------------------------------------------------------------------------------
+
+# One dtype for each element size.
+DTYPES = [torch.complex128, torch.int64, torch.int32, torch.int16, torch.uint8]
+
+
+class View(NamedTuple):
+    """How to make a strided tensor: a base's shape, a slice of each dimension, and the order of dimensions."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    slices: tuple[slice, ...]
+    order: tuple[int, ...]
+
+    def of_noise(self) -> torch.Tensor:
+        """The view of a base of random bytes."""
+        itemsize = self.dtype.itemsize
+        base = noise(torch.Size(self.shape).numel() * itemsize).view(self.dtype).reshape(self.shape)
+        return base[self.slices].permute(self.order)
+
+
+@st.composite
+def views(draw: st.DrawFn) -> View:
+    shape = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=5)))
+    slices = []
+    for extent in shape:
+        start = draw(st.integers(0, extent - 1))
+        slices.append(slice(start, draw(st.integers(start + 1, extent)), draw(st.integers(1, 3))))
+    order = tuple(draw(st.permutations(range(len(shape)))))
+    return View(draw(st.sampled_from(DTYPES)), shape, tuple(slices), order)
+
+
+def packed_runs(tensors: list[torch.Tensor]) -> list[Extent]:
+    """One tensor after the other, each a source of its own."""
+    runs, offset = [], 0
+    for index, tensor in enumerate(tensors):
+        nbytes = tensor.numel() * tensor.element_size()
+        runs.append(Extent(index, 0, offset, nbytes))
+        offset += nbytes
+    return runs
+
+
+@given(st.lists(views(), min_size=1, max_size=5))
+def test_strided_tensors_are_gathered_and_scattered(stage: Stage, drawn: list[View]) -> None:
+    # Widest first, as in a file: no block boundary cuts an element.
+    tensors = sorted((view.of_noise() for view in drawn), key=lambda tensor: -tensor.element_size())
+    plan = cut([packed_runs(tensors)], ALIGNMENT)
+    written = run(stage.pipeline, make_job(WRITE, plan, [*map(strided, tensors)]), [stage.fd])
+    assert written.failure is None
+    stored = b"".join(map(bytes_of, tensors))
+    assert content(stage.fd, len(stored)) == stored
+
+    bases = [torch.zeros_like(view.of_noise()._base) for view in drawn]
+    targets = [
+        base.reshape(view.shape)[view.slices].permute(view.order) for base, view in zip(bases, drawn, strict=True)
+    ]
+    targets.sort(key=lambda tensor: -tensor.element_size())
+    job = make_job(READ, plan, [*map(strided, targets)], checksums=written.checksums())
+    assert run(stage.pipeline, job, [stage.fd]).failure is None
+    assert b"".join(map(bytes_of, targets)) == stored
+    # Nothing beside the views has changed: what a base holds is what went into its view.
+    assert sum(map(count_bytes, bases)) == sum(map(count_bytes, targets))
+
+
+def count_bytes(tensor: torch.Tensor) -> int:
+    """How many of a tensor's bytes are not zero."""
+    return sum(byte != 0 for byte in bytes_of(tensor))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_strided_tensors(open_pipeline: Callable[..., Pipeline], fd: int, dtype: torch.dtype) -> None:
+    """Rows and extents beyond the pieces that staging copies at a time (128 KiB), cut anywhere."""
+    pipeline = open_pipeline(2, 1 << 20)
+    view = View(dtype, (7, 390, 401), (slice(None), slice(1, None), slice(None, None, 2)), (2, 0, 1)).of_noise()
+    plan = cut([packed_runs([view])], 1 << 20)
+    written = run(pipeline, make_job(WRITE, plan, [strided(view)]), [fd])
+    assert content(fd, plan.files[0].nbytes) == bytes_of(view)
+    target = torch.zeros_like(view)
+    run(pipeline, make_job(READ, plan, [strided(target)], checksums=written.checksums()), [fd])
+    assert bytes_of(target) == bytes_of(view)
+
+
+def test_expanded_and_many_dimensional_tensors_are_gathered(stage: Stage) -> None:
+    wide = noise(2**DIMS_MAX).reshape([2] * DIMS_MAX).permute(*range(DIMS_MAX)[::-1])
+    repeated = noise(13).reshape(13, 1).expand(13, 200)
+    plan = cut([packed_runs([wide, repeated])], SLOT_BYTES)
+    assert run(stage.pipeline, make_job(WRITE, plan, [strided(wide), strided(repeated)]), [stage.fd]).failure is None
+    assert content(stage.fd, plan.files[0].nbytes) == bytes_of(wide) + bytes_of(repeated)
+
+
+# -- checksums --------------------------------------------------------------------------------------------------------
+
+# From xxHash's own sanity test (tests/sanity_test_vectors.h, XSUM_XXH3_testdata): length, hash under seed 0, hash under
+# seed 11400714785074694797.
+XXH3_VECTORS = [
+    (24, 0xA3FE70BF9D3510EB, 0x850E80FC35BDD690),
+    (403, 0xCDEB804D65C6DEA4, 0x6259F6ECFD6443FD),
+    (512, 0x617E49599013CB6B, 0x3CE457DE14C27708),
+    (2048, 0xDD59E2C3A5F038E0, 0x66F81670669ABABC),
+]
+
+
+@pytest.mark.parametrize(("nbytes", "unseeded", "seeded"), XXH3_VECTORS)
+def test_the_oracle_is_xxh3(nbytes: int, unseeded: int, seeded: int) -> None:
+    prime = 11400714785074694797
+    generator = itertools.accumulate(range(nbytes - 1), lambda state, _: state * prime % 2**64, initial=2654435761)
+    data = bytes(state >> 56 for state in generator)
+    assert (xxh3_64(data, 0), xxh3_64(data, prime)) == (unseeded, seeded)
+
+
+@pytest.mark.parametrize("nbytes", [241, 1024, 1025, 4095, 4096, 16384, (128 << 10) + 1, 300_001])
+def test_a_checksum_is_xxh3_under_the_seed_of_its_place(nbytes: int) -> None:
+    data = bytes_of(noise(nbytes))
+    seed = xxh3_64(struct.pack("<3Q", SEED, 1, 8192), 0)
+    assert block_checksum(data, SEED, 1, 8192) == xxh3_64(data, seed)
+
+
+@pytest.mark.parametrize("extent_bytes", [1000, 64 << 10, (64 << 10) + 37, (68 << 10) + 1, 128 << 10, 300 << 10])
+def test_the_pipeline_gives_the_checksums_of_the_stored_bytes(
+    open_pipeline: Callable[..., Pipeline], fd: int, extent_bytes: int
+) -> None:
+    """Extents that are copied through the caches, and past them in pieces, with and without something left over."""
+    nbytes = (700 << 10) + 3
+    pipeline, tensor = open_pipeline(2, 512 << 10), noise(nbytes)
+    pieces = tensor.split(extent_bytes)
+    plan = cut([packed_runs([*pieces])], 512 << 10)
+    job = run(pipeline, make_job(WRITE, plan, [*map(plain, pieces)]), [fd])
+    assert job.checksums() == checksums_of(plan, [bytes_of(tensor)])
+
+
+@pytest.mark.parametrize("extent_bytes", [1000, (64 << 10) + 37, 2 << 20])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_source_that_is_written_to_meanwhile_gets_the_checksum_of_what_was_copied(
+    open_pipeline: Callable[..., Pipeline], fd: int, extent_bytes: int, transposed: bool
+) -> None:
+    """Extents that are copied through the caches, and past them with a head and a tail and without, and strided."""
+    pipeline, tensor = open_pipeline(2, 1 << 20), noise(max(extent_bytes, 32 << 10))
+    parts = [*tensor.split(extent_bytes)] * ((2 << 20) // len(tensor))  # again and again, so that one is often hit
+    if transposed:
+        parts = [part[: len(part) // 2 * 2].reshape(2, -1).t() for part in parts]
+    plan, sources = cut([packed_runs(parts)], 1 << 20), [*map(strided if transposed else plain, parts)]
+    undisturbed = b"".join(map(bytes_of, parts))
+    whole_states = {undisturbed, bytes(byte ^ 0xFF for byte in undisturbed)}
+    ended = threading.Event()
+
+    def disturb() -> None:
+        while not ended.is_set():
+            tensor.bitwise_xor_(0xFF)
+
+    torn_count = 0
+    with ThreadPoolExecutor(1) as threads:
+        disturbing = threads.submit(disturb)
+        try:
+            for _ in range(1000):
+                job = run(pipeline, make_job(WRITE, plan, sources), [fd])
+                stored = content(fd, len(undisturbed))
+                assert job.checksums() == checksums_of(plan, [stored])
+                torn_count += stored not in whole_states
+                if torn_count == 20:
+                    break
+        finally:
+            ended.set()
+            disturbing.result()
+    assert torn_count == 20
+
+
+@given(st.binary(min_size=1, max_size=64), st.integers(0, 2**64 - 1), st.integers(0, 7), st.integers(0, 2**50))
+def test_a_block_in_the_wrong_place_does_not_verify(block: bytes, seed: int, file: int, index: int) -> None:
+    checksum = block_checksum(block, seed, file, index * ALIGNMENT)
+    assert checksum == block_checksum(block, seed, file, index * ALIGNMENT)
+    assert checksum != block_checksum(block, seed ^ 1, file, index * ALIGNMENT)
+    assert checksum != block_checksum(block, seed, file + 1, index * ALIGNMENT)
+    assert checksum != block_checksum(block, seed, file, (index + 1) * ALIGNMENT)
+    assert checksum != block_checksum(block[:-1], seed, file, index * ALIGNMENT)
+
+
+def test_blocks_that_changed_places_do_not_verify(stage: Stage) -> None:
+    # Two equal blocks have different checksums, so that one cannot stand for the other.
+    tensor = noise(SLOT_BYTES).repeat(2)
+    plan = whole(2 * SLOT_BYTES, SLOT_BYTES)
+    first, second = run(stage.pipeline, make_job(WRITE, plan, [plain(tensor)]), [stage.fd]).checksums()
+    assert first != second
+    job = make_job(READ, plan, [plain(tensor.clone())], checksums=[second, first])
+    failure = run(stage.pipeline, job, [stage.fd]).failure
+    assert failure is not None and failure.kind == FailureKind.CHECKSUM
+
+
+@pytest.mark.every_backend
+@pytest.mark.parametrize("flipped", [0, 5 * ALIGNMENT, 2 * SLOT_BYTES + 99])
+def test_a_corrupt_block_reaches_no_tensor(open_pipeline: Callable[..., Pipeline], fd: int, flipped: int) -> None:
+    pipeline = open_pipeline(1)  # one at a time, so that the blocks before it have been copied out
+    nbytes = 2 * SLOT_BYTES + 100
+    before, after, plan = noise(nbytes), torch.zeros(nbytes, dtype=torch.uint8), whole(nbytes, SLOT_BYTES)
+    written = run(pipeline, make_job(WRITE, plan, [plain(before)]), [fd])
+    rewrite(fd, flipped, bytes([content(fd, nbytes)[flipped] ^ 0x80]))
+    read = run(pipeline, make_job(READ, plan, [plain(after)], checksums=written.checksums()), [fd])
+    bad = flipped // SLOT_BYTES
+    assert read.failure == Failure(FailureKind.CHECKSUM, 0, bad)
+    assert read.states()[: bad + 1] == bytes([BlockState.WRITTEN] * bad + [BlockState.FAILED])
+    assert torch.equal(after[: bad * SLOT_BYTES], before[: bad * SLOT_BYTES])
+    assert not after[bad * SLOT_BYTES :].any()
+    assert_usable(pipeline, fd)
+
+
+def test_corrupt_padding_is_not_the_blocks(stage: Stage) -> None:
+    before, after, plan = noise(100), torch.zeros(100, dtype=torch.uint8), whole(100, SLOT_BYTES)
+    written = run(stage.pipeline, make_job(WRITE, plan, [plain(before)]), [stage.fd])
+    rewrite(stage.fd, 100, b"\xff" * 100)
+    job = make_job(READ, plan, [plain(after)], checksums=written.checksums())
+    assert run(stage.pipeline, job, [stage.fd]).failure is None
+    assert torch.equal(before, after)
+
+
+# -- a checked snapshot -----------------------------------------------------------------------------------------------
+
+
+def test_an_undisturbed_source_is_not_torn(stage: Stage) -> None:
+    tensor, plan = noise(20 * SLOT_BYTES + 9), whole(20 * SLOT_BYTES + 9, SLOT_BYTES)
+    job = run(stage.pipeline, make_job(WRITE, plan, [plain(tensor)], checked=True), [stage.fd])
+    assert job.failure is None
+    assert content(stage.fd, len(tensor)) == bytes_of(tensor)
+    assert job.checksums() == checksums_of(plan, [bytes_of(tensor)])
+
+
+@pytest.mark.every_backend
+@pytest.mark.parametrize("block", [0, 1])
+def test_a_writer_between_the_two_looks_is_caught(open_pipeline: Callable[..., Pipeline], fd: int, block: int) -> None:
+    pipeline = open_pipeline(2)
+    tensor, plan = noise(4 * SLOT_BYTES), whole(4 * SLOT_BYTES, SLOT_BYTES)
+    job = make_job(WRITE, plan, [plain(tensor)], checked=True)
+    pipeline.submit(job)
+    until(lambda: set(job.states()[:2]) == {BlockState.STAGED})
+    assert not pipeline.wait(job, Milestone.STAGED, LOOK_NS)
+    tensor[(block + 1) * SLOT_BYTES - 1] ^= 1
+    pipeline.attach(job, [fd])
+    assert finish(pipeline, job).failure == Failure(FailureKind.TORN, 0, block)
+    assert job.states()[block] == BlockState.FAILED
+    assert_usable(pipeline, fd)
+
+
+# -- abort ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direction", Direction)
+def test_abort_before_the_files_are_there(stage: Stage, direction: Direction) -> None:
+    tensor, plan = noise(9 * SLOT_BYTES), whole(9 * SLOT_BYTES, SLOT_BYTES)
+    job = make_job(direction, plan, [plain(tensor)])
+    stage.pipeline.submit(job)
+    stage.pipeline.abort(job, errno.ENOSPC)
+    assert finish(stage.pipeline, job).failure == Failure(FailureKind.ABORTED, errno.ENOSPC, None)
+    assert BlockState.WRITTEN not in job.states()
+    stage.pipeline.attach(job, [stage.fd])  # too late, and no error: it is what a writer does that lost the race
+    assert_usable(stage.pipeline, stage.fd)
+
+
+@pytest.mark.every_backend
+@pytest.mark.parametrize("direction", Direction)
+def test_abort_drains_what_is_under_way(
+    open_pipeline: Callable[..., Pipeline], buffered_fd: int, direction: Direction
+) -> None:
+    gate = threading.Event()
+    table = FaultTable(gate=gate)
+    pipeline = open_pipeline(2, SLOT_BYTES, table)
+    tensor = torch.zeros(4 * SLOT_BYTES, dtype=torch.uint8)
+    stored, plan = bytes_of(noise(4 * SLOT_BYTES)), whole(4 * SLOT_BYTES, SLOT_BYTES)
+    rewrite(buffered_fd, 0, stored)
+    job = make_job(direction, plan, [plain(tensor)], checksums=checksums_of(plan, [stored]))
+    pipeline.submit(job)
+    pipeline.attach(job, [buffered_fd])
+    until(lambda: len(table.operations) == 2)
+    pipeline.abort(job, errno.ECANCELED)
+    assert pipeline.wait(job, Milestone.STAGED, HANG_NS), "a failed job needs its sources no more"
+    assert not pipeline.wait(job, Milestone.DONE, LOOK_NS), "done while the kernel may still be writing"
+    gate.set()
+    assert finish(pipeline, job).failure == Failure(FailureKind.ABORTED, errno.ECANCELED, None)
+    assert not tensor.any(), "an aborted read reached its tensor"
+    assert BlockState.WRITTEN not in job.states()
+    assert len(table.operations) == 2
+    assert not table.files and not table.exceptions
+    assert_usable(pipeline, buffered_fd)
+
+
+def test_abort_after_the_end_changes_nothing(stage: Stage) -> None:
+    tensor, plan = noise(SLOT_BYTES), whole(SLOT_BYTES, SLOT_BYTES)
+    job = run(stage.pipeline, make_job(WRITE, plan, [plain(tensor)]), [stage.fd])
+    stage.pipeline.abort(job, errno.EIO)
+    assert_usable(stage.pipeline, stage.fd)
+    assert job.failure is None
+
+
+def test_the_first_failure_is_the_one_that_is_told(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:
+    gate = threading.Event()
+    table = FaultTable({1: not_started(errno.EIO)}, gate=gate)
+    pipeline = open_pipeline(2, SLOT_BYTES, table)
+    job = make_job(WRITE, whole(2 * SLOT_BYTES, SLOT_BYTES), [plain(noise(2 * SLOT_BYTES))])
+    pipeline.submit(job)
+    pipeline.attach(job, [buffered_fd])
+    until(lambda: job.states() == bytes([BlockState.STAGED, BlockState.FAILED]))
+    pipeline.abort(job, errno.EPERM)
+    later = make_job(WRITE, whole(1, SLOT_BYTES), [plain(noise(1))])
+    pipeline.submit(later)
+    assert pipeline.wait(later, Milestone.URGENT, HANG_NS), "what was asked before it has been heard by then"
+    assert not pipeline.wait(job, Milestone.DONE, LOOK_NS)
+    gate.set()
+    assert finish(pipeline, job).failure == Failure(FailureKind.IO, errno.EIO, 1)
+    pipeline.attach(later, [buffered_fd])
+    assert finish(pipeline, later).failure is None
+
+
+# -- status and milestones --------------------------------------------------------------------------------------------
+
+
+def test_states_and_milestones_come_in_order(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:
+    gate = threading.Event()
+    pipeline = open_pipeline(2, SLOT_BYTES, FaultTable(gate=gate))
+    plan, tensor = whole(3 * SLOT_BYTES, SLOT_BYTES), noise(3 * SLOT_BYTES)
+    pending, staged, written = (bytes([state]) for state in (BlockState.PENDING, BlockState.STAGED, BlockState.WRITTEN))
+    job = make_job(WRITE, plan, [plain(tensor)], order=[2, 0, 1], urgent_count=1)
+    assert job.states() == 3 * pending
+
+    pipeline.submit(job)  # without files: two slots, so two blocks, the urgent one first
+    assert pipeline.wait(job, Milestone.URGENT, HANG_NS)
+    assert job.states()[2:] == staged
+    until(lambda: job.states() == staged + pending + staged)
+    assert not pipeline.wait(job, Milestone.STAGED, LOOK_NS)
+
+    pipeline.attach(job, [buffered_fd])
+    gate.set()
+    assert pipeline.wait(job, Milestone.STAGED, HANG_NS)
+    assert BlockState.PENDING not in job.states()
+    finish(pipeline, job)
+    assert job.states() == 3 * written
+    counters = job.counters
+    assert 0 < counters["submitted_ns"] < counters["staged_ns"] < counters["done_ns"]
+    assert 0 < counters["copying_ns"] < counters["done_ns"] - counters["submitted_ns"]
+    assert counters["hashing_ns"] == 0, "what is copied is hashed on its way"
+
+
+def test_a_restore_is_verified_before_a_younger_save_is_staged(
+    open_pipeline: Callable[..., Pipeline], buffered_fd: int
+) -> None:
+    """A save whose writes are done as soon as they have begun has always a slot, and something to begin."""
+    gate = threading.Event()
+    table = FaultTable(gate=gate)
+    pipeline = open_pipeline(4, ALIGNMENT, table)
+    tensor, large = noise(2 * ALIGNMENT), torch.zeros(1000 * ALIGNMENT, dtype=torch.uint8)
+    plan, large_plan = whole(2 * ALIGNMENT, ALIGNMENT), whole(1000 * ALIGNMENT, ALIGNMENT)
+    rewrite(buffered_fd, 0, bytes_of(tensor))
+    restore = make_job(READ, plan, [plain(tensor.clone())], checksums=checksums_of(plan, [bytes_of(tensor)]))
+    save = make_job(WRITE, large_plan, [plain(large)])
+    for job in (restore, save):
+        pipeline.submit(job)
+        pipeline.attach(job, [buffered_fd])
+    gate.set()
+    assert finish(pipeline, restore).failure is None
+    assert finish(pipeline, save).failure is None
+    assert restore.counters["done_ns"] < save.counters["staged_ns"]
+
+
+def test_all_is_staged_before_all_is_written(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:
+    gate = threading.Event()
+    pipeline = open_pipeline(2, SLOT_BYTES, FaultTable(gate=gate))
+    tensor = noise(2 * SLOT_BYTES)
+    expected = bytes_of(tensor)
+    job = make_job(WRITE, whole(2 * SLOT_BYTES, SLOT_BYTES), [plain(tensor)], urgent_count=2)
+    pipeline.submit(job)
+    assert pipeline.wait(job, Milestone.URGENT, HANG_NS)
+    assert pipeline.wait(job, Milestone.STAGED, HANG_NS)
+    tensor.zero_()  # the source is the caller's again
+    pipeline.attach(job, [buffered_fd])
+    assert not pipeline.wait(job, Milestone.DONE, LOOK_NS)
+    gate.set()
+    assert finish(pipeline, job).failure is None
+    assert content(buffered_fd, len(expected)) == expected
+
+
+def test_what_was_staged_before_the_files_were_there_is_written_in_order(
+    open_pipeline: Callable[..., Pipeline], buffered_fd: int
+) -> None:
+    """Whichever slots it came to lie in: the second job takes those first that the first has freed last."""
+    table = FaultTable()
+    pipeline = open_pipeline(4, SLOT_BYTES, table)
+    for order in ([0, 1, 2, 3], [0, 1, 2, 3], [2, 0, 3, 1]):
+        table.operations.clear()
+        job = make_job(WRITE, whole(4 * SLOT_BYTES, SLOT_BYTES), [plain(noise(4 * SLOT_BYTES))], order=order)
+        pipeline.submit(job)
+        assert pipeline.wait(job, Milestone.STAGED, HANG_NS)
+        pipeline.attach(job, [buffered_fd])
+        assert finish(pipeline, job).failure is None
+        assert [operation.file_offset // SLOT_BYTES for operation in table.operations] == order
+
+
+def test_a_job_that_waits_for_its_files_keeps_no_other_from_starting(
+    open_pipeline: Callable[..., Pipeline], buffered_fd: int
+) -> None:
+    table = FaultTable()
+    pipeline = open_pipeline(4, SLOT_BYTES, table)
+    first, second = (make_job(WRITE, whole(2 * SLOT_BYTES, SLOT_BYTES), [plain(noise(2 * SLOT_BYTES))]) for _ in "ab")
+    for job in (first, second):
+        pipeline.submit(job)
+        assert pipeline.wait(job, Milestone.STAGED, HANG_NS)
+    for job in (second, first):
+        table.operations.clear()
+        pipeline.attach(job, [buffered_fd])
+        assert finish(pipeline, job).failure is None
+        assert [operation.file_offset // SLOT_BYTES for operation in table.operations] == [0, 1]
+
+
+def test_nothing_urgent_is_staged_at_once(open_pipeline: Callable[..., Pipeline]) -> None:
+    pipeline = open_pipeline(1)
+    job = make_job(WRITE, whole(2 * SLOT_BYTES, SLOT_BYTES), [plain(noise(2 * SLOT_BYTES))])
+    pipeline.submit(job)
+    assert pipeline.wait(job, Milestone.URGENT, HANG_NS)
+    assert not pipeline.wait(job, Milestone.STAGED, LOOK_NS)
+    pipeline.abort(job, errno.ECANCELED)
+    finish(pipeline, job)
+
+
+# Of these two are 64 MiB, which is what is read at a time, and nobody touches more of one than a block.
+LARGE_SLOT_BYTES = 32 << 20
+
+
+def read_of(fd: int, block_count: int) -> tuple[Job, torch.Tensor, bytes]:
+    """A read of small blocks that lie in a file, where it goes, and what has to come."""
+    stored = bytes_of(noise(block_count * ALIGNMENT))
+    rewrite(fd, 0, stored)
+    plan, tensor = whole(len(stored), ALIGNMENT), torch.zeros(len(stored), dtype=torch.uint8)
+    return make_job(READ, plan, [plain(tensor)], checksums=checksums_of(plan, [stored])), tensor, stored
+
+
+def test_reads_leave_slots_to_work_on(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:
+    """64 MiB are under way at a time, however many slots there are."""
+    gate = threading.Event()
+    table = FaultTable(gate=gate)
+    pipeline = open_pipeline(5, LARGE_SLOT_BYTES, table)
+    job, tensor, stored = read_of(buffered_fd, 6)
+    pipeline.submit(job)
+    pipeline.attach(job, [buffered_fd])
+    until(lambda: len(table.operations) == 2)
+    assert not pipeline.wait(job, Milestone.DONE, LOOK_NS)
+    assert len(table.operations) == 2
+    gate.set()
+    assert finish(pipeline, job).failure is None
+    assert bytes_of(tensor) == stored
+
+
+def test_writes_under_way_keep_no_read_waiting(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:
+    gate = threading.Event()
+    table = FaultTable(gate=gate)
+    pipeline = open_pipeline(4, LARGE_SLOT_BYTES, table)
+    read, tensor, stored = read_of(buffered_fd, 2)
+    # The very bytes that lie there, so that it does not matter which comes first.
+    write = make_job(WRITE, whole(len(stored), ALIGNMENT), [plain(noise(len(stored)))])
+    for job in (write, read):
+        pipeline.submit(job)
+        pipeline.attach(job, [buffered_fd])
+    until(lambda: len(table.operations) == 4)  # two of each, though the writes alone are 64 MiB of slots
+    gate.set()
+    for job in (write, read):
+        assert finish(pipeline, job).failure is None
+    assert bytes_of(tensor) == stored
+
+
+class Watching(FaultTable):
+    """Notes how many blocks of a job were there when each operation was started."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.job: Job | None = None
+        self.seen: list[int] = []
+
+    def _start(self, context: Any, io: Any) -> int:
+        assert self.job is not None
+        self.seen.append(self.job.states().count(BlockState.WRITTEN))
+        return super()._start(context, io)
+
+
+def test_the_device_is_given_its_next_blocks_before_the_last_are_verified(
+    open_pipeline: Callable[..., Pipeline], buffered_fd: int
+) -> None:
+    table = Watching()
+    pipeline = open_pipeline(4, LARGE_SLOT_BYTES, table)
+    table.job, tensor, stored = read_of(buffered_fd, 4)
+    assert run(pipeline, table.job, [buffered_fd]).failure is None
+    assert bytes_of(tensor) == stored
+    assert table.seen == [0, 0, 0, 0]  # two are under way at a time, and the last two when the first two had come
+
+
+def test_a_failed_job_holds_nobody_up(stage: Stage) -> None:
+    job = make_job(WRITE, whole(9 * SLOT_BYTES, SLOT_BYTES), [plain(noise(9 * SLOT_BYTES))], urgent_count=9)
+    stage.pipeline.submit(job)
+    stage.pipeline.abort(job, errno.EIO)
+    assert stage.pipeline.wait(job, Milestone.URGENT, HANG_NS)
+    assert stage.pipeline.wait(job, Milestone.STAGED, HANG_NS)
+    finish(stage.pipeline, job)
+
+
+# -- many jobs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.every_backend
+@pytest.mark.parametrize("attach_backwards", [False, True])
+def test_more_jobs_at_once_than_slots(
+    open_pipeline: Callable[..., Pipeline], tmp_path: Path, attach_backwards: bool
+) -> None:
+    pipeline = open_pipeline(2)
+    plan = whole(2 * SLOT_BYTES + 1, SLOT_BYTES)
+    tensors = [noise(2 * SLOT_BYTES + 1, seed) for seed in range(JOBS_MAX)]
+    jobs = [make_job(WRITE, plan, [plain(tensor)]) for tensor in tensors]
+    fds = [
+        Filesystem().open_for_blocks(str(tmp_path / f"{index}"), write=True, direct=True) for index in range(JOBS_MAX)
+    ]
+    for job in jobs:
+        pipeline.submit(job)
+    for index in range(JOBS_MAX)[:: -1 if attach_backwards else 1]:
+        pipeline.attach(jobs[index], [fds[index]])
+    for job, tensor, descriptor in zip(jobs, tensors, fds, strict=True):
+        assert finish(pipeline, job).failure is None
+        assert content(descriptor, len(tensor)) == bytes_of(tensor)
+        os.close(descriptor)
+
+
+@pytest.mark.every_backend
+def test_a_job_too_many_waits_for_a_place(open_pipeline: Callable[..., Pipeline], fd: int) -> None:
+    pipeline, plan = open_pipeline(2), whole(SLOT_BYTES, SLOT_BYTES)
+    jobs = [make_job(WRITE, plan, [plain(noise(SLOT_BYTES, seed))]) for seed in range(JOBS_MAX + 1)]
+    for job in jobs[:-1]:
+        pipeline.submit(job)
+    thread = threading.Thread(target=pipeline.submit, args=(jobs[-1],))
+    thread.start()
+    thread.join(0.05)
+    assert thread.is_alive(), "there is no place for it"
+    pipeline.abort(jobs[0], errno.ECANCELED)
+    thread.join(HANG_NS / 1e9)
+    assert not thread.is_alive()
+    for job in jobs[1:]:  # all of them first: who has the slots is the pipeline's choice
+        pipeline.attach(job, [fd])
+    assert {finish(pipeline, job).failure for job in jobs[1:]} == {None}
+
+
+@pytest.mark.every_backend
+def test_jobs_from_several_threads(open_pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
+    pipeline = open_pipeline(3)
+    plan = whole(3 * SLOT_BYTES + 7, SLOT_BYTES)
+    wrong: list[object] = []
+
+    def save_and_restore(number: int) -> None:
+        descriptor = Filesystem().open_for_blocks(str(tmp_path / f"{number}"), write=True, direct=True)
+        for seed in range(10):
+            before = noise(3 * SLOT_BYTES + 7, 100 * number + seed)
+            after = torch.zeros_like(before)
+            written = run(pipeline, make_job(WRITE, plan, [plain(before)]), [descriptor])
+            job = make_job(READ, plan, [plain(after)], checksums=written.checksums())
+            if run(pipeline, job, [descriptor]).failure or not torch.equal(before, after):
+                wrong.append((number, seed))
+        os.close(descriptor)
+
+    threads = [threading.Thread(target=save_and_restore, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -1,0 +1,393 @@
+"""The native pipeline opens and closes: one thread and one ring, nothing left behind, nothing harmed by a fork."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from jobs import (
+    HANG_NS,
+    SLOT_BYTES,
+    WRITE,
+    bytes_of,
+    content,
+    finish,
+    make_job,
+    noise,
+    plain,
+    run,
+    until,
+    whole,
+)
+
+from engine.io.job import BlockState, Direction, Failure, FailureKind
+from engine.io.pipeline import Backend, OpenError, Pipeline, Refused
+from engine.store.filesystem import Filesystem
+
+
+def rings() -> int:
+    """How many io_uring descriptors this process has."""
+    return descriptors().count("anon_inode:[io_uring]")
+
+
+def descriptors() -> list[str]:
+    """What the descriptors of this process are."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found.append(os.readlink(f"/proc/self/fd/{name}"))
+        except FileNotFoundError:  # the one that listed them
+            continue
+    return sorted(found)
+
+
+def native_threads() -> list[Path]:
+    """The pipelines' threads, as directories of proc(5).
+
+    The kernel's workers for a ring are threads of ours that come and go, and for a moment bear their maker's name.
+    """
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if (task / "comm").read_text().strip() == "engine-io":
+                found.append(task)
+    return found
+
+
+def status_bytes(field: str) -> int:
+    """A line of /proc/self/status that is in kB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) << 10
+    raise AssertionError(field)
+
+
+def test_one_ring_and_one_thread_and_nothing_is_left(tmp_path: Path) -> None:
+    rings_before, threads_before, descriptors_before = rings(), len(native_threads()), descriptors()
+    descriptor = Filesystem().open_for_blocks(str(tmp_path / "blocks"), write=True, direct=True)
+    pipeline = Pipeline(4, SLOT_BYTES)
+    tensor, plan = noise(9 * SLOT_BYTES), whole(9 * SLOT_BYTES, SLOT_BYTES)
+    for _ in range(2):
+        jobs = [make_job(WRITE, plan, [plain(tensor)]) for _ in range(5)]
+        for job in jobs:
+            pipeline.submit(job)
+        assert rings() == rings_before + 1
+        until(lambda: len(native_threads()) == threads_before + 1)
+        for job in jobs:
+            pipeline.attach(job, [descriptor])
+            finish(pipeline, job)
+    pipeline.close()
+    pipeline.close()
+    os.close(descriptor)
+    until(lambda: len(native_threads()) == threads_before)
+    assert descriptors() == descriptors_before
+
+
+@pytest.mark.every_backend
+def test_memory_does_not_grow_with_saves(open_pipeline: Callable[..., Pipeline], fd: int) -> None:
+    slot_bytes = 64 << 10
+    pipeline = open_pipeline(4, slot_bytes)
+    tensor, plan = noise(8 * slot_bytes), whole(8 * slot_bytes, slot_bytes)
+
+    def save(count: int) -> None:
+        for _ in range(count):
+            assert run(pipeline, make_job(WRITE, plan, [plain(tensor)], checked=True), [fd]).failure is None
+
+    save(50)
+    gc.collect()
+    resident_bytes, descriptors_before, threads = status_bytes("VmRSS"), descriptors(), len(native_threads())
+    save(200)
+    gc.collect()
+    # A leak of a slot, or of a sixteenth of what a save moves, in every save would be three times as much.
+    assert status_bytes("VmRSS") - resident_bytes < 4 << 20
+    assert descriptors() == descriptors_before
+    until(lambda: len(native_threads()) == threads)
+
+
+@pytest.mark.every_backend
+def test_native_threads_take_no_cpu_from_who_wakes_them(open_pipeline: Callable[..., Pipeline]) -> None:
+    open_pipeline(2)
+    until(lambda: bool(native_threads()))
+    assert {os.sched_getscheduler(int(task.name)) for task in native_threads()} == {os.SCHED_BATCH}
+
+
+@pytest.mark.every_backend
+def test_an_idle_thread_sleeps(open_pipeline: Callable[..., Pipeline], fd: int) -> None:
+    pipeline = open_pipeline(2)
+
+    def all_sleep() -> bool:
+        # The state comes after the name in parentheses (proc_pid_stat(5)).
+        states = set()
+        for task in native_threads():
+            with suppress(FileNotFoundError, ProcessLookupError):
+                states.add((task / "stat").read_text().rpartition(")")[2].split()[0])
+        return states == {"S"}
+
+    job = make_job(WRITE, whole(4 * SLOT_BYTES, SLOT_BYTES), [plain(noise(4 * SLOT_BYTES))])
+    for _ in range(2):  # with a job that waits for its files, and with none
+        until(all_sleep)
+        if job.states()[0] == BlockState.PENDING:
+            pipeline.submit(job)
+    pipeline.attach(job, [fd])
+    finish(pipeline, job)
+    until(all_sleep)
+
+
+@pytest.mark.every_backend
+def test_close_drains(fd: int, rung: Backend) -> None:
+    pipeline = Pipeline(2, SLOT_BYTES, rung)
+    tensor, plan = noise(50 * SLOT_BYTES), whole(50 * SLOT_BYTES, SLOT_BYTES)
+    job = make_job(WRITE, plan, [plain(tensor)], checked=True)
+    pipeline.submit(job)
+    pipeline.attach(job, [fd])
+    pipeline.close()
+    assert job.failure is None
+    assert set(job.states()) == {BlockState.WRITTEN}
+    assert content(fd, len(tensor)) == bytes_of(tensor)
+
+
+@pytest.mark.every_backend
+@pytest.mark.parametrize("direction", Direction)
+def test_close_gives_up_jobs_that_never_got_files(direction: Direction, rung: Backend) -> None:
+    pipeline = Pipeline(2, SLOT_BYTES, rung)
+    jobs = [make_job(direction, whole(9 * SLOT_BYTES, SLOT_BYTES), [plain(noise(9 * SLOT_BYTES))]) for _ in range(3)]
+    for job in jobs:
+        pipeline.submit(job)
+    pipeline.close()
+    assert {job.failure for job in jobs} == {Failure(FailureKind.ABORTED, errno.ECANCELED, None)}
+
+
+@pytest.mark.parametrize(("slot_count", "slot_bytes"), [(0, 4096), (1, 0), (1, 4095), (1, 512), (40_000, 4096)])
+def test_sizes_that_make_no_pipeline(slot_count: int, slot_bytes: int) -> None:
+    descriptors_before = descriptors()
+    with pytest.raises(OpenError) as caught:
+        Pipeline(slot_count, slot_bytes)
+    assert caught.value.errno == errno.EINVAL
+    assert descriptors() == descriptors_before
+
+
+def test_no_descriptors_is_a_platform_error() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    threads = len(native_threads())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(OpenError) as caught:
+            Pipeline(1, 4096)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (caught.value.refused, caught.value.errno) == (Refused.RESOURCES, errno.EMFILE)
+    until(lambda: len(native_threads()) == threads)
+
+
+def in_a_process_of_its_own(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a script with the same Python, where it may fork, drop its rights or crash."""
+    paths = os.pathsep.join(sys.path)
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=HANG_NS / 1e9,
+    )
+
+
+FORK = """
+import os, sys, warnings
+from jobs import *
+from engine.errors import ForkedError
+from engine.store.filesystem import Filesystem
+
+def in_a_fork(body):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # a fork of several threads is the point
+        child = os.fork()
+    if child == 0:
+        try:
+            body()
+            os._exit(0)
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+def links():
+    names = {int(name) for name in os.listdir("/proc/self/fd")}
+    return {os.readlink(f"/proc/self/fd/{name}") for name in names if os.path.lexists(f"/proc/self/fd/{name}")}
+
+def job():
+    return make_job(Direction.WRITE, whole(10000, 4096), [plain(noise(10000))])
+
+def kept_from_forks():
+    ranges = []
+    with open("/proc/self/smaps") as smaps:
+        for line in smaps:
+            words = line.split()
+            if not words[0].endswith(":"):
+                current, is_slots = words[0], len(words) == 5  # anonymous memory has no name
+            elif words[0] == "VmFlags:" and "dc" in words and is_slots:  # not copied on fork (proc_pid_smaps(5))
+                ranges.append(current)
+    return ranges
+
+def child():
+    with open("/proc/self/maps") as maps:
+        mapped = maps.read()
+    assert "io_uring" not in mapped and not [kept for kept in pipelines_memory if kept in mapped], mapped
+    assert not {link for link in links() if "io_uring" in link or "eventfd" in link}, links()
+    calls = {
+        "submit": lambda: pipeline.submit(job()),
+        "attach": lambda: pipeline.attach(waiting, [fd]),
+        "abort": lambda: pipeline.abort(waiting, 5),
+        "wait": lambda: pipeline.wait(waiting, Milestone.DONE),
+        "close": pipeline.close,
+    }
+    for name, call in calls.items():
+        try:
+            call()
+        except ForkedError as error:
+            assert str(os.getppid()) in str(error) and str(os.getpid()) in str(error)
+        else:
+            raise AssertionError(f"a forked child may {name}")
+    # What the child opens now has the numbers that the pipeline's descriptors had; its own fork must not lose them.
+    mine = [os.open("/dev/null", os.O_RDONLY) for _ in range(8)]
+    in_a_fork(lambda: [os.fstat(descriptor) for descriptor in mine])
+    own = Pipeline(1, 4096)
+    assert run(own, job(), [fd]).failure is None
+    own.close()
+
+before = kept_from_forks()
+pipeline = Pipeline(2, 4096)
+pipelines_memory = set(kept_from_forks()) - set(before)
+assert pipelines_memory, "the slots would be copied"
+fd = Filesystem().open_for_blocks(sys.argv[1], write=True, direct=True)
+assert run(pipeline, job(), [fd]).failure is None
+waiting = job()
+pipeline.submit(waiting)
+in_a_fork(child)
+pipeline.attach(waiting, [fd])
+assert finish(pipeline, waiting).failure is None
+pipeline.close()
+"""
+
+
+def test_a_fork_has_no_pipeline_and_harms_nobody(tmp_path: Path) -> None:
+    finished = in_a_process_of_its_own(FORK, str(tmp_path / "blocks"))
+    assert (finished.returncode, finished.stderr) == (0, "")
+
+
+MEMLOCK = """
+import errno, os, resource, sys
+from jobs import *
+from engine.io.pipeline import OpenError, Refused
+from engine.store.filesystem import Filesystem
+
+fd = Filesystem().open_for_blocks(sys.argv[1], write=True, direct=True)
+resource.setrlimit(resource.RLIMIT_MEMLOCK, (8 << 20, 8 << 20))
+if os.geteuid() == 0:  # root is not bound by the limit; nobody is
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+try:
+    Pipeline(16, 1 << 20)
+except OpenError as error:
+    assert (error.refused, error.errno) == (Refused.BUFFERS, errno.ENOMEM)
+else:
+    raise AssertionError("16 MiB were pinned")
+pipeline = Pipeline(16, 1 << 20, "io_uring_plain")
+before = noise(40_000_001)
+written = run(pipeline, make_job(Direction.WRITE, whole(40_000_001, 1 << 20), [plain(before)]), [fd])
+after = torch.zeros_like(before)
+plan = whole(40_000_001, 1 << 20)
+read = run(pipeline, make_job(Direction.READ, plan, [plain(after)], checksums=written.checksums()), [fd])
+assert written.failure is None and read.failure is None and torch.equal(before, after)
+pipeline.close()
+"""
+
+
+def test_an_ordinary_user_with_little_locked_memory(tmp_path: Path) -> None:
+    finished = in_a_process_of_its_own(MEMLOCK, str(tmp_path / "blocks"))
+    assert (finished.returncode, finished.stderr) == (0, "")
+
+
+STRAY = """
+import os, sys
+from faults import *
+from jobs import *
+
+class Stray(FaultTable):
+    def _reap(self, context, completions, capacity, wait):
+        completions[0].slot, completions[0].result = int(sys.argv[2]), 4096
+        return 1
+
+table = Stray()
+pipeline = Pipeline(2, 4096, io_table=table.c_table)
+fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+run(pipeline, make_job(Direction.WRITE, whole(1, 4096), [plain(noise(1))]), [fd])
+"""
+
+
+@pytest.mark.parametrize("slot", ["1", "2"])
+def test_a_completion_that_nobody_asked_for_ends_the_process(tmp_path: Path, slot: str) -> None:
+    assert in_a_process_of_its_own(STRAY, str(tmp_path / "blocks"), slot).returncode == -signal.SIGABRT
+
+
+def ring_descriptors() -> set[int]:
+    """The numbers of this process's rings."""
+    names = [int(name) for name in os.listdir("/proc/self/fd")]
+    links = {name: f"/proc/self/fd/{name}" for name in names}
+    return {name for name, link in links.items() if os.path.lexists(link) and "io_uring" in os.readlink(link)}
+
+
+def slots() -> set[int]:
+    """Where staging slots are mapped: memory without a name that no fork gets (proc_pid_smaps(5))."""
+    found: set[int] = set()
+    for words in map(str.split, Path("/proc/self/smaps").read_text().splitlines()):
+        if not words[0].endswith(":"):
+            start, is_anonymous = int(words[0].split("-")[0], 16), len(words) == 5
+        elif words[0] == "VmFlags:" and "dc" in words and is_anonymous:
+            found.add(start)
+    return found
+
+
+def is_inaccessible(address: int) -> bool:
+    """Whether an address is mapped for nobody to use (proc_pid_maps(5))."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(number, 16) for number in line.split()[0].split("-"))
+        if start <= address < end:
+            return line.split()[1] == "---p"
+    return False
+
+
+@pytest.mark.parametrize("backend", ["io_uring", "io_uring_plain"])
+@pytest.mark.parametrize("direction", Direction)
+def test_a_broken_ring_is_replaced_for_the_next_job(fd: int, direction: Direction, backend: Backend) -> None:
+    others, descriptors_before, slots_before = ring_descriptors(), descriptors(), slots()
+    pipeline = Pipeline(2, SLOT_BYTES, backend)
+    tensor, plan = noise(9 * SLOT_BYTES), whole(9 * SLOT_BYTES, SLOT_BYTES)
+    written = run(pipeline, make_job(WRITE, plan, [plain(tensor)]), [fd])
+    for _ in range(3):
+        (broken,) = slots() - slots_before
+        null = os.open("/dev/null", os.O_RDWR)
+        (own,) = ring_descriptors() - others
+        os.dup2(null, own)  # from here on the kernel takes nothing from it
+        os.close(null)
+        target = torch.zeros_like(tensor)
+        source = tensor if direction == WRITE else target
+        jobs = [make_job(direction, plan, [plain(source)], checksums=written.checksums()) for _ in range(2)]
+        failure = run(pipeline, jobs[0], [fd]).failure
+        assert failure is not None and failure.kind == FailureKind.IO and failure.errno != 0
+        assert run(pipeline, jobs[1], [fd]).failure is None
+        assert content(fd, len(tensor)) == bytes_of(tensor) and torch.equal(source, tensor)
+        assert is_inaccessible(broken), "a late read may land in other memory"
+    pipeline.close()
+    assert descriptors() == descriptors_before

@@ -1,0 +1,198 @@
+"""The fence: who would write to an arena that is being staged waits, through hooks that go when the arena goes."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from trainings import build, everything, mlp, read, train
+
+from engine.state.arena import Arena
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_step_and_load_wait_for_staging() -> None:
+    model, optimizer = build("mlp", "adam")
+    arena = Arena.adopt(model, optimizer)
+    assert arena.fenced and not Arena.adopt(mlp()).fenced
+    seen: list[tuple[str, bytes]] = []
+    saved = {name: tensor.clone() + 1 for name, tensor in model.state_dict().items()}
+
+    def during(what: str, act: Callable[[], object]) -> None:
+        before = read(arena, "2.bias")
+
+        def staged(timeout: float | None) -> bool:
+            if timeout is None:
+                seen.append((what, read(arena, "2.bias")))
+            return timeout is None
+
+        arena.hold(staged)
+        arena.hold(staged)
+        act()
+        assert seen == [(what, before)] * 2, "each wait is called once, before the first byte changes"
+        assert read(arena, "2.bias") != before
+        del seen[:]
+
+    during("step", lambda: train(model, optimizer, "mlp", 1))
+    during("load", lambda: model.load_state_dict(saved))
+    saved_bias = {"weight": saved["2.weight"], "bias": saved["2.bias"] + 1}
+    during("load part", lambda: model[2].load_state_dict(saved_bias))
+    model[2].bias.data = torch.zeros(3)
+    during("refresh", arena.refresh)
+
+
+def test_modules_added_later_wait_too() -> None:
+    model = mlp()
+    arena = Arena.adopt(model)
+    model.add_module("more", nn.Sequential(nn.Linear(2, 2)))
+    arena.refresh()
+    waited: list[float | None] = []
+
+    def staged(timeout: float | None) -> bool:
+        waited.append(timeout)
+        return timeout is None
+
+    for module in (model.more, model.more[0]):
+        arena.hold(staged)
+        module.load_state_dict(module.state_dict())
+        assert waited == [None]
+        waited.clear()
+
+
+def test_the_fence_is_before_hooks_that_were_there_first() -> None:
+    model, optimizer = build("mlp", "adam")
+    order: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: order.append("hook"))
+    arena = Arena.adopt(model, optimizer)
+
+    def staged(timeout: float | None) -> bool:
+        if timeout is None:
+            order.append("staged")
+        return timeout is None
+
+    arena.hold(staged)
+    optimizer.step()
+    assert order == ["staged", "hook"]
+
+
+def test_hooks_go_with_their_arena() -> None:
+    model, optimizer = build("mlp", "adam")
+    for _ in range(5):
+        arena = Arena.adopt(model, optimizer)
+        arena.refresh()
+    for hooks in (model._load_state_dict_pre_hooks, model[0]._load_state_dict_pre_hooks):
+        assert len(hooks) == 1
+    assert len(optimizer._optimizer_step_pre_hooks) == len(optimizer._optimizer_step_post_hooks) == 1
+    del arena
+    assert not model._load_state_dict_pre_hooks and not optimizer._optimizer_step_pre_hooks
+
+
+def test_unfenced_is_what_the_step_does_not_train() -> None:
+    model = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("ours", "theirs", "frozen")})
+    model["norm"] = nn.BatchNorm1d(2)
+    model["frozen"].requires_grad_(False)
+    optimizer = torch.optim.SGD([p for name in ("ours", "frozen", "norm") for p in model[name].parameters()])
+    arena = Arena.adopt(model, optimizer)
+    buffers = {f"norm.{name}" for name, _ in model["norm"].named_buffers()}
+    assert arena.unfenced == buffers | {f"{m}.{p}" for m in ("theirs", "frozen") for p in ("weight", "bias")}
+    assert Arena.wrap({"w": torch.zeros(1)}).unfenced == frozenset()
+    assert Arena.adopt(nn.BatchNorm1d(2)).unfenced == {"running_mean", "running_var", "num_batches_tracked"}
+
+    layout, address = arena.layout, arena.sources[0].address
+    model["ours"].requires_grad_(False)
+    arena.refresh()
+    assert arena.unfenced >= {"ours.weight", "ours.bias"}
+    assert arena.layout is not layout, "plans go by it"
+    assert arena.sources[0].address == address, "nothing had to move"
+    optimizer.add_param_group({"params": model["theirs"].parameters()})
+    model.requires_grad_(True)
+    arena.refresh()
+    assert arena.unfenced == buffers
+
+
+def test_a_parameter_trained_under_another_name_is_fenced() -> None:
+    model = nn.ParameterList([nn.Parameter(torch.ones(4))])
+    model.append(nn.Parameter(model[0].data))
+    arena = Arena.adopt(model, torch.optim.SGD([model[1]]))
+    assert arena.aliases == {"1": "0"} and arena.unfenced == frozenset()
+
+
+def test_saves_that_are_staged_are_let_go_of_without_a_step() -> None:
+    arena = Arena.adopt(mlp())
+    asked: list[int] = []
+
+    def staged(index: int) -> Callable[[float | None], bool]:
+        def wait_staged(timeout: float | None) -> bool:
+            asked.append(index)
+            return index != 3
+
+        return wait_staged
+
+    for index in range(6):
+        arena.hold(staged(index))
+    assert asked == [0, 1, 2, 3, 3], "each staged one is asked once, and none behind one that is not"
+
+
+def test_an_interrupted_wait_is_waited_for_again() -> None:
+    arena = Arena.adopt(mlp())
+    outcomes: list[Exception | None] = [None, KeyError(), None]
+
+    def wait_staged(timeout: float | None) -> bool:
+        outcome = outcomes.pop()
+        if outcome is not None:
+            raise outcome
+        return True
+
+    arena.hold(wait_staged)
+    arena.fence()
+    arena.hold(wait_staged)
+    with pytest.raises(KeyError):
+        arena.fence()
+    arena.fence()
+    assert outcomes == []
+
+
+def test_reading_does_not_wait() -> None:
+    model, optimizer = build("mlp", "adam")
+    arena = Arena.adopt(model, optimizer)
+    arena.hold(lambda timeout: pytest.fail("nothing was written"))
+    arena.refresh()
+    model(torch.ones(1, 6)).sum().backward()
+    arena.state_dict()
+    arena.options()
+
+
+def test_hooks_do_not_keep_the_arena() -> None:
+    model, optimizer = build("mlp", "adam")
+    arena = Arena.adopt(model, optimizer)
+    expected = everything(model, optimizer)
+    gone = weakref.ref(arena)
+    gc.disable()
+    try:
+        del arena
+        assert gone() is None, "no cycle holds it either"
+    finally:
+        gc.enable()
+    assert everything(model, optimizer) == expected
+    train(model, optimizer, "mlp", 1)
+    model.load_state_dict(model.state_dict())
+
+
+def test_a_copied_model_is_not_in_the_arena() -> None:
+    model, optimizer = build("mlp", "adam")
+    arena = Arena.adopt(model, optimizer)
+    twin, twin_optimizer = copy.deepcopy((model, optimizer))
+    arena.hold(lambda timeout: pytest.fail("the copy's step does not write here"))
+    before = everything(model, optimizer)
+    train(twin, twin_optimizer, "mlp", 1)
+    twin.load_state_dict(twin.state_dict())
+    torch.save(model, io.BytesIO())  # nor do the hooks stand in the way of writing a model whole
+    arena.refresh()
+    assert everything(model, optimizer) == before

@@ -1,0 +1,485 @@
+"""An engine's life: open, lock, close, exit, fork; and what it uses while it lives."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+
+import pytest
+import torch
+from disk import FailingFilesystem, GatedFilesystem, stored
+
+import engine
+from engine.io.binding import JOBS_MAX
+from engine.store.filesystem import Filesystem
+
+SMALL = {"staging_bytes": 1 << 20, "block_bytes": 64 << 10}
+
+
+def run_script(script: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run Python source in a process of its own, in which every warning but that of a small memlock is an error."""
+    return subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "error",
+            "-W",
+            "ignore:'io_uring_plain' is used",
+            "-c",
+            textwrap.dedent(script),
+            *arguments,
+        ],
+        capture_output=True,
+        text=True,
+        check=check,
+        timeout=120,
+    )
+
+
+def threads() -> list[str]:
+    """Names of this process's kernel threads."""
+    return [Path(f"/proc/self/task/{tid}/comm").read_text().strip() for tid in os.listdir("/proc/self/task")]
+
+
+def native_threads(count: int) -> bool:
+    """Whether there are so many native threads, looked at again for a while: a worker of the kernel's, which io_uring
+    may start for a write, bears its creator's name for a moment."""
+    return any(threads().count("engine-io") == count or time.sleep(0.01) for _ in range(500))
+
+
+def rings() -> int:
+    """io_uring instances that this process has open."""
+    count = 0
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            count += os.readlink(f"/proc/self/fd/{descriptor}") == "anon_inode:[io_uring]"
+    return count
+
+
+def resident_bytes() -> int:
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmRSS"].split()[0]) * 1024
+
+
+def test_one_ring_and_one_native_thread(tmp_path: Path) -> None:
+    before_rings, before_threads = rings(), threads().count("engine-io")
+    arena = engine.Arena.wrap({"a": torch.zeros(1_000_000)})
+    with engine.Engine(tmp_path, max_async=3, **SMALL) as eng:
+        for _ in range(6):
+            saves = [eng.checkpoint(arena) for _ in range(3)]
+            assert rings() == before_rings + 1
+            assert native_threads(before_threads + 1)
+            for save in saves:
+                save.result()
+        eng.restore(arena)
+        assert rings() == before_rings + 1
+    assert rings() == before_rings and native_threads(before_threads)
+
+
+@pytest.mark.every_backend
+def test_no_python_thread_moves_a_byte(tmp_path: Path) -> None:
+    """The kernel's own count of what each thread has written: the data are the native thread's alone."""
+    arena = engine.Arena.wrap({"a": torch.zeros(8_000_000)})
+
+    def written_by_thread() -> dict[str, int]:
+        written: dict[str, int] = {}
+        for tid in os.listdir("/proc/self/task"):
+            name = Path(f"/proc/self/task/{tid}/comm").read_text().strip()
+            fields = dict(line.split(": ") for line in Path(f"/proc/self/task/{tid}/io").read_text().splitlines())
+            kind = "native" if name.startswith(("engine-io", "engine-move")) else "python"
+            written[kind] = written.get(kind, 0) + int(fields["write_bytes"])
+        return written
+
+    with engine.Engine(tmp_path, **SMALL) as eng:
+        eng.checkpoint(arena).result()
+        before = written_by_thread()
+        eng.checkpoint(arena).result()
+        after = written_by_thread()
+    assert after["native"] - before["native"] >= 32_000_000
+    assert after["python"] - before["python"] < 1_000_000
+
+
+@pytest.mark.every_backend
+def test_memory_stays_where_it_is_while_saves_run(tmp_path: Path) -> None:
+    tensors = {f"layers.{index}.w": torch.zeros(500_000) for index in range(32)}
+    arena = engine.Arena.wrap(tensors)
+    with engine.Engine(tmp_path, max_async=1, **SMALL) as eng:
+        for _ in range(3):
+            eng.checkpoint(arena).result()
+        gc.collect()
+        before_bytes = resident_bytes()
+        tracemalloc.start()
+        for _ in range(10):
+            eng.checkpoint(arena).result()
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        grown_bytes = resident_bytes() - before_bytes
+    # The arena has 64 MB.  What is allowed is the job's own arrays and the manifest, not a copy of any part.
+    assert peak_bytes < 1 << 20, peak_bytes
+    assert grown_bytes < 8 << 20, grown_bytes
+
+
+@pytest.mark.every_backend
+def test_close_and_context_manager_drain(tmp_path: Path) -> None:
+    gated = GatedFilesystem()
+    arena = engine.Arena.wrap({"a": torch.zeros(1000)})
+    eng = engine.Engine(tmp_path, filesystem=gated, **SMALL)
+    saves = [eng.checkpoint(arena, step=step) for step in (1, 2)]
+    gated.gate.set()
+    eng.close()
+    assert all(save.done() for save in saves) and sorted(s.result().step for s in saves) == [1, 2]
+    with engine.Engine(tmp_path, **SMALL) as again:
+        last = again.checkpoint(arena, step=3)
+    assert last.done() and last.result().step == 3
+
+
+def test_a_closed_engine_says_so(tmp_path: Path) -> None:
+    eng = engine.Engine(tmp_path, **SMALL)
+    arena = engine.Arena.wrap({"a": torch.zeros(10)})
+    eng.close()
+    eng.close()
+    assert "closed" in repr(eng)
+    for call in (lambda: eng.checkpoint(arena), lambda: eng.restore(arena), eng.load, eng.steps):
+        with pytest.raises(engine.ClosedError, match="has been closed"):
+            call()
+
+
+@pytest.mark.every_backend
+def test_an_engine_that_is_dropped_gives_everything_back(tmp_path: Path) -> None:
+    before = rings()
+    eng = engine.Engine(tmp_path, **SMALL)
+    eng.checkpoint(engine.Arena.wrap({"a": torch.zeros(10)})).result()
+    del eng
+    gc.collect()
+    assert rings() == before
+    engine.Engine(tmp_path, **SMALL).close()
+
+
+@pytest.mark.every_backend
+def test_no_descriptor_is_left(tmp_path: Path) -> None:
+    arena = engine.Arena.wrap({"a": torch.zeros(10_000)})
+    with engine.Engine(tmp_path, **SMALL) as eng:
+        eng.checkpoint(arena).result()
+        eng.restore(arena)
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(5):
+            eng.checkpoint(arena).result()
+            eng.restore(arena)
+            eng.load()
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.every_backend
+def test_close_in_another_thread_waits_for_loads(tmp_path: Path) -> None:
+    """Whoever is inside the pipeline is let out before it is freed; whoever comes later is told that it is closed."""
+    with engine.Engine(tmp_path, **SMALL) as eng:
+        eng.checkpoint(engine.Arena.wrap({"a": torch.ones(2_000_000)})).result()
+    for _ in range(10):
+        eng = engine.Engine(tmp_path, **SMALL)
+        with ThreadPoolExecutor(4) as pool:
+
+            def load_until_closed(eng: engine.Engine) -> int:
+                count = 0
+                with contextlib.suppress(engine.ClosedError):
+                    while True:
+                        assert eng.load()["a"].eq(1).all()
+                        count += 1
+                return count
+
+            loads = [pool.submit(load_until_closed, eng) for _ in range(4)]
+            time.sleep(0.02)
+            eng.close()
+            assert all(load.result(timeout=60) >= 0 for load in loads)
+
+
+@pytest.mark.every_backend
+def test_more_loads_at_once_than_the_pipeline_has_room_for(tmp_path: Path) -> None:
+    with engine.Engine(tmp_path, **SMALL) as eng:
+        eng.checkpoint(engine.Arena.wrap({"a": torch.ones(300_000)})).result()
+        with ThreadPoolExecutor(2 * JOBS_MAX) as pool:
+            loads = [pool.submit(eng.load) for _ in range(2 * JOBS_MAX)]
+            assert all(load.result(timeout=60)["a"].eq(1).all() for load in loads)
+
+
+@pytest.mark.every_backend
+def test_close_lets_go_of_who_waits_for_a_place(tmp_path: Path) -> None:
+    gated = GatedFilesystem()
+    arena = engine.Arena.wrap({"a": torch.zeros(10)})
+    eng = engine.Engine(tmp_path, max_async=1, filesystem=gated, **SMALL)
+    save = eng.checkpoint(arena)
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(eng.checkpoint, arena)
+        assert not wait([waiting], timeout=0.1).done
+        closing = pool.submit(eng.close)
+        with pytest.raises(engine.ClosedError):
+            waiting.result(timeout=60)
+        gated.gate.set()
+        closing.result(timeout=60)
+    assert save.result().step == 0
+
+
+def test_close_on_a_commit_thread_is_refused(tmp_path: Path) -> None:
+    eng = engine.Engine(tmp_path, **SMALL)
+    outcomes: list[BaseException | None] = []
+
+    def close(_: object) -> None:
+        try:
+            eng.close()
+        except engine.UsageError as error:
+            outcomes.append(error)
+
+    gated = GatedFilesystem()
+    eng._catalog.filesystem = gated
+    save = eng.checkpoint(engine.Arena.wrap({"a": torch.zeros(10)}))
+    save.add_done_callback(close)
+    gated.gate.set()
+    save.result()
+    eng.close()
+    assert "very thread" in str(outcomes[0])
+
+
+def test_an_engine_collected_on_its_own_commit_thread_is_closed(tmp_path: Path) -> None:
+    class Trainer:
+        """Holds its engine and itself: only the collector frees it."""
+
+        def __init__(self) -> None:
+            self.engine = engine.Engine(tmp_path, filesystem=gated, **SMALL)
+            self.me = self
+
+    gated = GatedFilesystem()
+    collected = threading.Event()
+
+    def collect(_: object) -> None:
+        gc.collect()
+        collected.set()
+
+    trainer = Trainer()
+    save = trainer.engine.checkpoint(engine.Arena.wrap({"a": torch.zeros(10)}))
+    save.add_done_callback(collect)
+    del trainer
+    gated.gate.set()
+    assert collected.wait(60)
+    for _ in range(600):  # the lock is given back by a thread of its own
+        with contextlib.suppress(engine.LockedError):
+            engine.Engine(tmp_path, **SMALL).close()
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the directory is still locked")
+
+
+def test_a_log_handler_that_raises_does_not_lose_the_save(tmp_path: Path) -> None:
+    class Raising(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise RuntimeError("no room for the log")
+
+    handler = Raising()
+    failing = FailingFilesystem()
+    logging.getLogger("engine").addHandler(handler)
+    try:
+        with engine.Engine(tmp_path, max_async=1, filesystem=failing, **SMALL) as eng:
+            arena = engine.Arena.wrap({"a": torch.zeros(10)})
+            failing.fail_next("truncate", 5)
+            with pytest.raises(engine.StorageError):
+                eng.checkpoint(arena).result(timeout=60)
+            eng.checkpoint(arena).result(timeout=60)
+    finally:
+        logging.getLogger("engine").removeHandler(handler)
+
+
+def test_a_link_to_the_directory_is_the_directory(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with engine.Engine(tmp_path / "link", **SMALL) as eng:
+        eng.checkpoint(engine.Arena.wrap({"a": torch.ones(10)}), step=3).result()
+    assert stored(tmp_path / "real", 3)["a"].eq(1).all()
+
+
+@pytest.mark.parametrize("block_bytes", [4096, 8192, 12288])
+def test_small_blocks_with_the_default_staging(tmp_path: Path, block_bytes: int) -> None:
+    with engine.Engine(tmp_path, block_bytes=block_bytes) as eng:
+        eng.checkpoint(engine.Arena.wrap({"a": torch.ones(100_000)}), step=3).result()
+        assert eng.load()["a"].eq(1).all()
+
+
+def test_a_save_does_not_wait_for_anothers_sync(tmp_path: Path) -> None:
+    syncing = threading.Event()
+    release = threading.Event()
+
+    class SlowSync(Filesystem):
+        def sync_directory(self, path: str) -> None:
+            if (tmp_path / "step-00000001").exists() and not release.is_set():
+                syncing.set()
+                assert release.wait(60)
+            super().sync_directory(path)
+
+    arena = engine.Arena.wrap({"a": torch.zeros(10)})
+    with engine.Engine(tmp_path, filesystem=SlowSync(), **SMALL) as eng:
+        first = eng.checkpoint(arena, step=1)
+        assert syncing.wait(60)
+        with ThreadPoolExecutor(1) as pool:
+            second = pool.submit(eng.checkpoint, arena, step=2)
+            assert second.result(timeout=60).wait_staged() and not first.done()
+            assert eng.steps() == []
+            release.set()
+        assert second.result().result().step == 2
+
+
+def test_a_directory_has_one_engine_at_a_time(tmp_path: Path) -> None:
+    with (
+        engine.Engine(tmp_path, **SMALL),
+        pytest.raises(engine.LockedError, match=rf"process {os.getpid()}"),
+    ):
+        engine.Engine(tmp_path, **SMALL)
+    engine.Engine(tmp_path, **SMALL).close()
+
+
+def test_interpreter_exit_drains(tmp_path: Path) -> None:
+    run_script(
+        """
+        import sys, torch, engine
+        eng = engine.Engine(sys.argv[1])
+        arena = engine.Arena.wrap({"a": torch.full((5_000_000,), 3.0)})
+        eng.checkpoint(arena, step=8)
+        """,
+        str(tmp_path),
+    )
+    assert stored(tmp_path, 8)["a"].eq(3).all()
+
+
+def test_interpreter_exit_after_an_exception_drains(tmp_path: Path) -> None:
+    result = run_script(
+        """
+        import sys, torch, engine
+        arena = engine.Arena.wrap({"a": torch.full((5_000_000,), 3.0)})
+        engine.checkpoint(arena, sys.argv[1], step=8)
+        raise SystemExit("training went wrong")
+        """,
+        str(tmp_path),
+        check=False,
+    )
+    assert result.returncode == 1 and result.stderr.strip() == "training went wrong"
+    assert stored(tmp_path, 8)["a"].eq(3).all()
+
+
+def test_a_forked_child_gets_a_clear_error_and_harms_nothing(tmp_path: Path) -> None:
+    result = run_script(
+        """
+        import os, sys, torch, engine
+        sys.path.append(sys.argv[2])
+        from disk import GatedFilesystem
+        gated = GatedFilesystem()
+        eng = engine.Engine(sys.argv[1], filesystem=gated)
+        arena = engine.Arena.wrap({"a": torch.ones(1_000_000)})
+        save = eng.checkpoint(arena, step=1)
+        child = os.fork()
+        if child == 0:
+            assert save.wait_staged(), "nobody reads the child's copy of the arena"
+            save_it, restore_it = lambda: eng.checkpoint(arena), lambda: eng.restore(arena)
+            for call in (save_it, restore_it, eng.load, eng.steps, save.result, save.exception):
+                try:
+                    call()
+                except engine.ForkedError as error:
+                    assert "fork" in str(error)
+                else:
+                    os._exit(3)
+            eng.close()
+            sys.exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        gated.gate.set()
+        save.result()
+        eng.checkpoint(arena, step=2).result()
+        print(eng.steps())
+        eng.close()
+        """,
+        str(tmp_path),
+        str(Path(__file__).parents[1] / "support"),
+    )
+    assert result.stdout.strip() == "[1, 2]"
+
+
+def test_a_forked_child_may_open_its_own(tmp_path: Path) -> None:
+    result = run_script(
+        """
+        import os, sys, torch, engine
+        model = torch.nn.Linear(10, 10)
+        optimizer = torch.optim.SGD(model.parameters())
+        arena = engine.Arena.adopt(model, optimizer)
+        engine.checkpoint(arena, sys.argv[1] + "/parent")
+        child = os.fork()
+        if child == 0:
+            optimizer.step()
+            engine.checkpoint(arena, sys.argv[1] + "/child", extra="the child's").result()
+            sys.exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        """,
+        str(tmp_path),
+    )
+    assert result.returncode == 0
+    assert stored(tmp_path / "child", 0).keys() == {"weight", "bias"}
+
+
+def test_default_engines_are_shared_by_directory(tmp_path: Path) -> None:
+    result = run_script(
+        """
+        import os, sys, torch, engine
+        os.chdir(sys.argv[1])
+        tensors = {"a": torch.zeros(10)}
+        arena = engine.Arena.wrap(tensors)
+        engine.checkpoint(arena, "runs", step=1, extra={"lr": 0.5}).result()
+        engine.checkpoint(arena, sys.argv[1] + "/./runs", step=2).result()
+        tensors["a"].fill_(1)
+        info = engine.restore(arena, "runs", step=1)
+        assert (info.step, info.extra, tensors["a"].sum().item()) == (1, {"lr": 0.5}, 0)
+        """,
+        str(tmp_path),
+    )
+    assert result.returncode == 0
+
+
+def test_importing_elsewhere_is_one_clear_error() -> None:
+    result = run_script(
+        """
+        import platform
+        platform.machine = lambda: "riscv64"
+        import engine
+        """,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "engine needs Linux on x86-64 or aarch64" in result.stderr.strip().splitlines()[-1]
+
+
+def test_importing_without_the_compiled_module_says_how_to_build_it() -> None:
+    result = run_script(
+        """
+        import sys
+        sys.modules["engine._native"] = None
+        import engine
+        """,
+        check=False,
+    )
+    assert "build it with 'pip install .'" in result.stderr
+
+
+def test_a_parent_that_cannot_be_read_does_not_keep_an_engine_out(tmp_path: Path) -> None:
+    class Unreadable(Filesystem):
+        def sync_directory(self, path: str) -> None:
+            if Path(path) == tmp_path:
+                raise engine.StorageError(13, "open", path)
+            super().sync_directory(path)
+
+    (tmp_path / "runs").mkdir()
+    with engine.Engine(tmp_path / "runs", filesystem=Unreadable(), **SMALL) as eng:
+        eng.checkpoint(engine.Arena.wrap({"a": torch.zeros(10)}), step=1).result()
+        assert eng.steps() == [1]

@@ -1,0 +1,866 @@
+"""The catalog: what lies in a directory, who may write to it, and in which order names move.
+
+Theory of operation.  All runs on a real directory.  `Recorded` is the real file system with a list of what was done; it
+can refuse one call.  The stateful test drives begin, publish, discard, retire and reopen in any order against a set of
+committed steps; each checkpoint's file holds its own step, so a file that was recycled too early, or while somebody
+else had it, is seen as soon as it is overwritten.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from strategies import plan_of
+
+from engine.errors import CorruptError, LockedError, NotFoundError, StepError, StorageError
+from engine.format.layout import lay_out
+from engine.format.manifest import (
+    FORMAT,
+    MANIFEST_NAME,
+    VERSION,
+    FileRecord,
+    Manifest,
+    chunk_layers,
+    chunk_records,
+    encode,
+)
+from engine.format.plan import ALIGNMENT
+from engine.store.catalog import Catalog, step_name
+from engine.store.filesystem import Filesystem
+
+DATA_NAME = "model.safetensors"
+SPARE = Path(".engine", "spare")
+
+
+class Recorded(Filesystem):
+    """The real file system, with a list of the renames and syncs that were done; it can refuse one to come."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[str, ...]] = []
+        self.armed: tuple[str, int] | None = None
+
+    def refuse(self, operation: str, spared: int = 0) -> None:
+        """Refuse one call of this kind, after so many that succeed."""
+        self.armed = (operation, spared)
+
+    def _call(self, operation: str, path: str) -> None:
+        if self.armed is None or self.armed[0] != operation:
+            return
+        if self.armed[1] > 0:
+            self.armed = (operation, self.armed[1] - 1)
+        else:
+            self.armed = None
+            raise StorageError(errno.EIO, operation, path)
+
+    def rename(self, source: str, target: str) -> None:
+        self._call("rename", source)
+        super().rename(source, target)
+        self.done.append(("rename", source, target))
+
+    def sync_directory(self, path: str) -> None:
+        self._call("sync_directory", path)
+        super().sync_directory(path)
+        self.done.append(("sync", path))
+
+
+@pytest.fixture
+def filesystem() -> Recorded:
+    return Recorded()
+
+
+@pytest.fixture
+def catalog(tmp_path: Path, filesystem: Recorded) -> Iterator[Catalog]:
+    opened = Catalog(str(tmp_path), filesystem, spare_max=2)
+    yield opened
+    opened.close()
+
+
+def fill(partial: str, content: bytes) -> int:
+    """Write a data file the way a save does, over what is there; returns its inode number."""
+    descriptor = os.open(Path(partial, DATA_NAME), os.O_RDWR | os.O_CREAT)
+    os.pwrite(descriptor, content, 0)
+    os.ftruncate(descriptor, len(content))
+    inode = os.fstat(descriptor).st_ino
+    os.close(descriptor)
+    return inode
+
+
+def save(catalog: Catalog, step: int) -> int:
+    """Begin, write and publish a step; returns the inode number of its file."""
+    inode = fill(catalog.begin(step, [DATA_NAME]), str(step).encode())
+    Path(catalog.partial_path(step), MANIFEST_NAME).write_text("{}")
+    assert catalog.publish(step) == catalog.path(step)
+    return inode
+
+
+def spares(root: Path) -> list[str]:
+    """The names in spare, oldest first."""
+    return sorted(os.listdir(root / SPARE))
+
+
+def names(root: Path) -> list[str]:
+    """The names in the root, without the engine's own."""
+    return sorted(set(os.listdir(root)) - {".engine"})
+
+
+# -- the way of a save ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("step", "name"),
+    [
+        (0, "step-00000000"),
+        (12345678, "step-12345678"),
+        (123456789, "step-123456789"),
+        (2**63 - 1, f"step-{2**63 - 1}"),
+    ],
+)
+def test_names_of_steps_sort_as_numbers(step: int, name: str, catalog: Catalog) -> None:
+    assert step_name(step) == name
+    save(catalog, step)
+    assert catalog.steps() == [step]
+
+
+MOVES: dict[str, Callable[[Catalog], object]] = {
+    "begin": lambda catalog: catalog.begin(4, [DATA_NAME]),
+    "publish": lambda catalog: catalog.publish(3),
+    "retire": lambda catalog: catalog.retire(1),
+    "rollback": lambda catalog: catalog.retire_after(1),
+    "set aside": lambda catalog: catalog.set_aside(2),
+    "discard": lambda catalog: catalog.discard(3),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_nothing_is_moved_in_a_directory_that_was_put_in_the_place_of_ours(tmp_path: Path, move: str) -> None:
+    """There are directories of the same names in it, and they are another engine's."""
+    root = tmp_path / "run"
+    with ExitStack() as opened:
+
+        def open_and_save() -> Catalog:
+            catalog = Catalog(str(root), Filesystem(), spare_max=1)
+            opened.callback(catalog.close)
+            save(catalog, 1)
+            save(catalog, 2)
+            fill(catalog.begin(3, [DATA_NAME]), b"3")
+            return catalog
+
+        ours = open_and_save()
+        root.rename(tmp_path / "moved")
+        theirs = open_and_save()
+        before = sorted(root.rglob("*"))
+        if move == "discard":  # which raises nothing
+            ours.discard(3)
+        else:
+            with pytest.raises(StorageError, match="open a new Engine") as refused:
+                MOVES[move](ours)
+            assert refused.value.errno == errno.ESTALE
+        assert sorted(root.rglob("*")) == before
+        MOVES[move](theirs)
+
+
+def test_a_directory_is_made_with_its_parents(tmp_path: Path, filesystem: Recorded) -> None:
+    root = tmp_path / "runs" / "exp1"
+    with_parents = Catalog(str(root), filesystem, spare_max=1)
+    assert with_parents.steps() == []
+    assert (root / SPARE).is_dir()
+    for made in (root.parent, root, root / ".engine", root / SPARE):
+        assert ("sync", str(made.parent)) in filesystem.done
+    with_parents.close()
+
+
+def test_a_step_is_there_once_it_is_published(catalog: Catalog, tmp_path: Path) -> None:
+    partial = catalog.begin(5, [DATA_NAME])
+    assert (partial, names(tmp_path)) == (str(tmp_path / "step-00000005.partial"), ["step-00000005.partial"])
+    assert catalog.steps() == []
+    fill(partial, b"5")
+    catalog.publish(5)
+    assert (catalog.steps(), names(tmp_path)) == ([5], ["step-00000005"])
+    assert Path(catalog.path(5), DATA_NAME).read_bytes() == b"5"
+
+
+def test_a_failed_save_leaves_nothing(catalog: Catalog, tmp_path: Path) -> None:
+    fill(catalog.begin(5, [DATA_NAME]), b"5")
+    catalog.discard(5)
+    catalog.discard(6)  # never begun
+    assert (catalog.steps(), names(tmp_path), spares(tmp_path)) == ([], [], [])
+
+
+def test_steps_are_listed_by_number_whichever_came_first(catalog: Catalog, tmp_path: Path) -> None:
+    for step in (100_000_000, 3, 20):
+        save(catalog, step)
+    assert catalog.steps() == [3, 20, 100_000_000]
+    catalog.close()
+    again = Catalog(str(tmp_path), Filesystem(), spare_max=2)
+    assert again.steps() == [3, 20, 100_000_000]
+    again.close()
+
+
+@pytest.mark.parametrize("refused", ["rename", "sync_directory"])
+def test_a_publish_that_fails_leaves_no_step(
+    catalog: Catalog, filesystem: Recorded, tmp_path: Path, refused: str
+) -> None:
+    save(catalog, 1)
+    fill(catalog.begin(2, [DATA_NAME]), b"2")
+    filesystem.refuse(refused)
+    with pytest.raises(StorageError) as caught:
+        catalog.publish(2)
+    assert (caught.value.errno, caught.value.operation) == (errno.EIO, refused)
+    assert catalog.steps() == [1]
+    assert names(tmp_path) == ["step-00000001", "step-00000002.partial"]
+    catalog.discard(2)
+    save(catalog, 3)
+    assert catalog.steps() == [1, 3]
+
+
+# -- retire and recycle -----------------------------------------------------------------------------------------------
+
+
+def test_a_retired_steps_files_are_the_next_ones(catalog: Catalog, tmp_path: Path) -> None:
+    inode = save(catalog, 1)
+    Path(catalog.path(1), "optimizer.safetensors").write_bytes(b"not wanted next time")
+    save(catalog, 2)
+    catalog.retire(1)
+    assert (catalog.steps(), names(tmp_path), len(spares(tmp_path))) == ([2], ["step-00000002"], 1)
+
+    partial = Path(catalog.begin(3, [DATA_NAME, "another.safetensors"]))
+    assert os.listdir(partial) == [DATA_NAME], "neither the manifest nor what is not wanted"
+    assert os.stat(partial / DATA_NAME).st_ino == inode
+    assert (partial / DATA_NAME).read_bytes() == b"1"
+    assert spares(tmp_path) == []
+
+
+def test_spares_are_taken_in_the_order_in_which_they_came(catalog: Catalog) -> None:
+    inodes = [save(catalog, step) for step in (1, 2, 3)]
+    catalog.retire(1)
+    assert [save(catalog, step) for step in (4, 5)] == inodes[:2]
+    assert save(catalog, 6) not in inodes
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_only_so_many_spares_are_kept(catalog: Catalog, tmp_path: Path, count: int) -> None:
+    inodes = [save(catalog, step) for step in range(count + 1)]
+    catalog.retire(1)
+    kept = [os.stat(tmp_path / SPARE / name / DATA_NAME).st_ino for name in spares(tmp_path)]
+    assert kept == inodes[:-1][-2:], "the newest two"
+    # They are also kept across an open.
+    catalog.close()
+    again = Catalog(str(tmp_path), Filesystem(), spare_max=1)
+    assert [os.stat(tmp_path / SPARE / name / DATA_NAME).st_ino for name in spares(tmp_path)] == kept[-1:]
+    again.close()
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3, 4, 9])
+def test_the_newest_are_kept(catalog: Catalog, keep: int) -> None:
+    for step in (10, 20, 30, 40):
+        save(catalog, step)
+    catalog.retire(keep)
+    assert catalog.steps() == [10, 20, 30, 40][-keep:]
+
+
+def test_a_file_with_another_name_is_not_overwritten(catalog: Catalog, tmp_path: Path) -> None:
+    inode = save(catalog, 1)
+    copy = tmp_path / "best.safetensors"
+    os.link(Path(catalog.path(1), DATA_NAME), copy)
+    save(catalog, 2)
+    catalog.retire(1)
+    assert save(catalog, 3) != inode
+    assert copy.read_bytes() == b"1"
+    assert os.stat(copy).st_nlink == 1
+
+
+def test_a_link_is_not_followed(catalog: Catalog, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "cold-storage"
+    elsewhere.write_bytes(b"1")
+    save(catalog, 1)
+    data = Path(catalog.path(1), DATA_NAME)
+    data.unlink()
+    data.symlink_to(elsewhere)
+    save(catalog, 2)
+    catalog.retire(1)
+    save(catalog, 3)
+    assert not Path(catalog.path(3), DATA_NAME).is_symlink()
+    assert elsewhere.read_bytes() == b"1"
+
+
+def test_what_users_put_beside_is_retired_with_the_rest(catalog: Catalog, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").write_bytes(b"precious")
+    for step in range(5):
+        save(catalog, step)
+        plots = Path(catalog.path(step), "plots")
+        (plots / "deep").mkdir(parents=True)
+        (plots / "deep" / "loss.png").write_bytes(b"png")
+        (plots / "link").symlink_to(outside)
+        catalog.retire(1)
+    partial = catalog.begin(5, [DATA_NAME])
+    assert os.listdir(partial) == [DATA_NAME]
+    catalog.discard(5)
+    assert (outside / "precious").read_bytes() == b"precious"
+
+
+def test_a_retirement_that_is_refused_halfway_is_durable_as_far_as_it_went(
+    catalog: Catalog, filesystem: Recorded, tmp_path: Path
+) -> None:
+    for step in (1, 2, 3, 4):
+        save(catalog, step)
+    filesystem.refuse("rename", spared=1)
+    with pytest.raises(StorageError):
+        catalog.retire(1)
+    assert catalog.steps() == [2, 3, 4]
+    assert names(tmp_path) == [step_name(step) for step in (2, 3, 4)]
+    catalog.begin(5, [DATA_NAME])
+    check_order(filesystem.done, str(tmp_path))
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["spare", "root"])
+def test_a_retirement_that_is_not_durable_is_not_recycled(
+    catalog: Catalog, filesystem: Recorded, tmp_path: Path, which: int
+) -> None:
+    first, second = save(catalog, 1), save(catalog, 2)
+    filesystem.refuse("sync_directory", spared=which)
+    with pytest.raises(StorageError):
+        catalog.retire(1)
+    assert save(catalog, 3) not in (first, second)
+    check_order(filesystem.done, str(tmp_path))
+    assert {Path(catalog.path(step), DATA_NAME).read_bytes() for step in catalog.steps()} == {b"2", b"3"}
+
+
+def begin_two(catalog: Catalog) -> None:
+    """Saves 4 and 5, each in a spare of its own; 3 is committed."""
+    for step in (1, 2, 3):
+        save(catalog, step)
+    catalog.retire(1)
+    for step in (4, 5):
+        fill(catalog.begin(step, [DATA_NAME]), str(step).encode())
+
+
+def test_what_both_have_taken_is_durable_before_the_root_is_synced(
+    catalog: Catalog, filesystem: Recorded, tmp_path: Path
+) -> None:
+    begin_two(catalog)
+    spare, root = str(tmp_path / SPARE), str(tmp_path)
+    filesystem.done.clear()
+    for step in (5, 4):
+        catalog.publish(step)
+    published = [("rename", f"{catalog.path(step)}.partial", catalog.path(step)) for step in (5, 4)]
+    assert filesystem.done == [("sync", spare), published[0], ("sync", root), published[1], ("sync", root)]
+
+
+def test_what_was_taken_is_durable_before_a_damaged_step_is_set_aside(
+    catalog: Catalog, filesystem: Recorded, tmp_path: Path
+) -> None:
+    begin_two(catalog)
+    filesystem.done.clear()
+    catalog.set_aside(3)
+    assert [operation for operation, *_ in filesystem.done] == ["sync", "rename", "sync"]
+    assert filesystem.done[0] == ("sync", str(tmp_path / SPARE))
+
+
+def test_a_taking_that_may_not_last_fails_every_save_that_took(catalog: Catalog, filesystem: Recorded) -> None:
+    begin_two(catalog)
+    filesystem.refuse("sync_directory", spared=0)
+    for step in (5, 4):  # the second has no failure of its own
+        with pytest.raises(StorageError):
+            catalog.publish(step)
+        catalog.discard(step)
+    assert catalog.steps() == [3]
+    for step in (4, 5, 6):
+        save(catalog, step)
+    assert catalog.steps() == [3, 4, 5, 6]
+
+
+def test_a_taking_is_known_to_last_once_another_has_synced_spare(
+    catalog: Catalog, filesystem: Recorded, tmp_path: Path
+) -> None:
+    for step in (1, 2, 3):
+        save(catalog, step)
+    catalog.retire(2)
+    fill(catalog.begin(4, [DATA_NAME]), b"4")
+    assert spares(tmp_path) == [], "it has taken the one there was"
+    filesystem.refuse("sync_directory", spared=1)  # the root's: spare's, right before, has done for what was taken, too
+    with pytest.raises(StorageError):
+        catalog.retire(1)
+    filesystem.done.clear()
+    catalog.publish(4)
+    assert filesystem.done == [("rename", f"{catalog.path(4)}.partial", catalog.path(4)), ("sync", str(tmp_path))]
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["spare", "root"])
+def test_going_back_deletes_nothing_once_a_sync_has_failed(
+    catalog: Catalog, filesystem: Recorded, tmp_path: Path, which: int
+) -> None:
+    for step in (1, 2, 3, 4, 5):
+        save(catalog, step)
+    filesystem.refuse("sync_directory", spared=which)
+    with pytest.raises(StorageError):
+        catalog.retire(4)  # which a power cut may undo
+    assert catalog.retire_after(2) == [5, 4, 3]
+    assert catalog.steps() == [2]
+    assert [Path(tmp_path, SPARE, name, DATA_NAME).read_bytes() for name in spares(tmp_path)] == [
+        b"1",
+        b"5",
+        b"4",
+        b"3",
+    ]
+
+
+def check_order(done: list[tuple[str, ...]], root: str) -> None:
+    """I4 and I5 of docs/durability.md: a spare is durable before it is taken, and taken before it is published.
+
+    In terms of what was done: after a rename into spare, spare and then root are synced before any rename out of it;
+    after that, spare is synced before the same directory gets its final name.
+    """
+    spare = str(Path(root) / SPARE)
+    arrived: dict[str, int] = {}
+    left: dict[str, int] = {}
+    for now, (operation, *paths) in enumerate(done):
+        if operation != "rename":
+            continue
+        source, target = paths
+        if os.path.dirname(target) == spare:
+            arrived[target] = now
+        elif os.path.dirname(source) == spare:
+            since = done[arrived.pop(source, -1) + 1 : now]
+            assert ("sync", spare) in since, f"{source} was taken before its arrival was durable"
+            assert ("sync", root) in since[since.index(("sync", spare)) :], f"{source} was taken before it had left"
+            left[target] = now
+        elif source in left:
+            assert ("sync", spare) in done[left.pop(source) : now], f"{target} was published while also a spare"
+
+
+# -- pins, rollback, damage -------------------------------------------------------------------------------------------
+
+
+def test_a_step_that_is_read_is_not_retired(catalog: Catalog) -> None:
+    for step in (1, 2, 3):
+        save(catalog, step)
+    with catalog.pinned(1):
+        with catalog.pinned(1):
+            catalog.retire(1)
+            assert catalog.steps() == [1, 3]
+        catalog.retire(1)
+        assert catalog.steps() == [1, 3]
+        assert Path(catalog.path(1), DATA_NAME).read_bytes() == b"1"
+    catalog.retire(1)
+    assert catalog.steps() == [3]
+
+
+def test_a_pin_ends_with_an_error_too(catalog: Catalog) -> None:
+    save(catalog, 1)
+    save(catalog, 2)
+    with pytest.raises(ZeroDivisionError), catalog.pinned(1):
+        raise ZeroDivisionError
+    catalog.retire(1)
+    assert catalog.steps() == [2]
+
+
+def test_what_is_not_there_cannot_be_pinned(catalog: Catalog) -> None:
+    with pytest.raises(NotFoundError, match=r"no step 4; committed steps: none"), catalog.pinned(4):
+        raise AssertionError
+    save(catalog, 1)
+    save(catalog, 3)
+    with pytest.raises(NotFoundError, match=r"no step 4; committed steps: 1, 3"), catalog.pinned(4):
+        raise AssertionError
+
+
+def test_later_steps_are_retired_newest_first(catalog: Catalog, filesystem: Recorded, tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save(catalog, step)
+    filesystem.done.clear()
+    assert catalog.retire_after(2) == [4, 3]
+    assert catalog.steps() == [1, 2]
+    moved = [Path(source).name for operation, source, *_ in filesystem.done if operation == "rename"]
+    assert moved == ["step-00000004", "step-00000003"]
+    assert filesystem.done[-2:] == [("sync", str(tmp_path / SPARE)), ("sync", str(tmp_path))]
+    assert catalog.retire_after(2) == []
+
+
+def test_a_later_step_that_is_read_is_not_rolled_back(catalog: Catalog) -> None:
+    for step in (1, 2, 3):
+        save(catalog, step)
+    with catalog.pinned(3), pytest.raises(StepError, match=r"\[3\] are being read"):
+        catalog.retire_after(1)
+    assert catalog.steps() == [1, 2, 3]
+
+
+def test_a_damaged_step_is_set_aside_and_stays(catalog: Catalog, filesystem: Recorded, tmp_path: Path) -> None:
+    for _ in range(2):
+        save(catalog, 1)
+        aside = catalog.set_aside(1)
+        assert catalog.steps() == []
+        assert filesystem.done[-1] == ("sync", str(tmp_path))
+        assert Path(aside, DATA_NAME).read_bytes() == b"1"
+    assert names(tmp_path) == ["step-00000001.damaged", "step-00000001.damaged-again"]
+    save(catalog, 2)
+    catalog.close()
+    again = Catalog(str(tmp_path), Filesystem(), spare_max=2)
+    assert again.steps() == [2]
+    again.close()
+
+
+def test_setting_aside_without_a_sync_does_not_leave_a_step_that_is_gone(
+    catalog: Catalog, filesystem: Recorded, tmp_path: Path
+) -> None:
+    save(catalog, 1)
+    filesystem.refuse("sync_directory")
+    with pytest.raises(StorageError):
+        catalog.set_aside(1)
+    assert (catalog.steps(), names(tmp_path)) == ([], ["step-00000001.damaged"])
+
+
+# -- manifests --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stored(catalog: Catalog) -> tuple[Manifest, Path]:
+    """A committed step 1 with a manifest."""
+    layout = lay_out([])
+    plan = plan_of(layout, [], ALIGNMENT, ALIGNMENT)
+    manifest = Manifest(
+        format=FORMAT,
+        version=VERSION,
+        step=1,
+        checkpoint_id="0" * 32,
+        created_ns=0,
+        block_bytes=ALIGNMENT,
+        files=tuple(FileRecord(*file) for file in plan.files),
+        chunks=chunk_records(plan, chunk_layers(plan, layout), [0]),
+        segments=(),
+        aliases={},
+        options={},
+        extra=None,
+    )
+    save(catalog, 1)
+    path = Path(catalog.path(1), MANIFEST_NAME)
+    path.write_bytes(encode(manifest))
+    return manifest, path
+
+
+def test_a_manifest_is_read(catalog: Catalog, stored: tuple[Manifest, Path]) -> None:
+    manifest, path = stored
+    assert catalog.manifest(1) == (manifest, path.stat().st_size)
+
+
+def damage(path: Path) -> dict[str, Callable[[], object]]:
+    """Ways in which a manifest can be no manifest."""
+    elsewhere = path.with_name("elsewhere")
+    return {
+        "missing": path.unlink,
+        "empty": lambda: path.write_bytes(b""),
+        "a bit flipped": lambda: path.write_bytes(path.read_bytes().replace(b'"step":1,', b'"step":2,')),
+        "a link": lambda: path.rename(elsewhere) and path.symlink_to(elsewhere),
+        "a directory": lambda: (path.unlink(), path.mkdir()),
+        "a fifo": lambda: (path.unlink(), os.mkfifo(path)),
+        "no directory": lambda: (path.unlink(), (path.parent / DATA_NAME).unlink(), path.parent.rmdir()),
+    }
+
+
+@pytest.mark.parametrize("how", damage(Path("any")))
+def test_no_manifest_is_an_error_of_the_disk(catalog: Catalog, stored: tuple[Manifest, Path], how: str) -> None:
+    damage(stored[1])[how]()
+    with pytest.raises((CorruptError, StorageError)):
+        catalog.manifest(1)
+
+
+def test_a_manifest_of_another_step_is_refused(catalog: Catalog, stored: tuple[Manifest, Path]) -> None:
+    save(catalog, 2)
+    Path(catalog.path(2), MANIFEST_NAME).write_bytes(stored[1].read_bytes())
+    with pytest.raises(CorruptError, match="manifest of step 1"):
+        catalog.manifest(2)
+
+
+# -- opening ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_not_finished_becomes_spare(tmp_path: Path, filesystem: Recorded) -> None:
+    inodes = []
+    for name in ("step-00000007.partial", "step-123456789.partial"):
+        (tmp_path / name).mkdir()
+        inodes.append(fill(str(tmp_path / name), b"unfinished"))
+    catalog = Catalog(str(tmp_path), filesystem, spare_max=2)
+    assert (catalog.steps(), names(tmp_path), len(spares(tmp_path))) == ([], [], 2)
+    assert {save(catalog, 8), save(catalog, 9)} == set(inodes)
+    assert Path(catalog.path(8), DATA_NAME).read_bytes() == b"8"
+    check_order(filesystem.done, str(tmp_path))
+    catalog.close()
+
+
+def test_only_what_is_ours_is_touched(tmp_path: Path) -> None:
+    save_one = Catalog(str(tmp_path), Filesystem(), spare_max=2)
+    save(save_one, 5)
+    save_one.close()
+    directories = ["step-5", "step-000000005", "step-00000006.damaged", "step-00000006.partial.old", "xstep-00000007"]
+    directories += ["step-00000008x", "step-\u0660\u0660\u0660\u0660\u0660\u0660\u0660\u0669", "notes"]
+    for name in directories:
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-00000010").write_text("a file")
+    (tmp_path / "step-00000011").symlink_to(tmp_path / "step-00000005")
+    (tmp_path / "step-00000012.partial").write_text("a file")
+    (tmp_path / "step-00000013.partial").symlink_to(tmp_path / "notes")
+    before = names(tmp_path)
+    catalog = Catalog(str(tmp_path), Filesystem(), spare_max=2)
+    assert catalog.steps() == [5]
+    assert names(tmp_path) == before
+    assert spares(tmp_path) == []
+    catalog.close()
+
+
+def test_what_an_earlier_process_renamed_is_made_durable_before_it_is_trusted(
+    tmp_path: Path, filesystem: Recorded
+) -> None:
+    (tmp_path / "step-00000001").mkdir()
+    catalog = Catalog(str(tmp_path), filesystem, spare_max=2)
+    assert catalog.steps() == [1]
+    assert ("sync", str(tmp_path)) in filesystem.done
+    catalog.close()
+
+    filesystem.refuse("sync_directory")
+    with pytest.raises(StorageError):
+        Catalog(str(tmp_path), filesystem, spare_max=2)
+    Catalog(str(tmp_path), filesystem, spare_max=2).close()  # the one that failed does not hold the lock
+
+
+def test_a_place_where_no_directory_can_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError) as caught:
+        Catalog(str(tmp_path / "file" / "runs"), Filesystem(), spare_max=1)
+    assert caught.value.errno == errno.ENOTDIR
+
+
+# -- the lock ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_directory_has_one_catalog_at_a_time(catalog: Catalog, tmp_path: Path) -> None:
+    with pytest.raises(LockedError, match=rf"{tmp_path} is in use by another Engine \(process {os.getpid()}\)"):
+        Catalog(str(tmp_path), Filesystem(), spare_max=1)
+    catalog.close()
+    catalog.close()
+    Catalog(str(tmp_path), Filesystem(), spare_max=1).close()
+
+
+def test_a_refused_catalog_changes_nothing(catalog: Catalog, tmp_path: Path) -> None:
+    catalog.begin(1, [DATA_NAME])
+    with pytest.raises(LockedError):
+        Catalog(str(tmp_path), Filesystem(), spare_max=1)
+    assert names(tmp_path) == ["step-00000001.partial"], "another's save in flight was taken for a leftover"
+
+
+def test_a_lock_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / ".engine").mkdir()
+    (tmp_path / ".engine" / "lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(StorageError) as caught:
+        Catalog(str(tmp_path), Filesystem(), spare_max=1)
+    assert caught.value.errno == errno.ELOOP
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_a_program_that_is_started_does_not_hold_the_lock(catalog: Catalog, tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "60"], close_fds=False) as sleeper:
+        catalog.close()
+        try:
+            Catalog(str(tmp_path), Filesystem(), spare_max=1).close()
+        finally:
+            sleeper.kill()
+
+
+HOLD = """
+import os, sys, time
+from engine.store.catalog import Catalog
+from engine.store.filesystem import Filesystem
+
+catalog = Catalog(sys.argv[1], Filesystem(), spare_max=1)
+forked = sys.argv[2] == "forked"
+if not forked or os.fork() == 0:
+    print(os.getpid() if forked else 0, flush=True)  # in the child, once it has closed its copy of the lock
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("how", ["alone", "forked"])
+def test_the_lock_of_a_killed_process_is_free(tmp_path: Path, how: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path), how], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    child = int(holder.stdout.readline())
+    try:
+        with pytest.raises(LockedError, match=rf"process {holder.pid}\b"):
+            Catalog(str(tmp_path), Filesystem(), spare_max=1)
+        holder.kill()
+        assert holder.wait() == -signal.SIGKILL
+        Catalog(str(tmp_path), Filesystem(), spare_max=1).close()  # the forked child lives on, and does not hold it
+    finally:
+        holder.stdout.close()
+        holder.kill()
+        if child:
+            os.kill(child, signal.SIGKILL)
+
+
+# -- any order of all of these ----------------------------------------------------------------------------------------
+
+REFUSALS = ["rename", "sync_directory"]
+
+
+class Directory(RuleBasedStateMachine):
+    """A catalog against the set of steps that must be there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.exit = ExitStack()
+        self.root = self.exit.enter_context(tempfile.TemporaryDirectory())
+        self.filesystem = Recorded()
+        self.committed: set[int] = set()
+        self.partial: set[int] = set()
+        self.sound_partial: set[int] = set()  # begun before anything was refused
+        self.pins: dict[int, ExitStack] = {}
+        self.next_step = 0
+        self.armed: tuple[str, int] | None = None
+        self.sound = True  # nothing was refused since the last open
+
+    @initialize(spare_max=st.integers(1, 3))
+    def open(self, spare_max: int) -> None:
+        self.spare_max = spare_max
+        self.catalog = Catalog(self.root, self.filesystem, spare_max)
+
+    def teardown(self) -> None:
+        for pin in self.pins.values():
+            pin.close()
+        if hasattr(self, "catalog"):
+            self.catalog.close()
+        self.exit.close()
+
+    def attempt(self, call: Callable[[], object], may_fail: bool = False) -> bool:
+        """Whether it succeeded; only what was armed may make it fail, or else what `may_fail`."""
+        armed, self.filesystem.armed = self.armed, self.armed
+        self.armed = None
+        try:
+            call()
+        except StorageError:
+            assert armed is not None or may_fail, "refused, though nothing was armed"
+            return False
+        finally:
+            self.sound &= armed is None or self.filesystem.armed is not None
+            self.filesystem.armed = None
+        return True
+
+    @rule(operation=st.sampled_from(REFUSALS), spared=st.integers(0, 2))
+    def arm(self, operation: str, spared: int) -> None:
+        """Refuse a call of the next rule; `spared` of the same kind succeed before it."""
+        self.armed = (operation, spared)
+
+    @rule(skipped=st.integers(1, 3))
+    def begin(self, skipped: int) -> None:
+        self.next_step += skipped
+        step = self.next_step
+        if self.attempt(lambda: fill(self.catalog.begin(step, [DATA_NAME]), str(step).encode())):
+            self.partial.add(step)
+            self.sound_partial |= {step} if self.sound else set()
+        else:
+            self.catalog.discard(step)
+
+    @precondition(lambda self: self.partial)
+    @rule(data=st.data())
+    def publish(self, data: st.DataObject) -> None:
+        step = data.draw(st.sampled_from(sorted(self.partial)))
+        self.partial.discard(step)
+        # What was taken from spare before a sync has failed may not last, and then its save fails as well.
+        may_fail = not self.sound and step in self.sound_partial
+        if self.attempt(lambda: self.catalog.publish(step), may_fail):
+            self.committed.add(step)
+        else:
+            self.catalog.discard(step)
+
+    @precondition(lambda self: self.partial)
+    @rule(data=st.data())
+    def discard(self, data: st.DataObject) -> None:
+        step = data.draw(st.sampled_from(sorted(self.partial)))
+        self.partial.discard(step)
+        self.catalog.discard(step)
+
+    @rule(keep=st.integers(1, 3))
+    def retire(self, keep: int) -> None:
+        newest, may_stay = set(sorted(self.committed)[-keep:]), self.committed
+        sound = self.sound
+        succeeded = self.attempt(lambda: self.catalog.retire(keep))
+        self.committed = set(self.catalog.steps())
+        assert newest | self.pins.keys() & may_stay <= self.committed <= may_stay
+        if succeeded and sound and self.sound:
+            assert self.committed == newest | self.pins.keys()
+            assert len(os.listdir(Path(self.root) / SPARE)) <= self.spare_max
+
+    @precondition(lambda self: self.committed - self.pins.keys())
+    @rule(data=st.data())
+    def pin(self, data: st.DataObject) -> None:
+        step = data.draw(st.sampled_from(sorted(self.committed - self.pins.keys())))
+        self.pins[step] = ExitStack()
+        self.pins[step].enter_context(self.catalog.pinned(step))
+
+    @precondition(lambda self: self.pins)
+    @rule(data=st.data())
+    def unpin(self, data: st.DataObject) -> None:
+        self.pins.pop(data.draw(st.sampled_from(sorted(self.pins)))).close()
+
+    @precondition(lambda self: self.committed and not self.pins)
+    @rule(data=st.data())
+    def roll_back(self, data: st.DataObject) -> None:
+        step = data.draw(st.sampled_from(sorted(self.committed)))
+        before = self.committed
+        succeeded = self.attempt(lambda: self.catalog.retire_after(step))
+        self.committed = set(self.catalog.steps())
+        assert {s for s in before if s <= step} <= self.committed <= before
+        assert not succeeded or max(self.committed) == step
+
+    @precondition(lambda self: self.committed - self.pins.keys())
+    @rule(data=st.data())
+    def set_aside(self, data: st.DataObject) -> None:
+        step = data.draw(st.sampled_from(sorted(self.committed - self.pins.keys())))
+        self.attempt(lambda: self.catalog.set_aside(step))
+        self.committed = set(self.catalog.steps())
+
+    @rule()
+    def reopen(self) -> None:
+        """As after a kill: what was partial is spare."""
+        self.armed = None
+        for pin in self.pins.values():
+            pin.close()
+        self.pins = {}
+        self.catalog.close()
+        self.catalog = Catalog(self.root, self.filesystem, self.spare_max)
+        self.partial, self.sound_partial, self.sound = set(), set(), True
+        assert len(os.listdir(Path(self.root) / SPARE)) <= self.spare_max
+
+    @invariant()
+    def what_is_listed_is_there_and_is_its_own(self) -> None:
+        if not hasattr(self, "catalog"):
+            return
+        assert self.catalog.steps() == sorted(self.committed)
+        on_disk = {name for name in os.listdir(self.root) if name.startswith("step-") and "." not in name}
+        assert on_disk == {step_name(step) for step in self.committed}
+        for step in self.committed:
+            assert Path(self.catalog.path(step), DATA_NAME).read_bytes() == str(step).encode()
+        for step in self.partial:
+            assert Path(self.catalog.partial_path(step), DATA_NAME).read_bytes() == str(step).encode()
+
+    @invariant()
+    def names_move_in_order(self) -> None:
+        check_order(self.filesystem.done, self.root)
+
+
+TestDirectory = Directory.TestCase
+TestDirectory.settings = settings(max_examples=60, stateful_step_count=30)

@@ -1,0 +1,544 @@
+"""Damage of every kind: it is found, named, and never restored.
+
+Theory of operation.  `sound` makes a checkpoint of two files, several chunks and blocks, and an older one, once; every
+test ruins a copy.  `ruined` then holds what the engine owes: an explicit step raises and names the place, "the newest"
+is the older one bit for bit, with a warning, and `verify` finds the same place.  Which chunk and which tensors a byte
+belongs to is worked out here from the manifest's JSON, as docs/format.md describes it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from strategies import sealed
+
+import engine
+from engine.errors import ArenaError, CorruptError, LockedError, NotFoundError, StepError, StorageError
+from engine.format.layout import TensorSpec, lay_out
+from engine.format.manifest import decode
+from engine.format.values import decode as decode_extra
+from engine.io.backend import open_like
+from engine.io.binding import block_checksum
+from engine.store import reader as reader_module
+from fuzz.limits import allocating_at_most
+from fuzz.manifest import BYTES_PER_BYTE
+
+BLOCK = 4096
+NEW, OLD = "step-00000002", "step-00000001"
+MODEL, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "manifest.json"
+
+
+def opened(directory: Path, **options: Any) -> engine.Engine:
+    """An Engine with blocks that are small enough for a few of them."""
+    return engine.Engine(directory, **{"staging_bytes": 16 * BLOCK, "block_bytes": BLOCK, "keep": None} | options)
+
+
+class Training(NamedTuple):
+    """An arena that is stored in two files, and the tensors in it."""
+
+    arena: engine.Arena
+
+    def fill(self, value: float) -> None:
+        for index, tensor in enumerate(self.arena.state_dict().values()):
+            tensor.copy_(torch.arange(tensor.numel()).reshape(tensor.shape) + value + index)
+
+    def held(self) -> dict[str, bytes]:
+        return {name: tensor.numpy().tobytes() for name, tensor in self.arena.state_dict().items()}
+
+
+def training() -> Training:
+    """Tensors of 4800 bytes, so that some cross blocks; and enough others that the optimizer's header is of two blocks,
+    or chunks of the two files would end at the same bytes."""
+    norms = (torch.nn.LayerNorm(40) for _ in range(12))
+    model = torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.Linear(30, 40), *norms)
+    optimizer = torch.optim.AdamW(model.parameters())
+    arena = engine.Arena.adopt(model, optimizer)
+    model(torch.ones(40)).square().sum().backward()
+    optimizer.step()
+    return Training(arena)
+
+
+class Sound(NamedTuple):
+    """A directory of two checkpoints of one layout, what the older one holds, and the newer one's manifest."""
+
+    directory: Path
+    older: dict[str, bytes]
+    body: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Sound:
+    directory = tmp_path_factory.mktemp("sound")
+    state = training()
+    with opened(directory) as eng:
+        state.fill(1)
+        eng.checkpoint(state.arena, step=1, chunk_bytes=2 * BLOCK).result()
+        older = state.held()
+        state.fill(2)
+        eng.checkpoint(state.arena, step=2, chunk_bytes=2 * BLOCK).result()
+        assert eng.verify() == eng.verify(1) == ()
+    return Sound(directory, older, json.loads((directory / NEW / MANIFEST).read_bytes())["body"])
+
+
+@pytest.fixture
+def copy(sound: Sound, tmp_path: Path) -> Path:
+    """A directory to ruin."""
+    return shutil.copytree(sound.directory, tmp_path / "copy")
+
+
+def blocks(body: dict[str, Any]) -> Iterator[tuple[str, int, int, int]]:
+    """(file, chunk, offset, nbytes) of every block."""
+    for chunk in body["chunks"]:
+        for offset in range(chunk["offset"], chunk["offset"] + chunk["nbytes"], body["block_bytes"]):
+            nbytes = min(body["block_bytes"], chunk["offset"] + chunk["nbytes"] - offset)
+            yield body["files"][chunk["file"]]["name"], chunk["index"], offset, nbytes
+
+
+def tensors_in(body: dict[str, Any], file: str, start: int, end: int) -> list[str]:
+    """The tensors that lie in a range of a file."""
+    index = [row["name"] for row in body["files"]].index(file)
+    return [s[0] for s in body["segments"] if s[5] == index and s[6] < end and s[6] + s[7] > start]
+
+
+def told(names: list[str]) -> str:
+    """Tensors as a message shows them."""
+    if not names:
+        return "the header"
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} tensors more" if len(names) > 4 else "")
+
+
+def ruined(directory: Path, sound: Sound, *places: str) -> tuple[engine.Damage, ...]:
+    """The newer checkpoint is refused, and every message says all of `places`; the older one is restored."""
+    state = training()
+    with opened(directory) as eng:
+        damage = eng.verify(2)
+        assert damage and any(all(place in row.reason for place in places) for row in damage), damage
+        assert eng.verify() == damage and eng.verify(1) == ()
+        for read in (lambda: eng.restore(state.arena, step=2), lambda: eng.load(2)):
+            with pytest.raises(CorruptError) as caught:
+                read()
+            assert all(place in str(caught.value) for place in places), caught.value
+        with pytest.warns(engine.EngineWarning, match="step 2 is passed over"):
+            info = eng.restore(state.arena)
+        assert info.step == 1 and [bad.step for bad in info.passed_over] == [2]
+        assert all(place in info.passed_over[0].reason for place in places)
+        assert state.held() == sound.older
+    return damage
+
+
+def at(sound: Sound, file: str, offset: int) -> tuple[str, ...]:
+    """What a message must say of the block that holds this byte."""
+    for name, chunk, start, nbytes in blocks(sound.body):
+        if name == file and start <= offset < start + nbytes:
+            names = told(tensors_in(sound.body, file, start, start + nbytes))
+            return f"{NEW}/{file}", f"byte {start} ", f"chunk {chunk},", f"affected: {names}"
+    raise AssertionError("no such byte")
+
+
+# -- bits -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_bit_of_every_block_counts_in_its_checksum(sound: Sound) -> None:
+    seed, checksums = int(sound.body["checkpoint_id"][:16], 16), []
+    for chunk in sound.body["chunks"]:
+        checksums += [int(text, 16) for text in chunk["checksums"]]
+    names = [row["name"] for row in sound.body["files"]]
+    for (name, _, offset, nbytes), checksum in zip(blocks(sound.body), checksums, strict=True):
+        block = bytearray((sound.directory / NEW / name).read_bytes()[offset : offset + nbytes])
+        assert block_checksum(block, seed, names.index(name), offset) == checksum
+        for bit in range(8 * nbytes):
+            block[bit // 8] ^= 1 << bit % 8
+            assert block_checksum(block, seed, names.index(name), offset) != checksum, (name, offset, bit)
+            block[bit // 8] ^= 1 << bit % 8
+
+
+def test_every_bit_of_the_manifest_counts(sound: Sound) -> None:
+    raw = bytearray((sound.directory / NEW / MANIFEST).read_bytes())
+    for bit in range(8 * len(raw)):
+        raw[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(CorruptError):
+            decode(bytes(raw))
+        raw[bit // 8] ^= 1 << bit % 8
+
+
+def test_verify_finds_one_bit_in_every_block_wherever_it_is(sound: Sound, copy: Path) -> None:
+    rng = random.Random(1)
+    with opened(copy) as eng:
+        for _ in range(200):
+            content = {file: bytearray((sound.directory / NEW / file).read_bytes()) for file in (MODEL, OPTIMIZER)}
+            chosen = [block for block in blocks(sound.body) if rng.random() < 0.5]
+            for file, _, offset, nbytes in chosen:
+                content[file][offset + rng.randrange(nbytes)] ^= 1 << rng.randrange(8)
+            for file, damaged in content.items():
+                (copy / NEW / file).write_bytes(damaged)
+            found = {(Path(row.path).name, row.chunk, row.offset, row.tensors) for row in eng.verify(2)}
+            assert found == {
+                (file, chunk, offset, told(tensors_in(sound.body, file, offset, offset + nbytes)))
+                for file, chunk, offset, nbytes in chosen
+            }
+
+
+@pytest.mark.parametrize("place", range(12))
+def test_a_flipped_bit_is_named(sound: Sound, copy: Path, place: int) -> None:
+    rng = random.Random(place)
+    all_blocks = list(blocks(sound.body))
+    file, chunk, start, nbytes = all_blocks[place % len(all_blocks)]
+    offset = start + rng.randrange(nbytes)
+    content = bytearray((copy / NEW / file).read_bytes())
+    content[offset] ^= 1 << rng.randrange(8)
+    (copy / NEW / file).write_bytes(content)
+    [damage] = ruined(copy, sound, *at(sound, file, offset))
+    names = told(tensors_in(sound.body, file, start, start + nbytes))
+    assert (damage.path, damage.chunk, damage.offset, damage.tensors) == (str(copy / NEW / file), chunk, start, names)
+
+
+# -- blocks and files in the wrong place ------------------------------------------------------------------------------
+
+
+def test_swapped_and_doubled_blocks_are_named(sound: Sound, copy: Path) -> None:
+    original = (copy / NEW / MODEL).read_bytes()
+    first, second = original[BLOCK : 2 * BLOCK], original[2 * BLOCK : 3 * BLOCK]
+    (copy / NEW / MODEL).write_bytes(original[:BLOCK] + second + first + original[3 * BLOCK :])
+    assert [row.offset for row in ruined(copy, sound, *at(sound, MODEL, BLOCK))] == [BLOCK, 2 * BLOCK]
+    (copy / NEW / MODEL).write_bytes(original[:BLOCK] + first + first + original[3 * BLOCK :])
+    assert [row.offset for row in ruined(copy, sound, *at(sound, MODEL, 2 * BLOCK))] == [2 * BLOCK]
+
+
+@pytest.mark.parametrize("file", [MODEL, OPTIMIZER])
+def test_another_checkpoints_file_of_the_same_layout_is_found(sound: Sound, copy: Path, file: str) -> None:
+    shutil.copy(copy / OLD / file, copy / NEW / file)
+    damage = ruined(copy, sound, f"{NEW}/{file}")
+    # The header is the same in both: those are the very bytes that were written.
+    data = next(row["header_bytes"] for row in sound.body["files"] if row["name"] == file)
+    assert [row.offset for row in damage] == [o for name, _, o, _ in blocks(sound.body) if name == file and o >= data]
+
+
+def test_swapped_files_and_another_checkpoints_manifest_are_found(sound: Sound, copy: Path) -> None:
+    new = copy / NEW
+    (new / MODEL).rename(new / "other")
+    (new / OPTIMIZER).rename(new / MODEL)
+    (new / "other").rename(new / OPTIMIZER)
+    ruined(copy, sound, f"{NEW}/{MODEL}")
+    shutil.rmtree(new)
+    shutil.copytree(sound.directory / NEW, new)
+    shutil.copy(copy / OLD / MANIFEST, new / MANIFEST)
+    [damage] = ruined(copy, sound, f"{NEW}/{MANIFEST}", "step 1")
+    assert (damage.path, damage.chunk, damage.tensors) == (str(new / MANIFEST), None, "everything")
+
+
+# -- lengths ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 8, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, -BLOCK, -1])
+@pytest.mark.parametrize("file", [MODEL, OPTIMIZER])
+def test_a_cut_file_is_named_with_what_it_lacks(sound: Sound, copy: Path, file: str, nbytes: int) -> None:
+    whole = (copy / NEW / file).stat().st_size
+    left = nbytes % whole if nbytes < 0 else nbytes
+    os.truncate(copy / NEW / file, left)
+    lost = told(tensors_in(sound.body, file, left, whole))
+    chunk = next(c for name, c, start, size in blocks(sound.body) if name == file and start <= left < start + size)
+    damage = ruined(copy, sound, f"{NEW}/{file}", f"{left} bytes", f"chunk {chunk}", f"affected: {lost}")
+    assert (damage[0].chunk, damage[0].offset, damage[0].tensors) == (chunk, left, lost)
+    beyond = [start for name, _, start, size in blocks(sound.body) if name == file and start + size > left]
+    assert [row.offset for row in damage[1:]] == beyond, "and every block that is not whole"
+
+
+@pytest.mark.parametrize("nbytes", [1, BLOCK])
+def test_a_file_with_something_behind_it_is_refused(sound: Sound, copy: Path, nbytes: int) -> None:
+    whole = (copy / NEW / MODEL).stat().st_size
+    os.truncate(copy / NEW / MODEL, whole + nbytes)
+    [damage] = ruined(copy, sound, f"{NEW}/{MODEL}", f"{whole + nbytes} bytes", "no tensor")
+    assert (damage.chunk, damage.offset) == (None, whole)
+
+
+def test_a_manifest_of_any_other_length_is_refused(sound: Sound) -> None:
+    raw = (sound.directory / NEW / MANIFEST).read_bytes()
+    for wrong in (*(raw[:nbytes] for nbytes in range(len(raw))), raw + b" ", raw + raw, b"\0" + raw):
+        with pytest.raises(CorruptError):
+            decode(wrong)
+
+
+# -- files that are none ----------------------------------------------------------------------------------------------
+
+
+def listen(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+
+
+def make_device(path: Path) -> None:
+    """The number of /dev/zero: a read of it ends with success, and with zeros."""
+    as_root = [] if os.geteuid() == 0 else ["sudo", "-n"]
+    subprocess.run([*as_root, "mknod", "-m", "666", path, "c", "1", "5"], check=True)
+
+
+INSTEAD: dict[str, Callable[[Path, Path], object]] = {
+    "nothing": lambda _path, _original: None,
+    "link": lambda path, original: path.symlink_to(original),
+    "dangling link": lambda path, _original: path.symlink_to("nowhere"),
+    "link to itself": lambda path, _original: path.symlink_to(path.name),
+    "fifo": lambda path, _original: os.mkfifo(path),
+    "socket": lambda path, _original: listen(path),
+    "device": lambda path, _original: make_device(path),
+    "directory": lambda path, _original: path.mkdir(),
+}
+
+
+@pytest.mark.parametrize("instead", INSTEAD)
+@pytest.mark.parametrize("file", [MODEL, OPTIMIZER, MANIFEST])
+def test_what_is_no_file_is_not_read(sound: Sound, copy: Path, tmp_path: Path, file: str, instead: str) -> None:
+    path, original = copy / NEW / file, tmp_path / file
+    path.rename(original)  # as good as ever: following a link would go unnoticed
+    INSTEAD[instead](path, original)
+    names = [] if file == MANIFEST else [f"affected: {told(tensors_in(sound.body, file, 0, 1 << 60))}"]
+    [damage] = ruined(copy, sound, f"{NEW}/{file}", *names)
+    assert (damage.path, damage.chunk, damage.offset) == (str(path), None, None)
+
+
+# -- verification -----------------------------------------------------------------------------------------------------
+
+
+def test_verify_says_what_restore_says_where_there_is_nothing(tmp_path: Path, copy: Path) -> None:
+    with opened(tmp_path / "empty") as eng, pytest.raises(NotFoundError):
+        eng.verify()
+    with opened(copy) as eng, pytest.raises(NotFoundError, match="holds no step 7"):
+        eng.verify(7)
+
+
+def test_verify_finds_every_file_that_is_wrong(sound: Sound, copy: Path) -> None:
+    (copy / NEW / MODEL).unlink()
+    content = bytearray((copy / NEW / OPTIMIZER).read_bytes())
+    content[-1] ^= 1
+    (copy / NEW / OPTIMIZER).write_bytes(content)
+    with opened(copy) as eng:
+        missing, flipped = eng.verify()
+    assert Path(missing.path).name == MODEL and Path(flipped.path).name == OPTIMIZER
+    last = list(blocks(sound.body))[-1]
+    assert (flipped.chunk, flipped.offset) == (last[1], last[2])
+
+
+def test_verify_of_a_host_without_descriptors_is_not_damage(copy: Path) -> None:
+    class Starved(engine.store.filesystem.Filesystem):
+        def open_for_blocks(self, path: str, *_: Any, **__: Any) -> int:
+            raise StorageError(24, "open", path)  # EMFILE
+
+    with opened(copy, filesystem=Starved()) as eng, pytest.raises(StorageError, match="errno 24"):
+        eng.verify()
+
+
+def test_a_checkpoint_of_larger_blocks_costs_slots_of_what_is_there(
+    sound: Sound, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hostile block size is the largest there may be, 1 GiB, and slots are pinned."""
+    body = json.loads(json.dumps(sound.body))
+    body["block_bytes"] = 1 << 30
+    seed, names = int(body["checkpoint_id"][:16], 16), [row["name"] for row in body["files"]]
+    for chunk in body["chunks"]:
+        content = (copy / NEW / names[chunk["file"]]).read_bytes()[chunk["offset"] :][: chunk["nbytes"]]
+        checksum = block_checksum(content, seed, chunk["file"], chunk["offset"])
+        chunk["checksums"] = [f"{checksum:016x}"]
+    (copy / NEW / MANIFEST).write_bytes(sealed(json.dumps(body).encode()))
+    made: list[int] = []
+
+    def watched(like: Any, slot_count: int, slot_bytes: int) -> Any:
+        made.append(slot_bytes)
+        return open_like(like, slot_count, slot_bytes)
+
+    monkeypatch.setattr(reader_module, "open_like", watched)
+    with opened(copy, staging_bytes=2 * BLOCK) as eng:
+        assert eng.verify() == ()
+        assert eng.restore(training().arena).step == 2
+    assert made and max(made) <= max(chunk["nbytes"] for chunk in body["chunks"]) + BLOCK
+
+
+# -- a hostile writer: the digest is right ----------------------------------------------------------------------------
+
+
+def rows(body: dict[str, Any], table: str, **values: Any) -> None:
+    body[table][0] |= values
+
+
+def segment(body: dict[str, Any], place: int, value: Any) -> None:
+    body["segments"][0][place] = value
+
+
+HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "an overlap": lambda body: segment(body, 6, body["segments"][1][6]),
+    "an offset before the data": lambda body: segment(body, 6, 0),
+    "a negative offset": lambda body: segment(body, 6, -4096),
+    "a negative length": lambda body: segment(body, 7, -4),
+    "a negative extent": lambda body: segment(body, 2, [-1]),
+    "a product of 2^64": lambda body: segment(body, 2, [1 << 32, 1 << 32]),
+    "a product of 2^64 and a bit": lambda body: segment(body, 2, [(1 << 62) + 1, 4]),
+    "an extent of 2^63": lambda body: segment(body, 2, [0, 1 << 63]),
+    "many large extents": lambda body: segment(body, 2, [1 << 62] * 20000),
+    "an unknown dtype": lambda body: segment(body, 1, "float128"),
+    "another dtype": lambda body: segment(body, 1, "float64"),
+    "an unknown role": lambda body: segment(body, 3, "pickle"),
+    "a file that is not there": lambda body: segment(body, 5, 2),
+    "a negative file": lambda body: segment(body, 5, -1),
+    "a name twice": lambda body: segment(body, 0, body["segments"][1][0]),
+    "a segment twice": lambda body: body["segments"].insert(0, body["segments"][0]),
+    "no segments": lambda body: body.update(segments=[]),
+    "..": lambda body: rows(body, "files", name=".."),
+    "a parent": lambda body: rows(body, "files", name="../model.safetensors"),
+    "a place of its own": lambda body: rows(body, "files", name="/model.safetensors"),
+    "a subdirectory": lambda body: rows(body, "files", name="a/model.safetensors"),
+    "a NUL": lambda body: rows(body, "files", name="model\0.safetensors"),
+    "a newline": lambda body: rows(body, "files", name="model.safetensors\n"),
+    "the manifest": lambda body: rows(body, "files", name=MANIFEST),
+    "a file twice": lambda body: rows(body, "files", name=OPTIMIZER),
+    "a long name": lambda body: rows(body, "files", name="a" * 200 + ".safetensors"),
+    "nine files": lambda body: body.update(files=body["files"] * 5),
+    "a file of 2^63": lambda body: rows(body, "files", nbytes=1 << 63),
+    "a file of 2^62": lambda body: rows(body, "files", nbytes=1 << 62),
+    "a header beyond its file": lambda body: rows(body, "files", header_bytes=1 << 40),
+    "a header of nothing": lambda body: rows(body, "files", header_bytes=0),
+    "a chunk of 2^62": lambda body: rows(body, "chunks", nbytes=1 << 62),
+    "a chunk of -1": lambda body: rows(body, "chunks", nbytes=-1),
+    "a chunk elsewhere": lambda body: rows(body, "chunks", offset=4096),
+    "a chunk of another file": lambda body: rows(body, "chunks", file=1),
+    "a chunk of no file": lambda body: rows(body, "chunks", file=1 << 40),
+    "a checksum too many": lambda body: body["chunks"][0]["checksums"].append("0" * 16),
+    "a checksum of other digits": lambda body: rows(body, "chunks", checksums=["\N{FULLWIDTH DIGIT ONE}" * 16] * 3),
+    "no chunks": lambda body: body.update(chunks=[]),
+    "blocks of 0": lambda body: body.update(block_bytes=0),
+    "blocks of -4096": lambda body: body.update(block_bytes=-4096),
+    "blocks of 4095": lambda body: body.update(block_bytes=4095),
+    "blocks of 2 GiB": lambda body: body.update(block_bytes=2 << 30),
+    "blocks of 2^62": lambda body: body.update(block_bytes=1 << 62),
+    "step -1": lambda body: body.update(step=-1),
+    "step 2^63": lambda body: body.update(step=1 << 63),
+    "a step of 5000 digits": lambda body: body.update(step=float("1e308")),
+    "version 2": lambda body: body.update(version=2),
+    "another format": lambda body: body.update(format="pickle"),
+    "an alias of nothing": lambda body: body.update(aliases={"a": "b"}),
+    "an alias that hides": lambda body: body.update(aliases={body["segments"][0][0]: body["segments"][1][0]}),
+    "an unknown field": lambda body: body.update(more=1),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_hostile_manifest_is_refused_before_anything_is_allocated(sound: Sound, what: str) -> None:
+    body = json.loads(json.dumps(sound.body))
+    HOSTILE[what](body)
+    raw = sealed(json.dumps(body).encode())
+    with allocating_at_most(BYTES_PER_BYTE * len(raw)), pytest.raises(CorruptError):
+        decode(raw)
+
+
+def test_a_hostile_manifest_is_refused_by_the_engine_too(sound: Sound, copy: Path) -> None:
+    body = json.loads(json.dumps(sound.body))
+    rows(body, "files", name="../model.safetensors")
+    shutil.copy(copy / NEW / MODEL, copy)
+    (copy / NEW / MANIFEST).write_bytes(sealed(json.dumps(body).encode()))
+    ruined(copy, sound, "manifest.json", "'../model.safetensors' cannot be a data file's name")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dict": [["param_groups", [1]], ["state", {"dict": []}], ["absent", []]]},
+        {"dict": [["param_groups", []], ["state", {"dict": []}], ["absent", [[]]]]},
+        {"dict": [["param_groups", []], ["state", {"dict": [[1, 2]]}], ["absent", []]]},
+    ],
+)
+def test_options_of_the_right_names_and_the_wrong_types_are_damage(
+    sound: Sound, copy: Path, options: dict[str, Any]
+) -> None:
+    body = sound.body | {"options": options}
+    (copy / NEW / MANIFEST).write_bytes(sealed(json.dumps(body).encode()))
+    ruined(copy, sound, "options are not an optimizer's")
+
+
+def test_a_shape_that_no_tensor_can_have_is_damage(tmp_path: Path) -> None:
+    """No elements, so no length is wrong; yet torch cannot make it."""
+    with opened(tmp_path) as eng:
+        eng.checkpoint(engine.Arena.wrap({"a": torch.ones(3), "b": torch.empty(0)}), step=1).result()
+    path = tmp_path / OLD / MANIFEST
+    body = json.loads(path.read_bytes())["body"]
+    next(row for row in body["segments"] if row[0] == "b")[2] = [0, 1 << 62, 1 << 62]
+    path.write_bytes(sealed(json.dumps(body).encode()))
+    with opened(tmp_path) as eng, pytest.raises(CorruptError, match="impossible shape"):
+        eng.load(1)
+
+
+def test_where_an_extra_value_stands_costs_nothing_until_it_is_told() -> None:
+    key, depth = "\N{LATIN SMALL LETTER E WITH ACUTE}" * 25_000, 95
+    tree: Any = {"tuple": 0}
+    for _ in range(depth - 1):
+        tree = {"dict": [["a", tree]]}
+    tree = {"dict": [[key, tree]]}
+    text = json.dumps(tree, ensure_ascii=False).encode()
+    with allocating_at_most(16 * len(text)), pytest.raises(CorruptError, match="is not a list"):
+        decode_extra(tree)
+
+
+# -- a hostile directory ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("link", [".engine", ".engine/spare"])
+def test_a_link_in_the_place_of_our_own_directory_leads_nowhere(copy: Path, tmp_path: Path, link: str) -> None:
+    outside = tmp_path / "outside"
+    (outside / "00000001").mkdir(parents=True)
+    shutil.rmtree(copy / link)
+    (copy / link).symlink_to(outside)
+    with pytest.raises(StorageError, match="no link may stand in its place"):
+        opened(copy)
+    assert sorted(path.name for path in outside.rglob("*")) == ["00000001"]
+
+
+def test_a_lock_with_another_name_is_not_written_to(copy: Path, tmp_path: Path) -> None:
+    """As it has in a directory that was copied with cp --link, which must not keep its engine out."""
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    (copy / ".engine/lock").unlink()
+    (copy / ".engine/lock").hardlink_to(precious)
+    with opened(copy) as eng:
+        assert eng.steps() == [1, 2]
+        with pytest.raises(LockedError, match=r"\(process unknown\)"):
+            opened(copy)
+    assert precious.read_text() == "precious"
+
+
+def test_a_lock_that_is_a_device_is_refused(copy: Path) -> None:
+    (copy / ".engine/lock").unlink()
+    make_device(copy / ".engine/lock")
+    with pytest.raises(CorruptError, match="lock is not a regular file"):
+        opened(copy)
+
+
+def test_a_leftover_may_be_nested_deeper_than_python_calls(copy: Path) -> None:
+    for name in ("step-00000008.partial", "step-00000009.partial"):
+        os.makedirs(copy / name / "/".join("d" * 600))
+    with opened(copy, max_async=1) as eng:
+        assert eng.steps() == [1, 2]
+        assert len(list((copy / ".engine/spare").iterdir())) == 1
+
+
+def test_a_step_that_no_manifest_can_have_is_no_checkpoint(copy: Path) -> None:
+    (copy / "step-9999999999999999999").mkdir()
+    (copy / ("step-" + "\N{FULLWIDTH DIGIT ONE}" * 8)).mkdir()
+    arena = engine.Arena.wrap({"a": torch.ones(3)})
+    with opened(copy) as eng:
+        assert eng.steps() == [1, 2]
+        assert eng.checkpoint(arena).result().step == 3
+        eng.checkpoint(arena, step=(1 << 63) - 1).result()
+        with pytest.raises(StepError, match="the last that there can be"):
+            eng.checkpoint(arena)
+
+
+@pytest.mark.parametrize("alias", ["\ud800", "a\nb", "__metadata__"])
+def test_another_name_of_a_tensor_must_be_one_that_a_header_can_hold(alias: str) -> None:
+    with pytest.raises(ArenaError, match="cannot be called"):
+        lay_out([TensorSpec("a", "float32", (1,), "model", "")], {alias: "a"})

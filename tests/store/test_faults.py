@@ -1,0 +1,561 @@
+"""Every fault at every operation: of system calls and of blocks, under a whole Engine.
+
+Theory of operation.  A scenario is one thing that an Engine does: open, save, restore, roll back, set aside.  It is run
+again and again in copies of one prepared directory, each time with the next of its operations refused, until it comes
+to its end without meeting the refusal.  After each the contract of docs/durability.md is checked: a typed error that
+names operation, path, offset and remedy; no directory of the step that failed; every earlier checkpoint as it was; the
+same Engine saves and restores; another one opens what it left; nothing is leaked.
+
+System calls are refused by `syscalls.SystemCalls`, reads and writes of blocks by a `faults.FaultTable` in place of the
+ring.  `BACKEND` is what the Engines are opened with.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+import random
+import shutil
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+from disk import names
+from faults import Fault, FaultTable, corrupting, not_started, refused, short
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from leaks import held
+from recorder import SMALL
+from scenarios import content, training
+from syscalls import Call, SystemCalls
+
+import engine
+from engine.io.pipeline import Pipeline
+
+BACKEND: dict[str, Any] = {}
+
+# What an Engine does is counted call by call, so only one save at a time.
+OPTIONS: Mapping[str, Any] = {**SMALL, "keep": 2, "max_async": 1, **BACKEND}
+
+# Not EINTR: Python makes a call again that a signal has interrupted (PEP 475), and so does `binding.allocate`.
+ERRORS = [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EAGAIN, errno.ENOMEM, errno.EMFILE]
+by_errno = pytest.mark.parametrize("error", ERRORS, ids=errno.errorcode.__getitem__)
+
+# As many as make every later call fail, too.
+FOR_EVER = 1_000_000
+
+HANG_S = 60  # ends a test that hangs; nothing here takes a second
+
+injected: Counter[str] = Counter()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def counted() -> Iterator[None]:
+    """Says how many faults this file has injected; pytest shows it with -s."""
+    yield
+    sys.stdout.write(f"\nfaults injected: {dict(injected)}\n")
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks() -> Iterator[None]:
+    before = held()
+    yield
+    for _ in range(500):  # the kernel ends a ring's workers in its own time
+        if held() == before:
+            break
+        time.sleep(0.01)
+    assert held() == before
+
+
+@contextmanager
+def opened(root: Path, **options: Any) -> Iterator[engine.Engine]:
+    """An Engine with small slots; a limit on locked memory is no matter here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "'io_uring_plain' is used", engine.EngineWarning)
+        eng = engine.Engine(root, **{**OPTIONS, **options})
+    with eng:
+        yield eng
+
+
+def save(eng: engine.Engine, step: int | None, payload: int) -> int:
+    """Save new contents, and wait for the end of it; returns the step."""
+    training().fill(payload)
+    return eng.checkpoint(training().arena, step, snapshot="eager").result(HANG_S).step
+
+
+def stored(eng: engine.Engine, step: int) -> bytes:
+    """What a step holds, in order of name."""
+    return b"".join(tensor.numpy().tobytes() for _, tensor in sorted(eng.load(step).items()))
+
+
+@contextmanager
+def logged(level: int) -> Iterator[list[str]]:
+    """What the engine logs at a level, and nothing is printed."""
+    messages: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.levelno == level:
+                messages.append(record.getMessage())
+
+    log, handler = logging.getLogger("engine"), Keep()
+    log.addHandler(handler)
+    log.propagate = False
+    try:
+        yield messages
+    finally:
+        log.propagate = True
+        log.removeHandler(handler)
+
+
+# -- system calls -----------------------------------------------------------------------------------------------------
+
+
+class Scenario(NamedTuple):
+    """What an Engine of a prepared directory does while calls are refused.
+
+    `before` is done undisturbed.  The steps `kept`, and what they hold, must be there whether `act` fails or not, and
+    `made` if it does not fail.
+    """
+
+    directory: str
+    act: Callable[[engine.Engine], object]
+    kept: Mapping[int, int]
+    made: Mapping[int, int]
+    before: Callable[[engine.Engine], object] = lambda _: None
+
+
+def restore(eng: engine.Engine, step: int | None = None) -> None:
+    """A restore of the newest, or of this step, which brings what was saved or raises."""
+    info = eng.restore(training().arena, step)
+    assert training().content() == content(info.step)
+
+
+def find_damage(eng: engine.Engine) -> None:
+    """A restore that passes over step 2, so that the next save takes its place."""
+    with pytest.warns(engine.EngineWarning, match="step 2 is passed over"):
+        restore(eng)
+
+
+def save_in_its_place(eng: engine.Engine) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "step 2 is damaged and was renamed", engine.EngineWarning)
+        save(eng, 2, 2)
+
+
+TWO = {1: 1, 2: 2}
+SCENARIOS = {
+    "first save": Scenario("empty", lambda eng: save(eng, 3, 3), {}, {3: 3}),
+    "recycled save": Scenario("used", lambda eng: save(eng, 3, 3), {2: 2}, {3: 3}),
+    "restore": Scenario("used", restore, TWO, TWO),
+    "restore of a step": Scenario("used", lambda eng: restore(eng, 1), TWO, TWO),
+    "rollback": Scenario("used", lambda eng: eng.rollback(1), {1: 1}, {}),
+    "set aside": Scenario("damaged", save_in_its_place, {1: 1}, {2: 2}, find_damage),
+}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directories to begin with: ``empty``; ``used``, with steps 1 and 2, a spare and a leftover; ``damaged``."""
+    for payload in range(30):
+        content(payload)  # which fills the tensors only the first time
+    base = tmp_path_factory.mktemp("prepared")
+    (base / "empty").mkdir()
+    with opened(base / "used") as eng:
+        for step in range(3):
+            save(eng, step, step)
+    leftover = base / "used" / "step-00000009.partial"
+    leftover.mkdir()
+    for name in ("model.safetensors", "old.safetensors"):
+        (leftover / name).write_bytes(b"left by a kill")
+    shutil.copytree(base / "used", base / "damaged")
+    (base / "damaged" / "step-00000002" / "manifest.json").write_bytes(b"{}")
+    return base
+
+
+def outcome(act: Callable[[], object]) -> tuple[engine.EngineError | None, list[str]]:
+    """What an act raises, if that is typed, and the checkpoints that it passed over."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            act()
+        except engine.EngineError as error:
+            return error, [str(warning.message) for warning in caught]
+    return None, [str(warning.message) for warning in caught]
+
+
+def check_error(error: engine.EngineError, calls: list[Call], code: int) -> None:
+    """The error says which operation was refused, on what, with which errno, and what to do about it.
+
+    Where several were refused it may be any of them: a rollback that fails tells of its last.
+    """
+    if calls[0].operation == "flock" and code == errno.EWOULDBLOCK:
+        assert isinstance(error, engine.LockedError)
+        return
+    assert isinstance(error, engine.StorageError), error
+    # The length of a file is asked for while it is read.
+    assert error.path in {call.path for call in calls if call.operation in (error.operation, "stat")}
+    assert (error.errno, error.offset) == (code, None)
+    assert str(error).endswith(f"{os.strerror(code)} (errno {code}); {error.remedy}") and error.remedy
+
+
+def check_refused(error: engine.EngineError | None, told: list[str], system: SystemCalls, code: int) -> None:
+    """What was refused has failed the act with the right error, or may be passed over and was told of."""
+    injected["system calls"] += len(system.refused)
+    grave = [call for call in system.refused if not call.is_probe and call.operation != "close"]
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        grave = [call for call in grave if not call.is_scratch]
+    if isinstance(error, engine.CorruptError):  # the newest were passed over for it, and none was left
+        assert code == errno.EIO and len(told) == 2 and all(os.strerror(code) in text for text in told)
+    elif error is not None:
+        check_error(error, grave, code)
+    else:
+        assert told or not grave, f"nobody heard of {grave}"
+
+
+def disturb(scenario: Scenario, root: Path, code: int, start: int, count: int) -> bool:
+    """Run a scenario with some of its calls refused; False if it ended before them."""
+    system = SystemCalls()
+    with system.installed(), logged(logging.WARNING) as retired, opened(root) as eng:
+        scenario.before(eng)
+        there = committed(root)
+        begun = len(system.calls)
+        system.refuse(code, start, count)
+        error, passed_over = outcome(lambda: scenario.act(eng))
+        system.heal()
+        check_not_synced_again(system.calls[begun + start :])
+        if not system.refused:
+            assert error is None
+            return False
+        check_refused(error, passed_over + retired, system, code)
+        visible = visible_all_the_same(there, root, system) if error is not None else set()
+        check_goes_on(eng, scenario.kept if error is not None else {**scenario.kept, **scenario.made}, visible)
+        steps = eng.steps()
+    with system.installed(), opened(root) as again:
+        assert set(again.steps()) == {*steps, *visible}
+        check_goes_on(again, {step: step for step in visible}, set())
+    return True
+
+
+def check_not_synced_again(calls: list[Call]) -> None:
+    """After a failed fsync nobody asks a second time (I7): the first of these calls was refused."""
+    if calls and calls[0].operation == "fsync":
+        assert calls[0] not in calls[1:]
+
+
+def committed(root: Path) -> set[tuple[str, int]]:
+    """The directories that have a step's name, and their inodes."""
+    return {(name, (root / name).stat().st_ino) for name in names(root) if "." not in name}
+
+
+def visible_all_the_same(there: set[tuple[str, int]], root: Path, system: SystemCalls) -> set[int]:
+    """The steps that a failed save has left, which is only ever the known gap of I3 in docs/durability.md."""
+    left = {name for name, _ in committed(root) - there}
+    for name in left:
+        syncs = {call.operation for call in system.refused if call.path == os.path.realpath(root)}
+        assert syncs & {"open", "fsync"}, "it is known to be durable"
+        assert Call("rename", os.path.join(os.path.realpath(root), name)) in system.refused, "it was not taken back"
+    return {int(name.removeprefix("step-")) for name in left}
+
+
+def check_goes_on(eng: engine.Engine, held_steps: Mapping[int, int], visible: set[int]) -> None:
+    """All that was saved is there, and the Engine restores and saves."""
+    for step, payload in held_steps.items():
+        assert stored(eng, step) == content(payload)
+    if visible:  # a step that this Engine does not count is in the way of one of the same number
+        with logged(logging.ERROR), pytest.raises(engine.StorageError, match="open a new Engine"):
+            save(eng, max(visible), 20)
+    step = max([*eng.steps(), *visible], default=0) + 1 if visible else None
+    step = save(eng, step, 21)
+    assert eng.restore(training().arena).step == step and training().content() == content(21)
+
+
+@by_errno
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_system_call_that_is_refused(prepared: Path, tmp_path: Path, name: str, error: int) -> None:
+    scenario = SCENARIOS[name]
+    count = sweep(prepared / scenario.directory, tmp_path, functools.partial(disturb, scenario), error, 1)
+    assert count >= 10, "hardly anything was refused"
+
+
+# A disk that has gone, and one that the kernel has made read-only for it.
+from_one_on = pytest.mark.parametrize("error", [errno.EIO, errno.EROFS], ids=errno.errorcode.__getitem__)
+
+
+@from_one_on
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_every_system_call_is_refused_from_one_on(prepared: Path, tmp_path: Path, name: str, error: int) -> None:
+    scenario = SCENARIOS[name]
+    sweep(prepared / scenario.directory, tmp_path, functools.partial(disturb, scenario), error, FOR_EVER)
+
+
+Attempt = Callable[[Path, int, int, int], bool]
+
+
+def sweep(directory: Path, scratch: Path, attempt: Attempt, error: int, count: int) -> int:
+    """Attempt something in fresh copies of a directory, with a later call refused each time, until none is."""
+    start = 0
+    while True:
+        root = scratch / f"{start}"
+        shutil.copytree(directory, root)
+        with logged(logging.ERROR):
+            reached = attempt(root, error, start, count)
+        shutil.rmtree(root)
+        if not reached:
+            return start
+        start += 1
+
+
+def disturb_opening(root: Path, code: int, start: int, count: int) -> bool:
+    """Open an Engine with some of its calls refused; False if it was open before them."""
+    system = SystemCalls()
+    held_before = {step: step for step in TWO if (root / f"step-{step:08d}").exists()}
+
+    def open_and_close() -> None:
+        with opened(root / "deep" if not held_before else root):
+            system.heal()
+
+    with system.installed():
+        system.refuse(code, start, count)
+        error, told = outcome(open_and_close)
+        system.heal()
+        if not system.refused:
+            return False
+        check_refused(error, told, system, code)
+        with opened(root / "deep" if not held_before else root) as eng:
+            check_goes_on(eng, held_before, set())
+    return True
+
+
+@by_errno
+@pytest.mark.parametrize("directory", ["empty", "used"])
+def test_an_open_that_is_refused_a_call(prepared: Path, tmp_path: Path, directory: str, error: int) -> None:
+    assert sweep(prepared / directory, tmp_path, disturb_opening, error, 1) >= 10, "hardly anything was refused"
+
+
+@from_one_on
+@pytest.mark.parametrize("directory", ["empty", "used"])
+def test_an_open_that_is_refused_every_call_from_one_on(
+    prepared: Path, tmp_path: Path, directory: str, error: int
+) -> None:
+    sweep(prepared / directory, tmp_path, disturb_opening, error, FOR_EVER)
+
+
+# -- reads and writes of blocks ---------------------------------------------------------------------------------------
+
+# No medium gives these for a moment only; the pipeline tries the others again.
+LASTING = [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS]
+PASSING = [errno.EINTR, errno.EAGAIN, errno.ENOMEM]
+
+# More than the pipeline tries an operation, and more than it takes of a ring that refuses (native/pipeline.c).
+RETRIES = 17
+REFUSALS = 101
+
+ABSENT = -7.0  # no tensor that was saved holds it
+
+
+class Blocks:
+    """An Engine over a table of faults, which are counted from when they are armed."""
+
+    def __init__(self, eng: engine.Engine, table: FaultTable, root: Path) -> None:
+        self.engine, self.table, self.root = eng, table, root
+
+    def arm(self, script: Mapping[int, Fault], **options: Any) -> int:
+        """Have these operations go wrong; returns the number of the first."""
+        self.table.arm(script, **options)
+        injected["blocks"] += len(script)
+        return len(self.table.operations)
+
+    def save(self) -> engine.EngineError | None:
+        """A save of step 3."""
+        with logged(logging.ERROR):
+            return outcome(lambda: save(self.engine, 3, 3))[0]
+
+    def restore(self, step: int | None = 2) -> engine.EngineError | None:
+        """A restore into tensors that hold nothing that was saved; none of them gets a byte that is wrong."""
+        tensors = training().arena.state_dict()
+        for tensor in tensors.values():
+            tensor.fill_(ABSENT)
+        error, passed_over = outcome(lambda: restore(self.engine, step))
+        injected["checkpoints passed over"] += len(passed_over)
+        if error is not None:
+            self.check_torn(tensors)
+        return error
+
+    def check_torn(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """After a restore of step 2 has failed half-way: what is there is right, and none of it is saved."""
+        assert training().arena.torn
+        with pytest.raises(engine.ArenaError, match="half-way"):
+            self.engine.checkpoint(training().arena)
+        self.table.heal()
+        for name, wanted in self.engine.load(2).items():
+            assert tensors[name].eq(wanted).logical_or(tensors[name].eq(ABSENT)).all(), name
+        restore(self.engine, 2)  # whole again, for the tests that follow
+
+    def check_failed(self, error: engine.EngineError | None, code: int, operation: str, number: int) -> None:
+        """An error that names what this operation was asked to do; no step 3; and all goes on."""
+        assert isinstance(error, engine.StorageError)
+        refused_one = self.table.operations[number]
+        assert (error.errno, error.operation, error.offset) == (code, operation, refused_one.file_offset)
+        step_name = "step-00000003.partial" if operation == "write" else "step-00000002"
+        assert Path(error.path).parent == self.root / step_name and Path(error.path).suffix == ".safetensors"
+        assert f"at byte {error.offset}: {os.strerror(code)}" in str(error) and str(error).endswith(error.remedy)
+        self.check_goes_on({1, 2})
+
+    def check_goes_on(self, steps: set[int]) -> None:
+        assert {int(name[5:]) for name in names(self.root)} == steps
+        self.table.heal()
+        check_goes_on(self.engine, {step: step for step in steps}, set())
+
+
+@contextmanager
+def blocks(prepared: Path, scratch: Path, **options: Any) -> Iterator[Blocks]:
+    """An Engine on steps 1 and 2; afterwards another opens what it has left."""
+    table = FaultTable()
+    root = Path(os.path.realpath(scratch)) / f"{len(os.listdir(scratch))}"
+    shutil.copytree(prepared / "used", root)
+    with (
+        mock.patch("engine.io.backend.Pipeline", functools.partial(Pipeline, io_table=table.c_table)),
+        SystemCalls().installed(),
+        # "buffered", whatever else Engines are opened with: the table's memory is not aligned.
+        opened(root, keep=None, **options, backend="buffered") as eng,
+    ):
+        yield Blocks(eng, table, root)
+        steps = eng.steps()
+    assert not table.exceptions, table.exceptions
+    with opened(root) as again:
+        assert again.steps() == steps and stored(again, 1) == content(1)
+    shutil.rmtree(root)
+
+
+# Two files of three blocks each: `scenarios.Training`.
+NUMBERS = range(6)
+acts = pytest.mark.parametrize("act", ["write", "read"])
+
+
+def run(it: Blocks, act: str) -> engine.EngineError | None:
+    return it.save() if act == "write" else it.restore()
+
+
+def check_done(it: Blocks, act: str) -> None:
+    """The act has succeeded, and all bytes are what they should be."""
+    it.table.heal()
+    if act == "write":
+        assert stored(it.engine, 3) == content(3)
+    else:
+        assert training().content() == content(2)
+
+
+@acts
+@pytest.mark.parametrize("error", LASTING, ids=errno.errorcode.__getitem__)
+@pytest.mark.parametrize("fault", [refused, not_started])
+def test_a_block_that_is_refused(
+    prepared: Path, tmp_path: Path, act: str, error: int, fault: Callable[[int], Fault]
+) -> None:
+    for number in NUMBERS:
+        with blocks(prepared, tmp_path) as it:
+            first = it.arm({number: fault(error)})
+            it.check_failed(run(it, act), error, act, first + number)
+    with blocks(prepared, tmp_path) as it:
+        first = it.arm({})
+        assert run(it, act) is None and len(it.table.operations) - first == len(NUMBERS)
+
+
+@acts
+@pytest.mark.parametrize("error", PASSING, ids=errno.errorcode.__getitem__)
+def test_a_block_that_is_refused_in_passing(prepared: Path, tmp_path: Path, act: str, error: int) -> None:
+    for number in NUMBERS:
+        with blocks(prepared, tmp_path) as it:
+            it.arm({number: refused(error)})
+            assert run(it, act) is None
+            check_done(it, act)
+        with blocks(prepared, tmp_path, staging_bytes=2 * 4096) as it:  # so few slots that the order is known
+            first = it.arm(dict.fromkeys(range(number, number + 2 * RETRIES), refused(error)))
+            failure = run(it, act)
+            it.check_failed(failure, error, act, first + number)
+
+
+@acts
+@pytest.mark.parametrize("error", PASSING, ids=errno.errorcode.__getitem__)
+def test_a_submission_that_is_refused(prepared: Path, tmp_path: Path, act: str, error: int) -> None:
+    """In passing it is made again; for ever, and every job fails until the Engine is opened again."""
+    with blocks(prepared, tmp_path) as it:
+        it.table.refuse([error] * (REFUSALS - 1))
+        assert run(it, act) is None
+        check_done(it, act)
+        it.table.refuse([error] * REFUSALS)
+        injected["blocks"] += 2 * REFUSALS - 1
+        for _ in range(2):
+            failure = outcome(lambda: save(it.engine, 4, 4))[0]
+            assert isinstance(failure, engine.StorageError) and failure.errno == error
+            assert failure.path == str(it.root / "step-00000004.partial") and failure.operation == "write"
+        assert "step-00000004" not in names(it.root)
+
+
+@acts
+def test_a_block_of_no_bytes(prepared: Path, tmp_path: Path, act: str) -> None:
+    for number in NUMBERS:
+        with blocks(prepared, tmp_path) as it:
+            first = it.arm({number: short(0)})
+            error = run(it, act)
+            if act == "write":
+                it.check_failed(error, errno.EIO, act, first + number)
+            else:
+                where = it.table.operations[first + number].file_offset
+                assert isinstance(error, engine.CorruptError) and f"byte {where}" in str(error)
+                it.check_goes_on({1, 2})
+
+
+def test_a_corrupt_block_reaches_no_tensor(prepared: Path, tmp_path: Path) -> None:
+    for number in NUMBERS:
+        with blocks(prepared, tmp_path) as it:
+            it.arm({number: corrupting()})
+            error = it.restore()
+            assert isinstance(error, engine.CorruptError) and "checksum" in str(error)
+            it.check_goes_on({1, 2})
+
+
+@pytest.mark.parametrize("fault", [refused(errno.EIO), short(0), corrupting()], ids=lambda fault: fault.kind)
+def test_the_newest_is_passed_over_for_a_block(prepared: Path, tmp_path: Path, fault: Fault) -> None:
+    for number in NUMBERS:
+        with blocks(prepared, tmp_path) as it:
+            it.arm({number: fault})
+            assert it.restore(None) is None and training().content() == content(1)
+
+
+FAULTS = st.one_of(
+    st.builds(short, st.integers(0, 3 * 4096)),
+    st.builds(refused, st.sampled_from(LASTING + PASSING)),
+)
+
+
+@acts
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    script=st.dictionaries(st.integers(0, 30), FAULTS, max_size=8),
+    seed=st.none() | st.integers(0, 2**32),
+    block_bytes=st.sampled_from([4096, 2 * 4096, 4 * 4096]),
+)
+def test_short_transfers_in_any_order(
+    prepared: Path, tmp_path: Path, act: str, script: dict[int, Fault], seed: int | None, block_bytes: int
+) -> None:
+    """Success means the right bytes, and a failure is typed and leaves nothing."""
+    with blocks(prepared, tmp_path, block_bytes=block_bytes, staging_bytes=4 * block_bytes) as it:
+        it.arm(script, order=None if seed is None else random.Random(seed))
+        error = run(it, act)
+        if error is None:
+            check_done(it, act)
+            it.check_goes_on({1, 2, 3} if act == "write" else {1, 2})
+        else:
+            assert isinstance(error, engine.StorageError | engine.CorruptError), error
+            it.check_goes_on({1, 2})

@@ -1,0 +1,91 @@
+"""The long form of test_kills.py: as many kills as asked for, on each file system in turn.
+
+    python tests/support/kill_campaign.py --kills 5000 --seed 1
+    python tests/support/kill_campaign.py --seed 1 --replay ROUND KIND
+
+A round is one ordeal on each file system, in a directory of its own; the volumes stay, and grow old.  What is random of
+it follows from the seed, the round and the file system.  The first kill after which something does not hold ends the
+campaign, and says how to have the same ordeal again; kills at a random moment come at the same time, and hit what they
+hit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from itertools import count
+from pathlib import Path
+
+from kills import VOLUMES, Figures, Lost, Ordeal, Server, serving
+from volumes import volume
+
+# In one ordeal; with these a third of all kills come at a random moment.
+_RANDOM_COUNT = 100
+
+
+def suffer(server: Server, root: Path, kind: str, seed: int, round_number: int, figures: Figures) -> None:
+    """One ordeal."""
+    chance = random.Random(f"{seed} {round_number} {kind}")
+    try:
+        Ordeal(server, root, kind, chance, figures).suffer([False, True], _RANDOM_COUNT)
+    except Lost as lost:
+        raise Lost(
+            f"after {figures.kill_count} kills: {lost}\n"
+            f"  see it again with: python tests/support/kill_campaign.py --seed {seed} --replay {round_number} {kind}\n"
+        ) from lost
+
+
+def report(figures: Figures, seconds: float) -> str:
+    """The figures, in a few lines."""
+    lines = [f"{figures.kill_count} kills in {figures.life_count} lives, {seconds:.0f} s"]
+    for kind in VOLUMES:
+        phases = {phase: number for (where, phase), number in sorted(figures.phases.items()) if where == kind}
+        told = ", ".join(f"{phase} {number}" for phase, number in phases.items())
+        lines.append(f"  {kind}: {sum(phases.values())} ({told})")
+    lines.append(f"  backends: {', '.join(f'{name} {number}' for name, number in sorted(figures.backends.items()))}")
+    lines.append(
+        f"  {figures.random_count} at a random moment, of which {figures.random_in_flight_count} hit a save in flight; "
+        f"{figures.torn_count} between the first byte of a save and its last; {figures.recycled_count} saves recycled"
+    )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Run a campaign or replay one ordeal; the exit status says whether everything held."""
+    arguments = argparse.ArgumentParser(description="Kill a training again and again, until something is lost.")
+    arguments.add_argument("--kills", type=int, default=5000, help="how many at least")
+    arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--replay", nargs=2, metavar=("ROUND", "KIND"), help="this ordeal only")
+    options = arguments.parse_args()
+    sys.stdout.write(f"seed {options.seed}\n")
+    began, figures = time.monotonic(), Figures()
+    kinds = [options.replay[1]] if options.replay else list(VOLUMES)
+    with ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="engine-kills-"))
+        server = stack.enter_context(serving(Path(scratch)))
+        roots = {kind: stack.enter_context(volume(kind, VOLUMES[kind])) for kind in kinds}
+        try:
+            for number in [int(options.replay[0])] if options.replay else count():
+                for kind, root in roots.items():
+                    suffer(server, root, kind, options.seed, number, figures)
+                    sys.stdout.write(f"round {number}, {kind}: {figures.kill_count} kills\n")
+                    sys.stdout.flush()
+                if figures.kill_count >= options.kills:
+                    break
+        except KeyboardInterrupt:
+            sys.stdout.write("stopped\n")
+        except Lost as lost:
+            sys.stderr.write(str(lost))
+            return 1
+        finally:
+            sys.stdout.write(report(figures, time.monotonic() - began))
+    sys.stdout.write("nothing lost\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

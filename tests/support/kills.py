@@ -1,0 +1,404 @@
+"""Kills: a training that is killed again and again in one directory, and what has to hold after every kill.
+
+Theory of operation.  `Server` runs `trainee.py`, which forks a process for each life.  An `Ordeal` is the history of
+one directory on one file system: life after life in it, each killed at a point of its own, and at the end one that is
+not killed.
+
+After each life the test looks at the disk itself, with the stock safetensors library and no Engine: every directory
+named `step-N` holds what a training that nobody disturbed has after N steps, bit for bit; the newest is at least as new
+as the newest that was ever reported; what is left over stays within bounds; nothing beside the directory has changed.
+The next life says what the engine saw: that it opened at once, though the lock's last owner was killed; that each
+step verified; that it restored the newest and passed over none.  So no life's own word is needed for what is right: the
+reference is computed apart, without an Engine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from trainee import MAX_ASYNC, Life, digest
+
+from engine.errors import CorruptError
+from engine.format.manifest import decode
+from engine.io.backend import LADDER
+
+# What each life draws from, so that a checkpoint of one backend is restored and recycled by another.
+BACKENDS = ("auto", *LADDER)
+
+# The file systems, and how large they are made: room for some dozens of the trainee's checkpoints, or what mkfs wants.
+VOLUMES = {"ext4": 128 << 20, "xfs": 320 << 20, "btrfs": 256 << 20, "tmpfs": 128 << 20}
+
+# Every line of docs/durability.md that changes anything.
+LINES = {
+    *("O1", "O3", "O4", "O5", "O6"),
+    *("B1", "B2", "B3", "W", "C1", "C2", "C3", "C4", "C5", "C6", "C7"),
+    *("R1", "R2", "R3"),
+}
+
+# In how many parts of its bytes a save is killed while they are being written, and how often that is tried: on a noisy
+# machine one in three is killed before all are written.
+_PARTS, _TRIES_MAX = 8, 8
+
+# Here all are written before anybody else has had a turn of the processor, so that it is luck.
+IN_MEMORY = ("tmpfs",)
+
+# What a life that is killed at a random moment would train, and one that says how long that takes: most of it saves.
+_ENDLESS_COUNT, _MEASURED_COUNT = 200, 20
+
+# With three kept, and then one, more is retired at once than may stay as spares: three, of which one is deleted.
+_KEEP_MAX = 3
+
+# So many saves leave spares that are whole checkpoints, whatever was there before: max_async of them.
+_SETTLED_COUNT = MAX_ASYNC
+
+# The number of no operation.
+_NEVER = -1
+
+# What may be left right after a kill, however many there were before.  An opening leaves max_async spares and no
+# partial.  Each save in flight may then leave a partial, or a step that nobody has retired; and a retirement moves all
+# but one of the steps to spare, as an opening does with the partials, before anything there is deleted.
+_PARTIAL_MAX = MAX_ASYNC
+_STEP_MAX = _KEEP_MAX + MAX_ASYNC
+_SPARE_MAX = MAX_ASYNC + _STEP_MAX + _PARTIAL_MAX
+
+_SENTINEL = b"not the engine's\n"
+
+
+class Lost(AssertionError):
+    """After a kill something did not hold."""
+
+
+class Server:
+    """A running `trainee.py`."""
+
+    def __init__(self, scratch: Path) -> None:
+        """Logs go to `scratch`."""
+        self._log = scratch / "log"
+        # One thread each: a fork takes no others along.
+        alone = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        self._process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("trainee.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **alone},
+        )
+        self._reference: list[str] = []
+
+    def live(self, directory: Path | str, **life: Any) -> Outcome:
+        """Have one life lived; how it ended, and its log."""
+        self._log.unlink(missing_ok=True)
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(asdict(Life(str(directory), str(self._log), **life))) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise Lost("the server that forks trainees has ended; what it said is above")
+        lines = self._log.read_text().splitlines() if self._log.exists() else []
+        return Outcome(**json.loads(answer), events=[json.loads(line) for line in lines])
+
+    def reference(self, step: int) -> str:
+        """The digest of a training that nobody disturbed, after so many steps."""
+        if step > len(self._reference):
+            outcome = self.live("", step_count=max(2 * step, 500))
+            _require(outcome.status == 0, f"the reference failed: {outcome.events}")
+            self._reference = [event["digest"] for event in outcome.of("reported")]
+        return self._reference[step - 1]
+
+    def close(self) -> None:
+        """End it."""
+        with self._process as process:
+            process.kill()
+
+
+@contextmanager
+def serving(scratch: Path) -> Iterator[Server]:
+    """A Server for as long as it is wanted."""
+    server = Server(scratch)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a life ended: its exit status as the server's waitpid told it, after how long, and what it logged.
+
+    One that hung was killed too, but that is no kill that was asked for.
+    """
+
+    status: int
+    hung: bool
+    seconds: float
+    events: Sequence[dict[str, Any]]
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        """The events of one kind."""
+        return [event for event in self.events if event["event"] == kind]
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether waitpid said SIGKILL."""
+        return self.status == -signal.SIGKILL
+
+    def numbers(self, line: str) -> list[int]:
+        """Where to kill at each operation of this line: before and after it."""
+        asked = [event["number"] for event in self.of("asked") if event["line"] == line]
+        return [number + edge for number in asked for edge in (0, 1)]
+
+    @property
+    def in_flight(self) -> int:
+        """How many saves had begun and were not reported."""
+        return len(self.of("began")) - len(self.of("reported"))
+
+    @property
+    def phase(self) -> str:
+        """Where it ended: a line of the sequence, or what the life did outside of it."""
+        if dying := self.of("dying"):
+            return str(dying[0]["line"]).split()[0]
+        operations = [event for event in self.events if event["event"] in ("asked", "did")]
+        if self.in_flight and self.of("began"):
+            last = operations[-1]
+            if last["step"] is None:
+                return "staging"
+            return "W" if last["event"] == "did" and last["operation"] == "allocate" else str(last["line"])
+        if self.of("opened"):
+            return "training" if self.of("began") else "restore"
+        return str(operations[-1]["line"]).split()[0] if operations else "start"
+
+
+@dataclass
+class Figures:
+    """What was done, so that one can tell whether it was enough.
+
+    Attributes:
+        phases: kills by file system and phase.
+        backends: kills by backend.
+        life_count: all lives, those that were not killed too.
+        random_count, random_in_flight_count: kills at a random moment, and those of them that hit a save in flight.
+        torn_count: kills when some of a save's bytes were written, and some not.
+        recycled_count: saves that took a spare.
+    """
+
+    phases: Counter[tuple[str, str]] = field(default_factory=Counter)
+    backends: Counter[str] = field(default_factory=Counter)
+    life_count: int = 0
+    random_count: int = 0
+    random_in_flight_count: int = 0
+    torn_count: int = 0
+    recycled_count: int = 0
+
+    @property
+    def kill_count(self) -> int:
+        """All kills, each of which waitpid has told."""
+        return self.phases.total()
+
+    def note(self, kind: str, backend: str, where: str, outcome: Outcome) -> None:
+        """Count a life."""
+        self.life_count += 1
+        # C5 is there only where B1 has taken a spare; once for two saves that overlap.
+        self.recycled_count += sum(event["line"] == "C5" for event in outcome.of("did"))
+        if not outcome.was_killed:
+            return
+        self.phases[kind, outcome.phase] += 1
+        self.backends[backend] += 1
+        self.torn_count += any(0 < e["written"] < e["nbytes"] for e in outcome.of("dying") if "written" in e)
+        if where == "time":
+            self.random_count += 1
+            self.random_in_flight_count += outcome.in_flight > 0
+
+
+class Ordeal:
+    """One directory's history.
+
+    Args:
+        server: who forks the lives.
+        volume: the file system; the engine's directory is made in it, beside a sentinel.
+        kind: what to call it in the figures.
+        chance: what draws the backends, and what is random of the points.
+        figures: what the lives are counted in.
+    """
+
+    def __init__(self, server: Server, volume: Path, kind: str, chance: random.Random, figures: Figures) -> None:
+        self._server = server
+        self._directory = volume / "run"
+        self._sentinel = volume / "sentinel"
+        self._kind = kind
+        self._chance = chance
+        self._figures = figures
+        self._reported = 0  # the newest step that any life has reported
+        self._open_number = 0
+        shutil.rmtree(self._directory, ignore_errors=True)  # an earlier ordeal's
+        self._sentinel.write_bytes(_SENTINEL)
+        self._beside = self._look_beside()
+
+    # -- the lives ------------------------------------------------------------------------------------------------
+
+    def suffer(self, companies: Sequence[bool], random_count: int) -> None:
+        """Each operation of an opening and of a save, with or without company; the middle of its writes; any moment."""
+        self.first_openings()
+        for company in companies:
+            self.saves(company)
+        self.trimming()
+        self.writes()
+        self.moments(random_count)
+        self.end()
+
+    def first_openings(self) -> None:
+        """Killed at each operation of an opening that finds nothing, not even the directory."""
+        for number in count():
+            shutil.rmtree(self._directory, ignore_errors=True)
+            if not self._live("open", number, step_count=0).was_killed:
+                return
+            if number % 2:  # before an operation is what was after the one before it
+                self._live(step_count=0)
+
+    def saves(self, company: bool) -> None:
+        """Killed at each operation of a save, and after every other one of these kills in the next opening."""
+        for number in count():
+            life = {"company": company, "step_count": _SETTLED_COUNT + 2, "settled_count": _SETTLED_COUNT}
+            if not self._live("save", number, **life).was_killed:
+                return
+            if number % 2:
+                opening = self._live("open", self._open_number, step_count=0)
+                self._open_number = self._open_number + 1 if opening.was_killed else 0
+
+    def trimming(self) -> None:
+        """Killed at each deletion of spares that are too many, by a save; and each time in the opening that goes on
+        with it, after its first."""
+        numbers = self._trim(_NEVER).numbers("R3")
+        _require(bool(numbers), "a save has deleted none of the spares that are too many")
+        self._trim(numbers[0])
+        following = self._live("open", _NEVER).numbers("O6")
+        _require(bool(following), "an opening has deleted none of the spares that are too many")
+        for number in numbers:
+            self._trim(number)
+            self._live("open", following[1])
+
+    def _trim(self, number: int) -> Outcome:
+        """A life that retires more than may stay, after one that kept it."""
+        # Serially, so that one spare is there besides the three steps, and the next save takes it.
+        self._live(keep=_KEEP_MAX, settled_count=_KEEP_MAX + 1, step_count=_KEEP_MAX + 1)
+        return self._live("save", number, keep=1, step_count=1)
+
+    def writes(self) -> None:
+        """Killed while the blocks of a save are being written: once at least, but in memory."""
+        before = self._figures.torn_count
+        for number in range(_PARTS * _TRIES_MAX):
+            if number >= _PARTS and (self._figures.torn_count > before or self._kind in IN_MEMORY):
+                return
+            at = (number % _PARTS + self._chance.random()) / _PARTS
+            self._live("write", at, company=bool(number % 2))
+
+    def moments(self, random_count: int) -> None:
+        """Killed at a moment in the time that a few steps take."""
+        seconds = self._live(step_count=_MEASURED_COUNT).seconds
+        for _ in range(random_count):
+            keep = self._chance.randint(1, _KEEP_MAX)
+            self._live("time", self._chance.uniform(0, seconds), step_count=_ENDLESS_COUNT, keep=keep)
+
+    def end(self) -> None:
+        """A life to its end: the training comes out as if nobody had disturbed it."""
+        last = self._live()
+        _require(not last.was_killed, "the last life was killed")
+        steps = self.look()
+        _require(steps == [last.of("reported")[-1]["step"]], f"keep=1 has left {steps}")
+
+    def _live(self, where: str = "", at: float = 0, step_count: int = 4, keep: int = 1, **life: Any) -> Outcome:
+        """One life, and a look at what it said and left."""
+        backend = self._chance.choice(BACKENDS)
+        life |= {"where": where, "at": at, "step_count": step_count, "backend": backend, "keep": keep}
+        outcome = self._server.live(self._directory, **life)
+        self._figures.note(self._kind, backend, where, outcome)
+        try:
+            self._look_at_log(outcome, is_mortal=bool(where))
+            self.look()
+        except Lost as lost:
+            raise Lost(
+                f"{lost}\n  on {self._kind}, in {outcome.phase}, life {self._figures.life_count}: {life}"
+            ) from lost
+        return outcome
+
+    # -- what has to hold -----------------------------------------------------------------------------------------
+
+    def _look_at_log(self, outcome: Outcome, is_mortal: bool) -> None:
+        failed = [event["what"] for event in outcome.of("failed")]
+        _require(not failed, "".join(failed))
+        _require(not outcome.hung, f"it hung; the last that it said was {outcome.events[-1:]}")
+        _require(outcome.status == 0 or (outcome.was_killed and is_mortal), f"it ended with status {outcome.status}")
+        for opened in outcome.of("opened"):
+            newest = max(opened["steps"], default=0)
+            _require(newest >= self._reported, f"step {self._reported} was reported, and {opened['steps']} are there")
+            _require(opened["spare_count"] <= MAX_ASYNC, f"an open has left {opened['spare_count']} spares")
+            partials = [name for name in opened["names"] if name.endswith(".partial")]
+            _require(not partials, f"an open has left {partials}")
+            for restored in outcome.of("restored"):
+                _require(restored["step"] == newest, f"step {restored['step']} was restored, and {newest} is there")
+                _require(not restored["passed_over"], f"passed over: {restored['passed_over']}")
+        for event in outcome.events:
+            if event["event"] in ("loaded", "restored", "reported"):
+                right = event["digest"] == self._server.reference(event["step"])
+                _require(right, f"step {event['step']} was {event['event']}, and is not what it should be")
+        self._reported = max([self._reported, *(event["step"] for event in outcome.of("reported"))])
+
+    def look(self) -> list[int]:
+        """The steps on the disk, once it has been seen that each is what it should be, and everything in bounds."""
+        _require(self._look_beside() == self._beside, f"beside {self._directory} something has changed")
+        names = os.listdir(self._directory) if self._directory.exists() else []
+        partials = [name for name in names if name.endswith(".partial")]
+        named = [re.fullmatch(r"step-(\d{8,})", name) for name in names if name not in (".engine", *partials)]
+        _require(all(named), f"nobody knows what to make of one of {sorted(names)}")
+        steps = sorted(int(match.group(1)) for match in named if match)
+        for step in steps:
+            self._look_at_step(step)
+        _require(max(steps, default=0) >= self._reported, f"step {self._reported} was reported, and {steps} are there")
+        _require(len(steps) <= _STEP_MAX and len(partials) <= _PARTIAL_MAX, f"left over: {sorted(names)}")
+        spares = self._directory / ".engine/spare"
+        left = os.listdir(spares) if spares.exists() else []
+        _require(len(left) <= _SPARE_MAX, f"spares: {sorted(left)}")
+        return steps
+
+    def _look_at_step(self, step: int) -> None:
+        path = self._directory / f"step-{step:08d}"
+        _require(sorted(os.listdir(path)) == ["manifest.json", "model.safetensors", "optimizer.safetensors"], str(path))
+        try:
+            manifest = decode((path / "manifest.json").read_bytes())
+        except CorruptError as error:
+            raise Lost(f"{path}: {error}") from error
+        _require(manifest.step == step, f"{path} has the manifest of step {manifest.step}")
+        tensors = {}
+        for file in manifest.files:
+            try:
+                # Read, not mapped: an engine does not reuse what somebody has mapped.
+                tensors |= safetensors.torch.load((path / file.name).read_bytes())
+            except safetensors.SafetensorError as error:
+                raise Lost(f"{path / file.name}: {error}") from error
+        _require(digest(tensors) == self._server.reference(step), f"{path} does not hold step {step}")
+
+    def _look_beside(self) -> Any:
+        """Whatever would show that somebody has been here."""
+        volume = self._sentinel.parent
+        status = self._sentinel.stat()
+        names = sorted(set(os.listdir(volume)) - {self._directory.name})
+        return names, self._sentinel.read_bytes(), status.st_ino, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _require(truth: bool, what: str) -> None:
+    if not truth:
+        raise Lost(what)

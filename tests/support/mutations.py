@@ -1,0 +1,202 @@
+"""Mutations: the ways to break the durability sequence, one at a time.
+
+Theory of operation.  Each row of `MUTATIONS` changes the running code, not its files: an fsync of one line of
+docs/durability.md is left out, two lines change places, or a guard is taken away.  `tests/test_crash.py` demands that
+the simulator sees each of them; where it looks is in the row: the scenario, and whether a kill must come first.
+
+An fsync is named by the function that wants it done and the end of its path, and where that function does it more than
+once, by which of them it is.  `commit_in` is `engine.store.commit.commit` with its lines in an order of our own; a test
+holds it against the real one.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
+from unittest import mock
+
+from cases import KILL, PLAIN, Case, Recorder, every_plain, every_second
+from recorder import Change, RecordingFilesystem, World
+from scenarios import SCENARIOS
+from simulator import Create, Rename
+
+from engine.errors import StorageError
+from engine.format.manifest import MANIFEST_NAME
+from engine.store import writer
+from engine.store.catalog import Catalog
+from engine.store.commit import WrittenFile
+
+
+class Drop(NamedTuple):
+    """An fsync that is left out; `place` counts those of this path in this function."""
+
+    function: str
+    suffix: str
+    place: int | None = None
+
+
+class Mutation(NamedTuple):
+    """A way to break the code, and where to look for the damage."""
+
+    change: Change
+    scenario: str = "first_save"
+    nesting: int = PLAIN
+
+    def cases(self, recorder: Recorder) -> Iterator[Case]:
+        """Where the damage is to be seen; kills only right after a name has come or gone."""
+        index = list(SCENARIOS).index(self.scenario)
+        if self.nesting == PLAIN:
+            return every_plain(recorder, [index])
+        operations = recorder.scenario(index).trace.operations
+        names = [stop for stop, last in enumerate(operations, 1) if isinstance(last, Create | Rename)]
+        return every_second(recorder, index, self.nesting, names)
+
+
+def _called_by(function: str) -> bool:
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code.co_name == function:
+            return True
+    return False
+
+
+def without(*drops: Drop) -> Change:
+    """Leave fsyncs out."""
+
+    class Forgetful(RecordingFilesystem):
+        def __init__(self, world: World) -> None:
+            super().__init__(world)
+            self._counts: Counter[Drop] = Counter()
+
+        def _sync(self, operation: str, path: str, sync: Callable[[str], None]) -> None:
+            for drop in drops:
+                if path.endswith(drop.suffix) and _called_by(drop.function):
+                    place, self._counts[drop] = self._counts[drop], self._counts[drop] + 1
+                    if drop.place in (None, place):
+                        return
+            super()._sync(operation, path, sync)
+
+    @contextmanager
+    def change() -> Iterator[type[RecordingFilesystem]]:
+        yield Forgetful
+
+    return change
+
+
+def patched(target: object, name: str, value: object) -> Change:
+    """Replace a function of the engine."""
+
+    @contextmanager
+    def change() -> Iterator[type[RecordingFilesystem]]:
+        with mock.patch.object(target, name, value):
+            yield RecordingFilesystem
+
+    return change
+
+
+def commit_in(order: str) -> Callable[[Catalog, int, Sequence[WrittenFile], bytes | bytearray], str]:
+    """`commit` with its lines in this order; C5 and C7 go with C6, and R1 retires everything."""
+
+    def commit(catalog: Catalog, step: int, files: Sequence[WrittenFile], manifest: bytes | bytearray) -> str:
+        filesystem = catalog.filesystem
+        where = catalog.partial_path(step)
+        for line in order.split():
+            paths = [os.path.join(where, os.path.basename(file.path)) for file in files]
+            if line == "C1":
+                for file, path in zip(files, paths, strict=True):
+                    filesystem.truncate(file.descriptor, file.nbytes, path)
+            elif line == "C2":
+                for file, path in zip(files, paths, strict=True):
+                    filesystem.sync_file(file.descriptor, path)
+            elif line == "C3":
+                filesystem.write_new_file(os.path.join(where, MANIFEST_NAME), manifest)
+            elif line == "C4":
+                filesystem.sync_directory(where)
+            elif line == "C6":
+                where = catalog.publish(step)
+            else:
+                assert line == "R1", line
+                catalog._retire(catalog.steps())
+        return where
+
+    return commit
+
+
+def reordered(order: str) -> Change:
+    """Commit in another order."""
+    return patched(writer, "commit", commit_in(order))
+
+
+class _Stubborn(RecordingFilesystem):
+    """Tries a failed fsync of a file again, and believes the second."""
+
+    def sync_file(self, descriptor: int, path: str) -> None:
+        try:
+            super().sync_file(descriptor, path)
+        except StorageError:
+            super().sync_file(descriptor, path)
+
+
+def stubborn() -> AbstractContextManager[type[RecordingFilesystem]]:
+    """Trust the second fsync after a failed one."""
+    return nullcontext(_Stubborn)
+
+
+def _sync_and_forget(self: Catalog, path: str) -> None:
+    self.filesystem.sync_directory(path)
+
+
+_recover = Catalog._recover
+
+
+def _promote(self: Catalog) -> Sequence[int]:
+    """Take what has a manifest for a checkpoint."""
+    for name in self.filesystem.list_directory(self.root):
+        path = os.path.join(self.root, name)
+        if name.endswith(".partial") and MANIFEST_NAME in os.listdir(path):
+            self.filesystem.rename(path, path.removesuffix(".partial"))
+    return _recover(self)
+
+
+def _retire_newest(self: Catalog, keep: int) -> None:
+    self._retire(self.steps()[keep:])
+
+
+# By what is broken, named by the lines of docs/durability.md.
+MUTATIONS: dict[str, Mutation] = {
+    "C2 left out: fsync of the data files": Mutation(without(Drop("commit", ".safetensors"))),
+    "C3 left out: fsync of the manifest": Mutation(without(Drop("commit", "manifest.json"))),
+    "C4 left out: fsync of the partial": Mutation(without(Drop("commit", ".partial"))),
+    "C7 left out: fsync of the root after the rename": Mutation(without(Drop("publish", "/run"))),
+    "C5 left out: fsync of spare after taking one": Mutation(without(Drop("_sync_taken", "/spare")), "recycled_save"),
+    "R2 left out: fsync of spare": Mutation(without(Drop("_retire", "/spare")), "retirement"),
+    "R2 left out: fsync of the root": Mutation(without(Drop("_retire", "/run")), "recycled_save"),
+    "R2 left out: both, a spare is taken before its retirement is durable": Mutation(
+        without(Drop("_retire", "/spare"), Drop("_retire", "/run")), "recycled_save"
+    ),
+    "O1 and O3 left out: fsync of the root's parent": Mutation(
+        without(Drop("_make_directories", ""), Drop("_recover", "", 0))
+    ),
+    "O3 left out: fsync of the root's parent": Mutation(without(Drop("_recover", "", 0)), nesting=KILL),
+    "O3 and O5 left out: fsync of the root": Mutation(without(Drop("_recover", "/run")), nesting=KILL),
+    "O3 and O5 left out: fsync of spare": Mutation(without(Drop("_recover", "/spare")), "retirement", KILL),
+    "C2 before C1: truncate after the fsync": Mutation(reordered("C2 C1 C3 C4 C6")),
+    "C6 before C2: rename before the data's fsync": Mutation(reordered("C1 C3 C4 C6 C2")),
+    "C6 before C3: rename before the manifest is written": Mutation(reordered("C1 C2 C6 C3 C4")),
+    "C6 before C4: rename before the partial's fsync": Mutation(reordered("C1 C2 C3 C6 C4")),
+    "C4 before C3: fsync of the partial before its last name": Mutation(reordered("C1 C2 C4 C3 C6")),
+    "R1 before C6: retire before publishing": Mutation(reordered("C1 C2 C3 C4 R1 C6"), "recycled_save"),
+    "R1 takes the newest instead of the oldest": Mutation(patched(Catalog, "retire", _retire_newest), "recycled_save"),
+    "a failed fsync of a file is tried again and trusted": Mutation(stubborn, "failure_sync_file"),
+    "a failed fsync of a directory is forgotten": Mutation(
+        patched(Catalog, "_sync", _sync_and_forget), "failure_sync_directory/run"
+    ),
+    "an open takes a partial with a manifest for a step": Mutation(
+        patched(Catalog, "_recover", _promote), nesting=KILL
+    ),
+}

@@ -1,0 +1,281 @@
+"""Scenarios: short lives of an engine whose every instant is worth a crash.
+
+Theory of operation.  Each is a function that works an engine in a `World`, and says in notes what it was told:
+
+* ``began`` a save of a step with a payload; ``reported`` when its `result()` has returned,
+* ``listed`` when an open has said that a step is there, which is as good as a report,
+* ``rolling back`` to a step before it and ``rolled back`` after it.
+
+A payload is a number from which all tensors' contents follow.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import itertools
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import torch
+from disk import FAILURES
+from recorder import World
+from torch import nn
+
+import engine
+from engine.errors import CorruptError, StorageError
+from engine.store.writer import Save
+
+# The payload that `recover` saves; no scenario has so many.
+_RECOVERY_PAYLOAD = 1 << 10
+
+_HANG_S = 60  # ends a test whose threads wait for each other; nothing here takes a second
+
+
+class Training:
+    """A model and an optimizer whose state fills two files of three blocks each: header, a whole block, a short one."""
+
+    def __init__(self) -> None:
+        model = nn.Linear(30, 40)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        model(torch.zeros(30)).sum().backward()
+        optimizer.step()
+        self._owners = model, optimizer
+        self.arena = engine.Arena.adopt(model, optimizer)
+        self._tensors = dict(sorted(self.arena.state_dict().items()))
+
+    def fill(self, payload: int) -> None:
+        """Make the tensors hold a payload."""
+        generator = torch.Generator().manual_seed(payload)
+        for tensor in self._tensors.values():
+            tensor.copy_(torch.rand(tensor.shape, generator=generator))
+
+    def content(self) -> bytes:
+        """What the tensors hold, in order of name."""
+        return b"".join(tensor.numpy().tobytes() for tensor in self._tensors.values())
+
+
+@functools.cache
+def training() -> Training:
+    """The one that all saves are of."""
+    return Training()
+
+
+@functools.cache
+def content(payload: int) -> bytes:
+    """What the tensors hold when they hold this payload."""
+    training().fill(payload)
+    return training().content()
+
+
+class Session:
+    """An open engine, and the notes of what it says."""
+
+    def __init__(self, world: World, eng: engine.Engine, payloads: Iterator[int]) -> None:
+        self.world = world
+        self.engine = eng
+        self._payloads = payloads
+
+    def begin(self, step: int) -> tuple[Save, int]:
+        """Start a save of new contents."""
+        payload = next(self._payloads)
+        training().fill(payload)
+        self.world.note("began", step, payload)
+        with self.world.staging():
+            return self.engine.checkpoint(training().arena, step, snapshot="eager"), payload
+
+    def end(self, begun: tuple[Save, int]) -> None:
+        """Wait until a save is durable."""
+        save, payload = begun
+        self.world.note("reported", save.result(_HANG_S).step, payload)
+
+    def save(self, *steps: int) -> None:
+        """Saves, one after the other."""
+        for step in steps:
+            self.end(self.begin(step))
+
+    def attempt(self, step: int) -> None:
+        """A save that is refused something.  What it says of itself is what is promised."""
+        begun = self.begin(step)
+        if begun[0].exception(_HANG_S) is None:
+            self.end(begun)
+
+
+@contextmanager
+def session(world: World, payload: int = 1, **options: Any) -> Iterator[Session]:
+    """An engine in a World."""
+    with world.running(**options) as eng:
+        yield Session(world, eng, itertools.count(payload))
+
+
+def first_save(world: World) -> None:
+    with session(world, keep=2, max_async=1) as it:
+        it.save(1)
+
+
+def recycled_save(world: World) -> None:
+    with session(world, keep=1, max_async=1) as it:
+        it.save(1, 2, 3)
+
+
+def retirement(world: World) -> None:
+    """Of several at once, more than may stay as spares."""
+    with session(world, keep=None, max_async=1) as it:
+        it.save(1, 2, 3)
+    with session(world, payload=11, keep=1, max_async=1) as it:
+        it.save(4, 5)
+
+
+def rollback(world: World) -> None:
+    """Training goes on from an earlier step, and comes past the later ones again."""
+    with session(world, keep=None, max_async=1) as it:
+        it.save(1, 2, 3)
+        world.note("rolling back", 1)
+        it.engine.rollback(1)
+        world.note("rolled back", 1)
+        it.save(2, 3)
+
+
+def set_aside(world: World) -> None:
+    """The newest is damaged; a restore passes over it, and training comes past it again."""
+    with session(world, keep=2, max_async=1) as it:
+        it.save(1, 2)
+        world.damage(2)
+        assert it.engine.restore(training().arena).step == 1
+        it.save(2, 3)
+
+
+def leftovers(world: World) -> None:
+    """A save that failed and could not be deleted; the next open makes it a spare, and a save takes that."""
+    with session(world, keep=1, max_async=1) as it:
+        it.save(1, 2)
+        with refusing(world, "write_new_file"), refusing(world, "unlink", place=1):  # the first is B2
+            it.attempt(3)
+    with session(world, payload=11, keep=1, max_async=1) as it:
+        it.save(3)
+
+
+class _Hold:
+    """Stops one save at one operation, the first time."""
+
+    def __init__(self, step: int, operation: str) -> None:
+        self._step, self._operation = f"step-{step:08d}.partial", operation
+        self.reached, self.released = threading.Event(), threading.Event()
+
+    def __call__(self, operation: str, path: str) -> None:
+        if operation == self._operation and self._step in path:
+            self.reached.set()
+            assert self.released.wait(_HANG_S), "a scenario forgot to release a save"
+
+
+def overlapping(first: int, second: int, operation: str, world: World) -> None:
+    """Two saves at once: the first goes as far as `operation`, then the second all its way, then the first."""
+    with session(world, keep=1, max_async=2) as it:
+        it.save(1, 2)
+        world.hook = hold = _Hold(first, operation)
+        held = it.begin(first)
+        assert hold.reached.wait(_HANG_S), "the save never came so far"
+        it.save(second)
+        hold.released.set()
+        it.end(held)
+        it.save(5)
+
+
+def failure(operation: str, suffix: str, world: World) -> None:
+    """A save that is refused one operation, and what comes after it."""
+    with session(world, keep=1, max_async=1) as it:
+        it.save(1, 2)
+        with refusing(world, operation, suffix):
+            it.attempt(3)
+        it.save(4)
+    with session(world, payload=11, keep=1, max_async=1) as it:
+        it.save(5)
+
+
+def retried(suffix: str, world: World) -> None:
+    """A save whose sync of a directory is refused, and one of the same step after it, which may delete nothing."""
+    with session(world, keep=1, max_async=1) as it:
+        it.save(1, 2)
+        with refusing(world, "sync_directory", suffix):
+            it.attempt(3)
+        it.save(3, 4)
+    with session(world, payload=11, keep=1, max_async=1) as it:
+        it.save(5)
+
+
+def failed_retirement(suffix: str, place: int, world: World) -> None:
+    """A save that is durable, but the retiring of the one before it is not, and what comes after that."""
+    with session(world, keep=1, max_async=1) as it:
+        it.save(1)
+        with refusing(world, "sync_directory", suffix, place):
+            it.save(2)
+        it.save(3)
+    with session(world, payload=11, keep=1, max_async=1) as it:
+        it.save(4)
+
+
+@contextmanager
+def refusing(world: World, operation: str, suffix: str = "", place: int = 0) -> Iterator[None]:
+    """Refuse one call of an operation on a path that ends so: the next, or with `place` one of those after it."""
+    before, count = world.hook, itertools.count()
+
+    def refuse(called: str, path: str) -> None:
+        before(called, path)
+        if called == operation and path.endswith(suffix) and next(count) == place:
+            raise StorageError(errno.EIO, operation, path)
+
+    log = logging.getLogger("engine")
+    level = log.level
+    world.hook = refuse
+    log.setLevel(logging.CRITICAL)  # what fails here is meant to
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        world.hook = before
+    assert next(count) > place, f"{operation} was never refused"
+
+
+def recover(world: World) -> None:
+    """Open what is there, hear which steps it has, and save one more."""
+    with session(world, payload=_RECOVERY_PAYLOAD, keep=1, max_async=1) as it:
+        for step in it.engine.steps():
+            with suppress(CorruptError):
+                it.engine.load(step)
+                world.note("listed", step)
+        it.save(max(it.engine.steps(), default=0) + 1)
+
+
+# Where one of two saves can wait for the other; inside publish() it holds the catalog's lock.
+_HOLDS = ("open_for_blocks", "allocate", "truncate", "sync_file", "write_new_file", "sync_directory")
+
+# Which of the calls of an operation is meant, as in disk.FailingFilesystem.
+_SUFFIXES = {"sync_directory": ".partial", "rename": "/step-00000003"}
+
+# What of a save can be refused, besides disk.FAILURES: a block, the manifest's fsync, and the fsyncs of C5 and C7.
+_REFUSALS = [
+    *((operation, _SUFFIXES.get(operation, "")) for operation in FAILURES),
+    ("write", ""),
+    ("sync_file", "manifest.json"),
+    ("sync_directory", "/spare"),
+    ("sync_directory", "/run"),
+]
+
+SCENARIOS: dict[str, Callable[[World], None]] = {
+    "first_save": first_save,
+    "recycled_save": recycled_save,
+    "retirement": retirement,
+    "rollback": rollback,
+    "set_aside": set_aside,
+    "leftovers": leftovers,
+    **{f"overlapping_{a}_{b}_{hold}": partial(overlapping, a, b, hold) for a, b in ((3, 4), (4, 3)) for hold in _HOLDS},
+    **{f"failure_{operation}{suffix}": partial(failure, operation, suffix) for operation, suffix in _REFUSALS},
+    **{f"retried{suffix}": partial(retried, suffix) for suffix in ("/spare", "/run")},
+    # R2 is the first fsync of spare there, and the second of the root, after C7.
+    "failed_retirement_/spare": partial(failed_retirement, "/spare", 0),
+    "failed_retirement_/run": partial(failed_retirement, "/run", 1),
+}
