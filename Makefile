@@ -34,6 +34,7 @@ test: lint types pytest ## Lint, check types, run the tests
 lint: setup ## Check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 types: setup ## Check types
 	$(BIN)/python -m mypy

@@ -5,13 +5,18 @@
     save.result()                                             # durable
 
 `Arena` holds the tensors, `Engine` owns a directory of checkpoints, `Save` is one in flight.  The functions
-`checkpoint` and `restore` use one default Engine for each directory.  See docs/architecture.md for the rooms.
+`checkpoint` and `restore` use one default Engine for each directory.  See docs/architecture.md for the packages.
+
+Theory of operation.  Names are imported when they are first used (PEP 562), so that `engine.store` and a command line
+start without torch.  Editors and type checkers see the imports below.
 """
 
 from __future__ import annotations
 
+import importlib
 import platform
 import sys
+from typing import TYPE_CHECKING
 
 if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
     raise ImportError(
@@ -19,33 +24,38 @@ if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
         f"{platform.machine()}"
     )
 
-from engine.defaults import checkpoint, restore
-from engine.engine import Engine, probe
-from engine.errors import (
-    ArenaError,
-    ArgumentError,
-    BusyError,
-    CheckpointError,
-    ClosedError,
-    CorruptError,
-    EngineError,
-    EngineWarning,
-    ExtraError,
-    ForkedError,
-    LockedError,
-    MismatchError,
-    NoSpaceError,
-    NotFoundError,
-    PlatformError,
-    StepError,
-    StorageError,
-    TornSnapshot,
-    UsageError,
-)
-from engine.io.backend import Attempt, Probe
-from engine.state.arena import Arena
-from engine.store.reader import Damage, PassedOver, RestoreInfo
-from engine.store.writer import CheckpointInfo, ChunkStatus, Save
+if TYPE_CHECKING:
+    from engine.defaults import checkpoint, restore
+    from engine.engine import Engine, probe
+    from engine.errors import (
+        ArenaError,
+        ArgumentError,
+        BusyError,
+        CheckpointError,
+        ClosedError,
+        CorruptError,
+        EngineError,
+        EngineWarning,
+        ExtraError,
+        ForkedError,
+        LockedError,
+        MismatchError,
+        NoSpaceError,
+        NotFoundError,
+        PlatformError,
+        StepError,
+        StorageError,
+        TornSnapshot,
+        UsageError,
+    )
+    from engine.io.backend import Attempt, Probe
+    from engine.options import Options
+    from engine.session.restore import RestoreInfo
+    from engine.session.save import ChunkStatus, Save
+    from engine.state.arena import Arena
+    from engine.store.info import CheckpointInfo
+    from engine.store.reader import PassedOver
+    from engine.store.verify import Damage
 
 __all__ = [
     "Arena",
@@ -68,6 +78,7 @@ __all__ = [
     "MismatchError",
     "NoSpaceError",
     "NotFoundError",
+    "Options",
     "PassedOver",
     "PlatformError",
     "Probe",
@@ -81,3 +92,33 @@ __all__ = [
     "probe",
     "restore",
 ]
+
+# The module of every name that is not of `engine.errors`.
+_MODULES = {
+    "Arena": "engine.state.arena",
+    "Attempt": "engine.io.backend",
+    "CheckpointInfo": "engine.store.info",
+    "ChunkStatus": "engine.session.save",
+    "Damage": "engine.store.verify",
+    "Engine": "engine.engine",
+    "Options": "engine.options",
+    "PassedOver": "engine.store.reader",
+    "Probe": "engine.io.backend",
+    "RestoreInfo": "engine.session.restore",
+    "Save": "engine.session.save",
+    "checkpoint": "engine.defaults",
+    "probe": "engine.engine",
+    "restore": "engine.defaults",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES.get(name, "engine.errors")), name)
+    globals()[name] = value  # the next time it is found without this call
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,9 +1,9 @@
 """Defaults: `engine.checkpoint` and `engine.restore`, on one Engine for each directory.
 
 Theory of operation.  A script with one run directory should not need to name an Engine.  The first call for a
-directory opens an Engine with the default configuration; later calls find it by the directory's real path, so
-that two spellings of one path share it.  It lives until the interpreter exits, which drains it.  A forked child
-starts with no default Engines: its parent's are not its own.
+directory opens an Engine with the default options; later calls find it by the directory's real path, so that two
+spellings of one path share it.  It lives until the interpreter exits, which drains it.  A forked child starts with no
+default Engines, and with a lock of its own: another thread may have held the parent's at the fork.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import threading
 from typing import Any
 
 from engine.engine import Engine
+from engine.session.restore import RestoreInfo
+from engine.session.save import Save
+from engine.session.select import Select
 from engine.state.arena import Arena
-from engine.store.reader import RestoreInfo, Select
-from engine.store.writer import Save
 
-_engines: dict[tuple[int, str], Engine] = {}
+_engines: dict[str, Engine] = {}
 _mutex = threading.Lock()
 
 
@@ -34,9 +35,22 @@ def restore(
 
 
 def _engine(directory: str | os.PathLike[str]) -> Engine:
-    key = (os.getpid(), os.path.realpath(os.fspath(directory)))
+    key = os.path.realpath(os.fspath(directory))
     with _mutex:
         found = _engines.get(key)
         if found is None or not found.is_open:
             found = _engines[key] = Engine(directory)
         return found
+
+
+def _start_afresh_in_child() -> None:
+    global _mutex
+    _forgotten.append(dict(_engines))  # not collected: that would close the parent's
+    _engines.clear()
+    _mutex = threading.Lock()
+
+
+# The parent's Engines, in a child.
+_forgotten: list[dict[str, Engine]] = []
+
+os.register_at_fork(after_in_child=_start_afresh_in_child)

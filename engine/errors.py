@@ -16,6 +16,11 @@ from __future__ import annotations
 
 import errno as codes
 import os
+import sys
+import warnings
+from pathlib import Path
+
+_PACKAGE = str(Path(__file__).parent) + os.sep
 
 _DEVICE = "the disk or its file system is failing: see dmesg, and go on in a directory on another one"
 _REPLACED = "something else has removed or replaced it; open a new Engine, which starts from what is there"
@@ -199,3 +204,11 @@ class PlatformError(EngineError):
 
 class EngineWarning(UserWarning):
     """Something the user should know that stops nothing: a checkpoint passed over, a slower way taken."""
+
+
+def warn(message: str) -> None:
+    """Warn with an `EngineWarning` that names the line outside the engine that led here, whatever way it took."""
+    level, frame = 1, sys._getframe(0)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, EngineWarning, stacklevel=level)

@@ -15,7 +15,7 @@ from hypothesis import given
 from strategies import tagged
 
 from engine.errors import CorruptError
-from engine.format.values import decode, encode
+from engine.state.tensors import decode, encode
 from fuzz.limits import allocating_at_most
 
 # An empty set or frozenset is 10 to 16 bytes of JSON, and 216 of memory, as much again while it is made of another, and

@@ -1,9 +1,9 @@
-"""Extra: a tree of plain values and tensors, as values that JSON can hold, and back.
+"""Values: a tree of plain values and tensors, as values that JSON can hold, and back.  Pure.
 
 Theory of operation.  `extra` travels inside the manifest, and the manifest is JSON.  What JSON holds exactly
 goes there as it is: None, bool, str, finite float, list, and int as far as every JSON reader keeps it.
-Anything else becomes an object of one key, its **tag**, and plain objects are not otherwise used, so no value
-of the caller can be mistaken for a tag:
+Anything else becomes an object of one key, its **tag**.  Plain objects are not used otherwise, so no value of the
+caller can be mistaken for a tag:
 
     (1, None)        {"tuple": [1, null]}
     {3: "a"}         {"dict": [[3, "a"]]}                  pairs: keys keep their type, and their order
@@ -14,28 +14,29 @@ of the caller can be mistaken for a tag:
     torch.ones(1)    {"tensor": ["float32", [1], "AACAPw=="]}   torch's dtype, shape, row-major bytes
 
 Types are exact: a subclass (an enum, a namedtuple, a numpy number) would come back as something else, and is
-refused with the path to it and what to do instead.  An optimizer's options are stored in the same form, but the
-caller did not choose what is in them (schedulers put numpy's floats there): `encode_options` stores a subclass of
-a number, of text or of a tuple as the plain value that it equals.  Attributes on an OrderedDict, such as the
-`_metadata` of `Module.state_dict()`, are not values and are not stored; a tensor met twice is stored twice.
+refused with its path and a remedy.  An optimizer's options have the same form, but the caller did not choose what is
+in them (schedulers put numpy's floats there): `encode_options` stores a subclass of a number, of text or of a tuple
+as the plain value that it equals.  Attributes of an OrderedDict, such as the `_metadata` of `Module.state_dict()`, are
+not values and are not stored.  A tensor that occurs twice is stored twice.
 
-Rules: nothing is pickled and nothing that was read is executed; `decode` trusts nothing, allocates no
-more than it was given, and raises `CorruptError` only.  Called by `writer` and `reader`.
+This module knows no torch.  A tensor is a `TensorValue`: the caller of `encode` passes an `adapt` that makes one of a
+foreign value, and the caller of `decode` passes a `make` that turns one back (`state.tensors` does both).
+
+Rules: nothing is pickled, and nothing that was read is executed.  `decode` trusts nothing, allocates no more than it
+was given, and raises `CorruptError` only.
 """
 
 from __future__ import annotations
 
 import base64
-import ctypes
 import json
 import math
 import re
 import struct
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
-
-import torch
 
 from engine.errors import CorruptError, ExtraError
 from engine.format.layout import DTYPES
@@ -54,6 +55,41 @@ EXACT_INT_MAX = 2**53
 
 # How a refused subclass becomes a storable value: by the constructor of the type it extends.
 CONVERTIBLE = (int, float, str, tuple, list, set, frozenset, dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorValue:
+    """A tensor outside torch.
+
+    Attributes:
+        dtype: torch's name of it, one of `layout.DTYPES`.
+        shape: in elements.
+        data: gives the row-major bytes of its elements, little-endian; called once, after their number was checked.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: Callable[[], bytes | memoryview]
+
+
+class Refused(NamedTuple):
+    """A foreign value that cannot be stored: what it is, as it follows "is", and what to do instead."""
+
+    what: str
+    advice: str
+
+
+Adapt: TypeAlias = Callable[[object], "TensorValue | Refused | None"]
+Make: TypeAlias = Callable[[TensorValue], object]
+
+
+def adapt_nothing(_: object) -> None:
+    """Every value that is not plain is refused."""
+
+
+def keep(tensor: TensorValue) -> object:
+    """A tensor stays a `TensorValue`."""
+    return tensor
 
 
 class Names(list[str]):
@@ -109,39 +145,62 @@ def _subscript(key: object) -> str:
         return "[...]"
 
 
-def encode(value: object, where: str = "extra") -> Json:
+def encode(value: object, where: str = "extra", adapt: Adapt = adapt_nothing) -> Json:
     """The value as JSON-able Python values, a snapshot that shares nothing with it.
 
     Args:
-        value: dicts, lists, tuples, sets, None, bool, int, float, str, bytes and CPU tensors, nested.
-        where: what the caller calls the value; error messages start their path with it.
+        value: dicts, lists, tuples, sets, None, bool, int, float, str, bytes and `TensorValue`, nested.
+        where: the caller's name of the value; error messages start their path with it.
+        adapt: makes a `TensorValue` of any other value, says why it is refused, or returns None.
 
     Raises:
         ExtraError: something in it cannot be stored; the message holds the path to it and the remedy.
     """
-    return _Encoder(_EXTRA).encode(value, _Spot.root(where))
+    return _Encoder(_EXTRA, adapt).encode(value, _Spot.root(where))
 
 
-def decode(value: object, where: str = "extra") -> object:
+def decode(value: object, where: str = "extra", make: Make = keep) -> object:
     """The value that `encode` was given, from what JSON gave back.
+
+    Args:
+        value: what JSON gave back.
+        where: the name of the value, as for `encode`.
+        make: turns a `TensorValue` into the tensor.
 
     Raises:
         CorruptError: this is not what `encode` makes.
     """
-    return _decode(value, _Spot.root(where))
+    return _Decoder(make).decode(value, _Spot.root(where))
 
 
-def encode_options(options: Mapping[str, object]) -> Json:
+def encode_options(options: Mapping[str, object], adapt: Adapt = adapt_nothing) -> Json:
     """What `Arena.options` gives, likewise; `decode` reads it.
 
     Raises:
         ExtraError: the optimizer keeps something that cannot be stored.
     """
-    encoder = _Encoder(_OPTIONS)
+    encoder = _Encoder(_OPTIONS, adapt)
     pairs: list[Json] = [
         [key, encoder.encode(value, _Spot.root(f"the optimizer's {key}", 1))] for key, value in options.items()
     ]
     return {"dict": pairs}
+
+
+def decode_options(value: object, make: Make = keep) -> dict[str, Any]:
+    """What `encode_options` was given: an optimizer's options, or {} where there is no optimizer.
+
+    Raises:
+        CorruptError: this is not what `encode_options` makes of an optimizer's options.
+    """
+    options = decode(value, "options", make)
+    shape = {"param_groups": list, "state": dict, "absent": list}
+    if not isinstance(options, dict) or (options and {k: type(v) for k, v in options.items()} != shape):
+        raise CorruptError("the manifest's options are not an optimizer's")
+    if options:
+        dicts = all(type(value) is dict for value in (*options["param_groups"], *options["state"].values()))
+        if not dicts or not all(type(name) is str for name in (*options["state"], *options["absent"])):
+            raise CorruptError("the manifest's options are not an optimizer's")
+    return options
 
 
 class _Holder(NamedTuple):
@@ -171,8 +230,9 @@ _OPTIONS = _Holder(
 class _Encoder:
     """One call of `encode`: it adds up the bytes that it has met."""
 
-    def __init__(self, holder: _Holder) -> None:
+    def __init__(self, holder: _Holder, adapt: Adapt) -> None:
         self.holder = holder
+        self.adapt = adapt
         self.binary_bytes = 0
 
     def encode(self, value: object, spot: _Spot) -> Json:
@@ -182,6 +242,11 @@ class _Encoder:
         write = _WRITERS.get(kind)
         if write is not None:
             return write(self, value, spot)
+        adapted = self.adapt(value)
+        if isinstance(adapted, TensorValue):
+            return self.tensor(adapted, spot)
+        if adapted is not None:
+            raise ExtraError(f"{spot.path} is {adapted.what}, which {self.holder.name} cannot hold; {adapted.advice}")
         for base, convert in self.holder.plain.items():
             if isinstance(value, base):
                 return self.encode(convert(value), spot)
@@ -235,17 +300,11 @@ class _Encoder:
         ]
         return {_TAGS[type(value)]: pairs}
 
-    def tensor(self, value: torch.Tensor, spot: _Spot) -> Json:
-        dtype = str(value.dtype).removeprefix("torch.")
-        if value.device.type != "cpu" or value.layout != torch.strided or value.is_nested or dtype not in DTYPES:
-            raise ExtraError(
-                f"{spot.path} is a {value.layout} tensor of {value.dtype} on {value.device}, and {self.holder.name} "
-                f"holds dense CPU tensors of safetensors' dtypes; convert it with .to_dense(), .to(dtype) or .cpu()"
-            )
-        self._charge(value.numel() * value.element_size(), spot)  # before the copies below
-        flat = value.detach().resolve_conj().resolve_neg().contiguous().view(-1)
-        data = ctypes.string_at(flat.data_ptr(), flat.nbytes)  # torch gives bytes away through numpy only
-        return {"tensor": [dtype, [*value.shape], base64.b64encode(data).decode()]}
+    def tensor(self, value: TensorValue, spot: _Spot) -> Json:
+        if not _is_possible(value.shape):
+            raise ExtraError(f"{spot.path} has no elements, and the sizes {value.shape}, which cannot be stored")
+        self._charge(math.prod(value.shape) * DTYPES[value.dtype].itemsize, spot)  # before anything is copied
+        return {"tensor": [value.dtype, [*value.shape], base64.b64encode(value.data()).decode()]}
 
     def _hashable(self, value: object, spot: _Spot) -> Json:
         encoded = self.encode(value, spot)
@@ -264,8 +323,6 @@ class _Encoder:
 
 def _conversion(value: object) -> str:
     """How to make a value of it that can be stored; empty where that is not known."""
-    if isinstance(value, torch.Tensor):
-        return "pass a plain torch.Tensor: .detach() of a parameter"
     for base in CONVERTIBLE:
         if isinstance(value, base):
             return f"pass {base.__name__}(...) of it"
@@ -302,51 +359,103 @@ def _is_hashable(value: object) -> bool:
     return value is None or isinstance(value, (bool, int, float, str, bytes))
 
 
-def _decode(value: object, spot: _Spot) -> object:
-    if spot.depth > DEPTH_MAX:
-        raise spot.corrupt(f"is over {DEPTH_MAX} levels deep")
-    if value is None or isinstance(value, (bool, int, float)):
+class _Decoder:
+    """One call of `decode`."""
+
+    def __init__(self, make: Make) -> None:
+        self.make = make
+
+    def decode(self, value: object, spot: _Spot) -> object:
+        if spot.depth > DEPTH_MAX:
+            raise spot.corrupt(f"is over {DEPTH_MAX} levels deep")
+        if value is None or isinstance(value, (bool, int, float)):
+            return value
+        if isinstance(value, str):
+            return _read_text(value, spot)
+        if isinstance(value, list):
+            return self.elements(value, spot)
+        if not isinstance(value, dict) or len(value) != 1:
+            raise spot.corrupt("is not a JSON value or an object of one key")
+        [(tag, payload)] = value.items()
+        read = _READERS.get(tag)
+        if read is None:
+            raise spot.corrupt(f"has the unknown tag {tag!r}")
+        return read(self, payload, spot)
+
+    def integer(self, payload: object, spot: _Spot) -> int:
+        text = _read_text(payload, spot)
+        if not re.fullmatch("-?0x[0-9a-f]+", text):
+            raise spot.corrupt("is not a hexadecimal integer")
+        return int(text, 16)
+
+    def real(self, payload: object, spot: _Spot) -> float:
+        text = _read_text(payload, spot)
+        if not re.fullmatch("[0-9a-f]{16}", text):
+            raise spot.corrupt("is not the 16 hexadecimal digits of a binary64")
+        value: float = struct.unpack(">d", bytes.fromhex(text))[0]
         return value
-    if isinstance(value, str):
-        return _read_text(value, spot)
-    if isinstance(value, list):
-        return _read_elements(value, spot)
-    if not isinstance(value, dict) or len(value) != 1:
-        raise spot.corrupt("is not a JSON value or an object of one key")
-    [(tag, payload)] = value.items()
-    read = _READERS.get(tag)
-    if read is None:
-        raise spot.corrupt(f"has the unknown tag {tag!r}")
-    return read(payload, spot)
+
+    def binary(self, payload: object, spot: _Spot) -> bytes:
+        return _read_binary(payload, spot)
+
+    def elements(self, payload: object, spot: _Spot) -> list[object]:
+        if not isinstance(payload, list):
+            raise spot.corrupt("is not a list")
+        if all(type(member) is str and _is_text(member) for member in payload):
+            return payload  # names of parameters: there may be a hundred thousand
+        return [self.decode(member, spot.item(index)) for index, member in enumerate(payload)]
+
+    def sequence(self, payload: object, spot: _Spot) -> tuple[object, ...]:
+        return tuple(self.elements(payload, spot))
+
+    def members(self, payload: object, spot: _Spot) -> frozenset[object]:
+        if not isinstance(payload, list):
+            raise spot.corrupt("is not a list")
+        members = frozenset(self._hashable(member, spot.at("{...}")) for member in payload)
+        if len(members) != len(payload):
+            raise spot.corrupt("has a member twice")
+        return members
+
+    def mapping(self, payload: object, spot: _Spot) -> dict[object, object]:
+        if not isinstance(payload, list):
+            raise spot.corrupt("is not a list of pairs")
+        result: dict[object, object] = {}
+        for pair in payload:
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise spot.corrupt("is not a list of pairs")
+            key = self._hashable(pair[0], spot.at(".keys()"))
+            value_spot = spot.item(key)
+            if key in result:
+                raise value_spot.corrupt("is there twice")
+            result[key] = self.decode(pair[1], value_spot)
+        return result
+
+    def tensor(self, payload: object, spot: _Spot) -> object:
+        if not isinstance(payload, list) or len(payload) != 3:
+            raise spot.corrupt("is not a dtype, a shape and base64")
+        dtype, shape, text = _read_text(payload[0], spot), payload[1], payload[2]
+        if dtype not in DTYPES:
+            raise spot.corrupt(f"has the unknown dtype {dtype!r}")
+        if not isinstance(shape, list) or not all(type(extent) is int and 0 <= extent < 2**63 for extent in shape):
+            raise spot.corrupt("has a shape that is not a list of sizes")
+        data = _read_binary(text, spot)
+        if len(data) != _tensor_bytes(dtype, shape, len(data)):
+            raise spot.corrupt(f"has {len(data)} bytes, which is not what {dtype} of shape {shape} takes")
+        if not _is_possible(shape):
+            raise spot.corrupt(f"has the impossible shape {shape}")
+        return self.make(TensorValue(dtype, tuple(shape), lambda: data))
+
+    def _hashable(self, payload: object, spot: _Spot) -> object:
+        value = self.decode(payload, spot)
+        if not _is_hashable(value):
+            raise spot.corrupt("cannot be a key or a member of a set")
+        return value
 
 
 def _read_text(payload: object, spot: _Spot) -> str:
     if not isinstance(payload, str) or not _is_text(payload):
         raise spot.corrupt("is not text")
     return payload
-
-
-def _read_elements(payload: object, spot: _Spot) -> list[object]:
-    if not isinstance(payload, list):
-        raise spot.corrupt("is not a list")
-    if all(type(member) is str and _is_text(member) for member in payload):
-        return payload  # names of parameters: there may be a hundred thousand
-    return [_decode(member, spot.item(index)) for index, member in enumerate(payload)]
-
-
-def _read_integer(payload: object, spot: _Spot) -> int:
-    text = _read_text(payload, spot)
-    if not re.fullmatch("-?0x[0-9a-f]+", text):
-        raise spot.corrupt("is not a hexadecimal integer")
-    return int(text, 16)
-
-
-def _read_real(payload: object, spot: _Spot) -> float:
-    text = _read_text(payload, spot)
-    if not re.fullmatch("[0-9a-f]{16}", text):
-        raise spot.corrupt("is not the 16 hexadecimal digits of a binary64")
-    value: float = struct.unpack(">d", bytes.fromhex(text))[0]
-    return value
 
 
 def _read_binary(payload: object, spot: _Spot) -> bytes:
@@ -356,54 +465,9 @@ def _read_binary(payload: object, spot: _Spot) -> bytes:
         raise spot.corrupt("is not base64") from None
 
 
-def _read_hashable(payload: object, spot: _Spot) -> object:
-    value = _decode(payload, spot)
-    if not _is_hashable(value):
-        raise spot.corrupt("cannot be a key or a member of a set")
-    return value
-
-
-def _read_members(payload: object, spot: _Spot) -> frozenset[object]:
-    if not isinstance(payload, list):
-        raise spot.corrupt("is not a list")
-    members = frozenset(_read_hashable(member, spot.at("{...}")) for member in payload)
-    if len(members) != len(payload):
-        raise spot.corrupt("has a member twice")
-    return members
-
-
-def _read_mapping(payload: object, spot: _Spot) -> dict[object, object]:
-    if not isinstance(payload, list):
-        raise spot.corrupt("is not a list of pairs")
-    result: dict[object, object] = {}
-    for pair in payload:
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise spot.corrupt("is not a list of pairs")
-        key = _read_hashable(pair[0], spot.at(".keys()"))
-        value_spot = spot.item(key)
-        if key in result:
-            raise value_spot.corrupt("is there twice")
-        result[key] = _decode(pair[1], value_spot)
-    return result
-
-
-def _read_tensor(payload: object, spot: _Spot) -> torch.Tensor:
-    if not isinstance(payload, list) or len(payload) != 3:
-        raise spot.corrupt("is not a dtype, a shape and base64")
-    dtype, shape, text = _read_text(payload[0], spot), payload[1], payload[2]
-    if dtype not in DTYPES:
-        raise spot.corrupt(f"has the unknown dtype {dtype!r}")
-    if not isinstance(shape, list) or not all(type(extent) is int and 0 <= extent < 2**63 for extent in shape):
-        raise spot.corrupt("has a shape that is not a list of sizes")
-    data = _read_binary(text, spot)
-    if len(data) != _tensor_bytes(dtype, shape, len(data)):
-        raise spot.corrupt(f"has {len(data)} bytes, which is not what {dtype} of shape {shape} takes")
-    flat = torch.empty(len(data), dtype=torch.uint8, device="cpu")
-    ctypes.memmove(flat.data_ptr(), data, len(data))
-    try:
-        return flat.view(getattr(torch, dtype)).view(shape)
-    except RuntimeError:  # no elements, yet sizes whose strides overflow torch's 64 bits
-        raise spot.corrupt(f"has the impossible shape {shape}") from None
+def _is_possible(shape: Iterable[int]) -> bool:
+    """Whether a tensor of this shape has strides that fit 64 bits, as torch demands even where it has no elements."""
+    return math.prod(max(extent, 1) for extent in shape) < 1 << 63
 
 
 def _tensor_bytes(dtype: str, shape: list[int], at_most: int) -> int:
@@ -431,7 +495,7 @@ _WRITERS: Mapping[type, Callable[[_Encoder, Any, _Spot], Json]] = {
     dict: _Encoder.mapping,
     OrderedDict: _Encoder.mapping,
     Counter: _Encoder.mapping,
-    torch.Tensor: _Encoder.tensor,
+    TensorValue: _Encoder.tensor,
 }
 
 _TAGS: Mapping[type, str] = {
@@ -442,15 +506,15 @@ _TAGS: Mapping[type, str] = {
     Counter: "counter",
 }
 
-_READERS: Mapping[object, Callable[[object, _Spot], object]] = {
-    "int": _read_integer,
-    "float": _read_real,
-    "bytes": _read_binary,
-    "tuple": lambda payload, spot: tuple(_read_elements(payload, spot)),
-    "set": lambda payload, spot: set(_read_members(payload, spot)),
-    "frozenset": _read_members,
-    "dict": _read_mapping,
-    "ordered_dict": lambda payload, spot: OrderedDict(_read_mapping(payload, spot)),
-    "counter": lambda payload, spot: Counter(_read_mapping(payload, spot)),
-    "tensor": _read_tensor,
+_READERS: Mapping[object, Callable[[_Decoder, object, _Spot], object]] = {
+    "int": _Decoder.integer,
+    "float": _Decoder.real,
+    "bytes": _Decoder.binary,
+    "tuple": _Decoder.sequence,
+    "set": lambda decoder, payload, spot: set(decoder.members(payload, spot)),
+    "frozenset": _Decoder.members,
+    "dict": _Decoder.mapping,
+    "ordered_dict": lambda decoder, payload, spot: OrderedDict(decoder.mapping(payload, spot)),
+    "counter": lambda decoder, payload, spot: Counter(decoder.mapping(payload, spot)),
+    "tensor": _Decoder.tensor,
 }

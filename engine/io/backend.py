@@ -15,7 +15,6 @@ A rung is refused by what is wrong with the way.  A full or failing disk is not:
 and an Engine must open on a full disk to restore from it.  Where the disk has not even room for the file, a rung is
 taken that could be opened.  Each cause has its own text, with its own remedy.
 
-Called by `engine` and `reader`.
 """
 
 from __future__ import annotations
@@ -25,17 +24,15 @@ import os
 import resource
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, Protocol, get_args
 
 from engine.errors import MEDIA_ERRORS, PlatformError, StorageError, remedy_for
 from engine.format.plan import Source
 from engine.io.binding import ALIGNMENT, JOB_FILES_MAX, JOBS_MAX, direct_alignment
 from engine.io.job import Direction, FailureKind, Job, Milestone
 from engine.io.packing import address_of, pack_blocks, pack_extents, pack_order, pack_sources
-from engine.io.pipeline import Backend, OpenError, Pipeline, Refused
-from engine.store.filesystem import Filesystem
-
-Choice = Literal["auto", "io_uring", "io_uring_plain", "threads", "buffered"]
+from engine.io.pipeline import OpenError, Pipeline, Refused
+from engine.options import Backend, Choice
 
 LADDER: tuple[Backend, ...] = get_args(Backend)
 
@@ -47,6 +44,16 @@ _STORAGE_ERRORS = (*_NO_ROOM, errno.EROFS, errno.EFBIG, errno.ENXIO, errno.ENODE
 _PATTERN = b"".join(number.to_bytes(8, "little") for number in range(ALIGNMENT // 8))
 
 _SYSCTL = "/proc/sys/kernel/io_uring_disabled"
+
+
+class Scratch(Protocol):
+    """The file operations of a trial; the store's `Filesystem` has them."""
+
+    def open_scratch(self, directory: str, direct: bool) -> int:
+        """Open an empty file that has no name, to read and write."""
+
+    def close(self, descriptor: int) -> None:
+        """Close it."""
 
 
 class Attempt(NamedTuple):
@@ -72,7 +79,7 @@ class Probe(NamedTuple):
 
 
 def open_pipeline(
-    directory: str, filesystem: Filesystem, choice: Choice, slot_count: int, slot_bytes: int
+    directory: str, filesystem: Scratch, choice: Choice, slot_count: int, slot_bytes: int
 ) -> tuple[Pipeline, Probe]:
     """Open a pipeline of the best backend that works in a directory, or of the one chosen.  Blocks on the disk.
 
@@ -90,7 +97,7 @@ def open_pipeline(
     raise PlatformError(f"{tried} in {directory}: {causes}", remedy if choice == "auto" else f"{remedy}; or use 'auto'")
 
 
-def find(directory: str, filesystem: Filesystem, slot_count: int, slot_bytes: int) -> Probe:
+def find(directory: str, filesystem: Scratch, slot_count: int, slot_bytes: int) -> Probe:
     """What `open_pipeline` would find in a directory.  Blocks on the disk; leaves nothing open or behind.
 
     Raises:
@@ -125,7 +132,7 @@ def degradation(probe: Probe) -> str | None:
 
 
 def _climb_down(
-    directory: str, filesystem: Filesystem, rungs: Sequence[Backend], slot_count: int, slot_bytes: int
+    directory: str, filesystem: Scratch, rungs: Sequence[Backend], slot_count: int, slot_bytes: int
 ) -> tuple[Pipeline | None, Probe]:
     attempts: list[Attempt] = []
     for backend in rungs:
@@ -139,7 +146,7 @@ def _climb_down(
     return None, Probe(directory, None, tuple(attempts))
 
 
-def _try(directory: str, filesystem: Filesystem, backend: Backend, slot_count: int, slot_bytes: int) -> Pipeline:
+def _try(directory: str, filesystem: Scratch, backend: Backend, slot_count: int, slot_bytes: int) -> Pipeline:
     """A pipeline that has written and read a block, if there is room for one; PlatformError if this backend does not
     work."""
     descriptor = _open_scratch(directory, filesystem, direct=backend != "buffered")
@@ -160,7 +167,7 @@ def _try(directory: str, filesystem: Filesystem, backend: Backend, slot_count: i
             filesystem.close(descriptor)
 
 
-def _open_scratch(directory: str, filesystem: Filesystem, direct: bool) -> int | None:
+def _open_scratch(directory: str, filesystem: Scratch, direct: bool) -> int | None:
     """A nameless file, or None where there is no room for one; PlatformError if it cannot have O_DIRECT with blocks
     aligned as ours are."""
     try:

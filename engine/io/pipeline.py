@@ -21,18 +21,17 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
-from typing import Any, Literal
+from typing import Any
 
 from engine.errors import ClosedError, ForkedError
 from engine.io.binding import WAIT_SLICE_NS, ffi, lib
 from engine.io.job import Job, Milestone
+from engine.options import Backend
 
 # How long to sleep between looks at something that ends within milliseconds.
 _BUSY_PAUSE_S = 0.001
 
 _CLOSED = "the Engine has been closed; open a new one"
-
-Backend = Literal["io_uring", "io_uring_plain", "threads", "buffered"]
 
 # What moves the blocks for each backend.  The last two differ in how the files are opened: see `Pipeline.direct`.
 _WAYS: dict[Backend, int] = {

@@ -1,12 +1,15 @@
-"""In flight: how many saves there may be, which steps they have, and whose each of them is.
+"""In flight: how many saves there may be, which steps they have, and in which order they become visible.
 
-Theory of operation.  A save holds one of `max_async` places, and its step, from the moment `checkpoint()` admits
-it until it is committed or has failed.  Ctrl-C can strike between any two lines of `checkpoint()`, so a place is
-not a count but a `Ticket` in a set: putting it in and taking it out can be repeated without harm, and the caller's
-``except`` need not know how far it came.  Between the caller and the commit thread a ticket is claimed exactly
-once; whoever claims it first sees the save to its end.
+Theory of operation.  A save holds one of `max_async` permits, and its step, from the moment `checkpoint()` admits it
+until it is committed or has failed.  Ctrl-C can strike between any two lines of `checkpoint()`, so a permit is not a
+count but a `Permit` in a set: to put it in or take it out twice does no harm, and the caller's ``except`` need not
+know how far it came.  Between the caller and the commit thread a permit is claimed exactly once; the first to claim
+it sees the save to its end.
 
-Rules: every method may be called from any thread, and only `admit` waits.  Called by `engine`.
+Saves commit in the order of their steps: `await_turn` blocks a commit thread until every earlier step has been
+committed or has failed.
+
+Rules: every method may be called from any thread; `admit`, `await_turn` and `wait` block.
 """
 
 from __future__ import annotations
@@ -14,21 +17,23 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 from engine.errors import ClosedError, StepError
+from engine.session.gate import Gate
 
-# How long to sleep between looks for a place: saves take a hundred times as long.
-_PAUSE_S = 0.001
+T = TypeVar("T")
 
 
-class Ticket:
-    """One save's place.  Compared by identity; its fields belong to `InFlight`."""
+class Permit:
+    """One save's right to be in flight.  Compared by identity; its fields belong to `InFlight`."""
 
-    __slots__ = ("claimed", "step")
+    __slots__ = ("claimed", "ended", "step")
 
     def __init__(self) -> None:
         self.step: int | None = None
         self.claimed = False
+        self.ended = Gate()
 
 
 class InFlight:
@@ -36,14 +41,13 @@ class InFlight:
 
     def __init__(self, count_max: int) -> None:
         self._count_max = count_max
-        self._tickets: set[Ticket] = set()
-        # A lock and no Condition: those wait in Python, and an interrupt inside that would leave the lock as it should
-        # not be.  Entering and leaving a lock are one call into C each.
+        self._permits: set[Permit] = set()
+        # A lock and no Condition: entering and leaving a lock are one call into C each (see `gate`).
         self._lock = threading.RLock()
         self._closed = False
 
-    def admit(self, ticket: Ticket, wait: bool) -> bool:
-        """Give a ticket a place, waiting for one if asked to; False if there is none.
+    def admit(self, permit: Permit, wait: bool) -> bool:
+        """Let a save in, waiting for another one to end if asked to; False if there is no room.
 
         Raises:
             ClosedError: `close` was called, perhaps while this waited.
@@ -52,23 +56,24 @@ class InFlight:
             with self._lock:
                 if self._closed:
                     raise ClosedError("the Engine has been closed; open a new one")
-                if len(self._tickets) < self._count_max:
-                    self._tickets.add(ticket)
+                if len(self._permits) < self._count_max:
+                    self._permits.add(permit)
                     return True
+                oldest = min(self._permits, key=_order)
             if not wait:
                 return False
-            time.sleep(_PAUSE_S)
+            oldest.ended.wait(0.05)  # another one may end first: look again
 
     def close(self) -> None:
-        """Admit nobody any more."""
+        """Admit no further save."""
         with self._lock:
             self._closed = True
 
-    def reserve(self, ticket: Ticket, step: int | None, committed: Callable[[], list[int]]) -> int:
-        """Give a ticket its step: the one asked for, or with None the next one.
+    def reserve(self, permit: Permit, step: int | None, committed: Callable[[], list[int]]) -> int:
+        """Give a permit its step: the one asked for, or with None the next one.
 
         Raises:
-            StepError: the step is in flight, or not after every committed one.
+            StepError: the step is in flight, or not after every committed one and every one in flight.
         """
         with self._lock:
             steps = committed()
@@ -83,34 +88,49 @@ class InFlight:
                     f"step {step} is not after the committed steps {later}; to train on from an earlier step, call "
                     "rollback(step) with the step you restored, which takes the later ones out of service"
                 )
-            ticket.step = step
+            if saving and step < saving[-1]:
+                raise StepError(f"step {step} is not after step {saving[-1]}, which is in flight; save steps in order")
+            permit.step = step
             return step
 
     def next_step(self, committed: list[int]) -> int:
         """The step after every one that is committed or in flight."""
         return max([*committed, *self.steps()], default=-1) + 1
 
-    def claim(self, ticket: Ticket) -> bool:
-        """Whether the caller is the first to claim this ticket, and so the one who ends its save."""
+    def claim(self, permit: Permit) -> bool:
+        """Whether the caller is the first to claim this permit, and so the one that ends its save."""
         with self._lock:
-            first = not ticket.claimed
-            ticket.claimed = True
+            first = not permit.claimed
+            permit.claimed = True
             return first
 
-    def withdraw(self, ticket: Ticket) -> None:
-        """Give a place back, if the ticket has one."""
-        with self._lock:
-            self._tickets.discard(ticket)
+    def await_turn(self, permit: Permit) -> None:
+        """Block until every save of an earlier step has ended."""
+        for earlier in self._before(permit):
+            earlier.ended.wait()
 
-    def while_idle(self, action: Callable[[], list[int]]) -> list[int]:
+    def withdraw(self, permit: Permit) -> None:
+        """Give a permit back, if it is held."""
+        with self._lock:
+            self._permits.discard(permit)
+        permit.ended.open()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until every save that is in flight now has ended; False if `timeout` seconds passed first."""
+        end = None if timeout is None else time.monotonic() + timeout
+        with self._lock:
+            permits = list(self._permits)
+        return all(p.ended.wait(None if end is None else max(0.0, end - time.monotonic())) for p in permits)
+
+    def while_idle(self, action: Callable[[], T]) -> T:
         """Run `action` with no save in flight, and none admitted before it has ended.
 
         Raises:
             StepError: saves are in flight.
         """
         with self._lock:
-            if self._tickets:
-                raise StepError(f"{len(self._tickets)} saves are in flight {self._steps()}; wait for them first")
+            if self._permits:
+                raise StepError(f"{len(self._permits)} saves are in flight {self._steps()}; wait for them first")
             return action()
 
     def steps(self) -> list[int]:
@@ -119,4 +139,13 @@ class InFlight:
             return self._steps()
 
     def _steps(self) -> list[int]:
-        return sorted(ticket.step for ticket in self._tickets if ticket.step is not None)
+        return sorted(permit.step for permit in self._permits if permit.step is not None)
+
+    def _before(self, permit: Permit) -> list[Permit]:
+        with self._lock:
+            return [other for other in self._permits if _order(other) < _order(permit)]
+
+
+def _order(permit: Permit) -> float:
+    """Where a permit stands: one without a step will get a later one."""
+    return float("inf") if permit.step is None else permit.step

@@ -1,76 +1,37 @@
-"""Reader: one restore, from a committed checkpoint to tensors.
+"""Reader: from a committed checkpoint to memory.
 
-Theory of operation.  The manifest says where every tensor lies and what every block must hash to; a restore
-plans only the blocks that the wanted tensors lie in, and the native pipeline reads each into a slot, verifies
-it, and only then copies it out.  Nothing read from disk reaches a tensor unverified.
+Theory of operation.  The manifest gives every segment's location and what every block must hash to.  A read plans only
+the blocks that hold a part of what is wanted; the native pipeline reads each into a slot, verifies it, and only then
+copies it out.  Nothing read from disk reaches the caller's memory unverified.
 
-What can be wrong is told apart.  The caller's fault (names, shapes, dtypes that do not fit) is found before a
-byte of the arena changes, and is never answered by trying another checkpoint.  The disk's fault makes an
-explicit `step=` raise, and makes "the newest" pass over to the next older checkpoint with a warning.  If a
-restore fails half-way the arena is marked torn, and no checkpoint is taken of it until a whole restore succeeds.
+The disk's fault makes an explicit `step=` raise, and makes "the newest" pass over to the next older checkpoint with a
+warning.  The caller's fault is raised as it is, and is never answered by trying another checkpoint.
 
-`verify` reads the same blocks through the same jobs, into no tensor: one job a chunk, and after a failure one a block,
-since a job ends at its first failure and verification is to find them all.
-
-Called by `engine` only.
+Rules: no torch.  Targets are addresses, and `owners` keeps their memory alive.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import os
-import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
-import torch
-from torch import Tensor
-
-from engine.errors import (
-    MEDIA_ERRORS,
-    ArgumentError,
-    ClosedError,
-    CorruptError,
-    EngineWarning,
-    MismatchError,
-    NotFoundError,
-    StorageError,
-)
-from engine.format.layout import Segment
-from engine.format.manifest import MANIFEST_NAME, ChunkRecord, Manifest, SegmentRecord, affected, block_checksums
-from engine.format.plan import (
-    Block,
-    ExtentColumns,
-    Extents,
-    Source,
-    block_rows,
-    extent_columns,
-    lay_extents,
-    merge_runs,
-)
-from engine.format.values import decode as decode_extra
+from engine.errors import MEDIA_ERRORS, ClosedError, CorruptError, NotFoundError, StorageError, warn
+from engine.format.manifest import ChunkRecord, Manifest, SegmentRecord, affected, block_checksums
+from engine.format.plan import Block, ExtentColumns, Extents, block_rows, extent_columns, lay_extents, merge_runs
 from engine.io.backend import open_like
-from engine.io.job import BlockState, Direction, Failure, FailureKind, Job, Milestone
-from engine.io.packing import Packed, pack_blocks, pack_extents, pack_order, pack_sources
+from engine.io.job import Direction, Failure, FailureKind, Job, Milestone
+from engine.io.packing import Packed, pack_blocks, pack_extents, pack_order
 from engine.io.pipeline import Pipeline
-from engine.state.arena import Arena, allocate_pages
 from engine.store.catalog import Catalog
+from engine.store.info import CheckpointInfo
 
 # Slots of a pipeline opened for a checkpoint whose blocks do not fit the engine's: one is read, the other is copied
 # out.
 _LARGE_SLOT_COUNT = 2
 
-# From here on `load` takes a tensor's memory from the kernel, in huge pages, of which this is one on x86-64.  To fault
-# 500 MB in by 4096 bytes at a time took 90 of 240 ms on the host of docs/perf.md.
-_PAGES_BYTES_MIN = 2 << 20
-
-# In the place of a descriptor: the file is not there (engine_native.h, set_file).
-_NO_FILE = -1
-
-Select = str | Sequence[str] | None
-Tensors = dict[str, Tensor]
+T = TypeVar("T")
 
 
 class PassedOver(NamedTuple):
@@ -80,197 +41,95 @@ class PassedOver(NamedTuple):
     reason: str
 
 
-class RestoreInfo(NamedTuple):
-    """A restored checkpoint.  `nbytes_read` counts what came from disk, the manifest included."""
-
-    step: int
-    checkpoint_id: str
-    path: str
-    extra: Any
-    nbytes_read: int
-    passed_over: tuple[PassedOver, ...]
-
-
-class Damage(NamedTuple):
-    """A part of a checkpoint that is not what was written.
-
-    Attributes:
-        path: the file.
-        chunk, offset: where in the file; None where the file as a whole is meant, or what lies beyond its chunks.
-        tensors: the names of those affected, shortened where they are many.
-        reason: what is wrong, in a sentence that holds all of the above.
-    """
-
-    path: str
-    chunk: int | None
-    offset: int | None
-    tensors: str
-    reason: str
-
-
-class _Target(NamedTuple):
-    """A wanted tensor of the checkpoint, and where its bytes go: a source of the job and an offset there."""
+class Target(NamedTuple):
+    """A wanted segment of the checkpoint, and where its bytes go: a source of the job and an offset there."""
 
     record: SegmentRecord
     source: int
     offset: int
 
 
-class _Found(NamedTuple):
+class Checkpoint(NamedTuple):
     """A checkpoint whose manifest is valid, with its files open in the manifest's order."""
 
+    step: int
     manifest: Manifest
+    manifest_bytes: int
     path: str
     descriptors: Sequence[int]
 
 
 class Reader:
-    """Restores from a catalog through a pipeline."""
+    """Reads from a catalog through a pipeline.
+
+    Attributes:
+        damaged: steps that this reader has found damaged; training may take their numbers when it comes past them.
+    """
 
     def __init__(self, catalog: Catalog, pipeline: Pipeline) -> None:
         self._catalog = catalog
         self._pipeline = pipeline
-        # Steps that this engine has found damaged: training may take their place when it comes past them again.
         self.damaged: set[int] = set()
 
-    def restore(self, arena: Arena, step: int | None, select: Select) -> RestoreInfo:
-        """Fill an arena, or the selected part of it, and return what was restored.  Blocks."""
-        arena.fence()
-        arena.refresh()
-        wanted = selector(select)
+    def use(self, step: int | None, use: Callable[[Checkpoint], T]) -> tuple[T, tuple[PassedOver, ...]]:
+        """Run `use` on the step asked for, or with None on the newest that it does not find damaged.  Blocks.
 
-        def fill(found: _Found) -> int:
-            targets = _match(arena, found.manifest, wanted, whole=select is None)
-            options = _options(found.manifest)
-            if select is None:
-                arena.check_options(options)
-            sources = pack_sources(arena.sources)
-            was_torn = arena.torn
-            arena.mark_torn()  # until everything that belongs together is there, whatever interrupts it
-            nbytes = self._read(found, targets, sources, arena, whole=select is None)
-            if select is None:
-                arena.restored(options)
-            else:
-                arena.restored_part({target.record.name for target in targets}, options.get("absent", ()))
-                if not was_torn:
-                    arena.mark_whole()
-            return nbytes
-
-        return self._newest(step, fill)
-
-    def load(self, step: int | None, select: Select) -> tuple[Tensors, RestoreInfo]:
-        """Read tensors into new memory, without an arena.  Blocks."""
-        wanted = selector(select)
-        tensors: Tensors = {}
-
-        def fill(found: _Found) -> int:
-            tensors.clear()
-            manifest = found.manifest
-            absent = set(_options(manifest).get("absent", ()))
-            targets: list[_Target] = []
-            sources: list[Source] = []
-            for record in manifest.segments:
-                if record.name in absent or not wanted(record):
-                    continue
-                tensors[record.name] = tensor = _make_tensor(record)
-                targets.append(_Target(record, len(sources), 0))
-                sources.append(Source(tensor.data_ptr(), tensor.element_size(), (), ()))
-            aliases = {alias: tensors[name] for alias, name in manifest.aliases.items() if name in tensors}
-            packed = pack_sources(sources)
-            nbytes = self._read(found, targets, packed, list(tensors.values()), whole=select is None)
-            tensors.update(aliases)
-            return nbytes
-
-        info = self._newest(step, fill)
-        if not tensors and select is not None:
-            raise ArgumentError(f"select={select!r} matches no tensor of step {info.step}")
-        return tensors, info
-
-    def verify(self, step: int | None) -> tuple[Damage, ...]:
-        """Read every block of a committed checkpoint and tell what is not as it was written.  Blocks."""
-        for candidate in self._candidates(step):
-            try:
-                with self._catalog.pinned(candidate):
-                    return self._verify(candidate)
-            except NotFoundError:
-                if step is not None:
-                    raise
-                # else retired since it was listed, as in _newest
-        raise self._nothing()
-
-    def _verify(self, step: int) -> tuple[Damage, ...]:
-        """Everything wrong with a pinned step."""
-        path = self._catalog.path(step)
-        try:
-            manifest, _ = self._catalog.manifest(step)
-            decode_extra(manifest.extra)
-            _options(manifest)
-        except (CorruptError, StorageError) as error:
-            _demand_damage(error)
-            return (Damage(os.path.join(path, MANIFEST_NAME), None, None, "everything", str(error)),)
-        return tuple(self._verify_files(manifest, path))
-
-    def _verify_files(self, manifest: Manifest, path: str) -> Iterator[Damage]:
-        """Everything wrong with the data files.  One of a wrong length is read all the same."""
-        descriptors: list[int] = []
-        try:
-            for index, file in enumerate(manifest.files):
-                descriptors.append(_NO_FILE)
-                try:
-                    descriptors[index] = self._open(manifest, path, index)
-                    damage = self._wrong_length(manifest, path, index, descriptors[index])
-                    if damage is not None:
-                        yield damage
-                except (CorruptError, StorageError) as error:
-                    _demand_damage(error)
-                    names = affected(manifest.segments, index, 0, file.nbytes)
-                    yield Damage(os.path.join(path, file.name), None, None, names, str(error))
-            yield from self._verify_blocks(_Found(manifest, path, descriptors))
-        finally:
-            self._close(descriptors)
-
-    def _verify_blocks(self, found: _Found) -> Iterator[Damage]:
-        """Everything wrong with the blocks of the files that are there."""
-        plan = found.manifest.geometry(found.manifest.chunks)
-        checksums = block_checksums(found.manifest.chunks)
-        with self._pipeline_for(plan.blocks) as pipeline:
-            for chunk, start, end in zip(plan.chunks, plan.block_starts, plan.block_starts[1:], strict=False):
-                if found.descriptors[chunk.file_index] != _NO_FILE:
-                    yield from _verify_chunk(pipeline, found, plan.blocks[start:end], checksums[start:end])
-
-    def _newest(self, step: int | None, fill: Callable[[_Found], int]) -> RestoreInfo:
-        """Run `fill` on the step asked for, or on the newest that it does not find damaged."""
+        Raises:
+            NotFoundError: there is no such checkpoint.
+            CorruptError, StorageError: the step asked for, or every one, is damaged or cannot be read.
+        """
         passed_over: list[PassedOver] = []
-        for candidate in self._candidates(step):
+        for candidate in self.candidates(step):
             try:
-                with self._catalog.pinned(candidate):
-                    path = self._catalog.path(candidate)
-                    manifest, manifest_bytes = self._catalog.manifest(candidate)
-                    extra = decode_extra(manifest.extra)
-                    with self._opened(manifest, path) as descriptors:
-                        nbytes = manifest_bytes + fill(_Found(manifest, path, descriptors))
+                with self._catalog.pinned(candidate), self._opened(candidate) as checkpoint:
+                    return use(checkpoint), tuple(passed_over)
             except NotFoundError:
                 if step is not None:
                     raise
-                continue  # retired since it was listed: a save in flight has committed a newer one
+                # else it was retired since it was listed: a save in flight has committed a newer one
             except (CorruptError, StorageError) as error:
                 if step is not None:
                     raise
-                _demand_damage(error)
+                demand_damage(error)
                 passed_over.append(PassedOver(candidate, str(error)))
                 self.damaged.add(candidate)
-                warnings.warn(f"step {candidate} is passed over: {error}", EngineWarning, stacklevel=4)
-                continue
-            return RestoreInfo(candidate, manifest.checkpoint_id, path, extra, nbytes, tuple(passed_over))
+                warn(f"step {candidate} is passed over: {error}")
         if passed_over:
             reasons = "; ".join(f"step {bad.step}: {bad.reason}" for bad in passed_over)
             raise CorruptError(f"none of the checkpoints in {self._catalog.root} can be restored: {reasons}")
-        raise self._nothing()
+        raise self.nothing()
 
-    def _nothing(self) -> NotFoundError:
+    def steps(self) -> list[int]:
+        """Committed steps, oldest first."""
+        return self._catalog.steps()
+
+    def manifest(self, step: int | None) -> Manifest:
+        """The manifest of the step asked for, or with None of the newest.
+
+        Raises:
+            NotFoundError: there is no such checkpoint.
+            CorruptError, StorageError: it is damaged or cannot be read.
+        """
+        for candidate in self.candidates(step):
+            try:
+                with self._catalog.pinned(candidate):
+                    return self._catalog.manifest(candidate)[0]
+            except NotFoundError:
+                if step is not None:
+                    raise
+        raise self.nothing()
+
+    def info(self, step: int | None) -> CheckpointInfo:
+        """What is known of a checkpoint without its tensors; raises as `manifest`."""
+        manifest = self.manifest(step)
+        path = self._catalog.path(manifest.step)
+        return CheckpointInfo(manifest.step, manifest.checkpoint_id, path, manifest.nbytes)
+
+    def nothing(self) -> NotFoundError:
+        """The error that says that there is no checkpoint."""
         return NotFoundError(f"{self._catalog.root} holds no committed checkpoint")
 
-    def _candidates(self, step: int | None) -> Iterator[int]:
+    def candidates(self, step: int | None) -> Iterator[int]:
         """The step asked for, or all, the newest first; listed anew each time, since saves may be in flight."""
         if step is not None:
             yield step
@@ -280,19 +139,22 @@ class Reader:
             tried.add(left[-1])
             yield left[-1]
 
-    def _read(
-        self,
-        found: _Found,
-        targets: Sequence[_Target],
-        sources: Packed,
-        owners: object,
-        whole: bool,
+    def read(
+        self, checkpoint: Checkpoint, targets: Sequence[Target], sources: Packed, owners: object, whole: bool
     ) -> int:
-        """Read the blocks that the targets lie in; returns the bytes read.
+        """Read the blocks that hold a part of the targets; returns the bytes read.  Blocks.
 
-        A `whole` read verifies every block, also those that hold nothing but header.
+        Args:
+            checkpoint: from `use`.
+            targets: in the order of the manifest.
+            sources: what the targets refer to, packed.
+            owners: keeps the sources' memory alive.
+            whole: verify every block, also those that hold nothing but header.
+
+        Raises:
+            CorruptError, StorageError: a block is damaged or cannot be read; the sources may hold a part.
         """
-        manifest = found.manifest
+        manifest = checkpoint.manifest
         runs = _target_runs(manifest, targets)
         chunks = [chunk for chunk in manifest.chunks if whole or _is_touched(chunk, runs[chunk.file])]
         plan = lay_extents(manifest.geometry(chunks), runs)
@@ -301,15 +163,15 @@ class Reader:
             return 0
         checksums = block_checksums(chunks)
         blocks = [plan.blocks[index] for index in wanted]
-        job = _make_job(manifest, extent_columns(plan), blocks, [checksums[index] for index in wanted], sources, owners)
-        with self._pipeline_for(blocks) as pipeline:
-            _drive(pipeline, job, found.descriptors)
+        job = read_job(manifest, extent_columns(plan), blocks, [checksums[index] for index in wanted], sources, owners)
+        with self.pipeline_for(blocks) as pipeline:
+            drive(pipeline, job, checkpoint.descriptors)
         if job.failure is not None:
-            raise _explain(job.failure, manifest, found.path, blocks)
+            raise explain(job.failure, manifest, checkpoint.path, blocks)
         return job.counters["io_bytes"]
 
     @contextmanager
-    def _pipeline_for(self, blocks: Sequence[Block]) -> Iterator[Pipeline]:
+    def pipeline_for(self, blocks: Sequence[Block]) -> Iterator[Pipeline]:
         """The engine's pipeline, or one of larger slots that lives as long as it is needed.
 
         Slots are as large as the largest block that is there, and not as the manifest says that one may be: they are
@@ -322,21 +184,8 @@ class Reader:
             with closing(open_like(self._pipeline, _LARGE_SLOT_COUNT, slot_bytes)) as pipeline:
                 yield pipeline
 
-    @contextmanager
-    def _opened(self, manifest: Manifest, path: str) -> Iterator[list[int]]:
-        """The data files, open and of the length that the manifest says: checked before anything is allocated."""
-        descriptors: list[int] = []
-        try:
-            for index in range(len(manifest.files)):
-                descriptors.append(self._open(manifest, path, index))
-                damage = self._wrong_length(manifest, path, index, descriptors[index])
-                if damage is not None:
-                    raise CorruptError(damage.reason)
-            yield descriptors
-        finally:
-            self._close(descriptors)
-
-    def _open(self, manifest: Manifest, path: str, index: int) -> int:
+    def open_file(self, manifest: Manifest, path: str, index: int) -> int:
+        """A descriptor of a data file, to read; CorruptError if it is missing, or no regular file."""
         file = manifest.files[index]
         try:
             file_path = os.path.join(path, file.name)
@@ -345,8 +194,8 @@ class Reader:
             names = affected(manifest.segments, index, 0, file.nbytes)
             raise CorruptError(f"{error}; affected: {names}") from None
 
-    def _wrong_length(self, manifest: Manifest, path: str, index: int, descriptor: int) -> Damage | None:
-        """What is wrong with the length of a file, if anything is."""
+    def wrong_length(self, manifest: Manifest, path: str, index: int, descriptor: int) -> WrongLength | None:
+        """How the length of a file differs from what the manifest says, if it does."""
         file = manifest.files[index]
         file_path = os.path.join(path, file.name)
         nbytes = self._catalog.filesystem.size(descriptor, file_path)
@@ -354,18 +203,43 @@ class Reader:
             return None
         reason = f"{file_path} has {nbytes} bytes, and its manifest says {file.nbytes}"
         if nbytes > file.nbytes:
-            return Damage(file_path, None, file.nbytes, "no tensor", f"{reason}; affected: no tensor")
-        chunk = _chunk_at(manifest, index, nbytes)
+            return WrongLength(None, file.nbytes, "no tensor", f"{reason}; affected: no tensor")
+        chunk = chunk_at(manifest, index, nbytes)
         names = affected(manifest.segments, index, nbytes, file.nbytes - nbytes)
-        return Damage(file_path, chunk, nbytes, names, f"{reason}; it ends in chunk {chunk}; affected: {names}")
+        return WrongLength(chunk, nbytes, names, f"{reason}; it ends in chunk {chunk}; affected: {names}")
 
-    def _close(self, descriptors: Sequence[int]) -> None:
+    def close_files(self, descriptors: Sequence[int]) -> None:
+        """Close what `open_file` gave."""
         for descriptor in descriptors:
-            if descriptor != _NO_FILE:
-                self._catalog.filesystem.close(descriptor)
+            self._catalog.filesystem.close(descriptor)
+
+    @contextmanager
+    def _opened(self, step: int) -> Iterator[Checkpoint]:
+        """A pinned step's files, open and of the length that the manifest says, before anything is allocated."""
+        path = self._catalog.path(step)
+        manifest, manifest_bytes = self._catalog.manifest(step)
+        descriptors: list[int] = []
+        try:
+            for index in range(len(manifest.files)):
+                descriptors.append(self.open_file(manifest, path, index))
+                wrong = self.wrong_length(manifest, path, index, descriptors[index])
+                if wrong is not None:
+                    raise CorruptError(wrong.reason)
+            yield Checkpoint(step, manifest, manifest_bytes, path, descriptors)
+        finally:
+            self.close_files(descriptors)
 
 
-def _make_job(
+class WrongLength(NamedTuple):
+    """A file that is longer or shorter than its manifest says: from where on, and what that affects."""
+
+    chunk: int | None
+    offset: int
+    tensors: str
+    reason: str
+
+
+def read_job(
     manifest: Manifest,
     extents: ExtentColumns,
     blocks: Sequence[Block],
@@ -387,7 +261,7 @@ def _make_job(
     )
 
 
-def _drive(pipeline: Pipeline, job: Job, descriptors: Sequence[int]) -> None:
+def drive(pipeline: Pipeline, job: Job, descriptors: Sequence[int]) -> None:
     try:
         pipeline.submit(job)
         pipeline.attach(job, descriptors)
@@ -398,56 +272,7 @@ def _drive(pipeline: Pipeline, job: Job, descriptors: Sequence[int]) -> None:
         raise
 
 
-def _verify_chunk(
-    pipeline: Pipeline, found: _Found, blocks: Sequence[Block], checksums: Sequence[int]
-) -> Iterator[Damage]:
-    """Read a chunk's blocks into no tensor; after a failure, those that it has left open one by one."""
-    nothing, no_extents = pack_sources(()), ExtentColumns((), (), (), ())
-
-    def read(start: int, end: int) -> Job:
-        job = _make_job(found.manifest, no_extents, blocks[start:end], checksums[start:end], nothing)
-        _drive(pipeline, job, found.descriptors)
-        return job
-
-    job = read(0, len(blocks))
-    if job.failure is None:
-        return
-    damage = [_damage(job.failure, found, blocks)]
-    for index, state in enumerate(job.states()):
-        if state != BlockState.WRITTEN and index != job.failure.block:
-            single = read(index, index + 1)
-            if single.failure is not None:
-                damage.append(_damage(single.failure, found, blocks[index : index + 1]))
-    yield from sorted(damage, key=lambda row: row.offset or 0)
-
-
-def _make_tensor(record: SegmentRecord) -> Tensor:
-    dtype = getattr(torch, record.dtype)
-    if record.nbytes >= _PAGES_BYTES_MIN:
-        return torch.frombuffer(allocate_pages(record.nbytes), dtype=dtype).view(record.shape)
-    try:
-        return torch.empty(record.shape, dtype=dtype, device="cpu")
-    except RuntimeError:
-        if record.nbytes:
-            raise  # no memory
-        # No elements, yet sizes whose strides overflow torch's 64 bits: no tensor ever had it.
-        raise CorruptError(f"tensor {record.name!r} has the impossible shape {record.shape}") from None
-
-
-def _options(manifest: Manifest) -> dict[str, Any]:
-    """What the optimizer kept besides tensors, in the shape that `Arena.options` gives it."""
-    options = decode_extra(manifest.options, "options")
-    shape = {"param_groups": list, "state": dict, "absent": list}
-    if not isinstance(options, dict) or (options and {k: type(v) for k, v in options.items()} != shape):
-        raise CorruptError("the manifest's options are not an optimizer's")
-    if options:
-        dicts = all(type(value) is dict for value in (*options["param_groups"], *options["state"].values()))
-        if not dicts or not all(type(name) is str for name in (*options["state"], *options["absent"])):
-            raise CorruptError("the manifest's options are not an optimizer's")
-    return options
-
-
-def _target_runs(manifest: Manifest, targets: Sequence[_Target]) -> list[Extents]:
+def _target_runs(manifest: Manifest, targets: Sequence[Target]) -> list[Extents]:
     """For each file what is wanted of it, in order."""
     runs = [Extents([], [], [], []) for _ in manifest.files]
     for record, source, offset in targets:
@@ -461,92 +286,18 @@ def _is_touched(chunk: ChunkRecord, runs: Extents) -> bool:
     return first < len(runs) and runs.file_offsets[first] < chunk.offset + chunk.nbytes
 
 
-def selector(select: Select) -> Callable[[SegmentRecord | Segment], bool]:
-    """The predicate behind `select=`.
-
-    A pattern (fnmatch(3), case-sensitive) picks a tensor if it matches its name, its layer, or the name of a
-    member of its layer: ``"layers.3.*"`` picks everything under layers.3, the optimizer's state of it included;
-    ``"layers.3"`` only what belongs to that very module; ``"*.exp_avg"`` one kind of state.
-    """
-    if select is None:
-        return lambda _: True
-    patterns = (select,) if isinstance(select, str) else tuple(select)
-    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
-        raise ArgumentError(f"select is {select!r}; it must be a pattern or a list of patterns")
-
-    # One expression for all patterns, and each layer once: there may be a hundred thousand names to try.
-    matches = re.compile("|".join(map(fnmatch.translate, patterns))).match
-    layers: dict[str, bool] = {}
-
-    def wanted(segment: SegmentRecord | Segment) -> bool:
-        layer = segment.layer
-        if layer not in layers:
-            layers[layer] = bool(matches(layer) or matches(f"{layer}."))
-        return layers[layer] or bool(matches(segment.name))
-
-    return wanted
-
-
-def _match(
-    arena: Arena, manifest: Manifest, wanted: Callable[[SegmentRecord | Segment], bool], whole: bool
-) -> list[_Target]:
-    """Pair the checkpoint's tensors with the arena's, or say everything that does not fit.
-
-    Raises:
-        MismatchError: listing every name, shape and dtype that differs.
-    """
-    stored = {record.name: record for record in manifest.segments if wanted(record)}
-    here = {s.name: (s, place) for s, place in zip(arena.segments, arena.places, strict=True) if wanted(s)}
-    problems = [f"{name}: not in the checkpoint" for name in here if name not in stored]
-    problems += [f"{name}: not in the arena" for name in stored if name not in here]
-    for name in stored.keys() & here.keys():
-        record, segment = stored[name], here[name][0]
-        if (record.dtype, record.shape) != (segment.dtype, segment.shape):
-            problems.append(
-                f"{name}: {record.dtype}{list(record.shape)} in the checkpoint, "
-                f"{segment.dtype}{list(segment.shape)} in the arena"
-            )
-    if problems:
-        lines = "\n  ".join(sorted(problems))
-        if arena.makes_state_late and any(stored[name].role == "optimizer" for name in stored.keys() - here.keys()):
-            lines += (
-                "\nthe optimizer makes its state in its first step: take one step before adopting, then restore "
-                "(LBFGS: two or more, until it has the tensors that the checkpoint has)"
-            )
-        raise MismatchError(f"step {manifest.step} does not fit the arena; nothing was changed:\n  {lines}")
-    if not stored and not whole:
-        raise MismatchError(f"the selection matches no tensor of step {manifest.step}; nothing was changed")
-    return [_Target(record, *here[name][1]) for name, record in stored.items()]
-
-
-def _demand_damage(error: Exception) -> None:
+def demand_damage(error: Exception) -> None:
     """Raise an error that says nothing of the checkpoint: a refusal for want of descriptors, memory or permission."""
     if not isinstance(error, CorruptError) and getattr(error, "errno", None) not in MEDIA_ERRORS:
         raise error
 
 
-def _damage(failure: Failure, found: _Found, blocks: Sequence[Block]) -> Damage:
-    """The native failure as damage, or raise it where the disk is not to blame."""
-    error = _explain(failure, found.manifest, found.path, blocks)
-    _demand_damage(error)
-    if failure.block is None:
-        raise error
-    block = blocks[failure.block]
-    return Damage(
-        os.path.join(found.path, found.manifest.files[block.file_index].name),
-        _chunk_at(found.manifest, block.file_index, block.file_offset),
-        block.file_offset,
-        affected(found.manifest.segments, block.file_index, block.file_offset, block.nbytes),
-        str(error),
-    )
-
-
-def _chunk_at(manifest: Manifest, file_index: int, offset: int) -> int:
+def chunk_at(manifest: Manifest, file_index: int, offset: int) -> int:
     """The index of the chunk that holds this byte of a file."""
     return next(c.index for c in manifest.chunks if c.file == file_index and c.offset <= offset < c.offset + c.nbytes)
 
 
-def _explain(failure: Failure, manifest: Manifest, path: str, blocks: Sequence[Block]) -> Exception:
+def explain(failure: Failure, manifest: Manifest, path: str, blocks: Sequence[Block]) -> Exception:
     """The native failure as the error that says whose fault it is, and what it affects."""
     if failure.kind == FailureKind.ABORTED:
         return ClosedError("the Engine was closed before the restore had begun; open a new one")
@@ -556,7 +307,7 @@ def _explain(failure: Failure, manifest: Manifest, path: str, blocks: Sequence[B
     file = os.path.join(path, manifest.files[block.file_index].name)
     if failure.kind == FailureKind.IO:
         return StorageError(failure.errno, "read", file, block.file_offset)
-    chunk = _chunk_at(manifest, block.file_index, block.file_offset)
+    chunk = chunk_at(manifest, block.file_index, block.file_offset)
     what = "does not match its checksum" if failure.kind == FailureKind.CHECKSUM else "cannot be read: the file ends"
     return CorruptError(
         f"{file}: the block at byte {block.file_offset} (chunk {chunk}, {block.nbytes} bytes) {what}; "

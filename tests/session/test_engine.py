@@ -8,6 +8,7 @@ import fnmatch
 import os
 import random
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,8 +26,8 @@ import engine
 from engine.format import plan
 from engine.format.layout import DTYPES
 from engine.format.manifest import SegmentRecord
+from engine.session.select import Selection
 from engine.store import writer
-from engine.store.reader import selector
 
 pytestmark = pytest.mark.every_backend
 
@@ -270,7 +271,7 @@ def test_select_matches_what_fnmatch_does(patterns: list[str], named: tuple[str,
         name=name, dtype="float32", shape=(1,), role="model", layer=layer, file=0, offset=4096, nbytes=4
     )
     expected = any(fnmatch.fnmatchcase(n, p) for p in patterns for n in (name, layer, f"{layer}."))
-    assert selector(patterns)(record) == expected
+    assert Selection(patterns).has(record) == expected
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bool", "complex128"])
@@ -525,9 +526,9 @@ def test_a_restore_finds_the_newest_while_saves_retire_what_it_listed(tmp_path: 
         eng.checkpoint(arena, step=0).result()
         listed = eng.steps()
         eng.checkpoint(arena, step=1).result()
-        with mock.patch.object(eng._catalog, "steps", side_effect=[listed, eng.steps()]):
+        with mock.patch.object(eng._store.catalog, "steps", side_effect=[listed, eng.steps()]):
             assert eng.restore(arena).step == 1
-        with mock.patch.object(eng._catalog, "steps", side_effect=[listed, eng.steps()]) as steps:
+        with mock.patch.object(eng._store.catalog, "steps", side_effect=[listed, eng.steps()]) as steps:
             assert eng.verify() == () and steps.call_count == 2
 
 
@@ -772,7 +773,7 @@ def test_status_goes_from_pending_to_durable(tmp_path: Path) -> None:
     assert stats["io_bytes"] >= sum(chunk.nbytes for chunk in chunks)
 
 
-def test_saves_finish_out_of_order_and_the_later_step_wins(tmp_path: Path) -> None:
+def test_steps_become_visible_in_order(tmp_path: Path) -> None:
     gated = GatedFilesystem()
     gated.gates["step-00000002"] = held = GatedFilesystem().gate
     gated.gate.set()
@@ -783,12 +784,49 @@ def test_saves_finish_out_of_order_and_the_later_step_wins(tmp_path: Path) -> No
         first = eng.checkpoint(arena, step=2)
         tensors["a"].fill_(3)
         second = eng.checkpoint(arena, step=3)
-        assert second.result().step == 3 and not first.done()
+        while not all(chunk.status == "written" for chunk in second.chunks()):
+            time.sleep(0.001)
+        assert not second.done() and not first.done() and eng.steps() == [1]
         held.set()
-        assert first.result().step == 2
+        assert second.result().step == 3
+        assert first.done() and first.result().step == 2
         assert eng.steps() == [2, 3]
         tensors["a"].fill_(9)
         assert eng.restore(arena).step == 3 and tensors["a"].eq(3).all()
+
+
+def test_a_later_step_does_not_wait_for_ever_for_one_that_fails(tmp_path: Path) -> None:
+    gated = GatedFilesystem()
+    gated.gates["step-00000002"] = held = GatedFilesystem().gate
+    gated.gate.set()
+    arena = engine.Arena.wrap({"a": torch.zeros(1000)})
+    with engine.Engine(tmp_path, filesystem=gated, **SMALL) as eng:
+        first = eng.checkpoint(arena, step=2)
+        second = eng.checkpoint(arena, step=3)
+        first._write.pipeline.abort(first._write.job, 5)
+        held.set()
+        assert second.result().step == 3
+        assert isinstance(first.exception(0), engine.StorageError)
+
+
+def test_rollback_after_the_newest_result_finds_nothing_in_flight(tmp_path: Path) -> None:
+    arena = engine.Arena.wrap({"a": torch.zeros(1000)})
+    for attempt in range(20):
+        with engine.Engine(tmp_path / str(attempt), **SMALL) as eng:
+            eng.checkpoint(arena, step=1)
+            eng.checkpoint(arena, step=2).result()
+            assert eng.rollback(1) == [2]
+
+
+def test_a_step_before_one_in_flight_is_refused(tmp_path: Path) -> None:
+    gated = GatedFilesystem()
+    arena = engine.Arena.wrap({"a": torch.zeros(1000)})
+    with engine.Engine(tmp_path, filesystem=gated, **SMALL) as eng:
+        save = eng.checkpoint(arena, step=3)
+        with pytest.raises(engine.StepError, match="in flight; save steps in order"):
+            eng.checkpoint(arena, step=2)
+        gated.gate.set()
+        save.result()
 
 
 @pytest.mark.parametrize("max_async", [1, 2])

@@ -239,7 +239,7 @@ def test_close_on_a_commit_thread_is_refused(tmp_path: Path) -> None:
             outcomes.append(error)
 
     gated = GatedFilesystem()
-    eng._catalog.filesystem = gated
+    eng._store.catalog.filesystem = gated
     save = eng.checkpoint(engine.Arena.wrap({"a": torch.zeros(10)}))
     save.add_done_callback(close)
     gated.gate.set()
@@ -465,7 +465,7 @@ def test_importing_without_the_compiled_module_says_how_to_build_it() -> None:
         """
         import sys
         sys.modules["engine._native"] = None
-        import engine
+        from engine import Engine
         """,
         check=False,
     )

@@ -340,8 +340,8 @@ def test_checked_catches_a_writer(held: Held, disturb: bool) -> None:
 
 def staged_blocks(save: engine.Save) -> int:
     """Blocks past pending, as the native thread has written them."""
-    assert save._job is not None
-    return sum(state > 0 for state in save._job.states())
+    assert save._write is not None
+    return sum(state > 0 for state in save._write.job.states())
 
 
 def test_checked_on_a_wrapped_arena_catches_a_racing_thread(tmp_path: Path) -> None:
@@ -370,8 +370,8 @@ def test_a_failed_save_does_not_hold_the_step_back(held: Held) -> None:
     model, optimizer = make_training()
     arena = engine.Arena.adopt(model, optimizer)
     save = held.engine.checkpoint(arena, step=1)
-    assert save._job is not None
-    held.engine._pipeline.abort(save._job, 5)
+    assert save._write is not None
+    save._write.pipeline.abort(save._write.job, 5)
     held.pool.submit(optimizer.step).result(timeout=60)
     held.release()
     with pytest.raises(engine.StorageError):

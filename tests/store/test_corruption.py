@@ -26,9 +26,9 @@ import engine
 from engine.errors import ArenaError, CorruptError, LockedError, NotFoundError, StepError, StorageError
 from engine.format.layout import TensorSpec, lay_out
 from engine.format.manifest import decode
-from engine.format.values import decode as decode_extra
 from engine.io.backend import open_like
 from engine.io.binding import block_checksum
+from engine.state.tensors import decode as decode_extra
 from engine.store import reader as reader_module
 from fuzz.limits import allocating_at_most
 from fuzz.manifest import BYTES_PER_BYTE

@@ -146,7 +146,7 @@ class Checker:
         """An Engine on the one pipeline that all checks share: opening a ring takes longer than all the rest."""
         with (
             warnings.catch_warnings(),
-            mock.patch("engine.engine.open_pipeline", lambda *_: (self._pipeline, _PROBE)),
+            mock.patch("engine.store.store.open_pipeline", lambda *_: (self._pipeline, _PROBE)),
             engine.Engine(directory / RUN, keep=None, max_async=1, **SMALL) as eng,
         ):
             warnings.simplefilter("ignore", EngineWarning)  # of damaged steps passed over

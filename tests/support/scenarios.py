@@ -28,7 +28,7 @@ from torch import nn
 
 import engine
 from engine.errors import CorruptError, StorageError
-from engine.store.writer import Save
+from engine.session.save import Save
 
 # The payload that `recover` saves; no scenario has so many.
 _RECOVERY_PAYLOAD = 1 << 10

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from engine.errors import CorruptError, ExtraError
 from engine.format.layout import DTYPES
-from engine.format.values import BINARY_BYTES_MAX, DEPTH_MAX, decode, encode, encode_options
+from engine.format.values import BINARY_BYTES_MAX, DEPTH_MAX
+from engine.state.tensors import decode, encode, encode_options
 
 # torch says once per process that complex32 is experimental; the codec moves its bytes all the same.
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")

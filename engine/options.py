@@ -1,0 +1,93 @@
+"""Options: every tunable of an Engine, once, with its unit, its default and where the default comes from.
+
+Theory of operation.  `Options` is an immutable value that is checked when it is made.  `Engine`, `engine.open` and
+`engine.probe` take one, and single values by keyword, which replace those of the given or the default Options.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
+
+from engine.errors import ArgumentError
+from engine.format.manifest import BLOCK_BYTES_MAX
+from engine.format.plan import ALIGNMENT, CHUNK_BYTES_DEFAULT
+
+# Ways to move blocks, best first: `io.backend` describes them.
+Backend = Literal["io_uring", "io_uring_plain", "threads", "buffered"]
+Choice = Literal["auto", "io_uring", "io_uring_plain", "threads", "buffered"]
+
+# Half of the pipeline's room for jobs (ENG_JOBS_MAX), so that restores always find a place.
+MAX_ASYNC_MAX = 32
+
+# Far beyond the depth that any drive gains from, and within what the kernel takes: 32,768 entries of a ring and
+# 16,384 registered buffers (IORING_MAX_ENTRIES and IORING_MAX_REG_BUFFERS in io_uring/).
+SLOT_COUNT_MAX = 1024
+
+
+class Tunables(TypedDict, total=False):
+    """The fields of `Options`, as keywords."""
+
+    staging_bytes: int
+    block_bytes: int
+    chunk_bytes: int
+    max_async: int
+    backend: Choice
+    rewrite_all: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How an Engine works.
+
+    Attributes:
+        staging_bytes: memory for staging slots, at least two blocks; pinned if the locked-memory limit allows; at most
+            1024 slots are made of it.  256 MiB: 500 MB are staged in 63 ms with it, and in 30 ms where all of them fit
+            (docs/perf.md).
+        block_bytes: the size of one write or read and of a slot, a multiple of 4096 of at most 1 GiB.  4 MiB: a drive
+        is
+            busy with its bandwidth times its latency, some 2 MB.
+        chunk_bytes: the size of a chunk, the unit of status, rounded up to a multiple of 4096.  64 MiB: some tens of
+            milliseconds of a fast drive.
+        max_async: how many saves may be in flight, 1 to 32.  2: one is written while the next one is staged.
+        backend: how blocks are moved.  ``"auto"`` takes the best that works; any other is insisted on.
+        rewrite_all: write every block, even one that the recycled file holds already by its hash.
+
+    Raises:
+        ArgumentError: a value is out of range.
+    """
+
+    staging_bytes: int = 256 << 20
+    block_bytes: int = 4 << 20
+    chunk_bytes: int = CHUNK_BYTES_DEFAULT
+    max_async: int = 2
+    backend: Choice = "auto"
+    rewrite_all: bool = False
+
+    def __post_init__(self) -> None:
+        check_range("max_async", self.max_async, 1, MAX_ASYNC_MAX)
+        check_range("block_bytes", self.block_bytes, ALIGNMENT, BLOCK_BYTES_MAX)
+        check_range("staging_bytes", self.staging_bytes, 2 * self.block_bytes, None)
+        check_range("chunk_bytes", self.chunk_bytes, 1, None)
+        check_choice("backend", self.backend, Choice)
+        if self.block_bytes % ALIGNMENT:
+            raise ArgumentError(f"block_bytes is {self.block_bytes}; it must be a multiple of {ALIGNMENT}")
+
+    @property
+    def slot_count(self) -> int:
+        """How many slots there are."""
+        return min(self.staging_bytes // self.block_bytes, SLOT_COUNT_MAX)
+
+
+def check_range(name: str, value: int, low: int, high: int | None) -> None:
+    """Raise ArgumentError unless `value` is an integer from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentError(f"{name} is {value!r}; it must be an integer")
+    if value < low or (high is not None and value > high):
+        raise ArgumentError(f"{name} is {value}; it must be at least {low}" + (f" and at most {high}" if high else ""))
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Raise ArgumentError unless `value` is one of a Literal's."""
+    if value not in choices.__args__:
+        raise ArgumentError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices.__args__))}")

@@ -1,0 +1,217 @@
+"""Checkpoint: from an arena to a save in flight.
+
+Theory of operation.  `Checkpointer.begin` does in the caller's time only what must be done there: bring the arena up to
+date, encode `extra`, start the native job, and wait for what must be staged before the caller goes on.  A save is one
+value, a `Content`, gathered here and handed down.  A commit thread does the rest.
+
+Ctrl-C can strike between any two lines.  A save that no commit thread has claimed is abandoned; one that is claimed and
+still reads the arena is made to fail; one that is staged goes on.  Either way nothing reads the arena after the raise.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+from engine.errors import ArenaError, BusyError, StepError, warn
+from engine.format.layout import Layout
+from engine.format.manifest import STEP_MAX
+from engine.format.plan import chunk_size
+from engine.io.job import Milestone
+from engine.io.packing import Packed
+from engine.options import Options, check_choice, check_range
+from engine.session.in_flight import InFlight, Permit
+from engine.session.save import Save
+from engine.session.workers import Workers
+from engine.state.arena import Arena
+from engine.state.tensors import encode, encode_options
+from engine.store.store import Store
+from engine.store.writer import Content, PackedPlan, Write, pack_all_sources, pack_plan
+
+Snapshot = Literal["eager", "lazy", "checked"]
+OnBusy = Literal["wait", "skip", "raise"]
+
+_log = logging.getLogger("engine")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What `checkpoint()` was asked for beside the arena; see `Engine.checkpoint`.
+
+    Raises:
+        ArgumentError: a value is out of range.
+    """
+
+    step: int | None = None
+    extra: Any = None
+    chunk_count: int | None = None
+    chunk_bytes: int | None = None
+    snapshot: Snapshot | None = None
+    on_busy: OnBusy = "wait"
+
+    def __post_init__(self) -> None:
+        if self.step is not None:
+            check_range("step", self.step, 0, STEP_MAX)
+        if self.chunk_count is not None:
+            check_range("chunk_count", self.chunk_count, 1, None)
+        if self.chunk_bytes is not None:
+            check_range("chunk_bytes", self.chunk_bytes, 1, None)
+        if self.snapshot is not None:
+            check_choice("snapshot", self.snapshot, Snapshot)
+        check_choice("on_busy", self.on_busy, OnBusy)
+
+    def is_lazy(self, arena: Arena) -> bool:
+        """Whether the call returns while staging goes on."""
+        return self.snapshot == "lazy" or (self.snapshot != "eager" and arena.fenced)
+
+
+@dataclass(slots=True)
+class _Packs:
+    """What is kept of an arena between saves: its plans by chunk size, and its sources at their last location."""
+
+    layout: Layout
+    plans: dict[int, PackedPlan] = field(default_factory=dict)
+    locations: object = None
+    sources: Packed | None = None
+
+
+class Checkpointer:
+    """Begins the saves of one engine."""
+
+    def __init__(self, store: Store, options: Options, in_flight: InFlight, workers: Workers) -> None:
+        self._store = store
+        self._options = options
+        self._in_flight = in_flight
+        self._workers = workers
+        self._packs: weakref.WeakKeyDictionary[Arena, _Packs] = weakref.WeakKeyDictionary()
+
+    def begin(self, arena: Arena, request: Request) -> Save:
+        """A save of the arena, in flight.  Blocks as `Engine.checkpoint` says, and raises likewise."""
+        began_ns = time.monotonic_ns()
+        if arena.torn:
+            raise ArenaError("a restore of this arena failed half-way; restore it whole before saving it")
+        permit = Permit()
+        write: Write | None = None
+        save: Save | None = None
+        writer = self._store.writer
+        try:
+            if not self._in_flight.admit(permit, wait=request.on_busy == "wait"):
+                return self._refuse(request)
+            arena.refresh()
+            content = self._gather(arena, request)
+            write = writer.prepare(self._take_step(permit, request.step), content, request.snapshot == "checked")
+            save = Save(write.step, write)
+            arena.hold(save.wait_staged)
+            writer.start(write)
+            self._workers.submit(partial(_finish, self._in_flight, permit, self._store, write, save))
+            if not request.is_lazy(arena):
+                save.wait_staged()
+            elif content.packed.urgent_count:
+                save.wait_milestone(Milestone.URGENT)
+        except BaseException:
+            self._take_back(permit, write, save)
+            raise
+        save.mark_held(began_ns)
+        return save
+
+    def _gather(self, arena: Arena, request: Request) -> Content:
+        packed, sources = self._pack(arena, request.chunk_count, request.chunk_bytes)
+        return Content(
+            packed,
+            sources,
+            owners=arena.memory,
+            aliases=dict(arena.aliases),
+            options=encode_options(arena.options()),
+            extra=encode(request.extra),
+        )
+
+    def _pack(self, arena: Arena, chunk_count: int | None, chunk_bytes: int | None) -> tuple[PackedPlan, Packed]:
+        """The arena's plan and sources, packed: once per layout and chunk size, and once per move of its tensors."""
+        packs = self._packs.get(arena)
+        if packs is None or packs.layout is not arena.layout:
+            packs = self._packs[arena] = _Packs(arena.layout)
+        if packs.sources is None or packs.locations is not arena.sources:
+            packs.locations, packs.sources = arena.sources, pack_all_sources(arena.layout, arena.sources)
+        if chunk_count is None and chunk_bytes is None:
+            chunk_bytes = self._options.chunk_bytes
+        size = chunk_size(arena.layout, chunk_count, chunk_bytes)
+        if size not in packs.plans:
+            packs.plans[size] = pack_plan(
+                arena.layout, arena.runs, arena.rows, arena.unfenced, self._options.block_bytes, size
+            )
+        return packs.plans[size], packs.sources
+
+    def _refuse(self, request: Request) -> Save:
+        saving = self._in_flight.steps()
+        busy = BusyError(f"steps {saving} are in flight; wait for one, or raise max_async")
+        if request.on_busy == "raise":
+            raise busy
+        step = self._in_flight.next_step(self._store.steps()) if request.step is None else request.step
+        return Save.refused(step, busy)
+
+    def _take_step(self, permit: Permit, step: int | None) -> int:
+        """Reserve a step, and set aside the damaged checkpoints that training comes past."""
+        committed, damaged = self._store.steps, self._store.reader.damaged
+        if step is None:
+            taken = self._in_flight.reserve(permit, None, committed)
+            if taken > STEP_MAX:
+                raise StepError(f"step {taken - 1} is the last that there can be; roll back to an earlier one")
+        else:
+            taken = self._in_flight.reserve(permit, step, lambda: [s for s in committed() if s not in damaged])
+        # Only damaged ones: a later step may be committed at this moment by a save that was in flight.
+        for passed in [s for s in committed() if s >= taken and s in damaged]:
+            aside = self._store.catalog.set_aside(passed)
+            damaged.discard(passed)
+            warn(f"step {passed} is damaged and was renamed to {aside}")
+        damaged.discard(taken)  # from here on the number is the new save's
+        return taken
+
+    def _take_back(self, permit: Permit, write: Write | None, save: Save | None) -> None:
+        """After Ctrl-C or a failure in `begin`: nothing that has begun may go on reading the arena."""
+        writer = self._store.writer
+        if not self._in_flight.claim(permit):  # a commit thread has it, and sees it to its end
+            assert write is not None
+            writer.interrupt(write)
+            return
+        try:
+            if write is not None:
+                error = writer.abandon(write)
+                if save is not None:
+                    save.set_exception(error)
+        finally:
+            self._in_flight.withdraw(permit)
+
+
+def _finish(in_flight: InFlight, permit: Permit, store: Store, write: Write, save: Save) -> None:
+    """What a commit thread runs: from staging to the commit or the failure.  Never raises.
+
+    No method of the engine's: a save in flight must not keep an Engine alive that its owner has dropped, or the Engine
+    would be closed on the very thread that its closing waits for.
+    """
+    if not in_flight.claim(permit):
+        return
+    try:
+        info = store.writer.finish(write, partial(in_flight.await_turn, permit))
+    except BaseException as error:  # whatever it is belongs to the Future, not to this thread
+        with suppress(Exception):  # handlers are the user's, and may raise
+            _log.error("the save of step %d failed: %s", save.step, error)
+        in_flight.withdraw(permit)  # before the Future resolves, so that its waiter finds the permit free
+        save.set_exception(error)
+        return
+    with suppress(Exception):
+        _retire(store)
+    in_flight.withdraw(permit)
+    save.set_result(info)
+
+
+def _retire(store: Store) -> None:
+    """After the commit: what goes wrong here costs disk space, not the checkpoint."""
+    try:
+        store.retire()
+    except Exception as error:
+        _log.warning("old checkpoints could not be retired, and stay: %s", error)

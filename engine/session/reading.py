@@ -1,0 +1,93 @@
+"""Reading: the methods that read checkpoints, which an `Engine` and a `Run` have alike.
+
+Theory of operation.  Both own a `Reader` and a `Verifier` of the store.  They differ in what they must check before
+they lend them, so each says that in `_lend`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+from engine.session.restore import RestoreInfo, Tensors, load, restore
+from engine.session.select import Select
+from engine.state.arena import Arena
+from engine.state.tensors import decode
+from engine.store.info import CheckpointInfo
+from engine.store.reader import Reader
+from engine.store.verify import Damage, Verifier
+
+
+class Lent(NamedTuple):
+    """What reads a directory of checkpoints."""
+
+    reader: Reader
+    verifier: Verifier
+
+
+class Reading(ABC):
+    """Reads the checkpoints of one directory."""
+
+    @abstractmethod
+    def _lend(self) -> Lent:
+        """What reads the directory, or raise ClosedError or ForkedError."""
+
+    def steps(self) -> list[int]:
+        """Committed steps, oldest first.  Does not wait for a save in flight."""
+        return self._lend().reader.steps()
+
+    def info(self, step: int | None = None) -> CheckpointInfo:
+        """What is known of a checkpoint without its tensors.
+
+        Args:
+            step: which; None for the newest.
+
+        Raises:
+            NotFoundError: there is no such checkpoint.
+            CorruptError: its manifest is damaged.
+        """
+        return self._lend().reader.info(step)
+
+    def extra(self, step: int | None = None) -> Any:
+        """The `extra` that a checkpoint was saved with.
+
+        Raises as `info`.
+        """
+        return decode(self._lend().reader.manifest(step).extra)
+
+    def restore(self, arena: Arena, step: int | None = None, *, select: Select = None) -> RestoreInfo:
+        """Fill an arena from a checkpoint.  Blocks until every byte has been read and verified.
+
+        Args:
+            arena: with the same names, shapes and dtypes as were saved; any chunking.
+            step: which; None for the newest that verifies, passing over damaged ones with a warning.
+            select: patterns of layers or names; only those tensors are read and changed.  Hyperparameters, and
+                everything else that the optimizer keeps besides tensors, stay as they are.
+
+        Raises:
+            MismatchError: the arena does not fit the checkpoint; nothing was changed.
+            NotFoundError: there is no such checkpoint.
+            CorruptError, StorageError: the checkpoint asked for, or every one, is damaged or unreadable.  The
+                arena may hold a part of it, and will not be saved until a whole restore succeeds.
+        """
+        return restore(self._lend().reader, arena, step, select)
+
+    def load(self, step: int | None = None, *, select: Select = None) -> Tensors:
+        """Read a checkpoint's tensors into new memory, by name.  Blocks.
+
+        A tied tensor is there under each of its names that `select` picks.  Raises as `restore`; ArgumentError if
+        `select` matches nothing.
+        """
+        return load(self._lend().reader, step, select)
+
+    def verify(self, step: int | None = None) -> tuple[Damage, ...]:
+        """Read every block of a checkpoint, into no tensor, and return all damage: nothing if it is sound.  Blocks.
+
+        Args:
+            step: which; None for the newest.
+
+        Raises:
+            NotFoundError: there is no such checkpoint.
+            StorageError: it could not be read, for a reason that says nothing of it, such as too many open files.
+        """
+        return self._lend().verifier.verify(step)

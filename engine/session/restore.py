@@ -1,0 +1,160 @@
+"""Restore: from a checkpoint to an arena, or to new tensors.
+
+Theory of operation.  The caller's fault (names, shapes, dtypes that do not fit) is found before a byte of the arena
+changes.  While bytes arrive the arena is marked torn; if the restore fails half-way it stays so, and no checkpoint is
+taken of it until a whole restore succeeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from engine.errors import ArgumentError, MismatchError
+from engine.format.layout import Segment
+from engine.format.manifest import Manifest, SegmentRecord
+from engine.format.plan import Source
+from engine.io.packing import pack_sources
+from engine.session.select import Select, Selection
+from engine.state.arena import Arena
+from engine.state.tensors import decode, decode_options, make_tensor
+from engine.store.reader import Checkpoint, PassedOver, Reader, Target
+
+Tensors = dict[str, Tensor]
+
+
+class RestoreInfo(NamedTuple):
+    """A restored checkpoint.  `nbytes_read` counts what came from disk, the manifest included."""
+
+    step: int
+    checkpoint_id: str
+    path: str
+    extra: Any
+    nbytes_read: int
+    passed_over: tuple[PassedOver, ...]
+
+
+def restore(reader: Reader, arena: Arena, step: int | None, select: Select) -> RestoreInfo:
+    """Fill an arena, or the selected part of it, and return what was restored.  Blocks."""
+    arena.fence()
+    arena.refresh()
+    selection = Selection(select)
+
+    def fill(checkpoint: Checkpoint) -> RestoreInfo:
+        manifest = checkpoint.manifest
+        extra, options = decode(manifest.extra), decode_options(manifest.options)
+        targets = _match(arena, manifest, selection)
+        if selection.is_all:
+            arena.check_options(options)
+        was_torn = arena.torn
+        arena.mark_torn()  # until everything that belongs together is there, whatever interrupts it
+        nbytes = reader.read(checkpoint, targets, pack_sources(arena.sources), arena, whole=selection.is_all)
+        if selection.is_all:
+            arena.restored(options)
+        else:
+            arena.restored_part({target.record.name for target in targets}, options.get("absent", ()))
+            if not was_torn:
+                arena.mark_whole()
+        return _info(checkpoint, extra, nbytes)
+
+    info, passed_over = reader.use(step, fill)
+    return info._replace(passed_over=passed_over)
+
+
+def load(reader: Reader, step: int | None, select: Select) -> Tensors:
+    """Read tensors into new memory, without an arena.  Blocks."""
+    selection = Selection(select)
+
+    def fill(checkpoint: Checkpoint) -> tuple[int, Tensors]:
+        manifest = checkpoint.manifest
+        decode(manifest.extra)  # a manifest is sound as a whole, or the checkpoint is damaged
+        absent = set(decode_options(manifest.options).get("absent", ()))
+        aliases = {alias: name for alias, name in manifest.aliases.items() if selection.has_alias(alias)}
+        needed = set(aliases.values())
+        stored: Tensors = {}
+        targets: list[Target] = []
+        for record in manifest.segments:
+            if record.name not in absent and (record.name in needed or selection.has(record)):
+                stored[record.name] = make_tensor(record)
+                targets.append(Target(record, len(targets), 0))
+        tensors = list(stored.values())
+        sources = pack_sources([Source(tensor.data_ptr(), tensor.element_size()) for tensor in tensors])
+        reader.read(checkpoint, targets, sources, tensors, whole=selection.is_all)
+        names = {target.record.name for target in targets if selection.has(target.record)}
+        result = {name: tensor for name, tensor in stored.items() if name in names}
+        return checkpoint.step, result | {alias: stored[name] for alias, name in aliases.items() if name in stored}
+
+    (loaded, tensors), _ = reader.use(step, fill)
+    if not tensors and not selection.is_all:
+        raise ArgumentError(f"select={select!r} matches no tensor of step {loaded}")
+    return tensors
+
+
+def _info(checkpoint: Checkpoint, extra: Any, nbytes: int) -> RestoreInfo:
+    return RestoreInfo(
+        checkpoint.step,
+        checkpoint.manifest.checkpoint_id,
+        checkpoint.path,
+        extra,
+        checkpoint.manifest_bytes + nbytes,
+        (),
+    )
+
+
+class _Here(NamedTuple):
+    """A segment of the arena, and its location: a source and an offset there."""
+
+    segment: Segment
+    source: int
+    offset: int
+
+
+def _match(arena: Arena, manifest: Manifest, selection: Selection) -> list[Target]:
+    """Pair the checkpoint's segments with the arena's, or say everything that does not fit.
+
+    Raises:
+        MismatchError: listing every name, shape and dtype that differs.
+    """
+    stored = _picked(arena, manifest, selection)
+    here = {
+        segment.name: _Here(segment, *place)
+        for segment, place in zip(arena.segments, arena.places, strict=True)
+        if segment.name in stored or selection.has(segment)
+    }
+    problems = [f"{name}: not in the checkpoint" for name in here if name not in stored]
+    problems += [f"{name}: not in the arena" for name in stored if name not in here]
+    for name in stored.keys() & here.keys():
+        record, segment = stored[name], here[name].segment
+        if (record.dtype, record.shape) != (segment.dtype, segment.shape):
+            problems.append(
+                f"{name}: {record.dtype}{list(record.shape)} in the checkpoint, "
+                f"{segment.dtype}{list(segment.shape)} in the arena"
+            )
+    if problems:
+        lines = "\n  ".join(sorted(problems))
+        if arena.makes_state_late and any(stored[name].role == "optimizer" for name in stored.keys() - here.keys()):
+            lines += (
+                "\nthe optimizer makes its state in its first step: take one step before adopting, then restore "
+                "(LBFGS: two or more, until it has the tensors that the checkpoint has)"
+            )
+        raise MismatchError(f"step {manifest.step} does not fit the arena; nothing was changed:\n  {lines}")
+    if not stored and not selection.is_all:
+        raise MismatchError(f"the selection matches no tensor of step {manifest.step}; nothing was changed")
+    return [Target(record, here[name].source, here[name].offset) for name, record in stored.items()]
+
+
+def _picked(arena: Arena, manifest: Manifest, selection: Selection) -> Mapping[str, SegmentRecord]:
+    """The checkpoint's segments that are to be restored into an arena.
+
+    A tied name picks the segment that stores it.  An arena without an optimizer has no use for the optimizer's state
+    of a layer, so a pattern that matches only the layer leaves it out.
+    """
+    tied = {name for alias, name in manifest.aliases.items() if not selection.is_all and selection.has_alias(alias)}
+    picked = {}
+    for record in manifest.segments:
+        by_layer = arena.fenced or record.role != "optimizer"
+        if selection.has_name(record.name) or record.name in tied or (by_layer and selection.has_layer(record.layer)):
+            picked[record.name] = record
+    return picked

@@ -1,0 +1,188 @@
+"""Save: a checkpoint in flight, as its owner sees it.
+
+Theory of operation.  A `Save` is a Future over a `Write` of the store.  Its chunks' status is read live from memory
+that the native thread writes: a chunk is as far as the least of its blocks.
+
+A Future's own lock is taken in Python, where Ctrl-C could leave it taken for ever, and a fork could copy it taken.
+So a Save waits at a `Gate`, and keeps its outcome itself as well.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
+from typing import NoReturn
+
+from engine.errors import BusyError
+from engine.format.plan import Plan
+from engine.io.job import Milestone
+from engine.session.gate import Gate
+from engine.store.info import CheckpointInfo
+from engine.store.writer import Write
+
+# A timeout of some thirty years is none.
+_TIMEOUT_MAX_S = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkStatus:
+    """One chunk of a save: its location, and ``pending``, ``staged``, ``written``, ``durable`` or ``failed``."""
+
+    file: str
+    index: int
+    offset: int
+    nbytes: int
+    layers: tuple[str, ...]
+    status: str
+
+
+class Save(Future[CheckpointInfo]):
+    """A checkpoint in flight.
+
+    `result()` blocks until the checkpoint is durable and committed, and raises the save's failure otherwise.  A Save
+    cannot be cancelled.  Its methods may be called from any thread.
+
+    Attributes:
+        step, checkpoint_id: which checkpoint this is.
+    """
+
+    def __init__(self, step: int, write: Write | None) -> None:
+        """Not for callers: `Engine.checkpoint` makes Saves."""
+        super().__init__()
+        self.set_running_or_notify_cancel()
+        self.step = step
+        self.checkpoint_id = "" if write is None else write.checkpoint_id
+        self._write = write
+        self._ended = Gate()
+        self._info: CheckpointInfo | None = None
+        self._failure: BaseException | None = None
+        self._began_ns = time.monotonic_ns()
+        self._held_ns = 0
+        self._durable_ns = 0
+
+    @classmethod
+    def refused(cls, step: int, error: BusyError) -> Save:
+        """A save that was never begun."""
+        save = cls(step, None)
+        save.set_exception(error)
+        return save
+
+    def wait_staged(self, timeout: float | None = None) -> bool:
+        """Block until the arena may change again, or the save has failed; False if `timeout` seconds passed first."""
+        return self.wait_milestone(Milestone.STAGED, timeout)
+
+    def wait_milestone(self, milestone: Milestone, timeout: float | None = None) -> bool:
+        """Block until the native job has come so far, or has failed; False if `timeout` seconds passed first."""
+        if self._write is None:
+            return True
+        return self._write.wait(milestone, None if timeout is None else _nanoseconds(timeout))
+
+    def chunks(self) -> list[ChunkStatus]:
+        """Every chunk and how far it has come, at this moment.  Does not block."""
+        if self._write is None:
+            return []
+        packed = self._write.packed
+        failed = self.done() and self.exception() is not None
+        ended = "failed" if failed else "durable" if self.done() else None
+        states = self._write.chunk_states()
+        return [
+            ChunkStatus(
+                packed.plan.files[chunk.file_index].name,
+                chunk.index,
+                chunk.offset,
+                chunk.nbytes,
+                layers,
+                ended or state.name.lower(),
+            )
+            for chunk, layers, state in zip(packed.plan.chunks, packed.layers, states, strict=True)
+        ]
+
+    def stats(self) -> dict[str, int]:
+        """What the save took, as far as it has come; times in ns.
+
+        ``held_ns``: inside `checkpoint()`.  ``staged_ns``: from the call until the arena could change again.
+        ``written_ns``: from the call until the last block was written.  ``durable_ns``: from the call until committed.
+        ``copying_ns``: of the native thread, on copying and hashing.
+        ``io_bytes``, ``retry_count``: bytes written, operations tried again.
+        """
+        if self._write is None:
+            return {}
+        counters = self._write.job.counters
+        return {
+            "held_ns": self._held_ns,
+            "staged_ns": max(0, counters["staged_ns"] - self._began_ns),
+            "written_ns": max(0, counters["done_ns"] - self._began_ns),
+            "durable_ns": self._durable_ns,
+            "copying_ns": counters["copying_ns"],
+            "io_bytes": counters["io_bytes"],
+            "retry_count": counters["retry_count"],
+        }
+
+    @property
+    def plan(self) -> Plan:
+        """How the arena was cut.
+
+        Raises:
+            BusyError: the save was refused, and has no plan.
+        """
+        if self._write is None:
+            raise BusyError(f"step {self.step} was refused, and has no plan")
+        return self._write.packed.plan
+
+    def done(self) -> bool:
+        """Whether the save has been committed or has failed."""
+        return self._ended.is_open
+
+    def result(self, timeout: float | None = None) -> CheckpointInfo:
+        """The committed checkpoint.  Blocks.
+
+        Raises:
+            TimeoutError: `timeout` seconds passed first.
+            ForkedError: in a forked child, to which no result ever comes.
+            EngineError: the save has failed.
+        """
+        self._await_end(timeout)
+        try:
+            if self._failure is not None:
+                raise self._failure
+            assert self._info is not None
+            return self._info
+        finally:
+            del self  # or the failure's traceback would hold a frame that holds the failure
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """The save's failure, or None; blocks and raises as `result`."""
+        self._await_end(timeout)
+        return self._failure
+
+    def set_result(self, result: CheckpointInfo) -> None:
+        """Called by the commit thread."""
+        self._info, self._durable_ns = result, time.monotonic_ns() - self._began_ns
+        self._ended.open()  # before the Future's callbacks, which may ask for the result
+        super().set_result(result)
+
+    def set_exception(self, exception: BaseException | None) -> None:
+        """Called by the thread that ends the save."""
+        self._failure = exception
+        self._ended.open()
+        super().set_exception(exception)
+
+    def mark_held(self, began_ns: int) -> None:
+        """Called once, as `checkpoint()` returns: it began then, on the clock of time.monotonic_ns()."""
+        self._began_ns, self._held_ns = began_ns, time.monotonic_ns() - began_ns
+
+    def _await_end(self, timeout: float | None) -> None:
+        if not self._ended.is_open and self._write is not None:
+            self._write.pipeline.check_owner()
+        if not self._ended.wait(timeout):
+            raise FutureTimeoutError
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Save belongs to the process that made it, and cannot be pickled")
+
+
+def _nanoseconds(seconds: float) -> int:
+    """A timeout as the pipeline takes it: none of it if negative, and at most some decades."""
+    return int(min(max(seconds, 0.0), _TIMEOUT_MAX_S) * 1e9)

@@ -1,0 +1,62 @@
+"""Select: the tensors that `select=` asks for.
+
+Theory of operation.  A pattern (fnmatch(3), case-sensitive) picks a tensor by its name, by its layer, or by the name
+of a member of its layer:  ``"layers.3.*"`` picks everything under layers.3, the optimizer's state of it included;
+``"layers.3"`` only what belongs to that very module;  ``"*.exp_avg"`` one kind of state.  A tied name is a name like
+any other.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Sequence
+from typing import Protocol
+
+from engine.errors import ArgumentError
+
+Select = str | Sequence[str] | None
+
+
+class Named(Protocol):
+    """A segment, in memory or of a manifest."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def layer(self) -> str: ...
+
+
+class Selection:
+    """What one `select=` picks.
+
+    Raises:
+        ArgumentError: it is neither None nor a pattern nor a list of patterns.
+    """
+
+    def __init__(self, select: Select) -> None:
+        self.is_all = select is None
+        patterns = () if select is None else (select,) if isinstance(select, str) else tuple(select)
+        if not self.is_all and (not patterns or not all(isinstance(pattern, str) for pattern in patterns)):
+            raise ArgumentError(f"select is {select!r}; it must be a pattern or a list of patterns")
+        # One expression for all patterns, and each layer once: there may be a hundred thousand names to try.
+        self._matches = re.compile("|".join(map(fnmatch.translate, patterns))).match
+        self._layers: dict[str, bool] = {}
+
+    def has_name(self, name: str) -> bool:
+        """Whether a pattern matches the name itself."""
+        return self.is_all or self._matches(name) is not None
+
+    def has_layer(self, layer: str) -> bool:
+        """Whether a pattern matches the layer, or whatever is in it."""
+        if layer not in self._layers:
+            self._layers[layer] = self.is_all or bool(self._matches(layer) or self._matches(f"{layer}."))
+        return self._layers[layer]
+
+    def has(self, segment: Named) -> bool:
+        """Whether a segment is picked under its own name."""
+        return self.has_layer(segment.layer) or self.has_name(segment.name)
+
+    def has_alias(self, alias: str) -> bool:
+        """Whether another name of a segment is picked; its layer is the module path that the name begins with."""
+        return self.has_layer(alias.rpartition(".")[0]) or self.has_name(alias)

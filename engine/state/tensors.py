@@ -1,0 +1,97 @@
+"""Tensors: torch's tensors as the values of a manifest, and back.
+
+Theory of operation.  `format.values` knows no torch; a tensor in `extra` is a `TensorValue` there.  This module makes
+one of a dense CPU tensor, and a tensor of one.  It also makes the tensors that `load` fills.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.errors import CorruptError
+from engine.format import values
+from engine.format.layout import DTYPES
+from engine.format.manifest import SegmentRecord
+from engine.format.values import Json, Refused, TensorValue
+from engine.state.arena import allocate_pages
+
+# From here on `make_tensor` takes memory from the kernel, in huge pages, of which this is one on x86-64.  To fault
+# 500 MB in by 4096 bytes at a time took 90 of 240 ms on the host of docs/perf.md.
+_PAGES_BYTES_MIN = 2 << 20
+
+
+def encode(value: object, where: str = "extra") -> Json:
+    """`values.encode`, which takes dense CPU tensors as well."""
+    return values.encode(value, where, _adapt)
+
+
+def encode_options(options: Mapping[str, object]) -> Json:
+    """`values.encode_options`, likewise."""
+    return values.encode_options(options, _adapt)
+
+
+def decode(value: object, where: str = "extra") -> object:
+    """`values.decode`, which makes tensors."""
+    return values.decode(value, where, _make)
+
+
+def decode_options(value: object) -> dict[str, Any]:
+    """`values.decode_options`, which makes tensors."""
+    return values.decode_options(value, _make)
+
+
+def make_tensor(record: SegmentRecord) -> Tensor:
+    """A tensor of a segment's dtype and shape, whose elements are still to be filled.
+
+    Raises:
+        CorruptError: no tensor can have its shape.
+    """
+    dtype = getattr(torch, record.dtype)
+    if record.nbytes >= _PAGES_BYTES_MIN:
+        return torch.frombuffer(allocate_pages(record.nbytes), dtype=dtype).view(record.shape)
+    try:
+        return torch.empty(record.shape, dtype=dtype, device="cpu")
+    except RuntimeError:
+        if record.nbytes:
+            raise  # no memory
+        # No elements, yet sizes whose strides overflow torch's 64 bits: no tensor ever had it.
+        raise CorruptError(f"tensor {record.name!r} has the impossible shape {record.shape}") from None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Torch's name of a dtype, as `layout.DTYPES` has it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _adapt(value: object) -> TensorValue | Refused | None:
+    if not isinstance(value, Tensor):
+        return None
+    if type(value) is not Tensor:
+        name = f"{type(value).__module__}.{type(value).__qualname__}"
+        return Refused(f"a {name}", "pass a plain torch.Tensor: .detach() of a parameter")
+    if (
+        value.device.type != "cpu"
+        or value.layout != torch.strided
+        or value.is_nested
+        or dtype_name(value.dtype) not in DTYPES
+    ):
+        what = f"a {value.layout} tensor of {value.dtype} on {value.device}"
+        return Refused(what, "convert it with .to_dense(), .to(dtype) or .cpu() to a dense CPU tensor that it can hold")
+    return TensorValue(dtype_name(value.dtype), tuple(value.shape), lambda: _bytes_of(value))
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
+    return ctypes.string_at(flat.data_ptr(), flat.nbytes)  # torch gives bytes away through numpy only
+
+
+def _make(value: TensorValue) -> Tensor:
+    data = value.data()
+    flat = torch.empty(len(data), dtype=torch.uint8, device="cpu")
+    ctypes.memmove(flat.data_ptr(), bytes(data), len(data))
+    return flat.view(getattr(torch, value.dtype)).view(value.shape)

@@ -1,0 +1,74 @@
+"""Store: one directory of checkpoints, and the native thread that moves their blocks.
+
+Theory of operation.  A `Store` owns the directory (through its lock), one native pipeline and its slots, and hands
+them to `Writer`, `Reader` and `Verifier`.  It knows bytes and steps, and neither tensors nor training: it runs
+without torch.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from engine.errors import warn
+from engine.io.backend import Probe, degradation, open_pipeline
+from engine.io.pipeline import Pipeline
+from engine.options import Options
+from engine.store.catalog import Catalog
+from engine.store.filesystem import Filesystem
+from engine.store.reader import Reader
+from engine.store.verify import Verifier
+from engine.store.writer import Writer
+
+
+class Store:
+    """One directory of checkpoints, open for writing.
+
+    Args:
+        directory: created if it is not there.
+        options: how blocks are moved.
+        keep: how many committed checkpoints to leave, or None for all.
+        filesystem: how to reach the directory.
+
+    Raises:
+        LockedError: another Engine has the directory.
+        PlatformError: the backend insisted on does not work here; says why, and what would help.
+        StorageError: the directory cannot be made, read or synced.
+    """
+
+    def __init__(self, directory: str, options: Options, keep: int | None, filesystem: Filesystem) -> None:
+        self._keep = keep
+        with ExitStack() as undo:
+            self.catalog = Catalog(directory, filesystem, spare_max=options.max_async)
+            undo.callback(self.catalog.close)
+            self.pipeline: Pipeline
+            self.probe: Probe
+            self.pipeline, self.probe = open_pipeline(
+                self.catalog.root, filesystem, options.backend, options.slot_count, options.block_bytes
+            )
+            undo.callback(self.pipeline.close)
+            degraded = degradation(self.probe)
+            if degraded is not None:
+                warn(degraded)  # which may raise, if the user wants it so
+            undo.pop_all()
+        self.writer = Writer(self.catalog, self.pipeline)
+        self.reader = Reader(self.catalog, self.pipeline)
+        self.verifier = Verifier(self.catalog, self.reader)
+
+    @property
+    def root(self) -> str:
+        """The directory's real path."""
+        return self.catalog.root
+
+    def steps(self) -> list[int]:
+        """Committed steps, oldest first."""
+        return self.catalog.steps()
+
+    def retire(self) -> None:
+        """Take out of service what the retention rule does not keep."""
+        if self._keep is not None:
+            self.catalog.retire(self._keep)
+
+    def close(self) -> None:
+        """Drain the pipeline, and give the directory back.  Blocks.  May be called again."""
+        self.pipeline.close()
+        self.catalog.close()

@@ -1,0 +1,145 @@
+"""Verify: every damaged part of a checkpoint.
+
+Theory of operation.  Verification reads the same blocks through the same jobs as a restore, into no memory: one job a
+chunk, and after a failure one job a block, since a job ends at its first failure and verification is to find them all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from engine.errors import CorruptError, NotFoundError, StorageError
+from engine.format.manifest import MANIFEST_NAME, Manifest, affected, block_checksums
+from engine.format.plan import Block, ExtentColumns
+from engine.format.values import decode, decode_options
+from engine.io.job import BlockState, Failure, Job
+from engine.io.packing import pack_sources
+from engine.io.pipeline import Pipeline
+from engine.store.catalog import Catalog
+from engine.store.reader import Checkpoint, Reader, chunk_at, demand_damage, drive, explain, read_job
+
+# In the place of a descriptor: the file is not there (engine_native.h, set_file).
+_NO_FILE = -1
+
+
+class Damage(NamedTuple):
+    """A part of a checkpoint that is not what was written.
+
+    Attributes:
+        path: the file.
+        chunk, offset: where in the file; None where the file as a whole is meant, or what lies beyond its chunks.
+        tensors: the names of those affected, shortened where they are many.
+        reason: what is wrong, in a sentence that holds all of the above.
+    """
+
+    path: str
+    chunk: int | None
+    offset: int | None
+    tensors: str
+    reason: str
+
+
+class Verifier:
+    """Verifies checkpoints of a catalog.
+
+    Args:
+        catalog: the directory.
+        reader: reads its blocks.
+    """
+
+    def __init__(self, catalog: Catalog, reader: Reader) -> None:
+        self._catalog = catalog
+        self._reader = reader
+
+    def verify(self, step: int | None) -> tuple[Damage, ...]:
+        """Read every block of a committed checkpoint and tell what is not as it was written.  Blocks."""
+        for candidate in self._reader.candidates(step):
+            try:
+                with self._catalog.pinned(candidate):
+                    return self._verify(candidate)
+            except NotFoundError:
+                if step is not None:
+                    raise
+                # else retired since it was listed, as in _newest
+        raise self._reader.nothing()
+
+    def _verify(self, step: int) -> tuple[Damage, ...]:
+        """Everything wrong with a pinned step."""
+        path = self._catalog.path(step)
+        try:
+            manifest, manifest_bytes = self._catalog.manifest(step)
+            decode(manifest.extra)
+            decode_options(manifest.options)
+        except (CorruptError, StorageError) as error:
+            demand_damage(error)
+            return (Damage(os.path.join(path, MANIFEST_NAME), None, None, "everything", str(error)),)
+        return tuple(self._verify_files(step, manifest, manifest_bytes, path))
+
+    def _verify_files(self, step: int, manifest: Manifest, manifest_bytes: int, path: str) -> Iterator[Damage]:
+        """Everything wrong with the data files.  One of a wrong length is read all the same."""
+        descriptors: list[int] = []
+        try:
+            for index, file in enumerate(manifest.files):
+                descriptors.append(_NO_FILE)
+                try:
+                    descriptors[index] = self._reader.open_file(manifest, path, index)
+                    wrong = self._reader.wrong_length(manifest, path, index, descriptors[index])
+                    if wrong is not None:
+                        yield Damage(os.path.join(path, file.name), *wrong)
+                except (CorruptError, StorageError) as error:
+                    demand_damage(error)
+                    names = affected(manifest.segments, index, 0, file.nbytes)
+                    yield Damage(os.path.join(path, file.name), None, None, names, str(error))
+            yield from self._verify_blocks(Checkpoint(step, manifest, manifest_bytes, path, descriptors))
+        finally:
+            self._reader.close_files([d for d in descriptors if d != _NO_FILE])
+
+    def _verify_blocks(self, found: Checkpoint) -> Iterator[Damage]:
+        """Everything wrong with the blocks of the files that are there."""
+        plan = found.manifest.geometry(found.manifest.chunks)
+        checksums = block_checksums(found.manifest.chunks)
+        with self._reader.pipeline_for(plan.blocks) as pipeline:
+            for chunk, start, end in zip(plan.chunks, plan.block_starts, plan.block_starts[1:], strict=False):
+                if found.descriptors[chunk.file_index] != _NO_FILE:
+                    yield from _verify_chunk(pipeline, found, plan.blocks[start:end], checksums[start:end])
+
+
+def _verify_chunk(
+    pipeline: Pipeline, found: Checkpoint, blocks: Sequence[Block], checksums: Sequence[int]
+) -> Iterator[Damage]:
+    """Read a chunk's blocks into no tensor; after a failure, those that it has left open one by one."""
+    nothing, no_extents = pack_sources(()), ExtentColumns((), (), (), ())
+
+    def read(start: int, end: int) -> Job:
+        job = read_job(found.manifest, no_extents, blocks[start:end], checksums[start:end], nothing)
+        drive(pipeline, job, found.descriptors)
+        return job
+
+    job = read(0, len(blocks))
+    if job.failure is None:
+        return
+    damage = [_damage(job.failure, found, blocks)]
+    for index, state in enumerate(job.states()):
+        if state != BlockState.WRITTEN and index != job.failure.block:
+            single = read(index, index + 1)
+            if single.failure is not None:
+                damage.append(_damage(single.failure, found, blocks[index : index + 1]))
+    yield from sorted(damage, key=lambda row: row.offset or 0)
+
+
+def _damage(failure: Failure, found: Checkpoint, blocks: Sequence[Block]) -> Damage:
+    """The native failure as damage, or raise it where the disk is not to blame."""
+    error = explain(failure, found.manifest, found.path, blocks)
+    demand_damage(error)
+    if failure.block is None:
+        raise error
+    block = blocks[failure.block]
+    return Damage(
+        os.path.join(found.path, found.manifest.files[block.file_index].name),
+        chunk_at(found.manifest, block.file_index, block.file_offset),
+        block.file_offset,
+        affected(found.manifest.segments, block.file_index, block.file_offset, block.nbytes),
+        str(error),
+    )
