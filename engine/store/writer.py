@@ -85,7 +85,7 @@ class Content:
     sources: Packed
     owners: object
     aliases: Mapping[str, str] = field(default_factory=dict)
-    options: Json = None
+    options: Json = field(default_factory=lambda: {"dict": []})
     extra: Json = None
 
 

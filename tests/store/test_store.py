@@ -1,0 +1,64 @@
+"""The store on its own: it writes, restores and verifies bytes, with no torch in the process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+WITHOUT_TORCH = """
+import mmap, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "torch":
+            raise ImportError("torch is not to be imported here")
+
+sys.meta_path.insert(0, Refuse())
+
+import numpy
+from buffers import content_of, load, save
+
+from engine.options import Options
+from engine.store.filesystem import Filesystem
+from engine.store.store import Store
+
+OPTIONS = Options(staging_bytes=64 << 10, block_bytes=16 << 10)
+pages = mmap.mmap(-1, 300_000)
+pages.write(bytes(range(256)) * 1171)
+buffers = {"pages": pages, "array": numpy.arange(50_000, dtype=numpy.float32), "empty": bytearray()}
+want = {name: bytes(memoryview(buffer).cast("B")) if len(buffer) else b"" for name, buffer in buffers.items()}
+
+store = Store(sys.argv[1], OPTIONS, 2, Filesystem())
+content = content_of(buffers, OPTIONS.block_bytes)
+for step in (1, 2, 3):
+    save(store, step, content)
+    store.retire()
+assert store.steps() == [2, 3], store.steps()
+assert {name: bytes(buffer) for name, buffer in load(store).items()} == want
+assert store.verifier.verify(None) == ()
+store.close()
+assert "torch" not in sys.modules
+print("done")
+"""
+
+IMPORT = "import sys, engine, engine.store.store, engine.options; print('torch' in sys.modules, 'numpy' in sys.modules)"
+
+
+def run(*arguments: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout.strip()
+
+
+def test_the_store_saves_and_restores_buffers_without_torch(tmp_path: Path) -> None:
+    assert run(WITHOUT_TORCH, str(tmp_path / "run")) == "done"
+
+
+def test_importing_the_store_imports_neither_torch_nor_numpy() -> None:
+    assert run(IMPORT) == "False False"
