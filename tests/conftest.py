@@ -9,7 +9,9 @@ What compares trainings bit by bit asks for `one_thread`.
 
 from __future__ import annotations
 
+import functools
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,8 +19,10 @@ import pytest
 import torch
 from faults import FaultTable
 from hypothesis import settings
-from jobs import SLOT_BYTES, Stage
+from jobs import SLOT_BYTES, Stage, until
+from leaks import held
 
+import engine
 from engine.io import backend
 from engine.io.pipeline import Backend, Pipeline
 from engine.store.filesystem import Filesystem
@@ -39,7 +43,23 @@ def rung(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     only: str = getattr(request, "param", backend.LADDER[0])
     if only != backend.LADDER[0]:
         monkeypatch.setattr(backend, "LADDER", (only,))
+        _check_rung(only)
     return only
+
+
+@functools.cache
+def _check_rung(only: str) -> None:
+    """Without effect on Engines, the narrowing above would leave all rungs but the first untested, and nothing fail.
+
+    Once for each rung: whether it has an effect is a matter of names, and stays so.
+    """
+    before = held()
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        engine.Engine(directory, staging_bytes=2 * SLOT_BYTES, block_bytes=SLOT_BYTES) as eng,
+    ):
+        assert eng.backend == only, f"Engines are to find {only!r} alone, and found {eng.backend!r}"
+    until(lambda: held() == before)  # the kernel ends a ring's workers in its own time, and tests count them
 
 
 @pytest.fixture

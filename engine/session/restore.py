@@ -41,6 +41,7 @@ def restore(reader: Reader, arena: Arena, step: int | None, select: Select) -> R
     arena.fence()
     arena.refresh()
     selection = Selection(select)
+    was_torn = arena.torn
 
     def fill(checkpoint: Checkpoint) -> RestoreInfo:
         manifest = checkpoint.manifest
@@ -48,7 +49,6 @@ def restore(reader: Reader, arena: Arena, step: int | None, select: Select) -> R
         targets = _match(arena, manifest, selection)
         if selection.is_all:
             arena.check_options(options)
-        was_torn = arena.torn
         arena.mark_torn()  # until everything that belongs together is there, whatever interrupts it
         nbytes = reader.read(checkpoint, targets, pack_sources(arena.sources), arena, whole=selection.is_all)
         if selection.is_all:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from strategies import ANY_SHAPES, JSON, manifests, plan_of, planned
 
 from engine.errors import CorruptError
-from engine.format.layout import Layout, TensorSpec, lay_out
+from engine.format.layout import HEADER_ALIGNMENT, Layout, TensorSpec, lay_out
 from engine.format.manifest import (
     _ROWS_AT_ONCE,
     FORMAT,
@@ -38,7 +38,7 @@ from engine.format.manifest import (
     encode_rows,
     segment_records,
 )
-from engine.format.plan import plan_geometry
+from engine.format.plan import ceil_div, plan_geometry
 
 # Around how many rows are encoded at a time.
 ROW_COUNTS = (0, 1, *(_ROWS_AT_ONCE + more for more in (-1, 0, 1, _ROWS_AT_ONCE)))
@@ -335,6 +335,26 @@ STRUCTURES: dict[str, Callable[[dict[str, Any]], object]] = {
 def test_a_contradiction_is_refused(name: str) -> None:
     with pytest.raises(CorruptError, match=r"manifest\.json"):
         decode(restructured(STRUCTURES[name]))
+
+
+@pytest.mark.parametrize("more_bytes", [8, HEADER_ALIGNMENT // 2, HEADER_ALIGNMENT])
+def test_a_header_that_is_not_aligned_is_refused_though_all_else_fits(more_bytes: int) -> None:
+    def lengthen(body: dict[str, Any]) -> None:
+        file, chunk = body["files"][1], body["chunks"][-1]
+        file["header_bytes"] += more_bytes
+        file["nbytes"] += more_bytes
+        chunk["nbytes"] += more_bytes
+        block_count = ceil_div(chunk["nbytes"], body["block_bytes"])
+        chunk["checksums"] += ["0" * 16] * (block_count - len(chunk["checksums"]))
+        for row in body["segments"]:
+            row[6] += more_bytes if row[5] == 1 else 0
+
+    raw = restructured(lengthen)
+    if more_bytes % HEADER_ALIGNMENT:
+        with pytest.raises(CorruptError, match="header"):
+            decode(raw)
+    else:
+        assert decode(raw).files[1].header_bytes == EXAMPLE.files[1].header_bytes + more_bytes
 
 
 @pytest.mark.parametrize(

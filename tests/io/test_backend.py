@@ -16,6 +16,7 @@ import tempfile
 import textwrap
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,19 @@ def test_blocks_larger_than_the_slots_are_read_the_same_way(tmp_path: Path, name
         eng.checkpoint(engine.Arena.wrap(tensors), step=1).result()
     with engine.Engine(tmp_path, backend=name, staging_bytes=16 << 10, block_bytes=4 << 10) as eng:
         assert same(eng.load(1)["a"], tensors["a"])
+
+
+@pytest.mark.parametrize("name", LADDER)
+def test_a_second_pipeline_goes_the_same_way_and_pins_nothing(name: Backend) -> None:
+    """It is opened for one restore: to register its slots would cost more, and may be beyond the memlock limit."""
+    first = Pipeline(2, 4096, name)
+    second = backend.open_like(first, 3, 8192)
+    try:
+        assert second.backend == ("io_uring_plain" if name == "io_uring" else name)
+        assert second.slot_bytes == 8192 and second.direct == first.direct
+    finally:
+        second.close()
+        first.close()
 
 
 # -- hosts ------------------------------------------------------------------------------------------------------------
@@ -257,6 +271,16 @@ def test_who_has_no_ring_is_told_nothing_of_it(monkeypatch: pytest.MonkeyPatch, 
     assert ("io_uring" in caught.value.remedy) == name.startswith("io_uring")
 
 
+@pytest.mark.parametrize("kind", [FailureKind.SHORT, FailureKind.CHECKSUM])
+def test_a_way_that_moves_other_bytes_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: FailureKind
+) -> None:
+    monkeypatch.setattr(Job, "failure", Failure(kind, 0, 0))
+    found = engine.probe(tmp_path, **SMALL)
+    assert found.backend is None
+    assert {attempt.cause for attempt in found.attempts} == {"a block's write did not move what it should have"}
+
+
 @pytest.mark.parametrize("error", ["EUCLEAN", "EFBIG", "ENODEV", "EIO"])
 def test_a_disk_that_fails_refuses_no_backend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: str) -> None:
     monkeypatch.setattr(Job, "failure", Failure(FailureKind.IO, getattr(errno, error), 0))
@@ -335,6 +359,43 @@ def test_an_alignment_beyond_ours_is_no_direct_io(monkeypatch: pytest.MonkeyPatc
     assert {attempt.cause for attempt in found.attempts[:3]} == {
         f"direct I/O in {tmp_path} is aligned to 65536 bytes, and blocks to 4096"
     }
+
+
+def refuse_to_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse(monkeypatch, dict.fromkeys(LADDER, errno.EPERM))
+
+
+def refuse_alignment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "direct_alignment", lambda descriptor: 65536)
+
+
+def refuse_to_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Job, "failure", Failure(FailureKind.IO, errno.EPERM, 0))
+
+
+def interrupt_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "attach", interrupted)
+
+
+@pytest.mark.parametrize("nameless", [True, False])
+@pytest.mark.parametrize("fault", [refuse_to_open, refuse_alignment, refuse_to_move, interrupt_move])
+def test_a_refused_backend_leaves_nothing_open(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: Callable[[pytest.MonkeyPatch], None], nameless: bool
+) -> None:
+    if not nameless:
+        without_nameless_files(monkeypatch)
+    fault(monkeypatch)
+    before = held()
+    if fault is interrupt_move:
+        with pytest.raises(KeyboardInterrupt):
+            engine.probe(tmp_path, **SMALL)
+    else:
+        found = engine.probe(tmp_path, **SMALL)
+        assert found.backend == ("buffered" if fault is refuse_alignment else None)
+    assert held() == before and os.listdir(tmp_path) == []
 
 
 def test_a_directory_that_is_not_there_cannot_be_probed(tmp_path: Path) -> None:

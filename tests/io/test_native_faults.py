@@ -7,6 +7,8 @@ the next.
 from __future__ import annotations
 
 import errno
+import os
+import resource
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,6 +21,7 @@ from jobs import (
     READ,
     SLOT_BYTES,
     WRITE,
+    Stage,
     assert_usable,
     bytes_of,
     checksums_of,
@@ -36,6 +39,7 @@ from jobs import (
 from engine.format.plan import align_up
 from engine.io.binding import ALIGNMENT
 from engine.io.job import BlockState, Direction, Failure, FailureKind, Job
+from engine.io.packing import pack_blocks, pack_extents, pack_order, pack_sources
 from engine.io.pipeline import Pipeline
 
 # Tries without progress before a job fails, and refusals of a whole submission in a row (native/pipeline.c).
@@ -275,6 +279,50 @@ def test_a_ring_that_is_gone_fails_every_job(
         pipeline.submit(job)
         assert finish(pipeline, job).failure == Failure(FailureKind.IO, error, None)
     assert not table.exceptions and not table.files
+
+
+def one_block(direction: Direction, file_offset: int) -> Job:
+    """A job of one block, wherever it lies."""
+    tensor = noise(SLOT_BYTES)
+    extents = pack_extents([0], [0], [SLOT_BYTES], [0])
+    blocks = pack_blocks([(file_offset, SLOT_BYTES, 0, 0, 1)])
+    sources = pack_sources([plain(tensor)])
+    return Job(direction, 0, sources, extents, blocks, pack_order([0]), 1, checksums=[0], owners=tensor)
+
+
+def test_an_errno_of_the_kernel_is_kept_by_every_way_of_moving_blocks(stage: Stage) -> None:
+    """A full device, a byte beyond any file, a descriptor for the other direction: the kernel refuses, and no table."""
+    full = os.open("/dev/full", os.O_RDWR)
+    to_read = os.open(stage.path, os.O_RDONLY)
+    to_write = os.open(stage.path, os.O_WRONLY)
+    try:
+        for direction, file_offset, descriptor, error in (
+            (WRITE, 0, full, errno.ENOSPC),
+            (WRITE, 1 << 62, stage.fd, errno.EFBIG),
+            (WRITE, 0, to_read, errno.EBADF),
+            (READ, 0, to_write, errno.EBADF),
+        ):
+            job = run(stage.pipeline, one_block(direction, file_offset), [descriptor])
+            assert job.failure == Failure(FailureKind.IO, error, 0)
+            assert_usable(stage.pipeline, stage.fd)
+    finally:
+        for descriptor in (full, to_read, to_write):
+            os.close(descriptor)
+
+
+def test_a_write_that_the_kernel_cuts_short_goes_on_to_its_errno(stage: Stage) -> None:
+    """A limit on file size: write(2) moves what fits, and refuses the rest."""
+    tensor, plan = noise(2 * SLOT_BYTES), whole(2 * SLOT_BYTES, SLOT_BYTES)
+    os.truncate(stage.path, 0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SLOT_BYTES + ALIGNMENT, before[1]))
+    try:
+        job = run(stage.pipeline, make_job(WRITE, plan, [plain(tensor)]), [stage.fd])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert job.failure == Failure(FailureKind.IO, errno.EFBIG, 1) and job.counters["retry_count"] == 1
+    assert content(stage.fd, 2 * SLOT_BYTES) == bytes_of(tensor)[: SLOT_BYTES + ALIGNMENT]
+    assert_usable(stage.pipeline, stage.fd)
 
 
 FAULTS = st.one_of(

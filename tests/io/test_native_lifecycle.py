@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -91,6 +92,28 @@ def test_one_ring_and_one_thread_and_nothing_is_left(tmp_path: Path) -> None:
     os.close(descriptor)
     until(lambda: len(native_threads()) == threads_before)
     assert descriptors() == descriptors_before
+
+
+@pytest.mark.parametrize("direction", Direction)
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_pipeline_does_not_keep_a_job_that_is_done(
+    open_pipeline: Callable[..., Pipeline], fd: int, direction: Direction, fails: bool
+) -> None:
+    pipeline = open_pipeline(2)
+    tensor, plan = noise(SLOT_BYTES), whole(SLOT_BYTES, SLOT_BYTES)
+    written = run(pipeline, make_job(WRITE, plan, [plain(tensor)]), [fd])
+    job = make_job(direction, plan, [plain(tensor)], checksums=written.checksums())
+    if fails:
+        pipeline.submit(job)
+        pipeline.abort(job, errno.EIO)
+        finish(pipeline, job)
+    else:
+        run(pipeline, job, [fd])
+    assert (job.failure is not None) == fails
+    gone = weakref.ref(job)
+    del job
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.every_backend

@@ -8,6 +8,7 @@ import fnmatch
 import os
 import random
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from engine.format.layout import DTYPES
 from engine.format.manifest import SegmentRecord
 from engine.session.select import Selection
 from engine.store import writer
+from engine.store.filesystem import Filesystem
 
 pytestmark = pytest.mark.every_backend
 
@@ -840,6 +842,7 @@ def test_max_async_is_the_bound(tmp_path: Path, max_async: int) -> None:
         skipped = eng.checkpoint(arena, on_busy="skip")
         assert isinstance(skipped.exception(), engine.BusyError) and skipped.step == max_async
         assert skipped.wait_staged() and skipped.chunks() == [] and skipped.stats() == {}
+        assert eng.checkpoint(arena, step=77, on_busy="skip").step == 77
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(eng.checkpoint, arena)
             assert not concurrent.futures.wait([waiting], timeout=0.1).done, "did not wait for a place"
@@ -860,6 +863,32 @@ def test_a_step_in_flight_is_taken(tmp_path: Path) -> None:
         assert eng.checkpoint(arena).step == 5, "the next step is after those in flight"
         gated.gate.set()
         save.result()
+
+
+def test_no_save_begins_while_a_rollback_goes_on(tmp_path: Path) -> None:
+    """Its step would be checked against steps that are about to go."""
+    gate, retiring = threading.Event(), threading.Event()
+
+    class SlowRetirement(Filesystem):
+        def rename(self, source: str, target: str) -> None:
+            if Path(target).parent.name == "spare":
+                retiring.set()
+                assert gate.wait(60)
+            super().rename(source, target)
+
+    arena = engine.Arena.wrap({"a": torch.zeros(10)})
+    with engine.Engine(tmp_path, filesystem=SlowRetirement(), keep=None, **SMALL) as eng:
+        for step in (1, 2):
+            eng.checkpoint(arena, step=step).result()
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            rolling = pool.submit(eng.rollback, 1)
+            assert retiring.wait(60)
+            saving = pool.submit(eng.checkpoint, arena, 2)
+            begun = concurrent.futures.wait([saving], timeout=0.1).done
+            gate.set()
+            assert rolling.result() == [2] and not begun
+            assert saving.result().result().step == 2
+        assert eng.steps() == [1, 2]
 
 
 def test_random_histories_of_concurrent_saves(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import struct
 import weakref
 from collections.abc import Callable
 
@@ -13,7 +14,9 @@ import torch
 from torch import nn
 from trainings import build, everything, mlp, read, train
 
+from engine.format.plan import ALIGNMENT
 from engine.state.arena import Arena
+from engine.store.writer import pack_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -115,6 +118,36 @@ def test_unfenced_is_what_the_step_does_not_train() -> None:
     model.requires_grad_(True)
     arena.refresh()
     assert arena.unfenced == buffers
+
+
+@pytest.mark.parametrize("elements", [1, 1023, 1024, 1025, 4096])
+@pytest.mark.parametrize("chunk_bytes", [ALIGNMENT, 3 * ALIGNMENT])
+def test_the_blocks_staged_first_are_those_of_what_is_unfenced_and_no_others(elements: int, chunk_bytes: int) -> None:
+    """float32, so 1024 elements are a block: a segment may end where the next block starts."""
+    model = nn.Module()
+    # An empty tensor in the middle of a block of trained ones: nothing of it can change.
+    for name, count in (("first", 1500), ("nothing", 0), ("second", 548)):
+        model.register_parameter(name, nn.Parameter(torch.ones(count)))
+    for index in range(4):
+        model.register_parameter(f"p{index}", nn.Parameter(torch.ones(1024)))
+        model.register_buffer(f"b{index}", torch.ones(elements))
+        model.register_buffer(f"empty{index}", torch.ones(0))
+    trained = [model.first, model.second, model.p0, model.p1, model.p3]  # p2 is another optimizer's
+    arena = Arena.adopt(model, torch.optim.SGD(trained))
+    packed = pack_plan(arena.layout, arena.runs, arena.rows, arena.unfenced, ALIGNMENT, chunk_bytes)
+    stored = [s for s in arena.segments if s.name in arena.unfenced and s.nbytes]
+    expected = {
+        index
+        for index, block in enumerate(packed.plan.blocks)
+        for s in stored
+        if s.file_index == block.file_index
+        and s.file_offset < block.file_offset + block.nbytes
+        and block.file_offset < s.file_offset + s.nbytes
+    }
+    assert 0 < len(expected) < len(packed.plan.blocks)
+    order = struct.unpack(f"={packed.order.row_count}I", packed.order.memory)
+    assert packed.urgent_count == len(expected) and set(order[: packed.urgent_count]) == expected
+    assert sorted(order) == list(range(len(packed.plan.blocks)))
 
 
 def test_a_parameter_trained_under_another_name_is_fenced() -> None:

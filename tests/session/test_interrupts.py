@@ -1,14 +1,155 @@
-"""Ctrl-C at any moment of `checkpoint()` and `restore()`: nothing is torn, no place is lost, the engine goes on."""
+"""Ctrl-C at any moment of `checkpoint()` and `restore()`: nothing is torn, no place is lost, the engine goes on.
+
+First at the moments that make a difference, one by one; then at random ones.
+"""
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import pytest
+import torch
+from disk import GatedFilesystem
 
+import engine
 from engine.io.backend import LADDER
+from engine.io.job import Job
+from engine.io.pipeline import Pipeline
+
+HANG_S = 20  # ends a test that hangs; nothing here takes a second
+
+BLOCK_BYTES = 4096
+TINY = {"max_async": 1, "staging_bytes": 2 * BLOCK_BYTES, "block_bytes": BLOCK_BYTES}
+
+
+class Begun(GatedFilesystem):
+    """Says when a commit thread has taken over a save, which waits for the gate then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun = threading.Event()
+
+    def allocate(self, descriptor: int, nbytes: int, path: str) -> None:
+        self.begun.set()
+        super().allocate(descriptor, nbytes, path)
+
+
+class Interrupted(NamedTuple):
+    """An Engine, and an arena of a tensor that is all ones."""
+
+    engine: engine.Engine
+    filesystem: Begun
+    arena: engine.Arena
+    tensor: torch.Tensor
+
+    def check_goes_on(self, on_busy: Literal["wait", "raise"] = "wait") -> None:
+        """The one place is free again, at once or soon, and the next save is right."""
+        self.filesystem.gate.set()
+        self.tensor.fill_(5)
+        assert self.engine.checkpoint(self.arena, on_busy=on_busy).result(HANG_S).step >= 0
+        assert self.engine.load()["a"].eq(5).all()
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[int], Interrupted]]:
+    """Makes an Engine and a tensor of so many elements."""
+    opened: list[Interrupted] = []
+
+    def make(elements: int) -> Interrupted:
+        filesystem, tensor = Begun(), torch.ones(elements)
+        eng = engine.Engine(tmp_path, filesystem=filesystem, **TINY)
+        opened.append(Interrupted(eng, filesystem, engine.Arena.wrap({"a": tensor}), tensor))
+        return opened[0]
+
+    with caplog.at_level(logging.CRITICAL, "engine"):
+        yield make
+        for it in opened:
+            it.filesystem.gate.set()
+            it.engine.close()
+
+
+def test_a_save_that_is_staged_goes_on_when_its_caller_is_interrupted(
+    interrupted: Callable[[int], Interrupted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = interrupted(10)  # fits the slots, so it is staged before it has its files
+    wait_staged = engine.Save.wait_staged
+    saves: list[engine.Save] = []
+
+    def staged_and_interrupted(save: engine.Save, timeout: float | None = None) -> bool:
+        staged = wait_staged(save, timeout)
+        if not saves:
+            saves.append(save)
+            assert it.filesystem.begun.wait(HANG_S)
+            raise KeyboardInterrupt
+        return staged
+
+    monkeypatch.setattr(engine.Save, "wait_staged", staged_and_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        it.engine.checkpoint(it.arena, step=1)
+    monkeypatch.undo()
+    it.tensor.fill_(2)
+    it.check_goes_on()
+    assert saves[0].result(HANG_S).step == 1 and it.engine.steps() == [1, 2] and it.engine.load(1)["a"].eq(1).all()
+
+
+def test_a_save_that_is_not_staged_fails_when_its_caller_is_interrupted(
+    interrupted: Callable[[int], Interrupted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = interrupted(10 * BLOCK_BYTES)
+    wait_staged = engine.Save.wait_staged
+    saves: list[engine.Save] = []
+
+    def interrupt(save: engine.Save, timeout: float | None = None) -> bool:
+        if not saves:
+            saves.append(save)
+            assert it.filesystem.begun.wait(HANG_S) and not wait_staged(save, 0)
+            raise KeyboardInterrupt
+        return wait_staged(save, timeout)
+
+    monkeypatch.setattr(engine.Save, "wait_staged", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        it.engine.checkpoint(it.arena, step=1)
+    monkeypatch.undo()
+    assert saves[0].wait_staged(0) and not saves[0].done(), "the arena is left alone, though the files are not made"
+    it.check_goes_on()
+    assert it.engine.steps() == [0] and isinstance(saves[0].exception(), engine.StorageError)
+
+
+@pytest.mark.parametrize("place", ["prepare", "hold", "submit"])
+def test_a_save_that_no_thread_has_taken_over_is_given_up_when_its_caller_is_interrupted(
+    interrupted: Callable[[int], Interrupted], monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    it = interrupted(10 * BLOCK_BYTES)
+    it.filesystem.gate.set()
+    target: tuple[type, str] = {
+        "prepare": (Job, "__init__"),
+        "hold": (engine.Arena, "hold"),
+        "submit": (Pipeline, "submit"),
+    }[place]
+    real = getattr(*target)
+
+    def done_and_interrupted(*arguments: Any, **options: Any) -> None:
+        real(*arguments, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(*target, done_and_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        it.engine.checkpoint(it.arena, step=1)
+    monkeypatch.undo()
+    fencing = threading.Thread(target=it.arena.fence, daemon=True)
+    fencing.start()
+    fencing.join(HANG_S)
+    assert not fencing.is_alive(), "what it has left there never ends"
+    assert it.engine.steps() == []
+    it.check_goes_on("raise")
+    assert it.engine.steps() == [0], "neither a place nor a step is taken"
+
 
 # A timer interrupts at random moments of calls that take about as long.  In a process of its own: an interrupt may
 # as well strike in pytest, or in a callback of the collector, which then writes "Exception ignored" to stderr.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import logging
 import os
@@ -12,6 +13,7 @@ import textwrap
 import threading
 import time
 import tracemalloc
+import weakref
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -149,7 +151,8 @@ def test_a_closed_engine_says_so(tmp_path: Path) -> None:
     eng.close()
     eng.close()
     assert "closed" in repr(eng)
-    for call in (lambda: eng.checkpoint(arena), lambda: eng.restore(arena), eng.load, eng.steps):
+    calls = (lambda: eng.checkpoint(arena), lambda: eng.restore(arena), lambda: eng.rollback(0))
+    for call in (*calls, eng.load, eng.verify, eng.steps):
         with pytest.raises(engine.ClosedError, match="has been closed"):
             call()
 
@@ -163,6 +166,89 @@ def test_an_engine_that_is_dropped_gives_everything_back(tmp_path: Path) -> None
     gc.collect()
     assert rings() == before
     engine.Engine(tmp_path, **SMALL).close()
+
+
+def inherited() -> set[str]:
+    """The descriptors that a program started from here would have, and what they are."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the one by which the directory is read, or one that is closed meanwhile
+            if not fcntl.fcntl(int(name), fcntl.F_GETFD) & fcntl.FD_CLOEXEC:
+                found.add(f"{name}: {os.readlink(f'/proc/self/fd/{name}')}")
+    return found
+
+
+@pytest.mark.every_backend
+def test_no_descriptor_is_inherited_by_a_program_that_is_started(tmp_path: Path) -> None:
+    class Looking(Filesystem):
+        """Looks while data files are open, those to write and those to read."""
+
+        def allocate(self, descriptor: int, nbytes: int, path: str) -> None:
+            super().allocate(descriptor, nbytes, path)
+            looks.append(inherited())
+
+        def size(self, descriptor: int, path: str) -> int:
+            looks.append(inherited())
+            return super().size(descriptor, path)
+
+        def open_scratch(self, directory: str, direct: bool) -> int:
+            descriptor = super().open_scratch(directory, direct)
+            looks.append(inherited())
+            return descriptor
+
+    looks: list[set[str]] = []
+    before = inherited()
+    with engine.Engine(tmp_path, filesystem=Looking(), **SMALL) as eng:
+        eng.checkpoint(engine.Arena.wrap({"a": torch.zeros(100_000)})).result()
+        eng.load()
+        looks.append(inherited())
+    with engine.Engine(tmp_path, staging_bytes=8192, block_bytes=4096, filesystem=Looking()) as eng:
+        eng.load()  # through a pipeline of its own, of larger slots
+    assert len(looks) >= 5 and all(look <= before for look in looks), set().union(*looks) - before
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_place_is_free_when_its_save_has_ended(tmp_path: Path, fails: bool) -> None:
+    """A callback runs on the commit thread at the very moment at which the Future resolves."""
+    arena = engine.Arena.wrap({"a": torch.zeros(10)})
+    next_saves: list[engine.Save] = []
+
+    gate = threading.Event()
+
+    class Waiting(FailingFilesystem):
+        def allocate(self, descriptor: int, nbytes: int, path: str) -> None:
+            assert gate.wait(60)
+            super().allocate(descriptor, nbytes, path)
+
+    failing = Waiting()
+    with engine.Engine(tmp_path, max_async=1, filesystem=failing, **SMALL) as eng:
+        save = eng.checkpoint(arena, step=1)
+        save.add_done_callback(lambda _: next_saves.append(eng.checkpoint(arena, step=2, on_busy="skip")))
+        if fails:
+            failing.fail_next("truncate", 5)
+        gate.set()
+        assert isinstance(save.exception(60), engine.StorageError) == fails
+        while not next_saves:
+            time.sleep(0.001)
+        assert next_saves[0].result(60).step == 2
+        assert eng.steps() == ([2] if fails else [1, 2])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_save_that_has_ended_does_not_keep_the_memory(tmp_path: Path, fails: bool) -> None:
+    """Saves may be kept for their results, one for each step of a training."""
+    failing = FailingFilesystem()
+    tensor = torch.zeros(1000)
+    storage = weakref.ref(tensor.untyped_storage())
+    with engine.Engine(tmp_path, filesystem=failing, **SMALL) as eng:
+        if fails:
+            failing.fail_next("truncate", 5)
+        save = eng.checkpoint(engine.Arena.wrap({"a": tensor}), step=1)
+        assert (save.exception(60) is not None) == fails
+        del tensor
+        gc.collect()
+        assert storage() is None
+        assert {chunk.status for chunk in save.chunks()} == {"failed" if fails else "durable"} and save.stats()
 
 
 @pytest.mark.every_backend
@@ -386,7 +472,8 @@ def test_a_forked_child_gets_a_clear_error_and_harms_nothing(tmp_path: Path) -> 
         if child == 0:
             assert save.wait_staged(), "nobody reads the child's copy of the arena"
             save_it, restore_it = lambda: eng.checkpoint(arena), lambda: eng.restore(arena)
-            for call in (save_it, restore_it, eng.load, eng.steps, save.result, save.exception):
+            back = lambda: eng.rollback(1)
+            for call in (save_it, restore_it, back, eng.load, eng.verify, eng.steps, save.result, save.exception):
                 try:
                     call()
                 except engine.ForkedError as error:

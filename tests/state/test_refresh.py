@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 import sys
 from collections import defaultdict
@@ -160,6 +161,23 @@ def test_what_left_is_brought_back(leave: Callable[[nn.Module, Optimizer], None]
     }
     for tensor in [*model.state_dict().values(), *(t for s in optimizer.state.values() for t in s.values())]:
         assert_inside(arena, tensor)
+    assert_holds(arena)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_tensors_that_have_changed_places_keep_their_contents(order: tuple[int, ...]) -> None:
+    """The arena's first segment, its last and one in between: no copy overwrites what another still needs."""
+    model = nn.ModuleList([nn.Linear(5, 4, bias=False) for _ in range(3)])
+    params = list(model.parameters())
+    arena = Arena.adopt(model)
+    assert arena.segments[0].name == "0.weight" and arena.segments[-1].name == "2.weight"
+    contents = [params[index].data for index in order]
+    expected = [bits(content) for content in contents]
+    for param, content in zip(params, contents, strict=True):
+        param.data = content
+    del content, contents
+    arena.refresh()
+    assert [bits(param) for param in params] == expected
     assert_holds(arena)
 
 

@@ -9,6 +9,7 @@ else had it, is seen as soon as it is overwritten.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -113,6 +114,126 @@ def spares(root: Path) -> list[str]:
 def names(root: Path) -> list[str]:
     """The names in the root, without the engine's own."""
     return sorted(set(os.listdir(root)) - {".engine"})
+
+
+# -- the file system itself -------------------------------------------------------------------------------------------
+
+
+def test_a_write_that_is_short_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """write(2) may write less than it was given: at a signal, or where the disk is nearly full."""
+    real_write = os.write
+    written: list[int] = []
+
+    def write(descriptor: int, content: bytes) -> int:
+        written.append(real_write(descriptor, content[:7]))
+        return written[-1]
+
+    monkeypatch.setattr(os, "write", write)
+    Filesystem().write_new_file(str(tmp_path / "new"), bytes(range(20)))
+    assert (tmp_path / "new").read_bytes() == bytes(range(20)) and written == [7, 7, 6]
+
+
+def test_a_new_file_is_not_written_over_another(tmp_path: Path) -> None:
+    (tmp_path / "there").write_text("precious")
+    (tmp_path / "link").symlink_to("there")
+    for name in ("there", "link"):
+        with pytest.raises(StorageError, match="File exists"):
+            Filesystem().write_new_file(str(tmp_path / name), b"new")
+    assert (tmp_path / "there").read_text() == "precious"
+
+
+def test_who_opens_a_file_while_it_is_looked_at_sends_no_signal_that_ends_us(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lease that is broken sends SIGIO unless another was asked for, and SIGIO ends a process (fcntl(2))."""
+    path = tmp_path / "file"
+    path.write_text("content")
+    received: list[int] = []
+    real_fcntl = fcntl.fcntl
+
+    def interfering(descriptor: int, command: int, argument: int = 0) -> int:
+        result = real_fcntl(descriptor, command, argument)
+        if (command, argument) == (fcntl.F_SETLEASE, fcntl.F_WRLCK):
+            with pytest.raises(BlockingIOError):  # the lease is being broken
+                os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        return result
+
+    before = {
+        number: signal.signal(number, lambda n, _: received.append(n)) for number in (signal.SIGIO, signal.SIGURG)
+    }
+    try:
+        monkeypatch.setattr(fcntl, "fcntl", interfering)
+        assert Filesystem().is_ours_alone(str(path))
+        monkeypatch.undo()
+        assert Filesystem().is_ours_alone(str(path)), "the lease was given back"
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert received == [signal.SIGURG]
+
+
+def descriptors() -> int:
+    """How many this process has open."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+class WithoutNames(Filesystem):
+    """Has no names to take away."""
+
+    def unlink(self, path: str) -> None:
+        raise StorageError(errno.EROFS, "unlink", path)
+
+
+REFUSED_CALLS: dict[str, Callable[[Path], object]] = {
+    "a scratch file whose name stays": lambda path: WithoutNames().open_scratch(str(path), direct=False),
+    "a directory as data": lambda path: Filesystem().open_for_blocks(str(path), write=False, direct=False),
+    "a FIFO as data": lambda path: Filesystem().open_for_blocks(str(path / "fifo"), write=False, direct=False),
+    "a FIFO to write": lambda path: Filesystem().open_for_blocks(str(path / "fifo"), write=True, direct=False),
+    "a FIFO as manifest": lambda path: Filesystem().read_file(str(path / "fifo"), 10),
+    "a manifest too long": lambda path: Filesystem().read_file(str(path / "file"), 3),
+    "a directory that cannot be synced": lambda path: Filesystem().sync_directory("/proc/self"),
+    "a lock that is none": lambda path: Catalog(str(path / "locked"), Filesystem(), 1),
+    "a directory in use": lambda path: Catalog(str(path / "used"), Filesystem(), 1),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED_CALLS)
+def test_a_refusal_leaves_no_descriptor_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "file").write_text("content")
+    (tmp_path / "locked" / ".engine").mkdir(parents=True)
+    os.mkfifo(tmp_path / "locked" / ".engine" / "lock")
+    user = Catalog(str(tmp_path / "used"), Filesystem(), 1)
+    real_open = os.open
+
+    def without_tmpfile(path: str, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return real_open(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", without_tmpfile)
+    before = descriptors()
+    with pytest.raises((StorageError, CorruptError, LockedError)):
+        REFUSED_CALLS[what](tmp_path)
+    assert descriptors() == before
+    user.close()
+
+
+@pytest.mark.parametrize("what", ["a FIFO", "a file of two names", "a file that is open"])
+def test_a_file_that_is_not_ours_alone_is_closed_again(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "file"
+    if what == "a FIFO":
+        os.mkfifo(path)
+    else:
+        path.write_text("content")
+    if what == "a file of two names":
+        (tmp_path / "other").hardlink_to(path)
+    with ExitStack() as opened:
+        if what == "a file that is open":
+            opened.enter_context(path.open())
+        before = descriptors()
+        assert not Filesystem().is_ours_alone(str(path))
+        assert descriptors() == before
 
 
 # -- the way of a save ------------------------------------------------------------------------------------------------
@@ -498,13 +619,13 @@ def test_a_later_step_that_is_read_is_not_rolled_back(catalog: Catalog) -> None:
 
 
 def test_a_damaged_step_is_set_aside_and_stays(catalog: Catalog, filesystem: Recorded, tmp_path: Path) -> None:
-    for _ in range(2):
+    for _ in range(3):
         save(catalog, 1)
         aside = catalog.set_aside(1)
         assert catalog.steps() == []
         assert filesystem.done[-1] == ("sync", str(tmp_path))
         assert Path(aside, DATA_NAME).read_bytes() == b"1"
-    assert names(tmp_path) == ["step-00000001.damaged", "step-00000001.damaged-again"]
+    assert names(tmp_path) == [f"step-00000001.damaged{again}" for again in ("", "-again", "-again-again")]
     save(catalog, 2)
     catalog.close()
     again = Catalog(str(tmp_path), Filesystem(), spare_max=2)

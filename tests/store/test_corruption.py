@@ -20,10 +20,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from jobs import until
+from leaks import held
 from strategies import sealed
 
 import engine
-from engine.errors import ArenaError, CorruptError, LockedError, NotFoundError, StepError, StorageError
+from engine.errors import ArenaError, CorruptError, LockedError, MismatchError, NotFoundError, StepError, StorageError
 from engine.format.layout import TensorSpec, lay_out
 from engine.format.manifest import decode
 from engine.io.backend import open_like
@@ -305,6 +307,224 @@ def test_what_is_no_file_is_not_read(sound: Sound, copy: Path, tmp_path: Path, f
     assert (damage.path, damage.chunk, damage.offset) == (str(path), None, None)
 
 
+@pytest.mark.parametrize("step", [None, 2])
+def test_a_step_that_is_no_directory_any_more_is_damage(sound: Sound, copy: Path, step: int | None) -> None:
+    state = training()
+    with opened(copy) as eng:
+        shutil.rmtree(copy / NEW)
+        (copy / NEW).write_text("no directory")
+        [damage] = eng.verify(2)
+        assert damage.path == str(copy / NEW / MANIFEST) and "is missing" in damage.reason
+        if step is None:
+            with pytest.warns(engine.EngineWarning, match="step 2 is passed over"):
+                assert eng.restore(state.arena).step == 1
+            assert state.held() == sound.older
+        else:
+            with pytest.raises(CorruptError, match=f"{NEW}/{MANIFEST} is missing"):
+                eng.restore(state.arena, step)
+
+
+# -- what damage leaves behind ----------------------------------------------------------------------------------------
+
+
+def flip_last(path: Path) -> None:
+    """Change the last byte of a file; the second time it is as it was."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_torn_arena_is_not_whole_for_the_restore_of_a_part(copy: Path) -> None:
+    state = training()
+    first = next(iter(state.held()))
+    with opened(copy) as eng:
+        flip_last(copy / NEW / OPTIMIZER)
+        with pytest.raises(CorruptError):
+            eng.restore(state.arena, step=2)
+        flip_last(copy / NEW / OPTIMIZER)
+        eng.restore(state.arena, select=first)
+        assert state.arena.torn
+        with pytest.raises(ArenaError, match="half-way"):
+            eng.checkpoint(state.arena)
+        eng.restore(state.arena)
+        assert not state.arena.torn
+        eng.checkpoint(state.arena).result()
+
+
+def test_a_whole_arena_is_torn_by_a_part_that_fails_and_by_no_other(copy: Path) -> None:
+    state = training()
+    last = list(state.held())[-1]
+    with opened(copy) as eng:
+        eng.restore(state.arena, select=last)
+        assert not state.arena.torn
+        flip_last(copy / NEW / OPTIMIZER)
+        with pytest.raises(CorruptError):
+            eng.restore(state.arena, step=2, select=last)
+        assert state.arena.torn
+        eng.restore(state.arena, step=1, select=last)
+        assert state.arena.torn, "only the part that failed is known to be whole again"
+        eng.restore(state.arena, step=1)
+        eng.checkpoint(state.arena).result()
+
+
+@pytest.mark.parametrize("failing", ["names", "selection", "options"])
+def test_a_restore_that_is_refused_tears_nothing(copy: Path, failing: str) -> None:
+    state = training()
+    before = state.held()
+    with opened(copy) as eng, pytest.raises(MismatchError):
+        if failing == "names":
+            other = engine.Arena.wrap({"a": torch.zeros(3)})
+            try:
+                eng.restore(other)
+            finally:
+                assert not other.torn
+        elif failing == "selection":
+            eng.restore(state.arena, select="nothing")
+        else:
+            wrapped = engine.Arena.wrap(state.arena.state_dict())
+            try:
+                eng.restore(wrapped)
+            finally:
+                assert not wrapped.torn
+    assert not state.arena.torn and state.held() == before
+
+
+@pytest.fixture
+def grown(tmp_path: Path) -> Path:
+    """Step 1 holds `a`; step 2 holds `a`, another value of it, and `b`, and its last byte, of `b`, is wrong."""
+    with opened(tmp_path) as eng:
+        eng.checkpoint(engine.Arena.wrap({"a": torch.ones(3000)}), step=1).result()
+        eng.checkpoint(engine.Arena.wrap({"a": torch.zeros(3000), "b": torch.ones(3000)}), step=2).result()
+    flip_last(tmp_path / NEW / MODEL)
+    return tmp_path
+
+
+def test_load_has_nothing_of_a_checkpoint_that_it_has_passed_over(grown: Path) -> None:
+    with opened(grown) as eng:
+        with pytest.warns(engine.EngineWarning, match="step 2 is passed over"):
+            loaded = eng.load()
+        assert list(loaded) == ["a"] and loaded["a"].eq(1).all()
+        with (
+            pytest.warns(engine.EngineWarning, match="step 2 is passed over"),
+            pytest.raises(engine.ArgumentError, match="matches no tensor of step 1"),
+        ):
+            eng.load(select="b")
+        assert eng.load(select="a")["a"].eq(0).all(), "what is sound of the newest is not damaged"
+
+
+def test_an_arena_stays_torn_where_no_older_checkpoint_fits_it(grown: Path) -> None:
+    """What the damaged one has left there is not made good by a refusal of the other."""
+    arena = engine.Arena.wrap({"a": torch.zeros(3000), "b": torch.zeros(3000)})
+    with opened(grown) as eng:
+        with (
+            pytest.warns(engine.EngineWarning, match="step 2 is passed over"),
+            pytest.raises(MismatchError, match="b: not in the checkpoint"),
+        ):
+            eng.restore(arena)
+        assert arena.torn
+        with pytest.raises(ArenaError, match="half-way"):
+            eng.checkpoint(arena)
+
+
+def test_a_checkpoint_that_does_not_fit_is_not_passed_over(copy: Path) -> None:
+    """An older one might fit, and the training would go back without a word."""
+    arena = engine.Arena.wrap({"a": torch.zeros(3)})
+    with opened(copy) as eng:
+        eng.checkpoint(arena, step=3).result()
+        eng.checkpoint(training().arena, step=4).result()
+        with pytest.raises(MismatchError, match="step 4 does not fit"):
+            eng.restore(arena)
+        assert not arena.torn and eng.restore(arena, step=3).step == 3
+
+
+def test_verification_makes_no_step_give_way(copy: Path) -> None:
+    """Only who has restored an older one trains past it again."""
+    state = training()
+    with opened(copy) as eng:
+        flip_last(copy / NEW / OPTIMIZER)
+        assert eng.verify() and eng.verify(2)
+        with pytest.raises(StepError):
+            eng.checkpoint(state.arena, step=2)
+
+
+def test_a_step_saved_after_a_rollback_is_not_the_damaged_one(copy: Path) -> None:
+    state = training()
+    with opened(copy) as eng:
+        flip_last(copy / NEW / OPTIMIZER)
+        with pytest.warns(engine.EngineWarning, match="step 2 is passed over"):
+            eng.restore(state.arena)
+        assert eng.rollback(1) == [2]
+        eng.checkpoint(state.arena, step=2).result()
+        with pytest.raises(StepError, match="not after the committed steps"):
+            eng.checkpoint(state.arena, step=2)
+        assert eng.steps() == [1, 2] and not list(copy.glob("*.damaged"))
+
+
+def test_only_damaged_steps_make_way(copy: Path) -> None:
+    """Step 3 is sound and later than the damaged one; the number of a sound step stays taken."""
+    state = training()
+    with opened(copy) as eng:
+        eng.checkpoint(state.arena, step=3).result()
+        flip_last(copy / NEW / OPTIMIZER)
+        with pytest.raises(CorruptError):
+            eng.restore(state.arena, step=2)
+        eng.restore(state.arena)
+        for step in (1, 2, 3):
+            with pytest.raises(StepError):
+                eng.checkpoint(state.arena, step=step)
+        assert eng.checkpoint(state.arena).result().step == 4
+        assert eng.steps() == [1, 2, 3, 4] and not list(copy.glob("*.damaged"))
+
+
+def test_without_a_number_a_save_comes_after_the_damaged_step(copy: Path) -> None:
+    """Nothing has to make way, and a later look at what is damaged finds it where it was."""
+    state = training()
+    with opened(copy) as eng:
+        flip_last(copy / NEW / OPTIMIZER)
+        with pytest.warns(engine.EngineWarning, match="step 2 is passed over"):
+            eng.restore(state.arena)
+        assert eng.checkpoint(state.arena).result().step == 3
+        assert eng.steps() == [1, 2, 3] and not list(copy.glob("*.damaged"))
+
+
+@pytest.mark.parametrize("kind", ["block", "length", "missing", "manifest"])
+@pytest.mark.parametrize("block_bytes", [BLOCK, 2 * BLOCK])
+def test_damage_leaves_nothing_open(tmp_path: Path, kind: str, block_bytes: int) -> None:
+    """Of blocks larger than the slots a pipeline of its own is opened, which goes with the restore."""
+    state = training()
+    with opened(tmp_path, block_bytes=block_bytes) as eng:
+        eng.checkpoint(state.arena, step=2).result()
+    path = tmp_path / NEW / (MANIFEST if kind == "manifest" else OPTIMIZER)
+    if kind in ("block", "manifest"):
+        flip_last(path)
+    elif kind == "length":
+        os.truncate(path, path.stat().st_size - 1)
+    else:
+        path.unlink()
+    with opened(tmp_path) as eng:
+        before = held()
+        assert eng.verify()
+        for read in (lambda: eng.restore(state.arena, step=2), lambda: eng.load(2), lambda: eng.load(2, select="*")):
+            with pytest.raises(CorruptError):
+                read()
+        until(lambda: held() == before)  # the kernel ends a ring's workers in its own time
+
+
+@pytest.mark.parametrize(("step", "aside"), [(2, [2, 3]), (3, [3])])
+def test_every_damaged_step_that_a_save_comes_past_is_set_aside(copy: Path, step: int, aside: list[int]) -> None:
+    state = training()
+    with opened(copy) as eng:
+        eng.checkpoint(state.arena, step=3).result()
+        for damaged in (2, 3):
+            flip_last(copy / f"step-{damaged:08d}" / OPTIMIZER)
+        with pytest.warns(engine.EngineWarning, match="is passed over"):
+            assert eng.restore(state.arena).step == 1
+        with pytest.warns(engine.EngineWarning, match="was renamed") as told:
+            eng.checkpoint(state.arena, step=step).result()
+        assert len(told) == len(aside) and eng.steps() == list(range(1, step + 1))
+        assert sorted(path.name for path in copy.glob("*.damaged")) == [f"step-{n:08d}.damaged" for n in aside]
+
+
 # -- verification -----------------------------------------------------------------------------------------------------
 
 
@@ -542,3 +762,16 @@ def test_a_step_that_no_manifest_can_have_is_no_checkpoint(copy: Path) -> None:
 def test_another_name_of_a_tensor_must_be_one_that_a_header_can_hold(alias: str) -> None:
     with pytest.raises(ArenaError, match="cannot be called"):
         lay_out([TensorSpec("a", "float32", (1,), "model", "")], {alias: "a"})
+
+
+def test_a_part_restored_from_an_older_step_leaves_a_whole_arena_whole(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(50, 50), torch.nn.Linear(50, 50))
+    arena = engine.Arena.adopt(model)
+    with opened(tmp_path, keep=None) as eng:
+        for step in (1, 2):
+            eng.checkpoint(arena, step=step).result()
+        flip_last(tmp_path / "step-00000002/model.safetensors")
+        with pytest.warns(engine.EngineWarning, match="step 2 is passed over"):
+            assert eng.restore(arena, select="*.*").step == 1
+        assert not arena.torn
+        eng.checkpoint(arena, step=3).result()

@@ -19,14 +19,15 @@ import os
 import random
 import shutil
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import pytest
 import torch
@@ -34,13 +35,16 @@ from disk import names
 from faults import Fault, FaultTable, corrupting, not_started, refused, short
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jobs import until
 from leaks import held
 from recorder import SMALL
 from scenarios import content, training
 from syscalls import Call, SystemCalls
 
 import engine
+from engine.io.job import Job
 from engine.io.pipeline import Pipeline
+from engine.store.filesystem import Filesystem
 
 BACKEND: dict[str, Any] = {}
 
@@ -425,9 +429,8 @@ def blocks(prepared: Path, scratch: Path, **options: Any) -> Iterator[Blocks]:
     root = Path(os.path.realpath(scratch)) / f"{len(os.listdir(scratch))}"
     shutil.copytree(prepared / "used", root)
     with (
-        mock.patch("engine.io.backend.Pipeline", functools.partial(Pipeline, io_table=table.c_table)),
+        table.moving_blocks(),
         SystemCalls().installed(),
-        # "buffered", whatever else Engines are opened with: the table's memory is not aligned.
         opened(root, keep=None, **options, backend="buffered") as eng,
     ):
         yield Blocks(eng, table, root)
@@ -531,6 +534,140 @@ def test_the_newest_is_passed_over_for_a_block(prepared: Path, tmp_path: Path, f
         with blocks(prepared, tmp_path) as it:
             it.arm({number: fault})
             assert it.restore(None) is None and training().content() == content(1)
+
+
+class Gated(NamedTuple):
+    """An Engine whose reads and writes complete only while `gate` is set."""
+
+    engine: engine.Engine
+    table: FaultTable
+    gate: threading.Event
+
+    def hold(self) -> None:
+        """From now on nothing completes.  Called while no job is under way."""
+        self.gate.clear()
+        self.table.operations.clear()
+
+    def wait_started(self) -> None:
+        """Return once an operation is under way."""
+        until(lambda: len(self.table.operations) > 0)
+
+
+@contextmanager
+def gated(directory: Path, filesystem: Filesystem | None = None) -> Iterator[Gated]:
+    """The gate is open at first, and opened again at the latest when the Engine is to be closed."""
+    gate = threading.Event()
+    table = FaultTable(gate=gate)
+    gate.set()
+    with ExitStack() as stack:
+        with table.moving_blocks():  # of this Engine alone
+            eng = stack.enter_context(opened(directory, filesystem=filesystem, backend="buffered"))
+        stack.callback(gate.set)
+        yield Gated(eng, table, gate)
+    assert not table.exceptions, table.exceptions
+
+
+class Closing(Filesystem):
+    """Notes whether blocks could still be moved when a data file was closed."""
+
+    def __init__(self) -> None:
+        self.data: set[int] = set()
+        self.closed: list[int] = []
+
+    def open_for_blocks(self, path: str, write: bool, direct: bool) -> int:
+        descriptor = super().open_for_blocks(path, write, direct)
+        self.data.add(descriptor)
+        return descriptor
+
+    def close(self, descriptor: int) -> None:
+        if descriptor in self.data:
+            self.closed.append(descriptor)
+            self.data.discard(descriptor)
+        super().close(descriptor)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("no room"), engine.StorageError(errno.EIO, "write", "here")],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_save_that_fails_with_writes_under_way_closes_no_file_under_them(
+    tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another file could get the number of a descriptor that is closed too early, and the writes with it."""
+    filesystem = Closing()
+    with gated(tmp_path, filesystem) as it, logged(logging.ERROR):
+        it.hold()
+        attach = Pipeline.attach
+
+        def failing(pipeline: Pipeline, job: Job, descriptors: Sequence[int]) -> None:
+            attach(pipeline, job, descriptors)
+            it.wait_started()
+            raise error
+
+        monkeypatch.setattr(Pipeline, "attach", failing)
+        pending = it.engine.checkpoint(training().arena, step=1, snapshot="lazy")
+        it.wait_started()
+        time.sleep(0.05)  # for what must not happen
+        assert not pending.done() and not filesystem.closed and len(filesystem.data) == 2
+        it.gate.set()
+        assert pending.exception(HANG_S) is error and len(filesystem.closed) == 2
+        monkeypatch.undo()
+        save(it.engine, 1, 3)
+        assert names(tmp_path) == ["step-00000001"]
+
+
+def test_a_restore_that_is_interrupted_with_reads_under_way_closes_no_file_under_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filesystem = Closing()
+    with ThreadPoolExecutor(1) as pool, gated(tmp_path, filesystem) as it:
+        it.gate.set()
+        save(it.engine, 1, 3)
+        it.hold()
+        filesystem.closed.clear()
+        attach = Pipeline.attach
+
+        def interrupted(pipeline: Pipeline, job: Job, descriptors: Sequence[int]) -> None:
+            attach(pipeline, job, descriptors)
+            it.wait_started()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Pipeline, "attach", interrupted)
+        loading = pool.submit(it.engine.load, 1)
+        it.wait_started()
+        time.sleep(0.05)  # for what must not happen
+        assert not loading.done() and not filesystem.closed
+        it.gate.set()
+        with pytest.raises(KeyboardInterrupt):
+            loading.result(HANG_S)
+        assert len(filesystem.closed) == 2
+        monkeypatch.undo()
+        assert stored(it.engine, 1) == content(3)
+
+
+def test_a_directory_is_locked_until_the_last_read_has_ended(tmp_path: Path) -> None:
+    """Another Engine could write over the very files that are read: a step that is pinned is pinned in one Engine."""
+    with ThreadPoolExecutor(2) as pool, gated(tmp_path) as it:
+        it.gate.set()
+        save(it.engine, 1, 3)
+        it.hold()
+        loading = pool.submit(stored, it.engine, 1)
+        it.wait_started()
+        closing = pool.submit(it.engine.close)
+        until(lambda: not it.engine.is_open)
+        try:
+            for _ in range(20):
+                with pytest.raises(engine.LockedError), opened(tmp_path):
+                    pass
+                time.sleep(0.005)
+            assert not loading.done() and not closing.done()
+        finally:
+            it.gate.set()
+            closing.result(HANG_S)
+        assert loading.result(HANG_S) == content(3)
+    with opened(tmp_path) as again:
+        assert stored(again, 1) == content(3)
 
 
 FAULTS = st.one_of(

@@ -9,13 +9,18 @@ the pipeline's thread, which holds the GIL meanwhile, so a test may look at the 
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import random
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 from engine._native import ffi, lib
+
+from engine.io.pipeline import Pipeline
 
 # How often the pipeline gets to look into its inbox while completions are held back.
 _LOOK_S = 0.001
@@ -124,6 +129,15 @@ class FaultTable:
         self._script.clear()
         self._refusals.clear()
         self._always = self._order = None
+
+    @contextmanager
+    def moving_blocks(self) -> Iterator[None]:
+        """Engines that are opened meanwhile move their blocks through this table.
+
+        As "buffered", whatever else Engines are opened with: its memory is not aligned.
+        """
+        with mock.patch("engine.io.backend.Pipeline", functools.partial(Pipeline, io_table=self.c_table)):
+            yield
 
     def _callback(self, signature: str, function: Any) -> Any:
         """A bug in here must fail the test and not hang it: it is kept, and the pipeline sees an errno."""
