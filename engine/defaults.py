@@ -14,6 +14,7 @@ from typing import Any
 
 from engine.engine import Engine
 from engine.state.arena import Arena
+from engine.store.directory import path_of
 from engine.store.reader import RestoreInfo, Select
 from engine.store.writer import Save
 
@@ -34,7 +35,7 @@ def restore(
 
 
 def _engine(directory: str | os.PathLike[str]) -> Engine:
-    key = (os.getpid(), os.path.realpath(os.fspath(directory)))
+    key = (os.getpid(), os.path.realpath(path_of(directory)))
     with _mutex:
         found = _engines.get(key)
         if found is None or not found.is_open:

@@ -24,6 +24,7 @@ import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from enum import Enum
 from types import TracebackType
 from typing import Any, Literal
 
@@ -50,12 +51,21 @@ from engine.session.in_flight import InFlight, Ticket
 from engine.session.workers import Workers, is_worker
 from engine.state.arena import Arena
 from engine.store.catalog import Catalog
+from engine.store.directory import path_of
 from engine.store.filesystem import Filesystem
 from engine.store.reader import Damage, Reader, RestoreInfo, Select, Tensors
+from engine.store.retention import Retention
 from engine.store.writer import PackedPlan, Save, Writer, pack_arena_sources, pack_plan
 
 Snapshot = Literal["eager", "lazy", "checked"]
 OnBusy = Literal["wait", "skip", "raise"]
+
+
+class _Unset(Enum):
+    """The default of an argument for which None means something."""
+
+    UNSET = "the rule that is stored with the run"
+
 
 # Half of the pipeline's room for jobs (ENG_JOBS_MAX), so that restores always find a place.
 MAX_ASYNC_MAX = 32
@@ -80,7 +90,9 @@ class Engine:
 
     Args:
         directory: where; created if it is not there.
-        keep: how many committed checkpoints to leave; None for all.
+        keep: how many committed checkpoints to leave; None for all.  Without it, and without `retention`, the rule that
+            is stored with the run; a new run keeps two.
+        retention: the same with more to say (see `engine.store.retention.Retention`); stored with the run.
         max_async: how many saves may be in flight, 1 to 32.
         staging_bytes: memory for staging slots, allocated now and pinned if the locked-memory limit allows; at most
             1024 slots are made of it.
@@ -98,23 +110,32 @@ class Engine:
 
     def __init__(
         self,
-        directory: str | os.PathLike[str],
+        directory: str | bytes | os.PathLike[str],
         *,
-        keep: int | None = 2,
+        keep: int | _Unset | None = _Unset.UNSET,
+        retention: Retention | None = None,
         max_async: int = 2,
         staging_bytes: int = 256 << 20,
         block_bytes: int = 4 << 20,
         backend: Choice = "auto",
         filesystem: Filesystem | None = None,
     ) -> None:
-        if keep is not None:
-            _check_range("keep", keep, 1, None)
+        if not isinstance(keep, _Unset):
+            if retention is not None:
+                raise ArgumentError(
+                    "keep and retention were both given; keep=N is short for retention=Retention(last=N)"
+                )
+            if keep is not None:
+                _check_range("keep", keep, 1, None)
+            retention = Retention(last=keep)
         _check_range("max_async", max_async, 1, MAX_ASYNC_MAX)
         slot_count = _slot_count(staging_bytes, block_bytes)
         _check_choice("backend", backend, Choice)
         self._block_bytes = block_bytes
         with ExitStack() as undo:
-            self._catalog = Catalog(os.fspath(directory), filesystem or Filesystem(), spare_max=max_async)
+            self._catalog = Catalog(
+                path_of(directory), filesystem or Filesystem(), spare_max=max_async, retention=retention
+            )
             undo.callback(self._catalog.close)
             self._pipeline, self._probe = open_pipeline(
                 self._catalog.root, self._catalog.filesystem, backend, slot_count, block_bytes
@@ -126,7 +147,7 @@ class Engine:
             if degraded is not None:
                 warnings.warn(degraded, EngineWarning, stacklevel=2)  # which may raise, if the user wants it so
             undo.pop_all()
-        self._writer = Writer(self._catalog, self._pipeline, keep)
+        self._writer = Writer(self._catalog, self._pipeline)
         self._reader = Reader(self._catalog, self._pipeline)
         self._in_flight = InFlight(max_async)
         self._closing = False
@@ -343,7 +364,8 @@ class Engine:
         for passed in [s for s in committed() if s >= taken and s in damaged]:
             aside = self._catalog.set_aside(passed)
             damaged.discard(passed)
-            warnings.warn(f"step {passed} is damaged and was renamed to {aside}", EngineWarning, stacklevel=3)
+            if aside is not None:
+                warnings.warn(f"step {passed} is damaged and was renamed to {aside}", EngineWarning, stacklevel=3)
         damaged.discard(taken)  # from here on the number is the new save's
         return taken
 
@@ -390,7 +412,8 @@ def probe(directory: str | os.PathLike[str], *, staging_bytes: int = 256 << 20, 
         ArgumentError: a number is out of range.
         StorageError: no file can be made in the directory, for instance because it is not there.
     """
-    return find(os.path.realpath(directory), Filesystem(), _slot_count(staging_bytes, block_bytes), block_bytes)
+    root = os.path.realpath(path_of(directory))
+    return find(root, Filesystem(), _slot_count(staging_bytes, block_bytes), block_bytes)
 
 
 def _slot_count(staging_bytes: int, block_bytes: int) -> int:

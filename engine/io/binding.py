@@ -30,9 +30,9 @@ def block_checksum(block: bytes | bytearray | memoryview, seed: int, file_index:
     return int(lib.eng_block_checksum(view, len(view), seed, file_index, file_offset))
 
 
-def allocate(descriptor: int, nbytes: int) -> int:
-    """Reserve a file's blocks (fallocate(2)); 0 or an errno.  Blocks, without the GIL."""
-    return -int(lib.eng_allocate(descriptor, nbytes))
+def allocate(descriptor: int, offset: int, nbytes: int) -> int:
+    """Reserve the blocks of a range of a file (fallocate(2)); 0 or an errno.  Blocks, without the GIL."""
+    return -int(lib.eng_allocate(descriptor, offset, nbytes))
 
 
 def direct_alignment(descriptor: int) -> int:

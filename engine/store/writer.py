@@ -281,13 +281,11 @@ class Writer:
     Args:
         catalog: the directory.
         pipeline: the native thread.
-        keep: how many committed checkpoints to leave, or None for all.
     """
 
-    def __init__(self, catalog: Catalog, pipeline: Pipeline, keep: int | None) -> None:
+    def __init__(self, catalog: Catalog, pipeline: Pipeline) -> None:
         self._catalog = catalog
         self._pipeline = pipeline
-        self._keep = keep
 
     def prepare(self, arena: Arena, packed: PackedPlan, sources: Packed, step: int, checked: bool) -> Save:
         """Make a save that `start` will begin.  Nothing has happened yet."""
@@ -376,12 +374,22 @@ class Writer:
     def _make_files(self, step: int, plan: Plan, files: list[WrittenFile]) -> None:
         filesystem = self._catalog.filesystem
         self._catalog.check_room(sum(align_up(file.nbytes, ALIGNMENT) for file in plan.files))
-        partial = self._catalog.begin(step, [file.name for file in plan.files])
+        begun = self._catalog.begin(step, [file.name for file in plan.files])
         for file in plan.files:
-            path = os.path.join(partial, file.name)
+            path = os.path.join(begun.path, file.name)
             descriptor = filesystem.open_for_blocks(path, write=True, direct=self._pipeline.direct)
             files.append(WrittenFile(descriptor, path, file.nbytes))
-            filesystem.allocate(files[-1].descriptor, align_up(file.nbytes, ALIGNMENT), path)
+            self._allocate(files[-1])
+
+    def _allocate(self, file: WrittenFile) -> None:
+        """Reserve a file's blocks; where there is no room, once more without the checkpoints that no rule keeps."""
+        nbytes = align_up(file.nbytes, ALIGNMENT)
+        try:
+            self._catalog.filesystem.allocate(file.descriptor, nbytes, file.path)
+        except StorageError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._catalog.free_surplus():
+                raise
+            self._catalog.filesystem.allocate(file.descriptor, nbytes, file.path)
 
     def _manifest(self, save: Save, meta: Mapping[str, Any]) -> Manifest:
         job, packed = save._job, save._packed
@@ -392,7 +400,7 @@ class Writer:
             version=VERSION,
             step=save.step,
             checkpoint_id=save.checkpoint_id,
-            created_ns=time.time_ns(),
+            created_ns=max(0, time.time_ns()),  # a clock may be wrong
             block_bytes=packed.plan.block_bytes,
             files=tuple(FileRecord(*file) for file in packed.plan.files),
             chunks=chunk_records(packed.plan, packed.layers, job.checksums()),
@@ -402,10 +410,8 @@ class Writer:
 
     def _retire(self) -> None:
         """After the commit: what goes wrong here costs disk space, not the checkpoint."""
-        if self._keep is None:
-            return
         try:
-            self._catalog.retire(self._keep)
+            self._catalog.retire()
         except Exception as error:  # the checkpoint is committed, and its Future must be told so
             _log.warning("old checkpoints could not be retired, and stay: %s", error)
 

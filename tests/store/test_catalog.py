@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from engine.format.manifest import (
 from engine.format.plan import ALIGNMENT
 from engine.store.catalog import Catalog, step_name
 from engine.store.filesystem import Filesystem
+from engine.store.retention import Retention
 
 DATA_NAME = "model.safetensors"
 SPARE = Path(".engine", "spare")
@@ -97,9 +98,20 @@ def fill(partial: str, content: bytes) -> int:
     return inode
 
 
+def begin(catalog: Catalog, step: int, wanted: Sequence[str]) -> str:
+    """Begin a save; returns its partial."""
+    return catalog.begin(step, wanted).path
+
+
+def retire(catalog: Catalog, keep: int) -> None:
+    """Retire all but the newest `keep`."""
+    catalog.retention = Retention(last=keep)
+    catalog.retire()
+
+
 def save(catalog: Catalog, step: int) -> int:
     """Begin, write and publish a step; returns the inode number of its file."""
-    inode = fill(catalog.begin(step, [DATA_NAME]), str(step).encode())
+    inode = fill(begin(catalog, step, [DATA_NAME]), str(step).encode())
     Path(catalog.partial_path(step), MANIFEST_NAME).write_text("{}")
     assert catalog.publish(step) == catalog.path(step)
     return inode
@@ -136,7 +148,7 @@ def test_names_of_steps_sort_as_numbers(step: int, name: str, catalog: Catalog) 
 MOVES: dict[str, Callable[[Catalog], object]] = {
     "begin": lambda catalog: catalog.begin(4, [DATA_NAME]),
     "publish": lambda catalog: catalog.publish(3),
-    "retire": lambda catalog: catalog.retire(1),
+    "retire": lambda catalog: retire(catalog, 1),
     "rollback": lambda catalog: catalog.retire_after(1),
     "set aside": lambda catalog: catalog.set_aside(2),
     "discard": lambda catalog: catalog.discard(3),
@@ -154,7 +166,7 @@ def test_nothing_is_moved_in_a_directory_that_was_put_in_the_place_of_ours(tmp_p
             opened.callback(catalog.close)
             save(catalog, 1)
             save(catalog, 2)
-            fill(catalog.begin(3, [DATA_NAME]), b"3")
+            fill(begin(catalog, 3, [DATA_NAME]), b"3")
             return catalog
 
         ours = open_and_save()
@@ -182,7 +194,7 @@ def test_a_directory_is_made_with_its_parents(tmp_path: Path, filesystem: Record
 
 
 def test_a_step_is_there_once_it_is_published(catalog: Catalog, tmp_path: Path) -> None:
-    partial = catalog.begin(5, [DATA_NAME])
+    partial = begin(catalog, 5, [DATA_NAME])
     assert (partial, names(tmp_path)) == (str(tmp_path / "step-00000005.partial"), ["step-00000005.partial"])
     assert catalog.steps() == []
     fill(partial, b"5")
@@ -192,7 +204,7 @@ def test_a_step_is_there_once_it_is_published(catalog: Catalog, tmp_path: Path) 
 
 
 def test_a_failed_save_leaves_nothing(catalog: Catalog, tmp_path: Path) -> None:
-    fill(catalog.begin(5, [DATA_NAME]), b"5")
+    fill(begin(catalog, 5, [DATA_NAME]), b"5")
     catalog.discard(5)
     catalog.discard(6)  # never begun
     assert (catalog.steps(), names(tmp_path), spares(tmp_path)) == ([], [], [])
@@ -213,7 +225,7 @@ def test_a_publish_that_fails_leaves_no_step(
     catalog: Catalog, filesystem: Recorded, tmp_path: Path, refused: str
 ) -> None:
     save(catalog, 1)
-    fill(catalog.begin(2, [DATA_NAME]), b"2")
+    fill(begin(catalog, 2, [DATA_NAME]), b"2")
     filesystem.refuse(refused)
     with pytest.raises(StorageError) as caught:
         catalog.publish(2)
@@ -232,19 +244,21 @@ def test_a_retired_steps_files_are_the_next_ones(catalog: Catalog, tmp_path: Pat
     inode = save(catalog, 1)
     Path(catalog.path(1), "optimizer.safetensors").write_bytes(b"not wanted next time")
     save(catalog, 2)
-    catalog.retire(1)
+    retire(catalog, 1)
     assert (catalog.steps(), names(tmp_path), len(spares(tmp_path))) == ([2], ["step-00000002"], 1)
 
-    partial = Path(catalog.begin(3, [DATA_NAME, "another.safetensors"]))
+    partial = Path(begin(catalog, 3, [DATA_NAME, "another.safetensors"]))
     assert os.listdir(partial) == [DATA_NAME], "neither the manifest nor what is not wanted"
     assert os.stat(partial / DATA_NAME).st_ino == inode
     assert (partial / DATA_NAME).read_bytes() == b"1"
+    assert [os.listdir(tmp_path / SPARE / name) for name in spares(tmp_path)] == [[]]
+    catalog.publish(3)
     assert spares(tmp_path) == []
 
 
 def test_spares_are_taken_in_the_order_in_which_they_came(catalog: Catalog) -> None:
     inodes = [save(catalog, step) for step in (1, 2, 3)]
-    catalog.retire(1)
+    retire(catalog, 1)
     assert [save(catalog, step) for step in (4, 5)] == inodes[:2]
     assert save(catalog, 6) not in inodes
 
@@ -252,7 +266,7 @@ def test_spares_are_taken_in_the_order_in_which_they_came(catalog: Catalog) -> N
 @pytest.mark.parametrize("count", [1, 5])
 def test_only_so_many_spares_are_kept(catalog: Catalog, tmp_path: Path, count: int) -> None:
     inodes = [save(catalog, step) for step in range(count + 1)]
-    catalog.retire(1)
+    retire(catalog, 1)
     kept = [os.stat(tmp_path / SPARE / name / DATA_NAME).st_ino for name in spares(tmp_path)]
     assert kept == inodes[:-1][-2:], "the newest two"
     # They are also kept across an open.
@@ -266,7 +280,7 @@ def test_only_so_many_spares_are_kept(catalog: Catalog, tmp_path: Path, count: i
 def test_the_newest_are_kept(catalog: Catalog, keep: int) -> None:
     for step in (10, 20, 30, 40):
         save(catalog, step)
-    catalog.retire(keep)
+    retire(catalog, keep)
     assert catalog.steps() == [10, 20, 30, 40][-keep:]
 
 
@@ -275,7 +289,7 @@ def test_a_file_with_another_name_is_not_overwritten(catalog: Catalog, tmp_path:
     copy = tmp_path / "best.safetensors"
     os.link(Path(catalog.path(1), DATA_NAME), copy)
     save(catalog, 2)
-    catalog.retire(1)
+    retire(catalog, 1)
     assert save(catalog, 3) != inode
     assert copy.read_bytes() == b"1"
     assert os.stat(copy).st_nlink == 1
@@ -289,7 +303,7 @@ def test_a_link_is_not_followed(catalog: Catalog, tmp_path: Path) -> None:
     data.unlink()
     data.symlink_to(elsewhere)
     save(catalog, 2)
-    catalog.retire(1)
+    retire(catalog, 1)
     save(catalog, 3)
     assert not Path(catalog.path(3), DATA_NAME).is_symlink()
     assert elsewhere.read_bytes() == b"1"
@@ -305,8 +319,8 @@ def test_what_users_put_beside_is_retired_with_the_rest(catalog: Catalog, tmp_pa
         (plots / "deep").mkdir(parents=True)
         (plots / "deep" / "loss.png").write_bytes(b"png")
         (plots / "link").symlink_to(outside)
-        catalog.retire(1)
-    partial = catalog.begin(5, [DATA_NAME])
+        retire(catalog, 1)
+    partial = begin(catalog, 5, [DATA_NAME])
     assert os.listdir(partial) == [DATA_NAME]
     catalog.discard(5)
     assert (outside / "precious").read_bytes() == b"precious"
@@ -319,7 +333,7 @@ def test_a_retirement_that_is_refused_halfway_is_durable_as_far_as_it_went(
         save(catalog, step)
     filesystem.refuse("rename", spared=1)
     with pytest.raises(StorageError):
-        catalog.retire(1)
+        retire(catalog, 1)
     assert catalog.steps() == [2, 3, 4]
     assert names(tmp_path) == [step_name(step) for step in (2, 3, 4)]
     catalog.begin(5, [DATA_NAME])
@@ -333,7 +347,7 @@ def test_a_retirement_that_is_not_durable_is_not_recycled(
     first, second = save(catalog, 1), save(catalog, 2)
     filesystem.refuse("sync_directory", spared=which)
     with pytest.raises(StorageError):
-        catalog.retire(1)
+        retire(catalog, 1)
     assert save(catalog, 3) not in (first, second)
     check_order(filesystem.done, str(tmp_path))
     assert {Path(catalog.path(step), DATA_NAME).read_bytes() for step in catalog.steps()} == {b"2", b"3"}
@@ -343,60 +357,35 @@ def begin_two(catalog: Catalog) -> None:
     """Saves 4 and 5, each in a spare of its own; 3 is committed."""
     for step in (1, 2, 3):
         save(catalog, step)
-    catalog.retire(1)
+    retire(catalog, 1)
     for step in (4, 5):
-        fill(catalog.begin(step, [DATA_NAME]), str(step).encode())
+        fill(begin(catalog, step, [DATA_NAME]), str(step).encode())
 
 
-def test_what_both_have_taken_is_durable_before_the_root_is_synced(
+def test_moves_from_a_spare_are_durable_before_their_save_is_published(
     catalog: Catalog, filesystem: Recorded, tmp_path: Path
 ) -> None:
     begin_two(catalog)
-    spare, root = str(tmp_path / SPARE), str(tmp_path)
+    root = str(tmp_path)
     filesystem.done.clear()
     for step in (5, 4):
         catalog.publish(step)
     published = [("rename", f"{catalog.path(step)}.partial", catalog.path(step)) for step in (5, 4)]
-    assert filesystem.done == [("sync", spare), published[0], ("sync", root), published[1], ("sync", root)]
+    taken = [("sync", str(tmp_path / SPARE / name)) for name in ("00000002", "00000001")]
+    assert filesystem.done == [taken[0], published[0], ("sync", root), taken[1], published[1], ("sync", root)]
 
 
-def test_what_was_taken_is_durable_before_a_damaged_step_is_set_aside(
-    catalog: Catalog, filesystem: Recorded, tmp_path: Path
-) -> None:
-    begin_two(catalog)
-    filesystem.done.clear()
-    catalog.set_aside(3)
-    assert [operation for operation, *_ in filesystem.done] == ["sync", "rename", "sync"]
-    assert filesystem.done[0] == ("sync", str(tmp_path / SPARE))
-
-
-def test_a_taking_that_may_not_last_fails_every_save_that_took(catalog: Catalog, filesystem: Recorded) -> None:
+def test_moves_that_may_not_last_fail_their_save_and_no_other(catalog: Catalog, filesystem: Recorded) -> None:
     begin_two(catalog)
     filesystem.refuse("sync_directory", spared=0)
-    for step in (5, 4):  # the second has no failure of its own
-        with pytest.raises(StorageError):
-            catalog.publish(step)
-        catalog.discard(step)
-    assert catalog.steps() == [3]
-    for step in (4, 5, 6):
+    with pytest.raises(StorageError):
+        catalog.publish(5)
+    catalog.discard(5)
+    catalog.publish(4)
+    assert catalog.steps() == [3, 4]
+    for step in (5, 6):
         save(catalog, step)
     assert catalog.steps() == [3, 4, 5, 6]
-
-
-def test_a_taking_is_known_to_last_once_another_has_synced_spare(
-    catalog: Catalog, filesystem: Recorded, tmp_path: Path
-) -> None:
-    for step in (1, 2, 3):
-        save(catalog, step)
-    catalog.retire(2)
-    fill(catalog.begin(4, [DATA_NAME]), b"4")
-    assert spares(tmp_path) == [], "it has taken the one there was"
-    filesystem.refuse("sync_directory", spared=1)  # the root's: spare's, right before, has done for what was taken, too
-    with pytest.raises(StorageError):
-        catalog.retire(1)
-    filesystem.done.clear()
-    catalog.publish(4)
-    assert filesystem.done == [("rename", f"{catalog.path(4)}.partial", catalog.path(4)), ("sync", str(tmp_path))]
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["spare", "root"])
@@ -407,7 +396,7 @@ def test_going_back_deletes_nothing_once_a_sync_has_failed(
         save(catalog, step)
     filesystem.refuse("sync_directory", spared=which)
     with pytest.raises(StorageError):
-        catalog.retire(4)  # which a power cut may undo
+        retire(catalog, 4)  # which a power cut may undo
     assert catalog.retire_after(2) == [5, 4, 3]
     assert catalog.steps() == [2]
     assert [Path(tmp_path, SPARE, name, DATA_NAME).read_bytes() for name in spares(tmp_path)] == [
@@ -419,27 +408,29 @@ def test_going_back_deletes_nothing_once_a_sync_has_failed(
 
 
 def check_order(done: list[tuple[str, ...]], root: str) -> None:
-    """I4 and I5 of docs/durability.md: a spare is durable before it is taken, and taken before it is published.
+    """I4 and I5 of docs/durability.md, in terms of what was done.
 
-    In terms of what was done: after a rename into spare, spare and then root are synced before any rename out of it;
-    after that, spare is synced before the same directory gets its final name.
+    After a directory was renamed into spare, spare and then root are synced before a file is moved out of it.  After
+    that, the directory in spare is synced before the partial that the file was moved to gets its final name.
     """
     spare = str(Path(root) / SPARE)
     arrived: dict[str, int] = {}
-    left: dict[str, int] = {}
+    moved: dict[str, tuple[str, int]] = {}
     for now, (operation, *paths) in enumerate(done):
         if operation != "rename":
             continue
         source, target = paths
+        directory = os.path.dirname(source)
         if os.path.dirname(target) == spare:
             arrived[target] = now
-        elif os.path.dirname(source) == spare:
-            since = done[arrived.pop(source, -1) + 1 : now]
+        elif os.path.dirname(directory) == spare:
+            since = done[arrived.get(directory, -1) + 1 : now]
             assert ("sync", spare) in since, f"{source} was taken before its arrival was durable"
             assert ("sync", root) in since[since.index(("sync", spare)) :], f"{source} was taken before it had left"
-            left[target] = now
-        elif source in left:
-            assert ("sync", spare) in done[left.pop(source) : now], f"{target} was published while also a spare"
+            moved[os.path.dirname(target)] = directory, now
+        elif source in moved:
+            taken_from, at = moved.pop(source)
+            assert ("sync", taken_from) in done[at:now], f"{target} was published before its files had left the spare"
 
 
 # -- pins, rollback, damage -------------------------------------------------------------------------------------------
@@ -450,12 +441,12 @@ def test_a_step_that_is_read_is_not_retired(catalog: Catalog) -> None:
         save(catalog, step)
     with catalog.pinned(1):
         with catalog.pinned(1):
-            catalog.retire(1)
+            retire(catalog, 1)
             assert catalog.steps() == [1, 3]
-        catalog.retire(1)
+        retire(catalog, 1)
         assert catalog.steps() == [1, 3]
         assert Path(catalog.path(1), DATA_NAME).read_bytes() == b"1"
-    catalog.retire(1)
+    retire(catalog, 1)
     assert catalog.steps() == [3]
 
 
@@ -464,7 +455,7 @@ def test_a_pin_ends_with_an_error_too(catalog: Catalog) -> None:
     save(catalog, 2)
     with pytest.raises(ZeroDivisionError), catalog.pinned(1):
         raise ZeroDivisionError
-    catalog.retire(1)
+    retire(catalog, 1)
     assert catalog.steps() == [2]
 
 
@@ -727,7 +718,6 @@ class Directory(RuleBasedStateMachine):
         self.filesystem = Recorded()
         self.committed: set[int] = set()
         self.partial: set[int] = set()
-        self.sound_partial: set[int] = set()  # begun before anything was refused
         self.pins: dict[int, ExitStack] = {}
         self.next_step = 0
         self.armed: tuple[str, int] | None = None
@@ -745,14 +735,14 @@ class Directory(RuleBasedStateMachine):
             self.catalog.close()
         self.exit.close()
 
-    def attempt(self, call: Callable[[], object], may_fail: bool = False) -> bool:
-        """Whether it succeeded; only what was armed may make it fail, or else what `may_fail`."""
+    def attempt(self, call: Callable[[], object]) -> bool:
+        """Whether it succeeded; only what was armed may make it fail."""
         armed, self.filesystem.armed = self.armed, self.armed
         self.armed = None
         try:
             call()
         except StorageError:
-            assert armed is not None or may_fail, "refused, though nothing was armed"
+            assert armed is not None, "refused, though nothing was armed"
             return False
         finally:
             self.sound &= armed is None or self.filesystem.armed is not None
@@ -768,9 +758,8 @@ class Directory(RuleBasedStateMachine):
     def begin(self, skipped: int) -> None:
         self.next_step += skipped
         step = self.next_step
-        if self.attempt(lambda: fill(self.catalog.begin(step, [DATA_NAME]), str(step).encode())):
+        if self.attempt(lambda: fill(begin(self.catalog, step, [DATA_NAME]), str(step).encode())):
             self.partial.add(step)
-            self.sound_partial |= {step} if self.sound else set()
         else:
             self.catalog.discard(step)
 
@@ -779,9 +768,7 @@ class Directory(RuleBasedStateMachine):
     def publish(self, data: st.DataObject) -> None:
         step = data.draw(st.sampled_from(sorted(self.partial)))
         self.partial.discard(step)
-        # What was taken from spare before a sync has failed may not last, and then its save fails as well.
-        may_fail = not self.sound and step in self.sound_partial
-        if self.attempt(lambda: self.catalog.publish(step), may_fail):
+        if self.attempt(lambda: self.catalog.publish(step)):
             self.committed.add(step)
         else:
             self.catalog.discard(step)
@@ -797,7 +784,7 @@ class Directory(RuleBasedStateMachine):
     def retire(self, keep: int) -> None:
         newest, may_stay = set(sorted(self.committed)[-keep:]), self.committed
         sound = self.sound
-        succeeded = self.attempt(lambda: self.catalog.retire(keep))
+        succeeded = self.attempt(lambda: retire(self.catalog, keep))
         self.committed = set(self.catalog.steps())
         assert newest | self.pins.keys() & may_stay <= self.committed <= may_stay
         if succeeded and sound and self.sound:
@@ -842,7 +829,7 @@ class Directory(RuleBasedStateMachine):
         self.pins = {}
         self.catalog.close()
         self.catalog = Catalog(self.root, self.filesystem, self.spare_max)
-        self.partial, self.sound_partial, self.sound = set(), set(), True
+        self.partial, self.sound = set(), True
         assert len(os.listdir(Path(self.root) / SPARE)) <= self.spare_max
 
     @invariant()

@@ -163,17 +163,19 @@ def _promote(self: Catalog) -> Sequence[int]:
     return _recover(self)
 
 
-def _retire_newest(self: Catalog, keep: int) -> None:
-    self._retire(self.steps()[keep:])
+def _retire_newest(self: Catalog) -> None:
+    self._retire(self.steps()[self.retention.last :])
 
 
 # By what is broken, named by the lines of docs/durability.md.
 MUTATIONS: dict[str, Mutation] = {
-    "C2 left out: fsync of the data files": Mutation(without(Drop("commit", ".safetensors"))),
-    "C3 left out: fsync of the manifest": Mutation(without(Drop("commit", "manifest.json"))),
-    "C4 left out: fsync of the partial": Mutation(without(Drop("commit", ".partial"))),
+    "C2 left out: fsync of the data files": Mutation(without(Drop("seal", ".safetensors"))),
+    "C3 left out: fsync of the manifest": Mutation(without(Drop("publish", "manifest.json"))),
+    "C4 left out: fsync of the partial": Mutation(without(Drop("publish", ".partial"))),
     "C7 left out: fsync of the root after the rename": Mutation(without(Drop("publish", "/run"))),
-    "C5 left out: fsync of spare after taking one": Mutation(without(Drop("_sync_taken", "/spare")), "recycled_save"),
+    "C5 left out: fsync of the spare that the files came from": Mutation(
+        without(Drop("publish", "/00000001")), "recycled_save"
+    ),
     "R2 left out: fsync of spare": Mutation(without(Drop("_retire", "/spare")), "retirement"),
     "R2 left out: fsync of the root": Mutation(without(Drop("_retire", "/run")), "recycled_save"),
     "R2 left out: both, a spare is taken before its retirement is durable": Mutation(

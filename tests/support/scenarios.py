@@ -256,12 +256,15 @@ _HOLDS = ("open_for_blocks", "allocate", "truncate", "sync_file", "write_new_fil
 # Which of the calls of an operation is meant, as in disk.FailingFilesystem.
 _SUFFIXES = {"sync_directory": ".partial", "rename": "/step-00000003"}
 
+# The spare that step 3 takes its files from, where there were two saves before it.
+_SPARE = "/00000001"
+
 # What of a save can be refused, besides disk.FAILURES: a block, the manifest's fsync, and the fsyncs of C5 and C7.
 _REFUSALS = [
     *((operation, _SUFFIXES.get(operation, "")) for operation in FAILURES),
     ("write", ""),
     ("sync_file", "manifest.json"),
-    ("sync_directory", "/spare"),
+    ("sync_directory", _SPARE),
     ("sync_directory", "/run"),
 ]
 
@@ -274,7 +277,7 @@ SCENARIOS: dict[str, Callable[[World], None]] = {
     "leftovers": leftovers,
     **{f"overlapping_{a}_{b}_{hold}": partial(overlapping, a, b, hold) for a, b in ((3, 4), (4, 3)) for hold in _HOLDS},
     **{f"failure_{operation}{suffix}": partial(failure, operation, suffix) for operation, suffix in _REFUSALS},
-    **{f"retried{suffix}": partial(retried, suffix) for suffix in ("/spare", "/run")},
+    **{f"retried{suffix}": partial(retried, suffix) for suffix in (_SPARE, "/run")},
     # R2 is the first fsync of spare there, and the second of the root, after C7.
     "failed_retirement_/spare": partial(failed_retirement, "/spare", 0),
     "failed_retirement_/run": partial(failed_retirement, "/run", 1),
