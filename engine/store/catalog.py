@@ -221,11 +221,7 @@ class Catalog(Directory):
             StepError: something that is no checkpoint of ours has the step's name.
         """
         self.check_place()
-        if self.filesystem.status(self.path(step)) is not None:
-            raise StepError(
-                f"{self.path(step)} is in the way of step {step} and is no checkpoint of this Engine; move it away, or "
-                "save another step"
-            )
+        self._check_name_free(step)
         if self._sound:
             # There only if an earlier save of this step failed and could not be deleted.
             with passing_over() as failed:
@@ -491,6 +487,17 @@ class Catalog(Directory):
         except StorageError:
             self._sound = False
             raise
+
+    def _check_name_free(self, step: int) -> None:
+        path = self.path(step)
+        status = self.filesystem.status(path)
+        if status is not None:
+            remedy = (
+                "open a new Engine, which starts from what is there"
+                if stat.S_ISDIR(status.st_mode)
+                else "move it away; it is no directory"
+            )
+            raise StepError(f"{path} is in the way of step {step}, and this Engine has not made it: {remedy}")
 
     def _fresh_path(self, step: int) -> str:
         """Where to write a step, when what lies there already must stay as it is."""

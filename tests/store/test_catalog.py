@@ -8,12 +8,16 @@ else had it, is seen as soon as it is overwritten.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,7 +28,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from strategies import plan_of
 
-from engine.errors import CorruptError, LockedError, NotFoundError, StepError, StorageError
+from engine.errors import CorruptError, EngineWarning, LockedError, NotFoundError, StepError, StorageError
 from engine.format.layout import lay_out
 from engine.format.manifest import (
     FORMAT,
@@ -39,7 +43,7 @@ from engine.format.manifest import (
 from engine.format.plan import ALIGNMENT
 from engine.store.catalog import Catalog, step_name
 from engine.store.filesystem import Filesystem
-from engine.store.retention import Retention
+from engine.store.retention import KEEP_ALL, Retention, StepFacts
 
 DATA_NAME = "model.safetensors"
 SPARE = Path(".engine", "spare")
@@ -433,6 +437,242 @@ def check_order(done: list[tuple[str, ...]], root: str) -> None:
             assert ("sync", taken_from) in done[at:now], f"{target} was published before its files had left the spare"
 
 
+# -- what the reused files hold ---------------------------------------------------------------------------------------
+
+
+def test_what_is_recycled_is_known_only_of_a_step_that_this_process_retired(
+    catalog: Catalog, stored: tuple[Manifest, Path], tmp_path: Path
+) -> None:
+    """A spare found at open may have been overwritten before a power cut that brought it back: nobody trusts it."""
+    save(catalog, 2)
+    Path(catalog.path(2), MANIFEST_NAME).write_bytes(encode(dataclasses.replace(stored[0], step=2)))
+    save(catalog, 3)
+    retire(catalog, 1)
+    begun = catalog.begin(4, [DATA_NAME])
+    assert begun.recycled == stored[0] and begun.reused == {DATA_NAME}
+    catalog.discard(4)
+    catalog.close()
+    with_spare = Catalog(str(tmp_path), Filesystem(), spare_max=2)
+    begun = with_spare.begin(4, [DATA_NAME])
+    assert begun.recycled is None and begun.reused == {DATA_NAME}
+    with_spare.close()
+
+
+@pytest.mark.parametrize("how", ["failed save", "manifest of another step", "damaged manifest"])
+def test_what_is_recycled_is_not_known_of_anything_else(
+    catalog: Catalog, stored: tuple[Manifest, Path], tmp_path: Path, how: str
+) -> None:
+    if how == "manifest of another step":
+        stored[1].write_bytes(encode(dataclasses.replace(stored[0], step=7)))
+    elif how == "damaged manifest":
+        stored[1].write_bytes(stored[1].read_bytes()[:-5])
+    save(catalog, 2)
+    retire(catalog, 1)
+    if how == "failed save":  # it took the spare, and its files are gone with it
+        fill(begin(catalog, 3, [DATA_NAME]), b"3")
+        catalog.discard(3)
+        assert spares(tmp_path) == []
+    begun = catalog.begin(3, [DATA_NAME])
+    assert begun.recycled is None and begun.reused == (frozenset() if how == "failed save" else {DATA_NAME})
+
+
+def test_a_file_that_is_not_moved_is_not_reused(catalog: Catalog, tmp_path: Path) -> None:
+    save(catalog, 1)
+    os.link(Path(catalog.path(1), DATA_NAME), tmp_path / "best.safetensors")
+    save(catalog, 2)
+    retire(catalog, 1)
+    begun = catalog.begin(3, [DATA_NAME, "new.safetensors"])
+    assert begun.reused == frozenset() and os.listdir(begun.path) == []
+
+
+def test_a_directory_handle_of_a_retired_step_never_sees_a_later_steps_bytes(catalog: Catalog) -> None:
+    """As rsync or tar that stands in it."""
+    save(catalog, 1)
+    handle = os.open(catalog.path(1), os.O_RDONLY | os.O_DIRECTORY)
+    for step in (2, 3, 4):
+        save(catalog, step)
+        retire(catalog, 1)
+        for name in os.listdir(handle):
+            descriptor = os.open(name, os.O_RDONLY, dir_fd=handle)
+            assert os.read(descriptor, 100) in (b"1", b"{}")
+            os.close(descriptor)
+    assert os.listdir(handle) == []
+    os.close(handle)
+
+
+# -- one that cannot be moved or deleted ------------------------------------------------------------------------------
+
+
+class Stubborn(Filesystem):
+    """Refuses to rename or unlink what has a name, with an errno."""
+
+    def __init__(self, name: str, error: int) -> None:
+        self.name, self.error = name, error
+
+    def _refuse(self, operation: str, path: str) -> None:
+        if self.name in path.split(os.sep):
+            raise StorageError(self.error, operation, path)
+
+    def rename(self, source: str, target: str) -> None:
+        self._refuse("rename", source)
+        super().rename(source, target)
+
+    def unlink(self, path: str) -> None:
+        if self.error != errno.EXDEV:
+            self._refuse("unlink", path)
+        super().unlink(path)
+
+
+@pytest.mark.parametrize("error", [errno.EPERM, errno.EACCES, errno.EBUSY], ids=errno.errorcode.__getitem__)
+def test_a_step_that_cannot_be_retired_is_passed_over_with_one_warning(tmp_path: Path, error: int) -> None:
+    catalog = Catalog(str(tmp_path), Stubborn(step_name(1), error), spare_max=1, retention=Retention(last=2))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for step in range(8):
+            save(catalog, step)
+            catalog.retire()
+    assert catalog.steps() == [1, 6, 7]
+    assert [str(w.message).split(": ")[0] for w in told] == [f"rename of {catalog.path(1)}"]
+    with pytest.raises(StorageError):  # asked for by name it is an error
+        catalog.delete(1)
+    catalog.close()
+    again = Catalog(str(tmp_path), Filesystem(), spare_max=1)
+    again.retire()
+    assert again.steps() == [6, 7]
+    again.close()
+
+
+def test_a_file_that_cannot_be_moved_or_deleted_stops_no_save(tmp_path: Path) -> None:
+    catalog = Catalog(str(tmp_path), Stubborn("stuck", errno.EPERM), spare_max=1, retention=Retention(last=1))
+    save(catalog, 0)
+    Path(catalog.path(0), "stuck").touch()
+    with pytest.warns(EngineWarning, match="stays, and is not used") as told:
+        inodes = []
+        for step in range(1, 6):
+            inodes.append(save(catalog, step))
+            catalog.retire()
+    assert len(told) == 1 and len(set(inodes[1:])) == 2, "the others are recycled all the same"
+    catalog.close()
+    with pytest.warns(EngineWarning, match="is passed over"):
+        again = Catalog(str(tmp_path), Stubborn("stuck", errno.EPERM), spare_max=1)
+    assert again.steps() == [5]
+    again.close()
+
+
+def test_where_a_directory_cannot_be_renamed_it_is_deleted(tmp_path: Path) -> None:
+    """As in an overlay, whose lower layer holds it."""
+    before = Catalog(str(tmp_path), Filesystem(), spare_max=1, retention=Retention(last=2))
+    save(before, 1)
+    save(before, 2)
+    fill(begin(before, 9, [DATA_NAME]), b"9")
+    before.close()
+    filesystem = Stubborn(step_name(1), errno.EXDEV)
+    catalog = Catalog(str(tmp_path), filesystem, spare_max=1)
+    save(catalog, 3)
+    catalog.retire()
+    assert catalog.steps() == [2, 3] and names(tmp_path) == [step_name(2), step_name(3)]
+    catalog.close()
+    (tmp_path / f"{step_name(4)}.partial").mkdir()
+    filesystem.name = f"{step_name(4)}.partial"
+    Catalog(str(tmp_path), filesystem, spare_max=1).close()
+    assert names(tmp_path) == [step_name(2), step_name(3)]
+
+
+# -- the rule ---------------------------------------------------------------------------------------------------------
+
+
+def reopened(root: Path, retention: Retention | None = None) -> tuple[Retention, list[str], list[int]]:
+    """The rule in effect after an open, what was told, and the steps after one more save."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        catalog = Catalog(str(root), Filesystem(), spare_max=1, retention=retention)
+        save(catalog, max(catalog.steps(), default=0) + 1)
+        catalog.retire()
+    rule, steps = catalog.retention, catalog.steps()
+    catalog.close()
+    return rule, [str(warning.message) for warning in told], steps
+
+
+def test_a_rule_is_kept_with_the_run(tmp_path: Path) -> None:
+    assert reopened(tmp_path / "new") == (Retention(last=2), [], [1])
+    assert reopened(tmp_path / "new") == (Retention(last=2), [], [1, 2])
+    for _ in range(9):
+        reopened(tmp_path / "run", KEEP_ALL)
+    assert reopened(tmp_path / "run") == (KEEP_ALL, [], list(range(1, 11)))
+    rule, [told], steps = reopened(tmp_path / "run", Retention(last=2, every=5))
+    assert "8 of 10 are retired" not in told and "7 of 10 are retired" in told, told
+    assert (rule, steps) == (Retention(last=2, every=5), [5, 10, 11])
+    assert reopened(tmp_path / "run") == (Retention(last=2, every=5), [], [5, 10, 11, 12])
+    assert reopened(tmp_path / "run", Retention(last=2, every=5)) == (Retention(last=2, every=5), [], [5, 10, 12, 13])
+
+
+def test_a_run_without_a_rule_keeps_everything_until_one_is_given(tmp_path: Path) -> None:
+    for _ in range(3):
+        reopened(tmp_path)
+        (tmp_path / ".engine" / "retention.json").unlink(missing_ok=True)
+    rule, told, steps = reopened(tmp_path)
+    assert (rule, told, len(steps)) == (KEEP_ALL, [], 4)
+    assert not (tmp_path / ".engine" / "retention.json").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"last": 0, "every": null, "best": null}', b"9" * 5000, b"\xff"]
+)
+def test_a_stored_rule_that_is_none_keeps_everything(tmp_path: Path, content: bytes) -> None:
+    for _ in range(3):
+        reopened(tmp_path, KEEP_ALL)
+    (tmp_path / ".engine" / "retention.json").write_bytes(content)
+    rule, [told], steps = reopened(tmp_path)
+    assert rule == KEEP_ALL and len(steps) == 4 and "every checkpoint is kept until" in told
+    rule, told_again, steps = reopened(tmp_path, Retention(last=2))
+    assert rule == Retention(last=2) and len(told_again) == 1 and len(steps) == 2
+
+
+def test_a_full_disk_keeps_the_rule_in_memory(tmp_path: Path) -> None:
+    class Full(Filesystem):
+        def write_new_file(self, path: str, content: bytes | bytearray) -> None:
+            raise StorageError(errno.ENOSPC, "write", path)
+
+    with pytest.warns(EngineWarning, match="could not be stored"):
+        catalog = Catalog(str(tmp_path), Full(), spare_max=1, retention=Retention(last=3))
+    assert catalog.retention == Retention(last=3)
+    catalog.close()
+
+
+def test_tags_and_metrics_are_asked_for_once(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def facts(step: int) -> StepFacts:
+        asked.append(step)
+        return StepFacts(step, tag="kept" if step == 2 else None)
+
+    catalog = Catalog(str(tmp_path), Filesystem(), 1, Retention(last=1), facts)
+    for step in range(6):
+        save(catalog, step)
+        catalog.retire()
+    assert catalog.steps() == [2, 5] and asked == [0, 1, 2, 3, 4]
+    catalog.close()
+
+
+def test_a_step_is_deleted_and_its_room_given_back(catalog: Catalog, filesystem: Recorded, tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(catalog, step)
+    fill(begin(catalog, 4, [DATA_NAME]), b"4")
+    with pytest.raises(StepError, match="step 4 is being saved"):
+        catalog.delete(4)
+    with pytest.raises(NotFoundError, match="no step 7; committed steps: 1, 2, 3"):
+        catalog.delete(7)
+    with catalog.pinned(2), pytest.raises(StepError, match="step 2 is being read"):
+        catalog.delete(2)
+    filesystem.done.clear()
+    catalog.delete(2)
+    catalog.delete(3)
+    assert [operation for operation, *_ in filesystem.done] == ["rename", "sync", "sync"] * 2
+    assert (catalog.steps(), spares(tmp_path)) == ([1], [])
+    catalog.publish(4)
+    assert catalog.steps() == [1, 4]
+
+
 # -- pins, rollback, damage -------------------------------------------------------------------------------------------
 
 
@@ -501,6 +741,30 @@ def test_a_damaged_step_is_set_aside_and_stays(catalog: Catalog, filesystem: Rec
     again = Catalog(str(tmp_path), Filesystem(), spare_max=2)
     assert again.steps() == [2]
     again.close()
+
+
+def test_a_damaged_step_that_was_deleted_by_hand_is_forgotten(catalog: Catalog) -> None:
+    for step in (1, 2):
+        save(catalog, step)
+    shutil.rmtree(catalog.path(2))
+    with pytest.raises(CorruptError, match="missing"), catalog.opened(2):
+        raise AssertionError
+    assert catalog.set_aside(2) is None
+    save(catalog, 2)
+    assert catalog.steps() == [1, 2]
+
+
+@pytest.mark.parametrize("what", ["file", "link", "directory"])
+def test_what_has_a_steps_name_and_is_no_step_is_refused_before_anything_is_written(
+    catalog: Catalog, tmp_path: Path, what: str
+) -> None:
+    path = tmp_path / step_name(3)
+    {"file": path.touch, "link": lambda: path.symlink_to(tmp_path), "directory": path.mkdir}[what]()
+    remedy = "open a new Engine" if what == "directory" else "move it away"
+    with pytest.raises(StepError, match=rf"in the way of step 3.*{remedy}"):
+        catalog.begin(3, [DATA_NAME])
+    assert names(tmp_path) == [step_name(3)]
+    save(catalog, 4)
 
 
 def test_setting_aside_without_a_sync_does_not_leave_a_step_that_is_gone(
@@ -632,6 +896,15 @@ def test_a_place_where_no_directory_can_be(tmp_path: Path) -> None:
     assert caught.value.errno == errno.ENOTDIR
 
 
+def test_a_path_so_long_that_no_save_could_succeed_is_refused_at_open(tmp_path: Path) -> None:
+    root = tmp_path
+    while len(str(root)) < 3_900:
+        root = root / ("d" * 200)
+    with pytest.raises(StorageError, match="use a directory with a shorter path"):
+        Catalog(str(root), Filesystem(), spare_max=1)
+    assert os.listdir(tmp_path) == []
+
+
 # -- the lock ---------------------------------------------------------------------------------------------------------
 
 
@@ -701,6 +974,60 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path, how: str) -> None:
         holder.kill()
         if child:
             os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("first", ["run", "copy"])
+def test_a_copy_made_of_hard_links_is_not_in_use(tmp_path: Path, first: str) -> None:
+    root, copy = tmp_path / "run", tmp_path / "copy"
+    running = Catalog(str(root), Filesystem(), spare_max=1)
+    if first == "copy":  # copied when nobody has it open
+        running.close()
+    subprocess.run(["cp", "-al", str(root), str(copy)], check=True)
+    if first == "copy":
+        running = Catalog(str(root), Filesystem(), spare_max=1)
+    of_copy = Catalog(str(copy), Filesystem(), spare_max=1)
+    for taken in (root, copy):
+        with pytest.raises(LockedError, match=rf"{taken} is in use by another Engine \(process {os.getpid()}\)"):
+            Catalog(str(taken), Filesystem(), spare_max=1)
+    for catalog in (running, of_copy):
+        save(catalog, 1)
+        catalog.close()
+    assert sorted(os.listdir(copy / ".engine")) == ["lock", "retention.json", "spare"]
+
+
+def test_one_of_many_that_open_a_copy_at_once_gets_it(tmp_path: Path) -> None:
+    root, copy = tmp_path / "run", tmp_path / "copy"
+    with ExitStack() as opened:
+        opened.callback(Catalog(str(root), Filesystem(), spare_max=1).close)
+        subprocess.run(["cp", "-al", str(root), str(copy)], check=True)
+        got: list[Catalog | None] = []
+
+        def attempt() -> None:
+            try:
+                got.append(Catalog(str(copy), Filesystem(), spare_max=1))
+            except LockedError:
+                got.append(None)
+
+        threads = [threading.Thread(target=attempt) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        winners = [catalog for catalog in got if catalog is not None]
+        for catalog in winners:
+            opened.callback(catalog.close)
+    assert len(got) == 8 and len(winners) == 1
+
+
+def test_a_holder_in_another_pid_namespace_is_not_named_as_a_process_here(tmp_path: Path) -> None:
+    class Elsewhere(Filesystem):
+        def pid_namespace(self) -> int:
+            return 1
+
+    holder = Catalog(str(tmp_path), Elsewhere(), spare_max=1)
+    with pytest.raises(LockedError, match=rf"a process of another PID namespace, {os.getpid()} there"):
+        Catalog(str(tmp_path), Filesystem(), spare_max=1)
+    holder.close()
 
 
 # -- any order of all of these ----------------------------------------------------------------------------------------

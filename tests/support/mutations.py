@@ -35,7 +35,7 @@ class Drop(NamedTuple):
     """An fsync that is left out; `place` counts those of this path in this function."""
 
     function: str
-    suffix: str
+    suffix: str | tuple[str, ...]
     place: int | None = None
 
 
@@ -175,6 +175,13 @@ MUTATIONS: dict[str, Mutation] = {
     "C7 left out: fsync of the root after the rename": Mutation(without(Drop("publish", "/run"))),
     "C5 left out: fsync of the spare that the files came from": Mutation(
         without(Drop("publish", "/00000001")), "recycled_save"
+    ),
+    "C3 left out: fsync of a writer's part": Mutation(without(Drop("seal", ".json")), "several_writers"),
+    "C4 left out: fsync of the partial, of all writers": Mutation(
+        without(Drop("publish", ".partial"), Drop("seal", ".partial")), "several_writers"
+    ),
+    "O6 left out: fsync of the spares": Mutation(
+        without(Drop("_recover", ("/00000001", "/00000002"))), "recycled_save", KILL
     ),
     "R2 left out: fsync of spare": Mutation(without(Drop("_retire", "/spare")), "retirement"),
     "R2 left out: fsync of the root": Mutation(without(Drop("_retire", "/run")), "recycled_save"),

@@ -16,10 +16,11 @@ import functools
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from disk import FAILURES
@@ -28,6 +29,8 @@ from torch import nn
 
 import engine
 from engine.errors import CorruptError, StorageError
+from engine.store.catalog import Catalog
+from engine.store.commit import Part, WrittenFile, publish, seal
 from engine.store.writer import Save
 
 # The payload that `recover` saves; no scenario has so many.
@@ -159,6 +162,86 @@ def leftovers(world: World) -> None:
         it.save(3)
 
 
+# Writers of one checkpoint; the third has no file.
+RANKS = range(3)
+
+
+def part_name(rank: int) -> str:
+    """The file of a writer's part of the manifest."""
+    return f"manifest-{rank:05d}.json"
+
+
+def part_content(rank: int) -> bytes:
+    """What a writer's part holds: more than a sector, so that it can tear."""
+    return f"the part of rank {rank}\n".encode() * 30
+
+
+class _Turns:
+    """Has threads do one operation each in turn, so that the same work leaves the same trace."""
+
+    def __init__(self, world: World, count: int) -> None:
+        self.before = world.hook
+        self._alive = list(range(count))
+        self._turn = 0  # the index among those alive
+        self._changed = threading.Condition()
+        self._ranks: dict[int, int] = {}
+
+    def run(self, rank: int, act: Callable[[], None]) -> None:
+        """One thread's work."""
+        self._ranks[threading.get_ident()] = rank
+        try:
+            self._wait(rank)
+            act()
+        finally:
+            with self._changed:
+                self._alive.remove(rank)
+                self._turn %= max(1, len(self._alive))
+                self._changed.notify_all()
+
+    def hook(self, operation: str, path: str) -> None:
+        """Before an operation: it ends this thread's turn, and waits for the next."""
+        self.before(operation, path)
+        rank = self._ranks.get(threading.get_ident())
+        if rank is not None:
+            with self._changed:
+                self._turn = (self._turn + 1) % len(self._alive)
+                self._changed.notify_all()
+            self._wait(rank)
+
+    def _wait(self, rank: int) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._alive[self._turn] == rank, _HANG_S), "a turn was never taken"
+
+
+def _commit_by_ranks(
+    world: World, catalog: Catalog, step: int, files: Sequence[WrittenFile], manifest: bytes | bytearray
+) -> str:
+    """`commit` with several writers, each in a thread with a file and a part of its own."""
+    partial = catalog.partial_path(step)
+    parts: dict[int, Part | None] = {}
+    turns = _Turns(world, len(RANKS))
+
+    def act(rank: int) -> None:
+        part = part_name(rank), part_content(rank)
+        parts[rank] = seal(catalog.filesystem, partial, files[rank : rank + 1], part)
+
+    threads = [threading.Thread(target=turns.run, args=(rank, functools.partial(act, rank))) for rank in RANKS]
+    world.hook = turns.hook
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    world.hook = turns.before
+    return publish(catalog, step, manifest, [part for rank in RANKS if (part := parts[rank]) is not None])
+
+
+def several_writers(world: World) -> None:
+    """Three writers seal at once, and one of them publishes."""
+    by_ranks = mock.patch("engine.store.writer.commit", functools.partial(_commit_by_ranks, world))
+    with by_ranks, session(world, keep=1, max_async=1) as it:
+        it.save(1, 2, 3)
+
+
 class _Hold:
     """Stops one save at one operation, the first time."""
 
@@ -271,6 +354,7 @@ _REFUSALS = [
 SCENARIOS: dict[str, Callable[[World], None]] = {
     "first_save": first_save,
     "recycled_save": recycled_save,
+    "several_writers": several_writers,
     "retirement": retirement,
     "rollback": rollback,
     "set_aside": set_aside,
