@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         NoSpaceError,
         NotFoundError,
         PlatformError,
+        RetiredError,
         StepError,
         StorageError,
         TornSnapshot,
@@ -51,10 +52,13 @@ if TYPE_CHECKING:
     from engine.io.backend import Attempt, Probe
     from engine.options import Options
     from engine.session.restore import RestoreInfo
+    from engine.session.run import Run
+    from engine.session.run import open_run as open
     from engine.session.save import ChunkStatus, Save
     from engine.state.arena import Arena
     from engine.store.info import CheckpointInfo
     from engine.store.reader import PassedOver
+    from engine.store.retention import Retention
     from engine.store.verify import Damage
 
 __all__ = [
@@ -83,12 +87,16 @@ __all__ = [
     "PlatformError",
     "Probe",
     "RestoreInfo",
+    "Retention",
+    "RetiredError",
+    "Run",
     "Save",
     "StepError",
     "StorageError",
     "TornSnapshot",
     "UsageError",
     "checkpoint",
+    "open",
     "probe",
     "restore",
 ]
@@ -105,8 +113,11 @@ _MODULES = {
     "PassedOver": "engine.store.reader",
     "Probe": "engine.io.backend",
     "RestoreInfo": "engine.session.restore",
+    "Retention": "engine.store.retention",
+    "Run": "engine.session.run",
     "Save": "engine.session.save",
     "checkpoint": "engine.defaults",
+    "open": "engine.session.run",
     "probe": "engine.engine",
     "restore": "engine.defaults",
 }
@@ -115,7 +126,8 @@ _MODULES = {
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULES.get(name, "engine.errors")), name)
+    module = importlib.import_module(_MODULES.get(name, "engine.errors"))
+    value = getattr(module, "open_run" if name == "open" else name)
     globals()[name] = value  # the next time it is found without this call
     return value
 

@@ -17,6 +17,7 @@ from engine.session.restore import RestoreInfo
 from engine.session.save import Save
 from engine.session.select import Select
 from engine.state.arena import Arena
+from engine.store.directory import path_of
 
 _engines: dict[str, Engine] = {}
 _mutex = threading.Lock()
@@ -35,7 +36,7 @@ def restore(
 
 
 def _engine(directory: str | os.PathLike[str]) -> Engine:
-    key = os.path.realpath(os.fspath(directory))
+    key = os.path.realpath(path_of(directory))
     with _mutex:
         found = _engines.get(key)
         if found is None or not found.is_open:

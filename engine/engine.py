@@ -19,10 +19,11 @@ import threading
 import weakref
 from contextlib import ExitStack
 from dataclasses import replace
+from enum import Enum
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import ClosedError, PlatformError, UsageError
+from engine.errors import ArgumentError, ClosedError, PlatformError, UsageError
 from engine.io.backend import Probe, find
 from engine.options import Backend, Options, Tunables, check_range
 from engine.session.checkpoint import Checkpointer, OnBusy, Request, Snapshot
@@ -31,7 +32,9 @@ from engine.session.reading import Lent, Reading
 from engine.session.save import Save
 from engine.session.workers import Workers, is_worker
 from engine.state.arena import Arena
+from engine.store.directory import path_of
 from engine.store.filesystem import Filesystem
+from engine.store.retention import Retention
 from engine.store.store import Store
 
 if TYPE_CHECKING:
@@ -40,12 +43,20 @@ if TYPE_CHECKING:
 DEFAULTS = Options()
 
 
+class _Unset(Enum):
+    """The default of `keep`, for which None means something."""
+
+    UNSET = "the rule that is stored with the run"
+
+
 class Engine(Reading):
     """Checkpoints of one directory.
 
     Args:
         directory: where; created if it is not there.
-        keep: how many committed checkpoints to leave; None for all.
+        keep: how many committed checkpoints to leave; None for all.  Short for ``retention=Retention(last=keep)``.
+        retention: which checkpoints are kept; stored with the run.  Without it and `keep` the rule that the run was
+            last given goes on; a new run keeps two.
         options: how the Engine works; any of its fields may also be given by its own keyword.
         filesystem: how to reach the directory; tests inject faults here.
 
@@ -58,18 +69,18 @@ class Engine(Reading):
 
     def __init__(
         self,
-        directory: str | os.PathLike[str],
+        directory: str | bytes | os.PathLike[str],
         *,
-        keep: int | None = 2,
+        keep: int | _Unset | None = _Unset.UNSET,
+        retention: Retention | None = None,
         options: Options = DEFAULTS,
         filesystem: Filesystem | None = None,
         **tunables: Unpack[Tunables],
     ) -> None:
-        if keep is not None:
-            check_range("keep", keep, 1, None)
+        retention = _rule(keep, retention)
         options = replace(options, **tunables)
         with ExitStack() as undo:
-            self._store = Store(os.fspath(directory), options, keep, filesystem or Filesystem())
+            self._store = Store(path_of(directory), options, retention, filesystem or Filesystem())
             undo.callback(self._store.close)
             self._workers = _start_workers(options.max_async)
             undo.pop_all()
@@ -136,6 +147,21 @@ class Engine(Reading):
         """
         self._check_usable()
         return self._in_flight.while_idle(lambda: self._store.catalog.retire_after(step))
+
+    def delete(self, step: int) -> None:
+        """Delete a committed checkpoint, a tagged one too, and give its room back.  Blocks until that is durable.
+
+        Raises:
+            NotFoundError: the step is not committed.
+            StepError: it is being read.
+        """
+        self._check_usable()
+        self._store.catalog.delete(step)
+
+    @property
+    def retention(self) -> Retention:
+        """The rule in effect."""
+        return self._store.catalog.retention
 
     @property
     def backend(self) -> Backend:
@@ -210,7 +236,18 @@ def probe(directory: str | os.PathLike[str], *, options: Options = DEFAULTS, **t
         StorageError: no file can be made in the directory, for instance because it is not there.
     """
     options = replace(options, **tunables)
-    return find(os.path.realpath(directory), Filesystem(), options.slot_count, options.block_bytes)
+    return find(os.path.realpath(path_of(directory)), Filesystem(), options.slot_count, options.block_bytes)
+
+
+def _rule(keep: int | _Unset | None, retention: Retention | None) -> Retention | None:
+    """The retention rule that was given, or None."""
+    if isinstance(keep, _Unset):
+        return retention
+    if retention is not None:
+        raise ArgumentError("keep and retention were both given; keep=N is short for retention=Retention(last=N)")
+    if keep is not None:
+        check_range("keep", keep, 1, None)
+    return Retention(last=keep)
 
 
 def _start_workers(count: int) -> Workers:

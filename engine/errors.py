@@ -58,6 +58,7 @@ _REMEDIES = {
     codes.ELOOP: "no link may stand in its place; name the real directory",
     codes.EINVAL: _UNFIT,
     codes.EOPNOTSUPP: _UNFIT,
+    codes.EXDEV: "keep the run in a directory of its own on one file system, not in the lower layer of an overlay",
     codes.ENAMETOOLONG: "use a directory with a shorter path",
     codes.ECANCELED: "it was interrupted before it was done; save again",
 }
@@ -125,6 +126,10 @@ class NotFoundError(CheckpointError, LookupError):
     """No committed checkpoint answers the request."""
 
 
+class RetiredError(NotFoundError):
+    """The checkpoint was retired while it was read without a lock; read a newer one."""
+
+
 class CorruptError(CheckpointError):
     """A checkpoint is not what was written: a checksum, a length or the manifest is wrong."""
 
@@ -167,16 +172,28 @@ class NoSpaceError(StorageError):
     Attributes:
         needed_bytes: what it would take up.
         missing_bytes: how much of that there is no room for.
+        only_newest: whether a rule that keeps fewer checkpoints would not help.
     """
 
-    def __init__(self, path: str, needed_bytes: int, missing_bytes: int) -> None:
+    def __init__(self, path: str, needed_bytes: int, missing_bytes: int, only_newest: bool = False) -> None:
         super().__init__(codes.ENOSPC, "save", path)
         self.needed_bytes = needed_bytes
         self.missing_bytes = missing_bytes
+        self.only_newest = only_newest
 
-    def __reduce__(self) -> tuple[type[NoSpaceError], tuple[str, int, int]]:  # type: ignore[override]
+    def __reduce__(self) -> tuple[type[NoSpaceError], tuple[str, int, int, bool]]:  # type: ignore[override]
         """Rebuild from what it was made of."""
-        return type(self), (self.path, self.needed_bytes, self.missing_bytes)
+        return type(self), (self.path, self.needed_bytes, self.missing_bytes, self.only_newest)
+
+    @property
+    def remedy(self) -> str:
+        """Free space; a rule that keeps less helps only where more than the newest is kept."""
+        if not self.only_newest:
+            return super().remedy
+        return (
+            f"free {self.missing_bytes} bytes, or use a larger file system: no older checkpoint is there to give up, "
+            "and the newest is kept until the next one is durable"
+        )
 
     def __str__(self) -> str:
         return (

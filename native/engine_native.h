@@ -197,8 +197,9 @@ int eng_reached(const eng_job *job, uint32_t milestone);
  * the kernel does not say or direct I/O is not to be had. */
 uint32_t eng_direct_alignment(int32_t fd);
 
-/* Reserve a file's blocks (fallocate(2)): 0 or a negative errno, -EOPNOTSUPP where the file system cannot. */
-int eng_allocate(int32_t fd, uint64_t nbytes);
+/* Reserve the blocks of a range of a file (fallocate(2)): 0 or a negative errno, -EOPNOTSUPP where the file system
+ * cannot. */
+int eng_allocate(int32_t fd, uint64_t offset, uint64_t nbytes);
 
 /* The checksum of a block: XXH3-64 of its bytes under a seed made of the checkpoint's and the block's place. */
 uint64_t eng_block_checksum(const void *bytes, uint64_t nbytes, uint64_t seed, uint32_t file, uint64_t file_offset);

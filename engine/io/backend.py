@@ -28,7 +28,7 @@ from typing import NamedTuple, Protocol, get_args
 
 from engine.errors import MEDIA_ERRORS, PlatformError, StorageError, remedy_for
 from engine.format.plan import Source
-from engine.io.binding import ALIGNMENT, JOB_FILES_MAX, JOBS_MAX, direct_alignment
+from engine.io.binding import ALIGNMENT, JOB_FILES_MAX, JOBS_MAX, NATIVE_PATH, direct_alignment
 from engine.io.job import Direction, FailureKind, Job, Milestone
 from engine.io.packing import address_of, pack_blocks, pack_extents, pack_order, pack_sources
 from engine.io.pipeline import OpenError, Pipeline, Refused
@@ -120,6 +120,36 @@ def open_like(pipeline: Pipeline, slot_count: int, slot_bytes: int) -> Pipeline:
         return Pipeline(slot_count, slot_bytes, backend)
     except OpenError as error:
         raise _explain_open(error, slot_count * slot_bytes) from None
+
+
+def open_to_read(slot_count: int, slot_bytes: int) -> Pipeline:
+    """A pipeline that reads, on a ring if one works here; its slots are not registered.
+
+    Nothing is written: the trial is to read a block of the compiled module's own file.
+
+    Raises:
+        PlatformError: the host has not the memory, descriptors or threads for it.
+    """
+    try:
+        return _try_to_read("io_uring_plain", slot_count, slot_bytes)
+    except PlatformError:
+        return _try_to_read("threads", slot_count, slot_bytes)
+
+
+def _try_to_read(backend: Backend, slot_count: int, slot_bytes: int) -> Pipeline:
+    try:
+        pipeline = Pipeline(slot_count, slot_bytes, backend)
+    except OpenError as error:
+        raise _explain_open(error, slot_count * slot_bytes) from None
+    try:
+        with open(NATIVE_PATH, "rb") as file:
+            job = _move(pipeline, Direction.READ, file.fileno(), bytearray(ALIGNMENT), [0])
+        if job.failure is not None and job.failure.kind != FailureKind.CHECKSUM:  # it was read: that is all we ask
+            _refused(job, "read", backend)
+    except BaseException:
+        pipeline.close()
+        raise
+    return pipeline
 
 
 def degradation(probe: Probe) -> str | None:

@@ -6,6 +6,8 @@ rest of the engine takes `ffi`, `lib` and the constants from here.  Every call r
 
 from __future__ import annotations
 
+import sys
+
 try:
     from engine._native import ffi as ffi
     from engine._native import lib as lib
@@ -16,6 +18,9 @@ except ImportError as error:
 
 # Long enough to cost nothing, short enough that Ctrl-C feels prompt.
 WAIT_SLICE_NS = 50_000_000
+
+# The file of the compiled module.
+NATIVE_PATH = str(sys.modules["engine._native"].__file__)
 
 # The number of live jobs that a pipeline has room for, and of files in one job (engine_native.h).
 JOBS_MAX: int = lib.ENG_JOBS_MAX
@@ -30,9 +35,9 @@ def block_checksum(block: bytes | bytearray | memoryview, seed: int, file_index:
     return int(lib.eng_block_checksum(view, len(view), seed, file_index, file_offset))
 
 
-def allocate(descriptor: int, nbytes: int) -> int:
-    """Reserve a file's blocks (fallocate(2)); 0 or an errno.  Blocks, without the GIL."""
-    return -int(lib.eng_allocate(descriptor, nbytes))
+def allocate(descriptor: int, offset: int, nbytes: int) -> int:
+    """Reserve the blocks of a range of a file (fallocate(2)); 0 or an errno.  Blocks, without the GIL."""
+    return -int(lib.eng_allocate(descriptor, offset, nbytes))
 
 
 def direct_alignment(descriptor: int) -> int:

@@ -167,7 +167,8 @@ class Checkpointer:
         for passed in [s for s in committed() if s >= taken and s in damaged]:
             aside = self._store.catalog.set_aside(passed)
             damaged.discard(passed)
-            warn(f"step {passed} is damaged and was renamed to {aside}")
+            if aside is not None:
+                warn(f"step {passed} is damaged and was renamed to {aside}")
         damaged.discard(taken)  # from here on the number is the new save's
         return taken
 

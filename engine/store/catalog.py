@@ -1,18 +1,20 @@
-"""Catalog: what lies in a directory of checkpoints.  Lock, list, begin, publish, retire, recycle.
+"""Catalog: the write side of a directory of checkpoints.  Lock, begin, publish, retire, recycle, delete.
 
-Theory of operation.  A checkpoint's directory is in exactly one of three places, and moves by rename only:
+Theory of operation.  A checkpoint's directory is in exactly one of three locations, and gets there by rename only:
 
     step-N.partial/   a save is writing it          begin()
     step-N/           committed                     publish()
     .engine/spare/K/  retired, kept for its extents retire()
 
-Overwriting extents that are already written is several times faster than writing fresh ones, so a save begins by
-taking a spare directory, files and all, and a retired checkpoint becomes a spare.  What makes that safe is an
-order: `retire` makes its renames durable before anything may take the spare, and `publish` makes that of `begin`
-durable before its own (docs/durability.md, I4 and I5).
+Overwriting extents that are already written is several times faster than writing fresh ones, so `begin` makes a new
+partial directory and moves the wanted files of a spare into it, one by one; the rest of the spare is deleted.  Files
+move and directories do not, so a reader that has an old step's directory open finds files gone, never the files of a
+later step.  `retire` makes its renames durable before anything may be taken from the spare, and `publish` makes the
+moves out of the spare durable before the rename to the final name (docs/durability.md, I4 and I5).
 
-One engine at a time: `.engine/lock` is held by flock(2) on a descriptor that the ring never sees, and that a
-forked child closes, so that neither can hold the lock on after the engine has gone.
+A move that is not durable may revert at a power cut, after the file was overwritten.  So a spare found at open may hold
+torn files under a valid manifest, and its manifest is never read.  Only a spare that this process retired from a
+committed step tells what its files hold.
 
 After a failed sync of a directory nobody knows which renames will last, so from then on nothing is retired, taken
 from spare or deleted; saves go on in fresh directories, and the next open starts from what is there.  Their names
@@ -25,60 +27,101 @@ Called by `commit`, `writer`, `reader` and `engine`.
 from __future__ import annotations
 
 import errno
-import fcntl
+import functools
 import itertools
 import os
 import re
 import stat
 import threading
+import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import NamedTuple
 
-from engine.errors import CorruptError, LockedError, NoSpaceError, NotFoundError, StepError, StorageError
-from engine.format.manifest import MANIFEST_BYTES_MAX, MANIFEST_NAME, STEP_MAX, Manifest, decode
-from engine.store.filesystem import Filesystem, telling
+from engine.errors import CorruptError, EngineWarning, NoSpaceError, StepError, StorageError
+from engine.format.manifest import Manifest
+from engine.store.directory import PRIVATE_NAME, Directory, OpenedStep, committed_steps, step_name
+from engine.store.filesystem import Filesystem
+from engine.store.lock import take_lock
+from engine.store.retention import (
+    KEEP_ALL,
+    RETENTION_BYTES_MAX,
+    Retention,
+    StepFacts,
+    decode_rule,
+    encode_rule,
+    to_retire,
+)
+from engine.store.spares import Spares, passing_over
 
-# ASCII: the digits of other scripts are digits for a regular expression, and names of nobody's.
-_STEP_NAME = re.compile(r"step-(\d{8,19})", re.ASCII)
+# ASCII: a regular expression takes the digits of other scripts for digits too.
 _PARTIAL_NAME = re.compile(r"step-\d{8,19}(?:\.\d+)?\.partial", re.ASCII)
-_SPARE_NAME = re.compile(r"\d{8,19}", re.ASCII)
+
+# Linux's PATH_MAX without the final NUL; below the root a path has a partial's name and a file's (NAME_MAX) at most.
+_ROOT_BYTES_MAX = 4095 - len("/step-9223372036854775807.99.partial/") - 255
 
 
-def step_name(step: int) -> str:
-    """The directory name of a step: at least eight digits, so that names sort as numbers for a long time."""
-    return f"step-{step:08d}"
+class Begun(NamedTuple):
+    """A partial directory that a save may write to.
+
+    Attributes:
+        path: the directory.
+        recycled: what the reused files hold, or None where that is not certain.
+        reused: the names of the files that were moved into it from a spare.
+    """
+
+    path: str
+    recycled: Manifest | None
+    reused: frozenset[str]
 
 
-class Catalog:
+class Catalog(Directory):
     """The checkpoints of one directory, owned by one engine.
 
     Args:
         root: the directory; created, with its parents, if it is not there.
         filesystem: how to reach it.
         spare_max: how many spare directories to keep; more are deleted.
+        retention: which checkpoints are kept; None for the rule that is stored with the run.
+        facts: what a committed step's manifest says of tag and metrics; None where no manifest has any.
+
+    Attributes:
+        retention: the rule in effect.
 
     Raises:
         CorruptError: the lock is not a regular file.
         LockedError: another engine has the directory.
-        StorageError: the directory cannot be made, read or synced, or a link stands where ours should be.
+        StorageError: the directory cannot be made, read or synced, its path is too long to write files below it, or a
+            link is in the location of a directory of ours.
     """
 
-    def __init__(self, root: str, filesystem: Filesystem, spare_max: int) -> None:
-        self.root = os.path.realpath(root)  # the directory itself, where `root` is a link to it
+    def __init__(
+        self,
+        root: str,
+        filesystem: Filesystem,
+        spare_max: int,
+        retention: Retention | None = None,
+        facts: Callable[[int], StepFacts | None] | None = None,
+    ) -> None:
+        # Not Directory's own __init__: it refuses a directory that is not there yet.
         self.filesystem = filesystem
+        self.root = filesystem.real_path(root)  # the directory itself, where `root` is a link to it
         self._spare_max = spare_max
-        self._private = os.path.join(self.root, ".engine")
-        self._spare = os.path.join(self._private, "spare")
+        self._private = os.path.join(self.root, PRIVATE_NAME)
+        self._spares = Spares(filesystem, os.path.join(self._private, "spare"))
         self._mutex = threading.RLock()
         self._sound = True  # no sync of a directory has failed
-        self._taken: set[int] = set()  # steps written in a spare whose taking is not known to be durable
+        self._in_flight: set[int] = set()  # steps begun, and neither published nor discarded
         self._fresh_paths: dict[int, str] = {}  # partials of another name than their step gives them
         self._pins: set[tuple[int, object]] = set()  # one for each reader
+        self._load_facts = facts or StepFacts
+        self._facts: dict[int, StepFacts] = {}
         self._make_directories()
-        self._lock: int | None = _take_lock(os.path.join(self._private, "lock"), self.root)
+        self._lock: int | None = take_lock(filesystem, self._private, self.root)
         try:
             self._steps = self._recover()
+            self.retention = self._settle_retention(retention)
         except BaseException:
             self.close()
             raise
@@ -87,29 +130,25 @@ class Catalog:
     # -- what is there ----------------------------------------------------------------------------------------
 
     def steps(self) -> list[int]:
-        """Committed steps, oldest first.  Does not wait for whoever is moving directories."""
+        """Committed steps, oldest first.  Does not wait for a thread that is moving directories."""
         return list(self._steps)
-
-    def path(self, step: int) -> str:
-        """Where a committed step lies."""
-        return os.path.join(self.root, step_name(step))
 
     def partial_path(self, step: int) -> str:
         """Where a step lies while it is being written."""
         return self._fresh_paths.get(step) or self.path(step) + ".partial"
 
-    def manifest(self, step: int) -> tuple[Manifest, int]:
-        """The manifest of a committed step, and its length in bytes.
+    @contextmanager
+    def opened(self, step: int) -> Iterator[OpenedStep]:
+        """Open a committed step, pinned, for as long as it is read; raises as `Directory.opened`.
 
         Raises:
-            CorruptError: it is missing, malformed, or another step's.
+            CorruptError: the step's directory has been deleted or replaced by hand.
         """
-        path = os.path.join(self.path(step), MANIFEST_NAME)
-        raw = self.filesystem.read_file(path, MANIFEST_BYTES_MAX)
-        manifest = decode(raw)
-        if manifest.step != step:
-            raise CorruptError(f"{path} is the manifest of step {manifest.step}")
-        return manifest, len(raw)
+        with self.pinned(step):
+            if not self.filesystem.is_directory(self.path(step)):
+                raise CorruptError(f"{self.path(step)} is missing, or no directory")
+            with super().opened(step) as opened:
+                yield opened
 
     @contextmanager
     def pinned(self, step: int) -> Iterator[None]:
@@ -122,8 +161,7 @@ class Catalog:
         try:
             with self._mutex:
                 if step not in self._steps:
-                    known = ", ".join(map(str, self._steps)) or "none"
-                    raise NotFoundError(f"{self.root} holds no step {step}; committed steps: {known}")
+                    raise self._not_found(step, self._steps)
                 self._pins.add(pin)
             yield
         finally:
@@ -136,21 +174,32 @@ class Catalog:
         """See whether a save of so many bytes has the room, before anything of it is there.
 
         What the spare that it will take holds is room too: files of the same names are overwritten, others deleted.
+        Where that is not enough, what the rule does not keep is given up first.
         Of two saves that begin at the same time both may find the same room, and one is refused when it allocates.
 
         Raises:
             NoSpaceError: it has not; says how much is missing.
         """
         with self._mutex:
-            room = self.filesystem.free_bytes(self.root)
-            if room is None:
-                return
-            for spare in self._spares()[:1] if self._sound else ():
-                path = os.path.join(self._spare, spare)
-                names = self.filesystem.list_directory(path)
-                room += sum(self.filesystem.allocated_bytes(os.path.join(path, name)) for name in names)
-        if room < nbytes:
-            raise NoSpaceError(self.root, nbytes, nbytes - room)
+            room = self._room()
+            if room is not None and room < nbytes and self.free_surplus():
+                room = self._room()
+            if room is not None and room < nbytes:
+                lower = to_retire(Retention(last=1), self._steps, self._facts_of)
+                raise NoSpaceError(self.root, nbytes, nbytes - room, only_newest=not lower)
+
+    def free_surplus(self) -> bool:
+        """Give up what the rule does not keep, and all spares but the next to be taken; whether there was any.
+
+        Asked for when a disk is full.  The newest committed step always stays.
+        """
+        with self._mutex:
+            if not self._sound:
+                return False
+            before = len(self._steps), len(self._spares.names())
+            self._retire(self._surplus())
+            self._spares.trim(1)
+            return (len(self._steps), len(self._spares.names())) != before
 
     def check_place(self) -> None:
         """See whether the directory is still the one that was locked: another Engine may have the one in its place.
@@ -162,41 +211,43 @@ class Catalog:
         """
         assert self._lock is not None
         path = os.path.join(self._private, "lock")
-        with telling("stat", path):
-            is_ours = os.path.samestat(os.lstat(path), os.fstat(self._lock))
-        if not is_ours:
+        if not self.filesystem.is_at(self._lock, path):
             raise StorageError(errno.ESTALE, "stat", path)
 
-    def begin(self, step: int, names: Sequence[str]) -> str:
-        """Make `step-N.partial` and return its path: a spare, with those of its files that are wanted, or new."""
+    def begin(self, step: int, names: Sequence[str]) -> Begun:
+        """Make `step-N.partial`, and move into it those files of a spare that are wanted.
+
+        Raises:
+            StepError: something that is no checkpoint of ours has the step's name.
+        """
         self.check_place()
-        partial = self.partial_path(step)
+        self._check_name_free(step)
         if self._sound:
-            self._remove(partial)  # there only if an earlier save of this step failed and could not be deleted
+            # There only if an earlier save of this step failed and could not be deleted.
+            with passing_over() as failed:
+                self._spares.remove(self.partial_path(step))
         with self._mutex:
-            if not self._sound:
-                partial = self._fresh_paths[step] = self._fresh_path(step)
-                self._taken.discard(step)  # an earlier save of this step had, and has failed
-            spares = self._spares() if self._sound else []
-            if not spares:
-                self.filesystem.make_directory(partial)
-                return partial
-            self.filesystem.rename(os.path.join(self._spare, spares[0]), partial)
-            self._taken.add(step)
-        for name in self.filesystem.list_directory(partial):
-            path = os.path.join(partial, name)
-            # A file with a second name (cp --link), or that a reader has mapped (safetensors does), is not ours to
-            # overwrite.
-            if name not in names or not self.filesystem.is_ours_alone(path):
-                self._unlink(path)
-        return partial
+            if not self._sound or failed:
+                self._fresh_paths[step] = self._fresh_path(step)
+                self._spares.forget_taken(step)
+            partial = self.partial_path(step)
+            self.filesystem.make_directory(partial)
+            self._in_flight.add(step)
+            spare = self._spares.take(step) if self._sound else None
+        if spare is None:
+            return Begun(partial, None, frozenset())
+        recycled = self._spares.manifest_of(spare)
+        return Begun(partial, recycled, self._spares.move_files(spare, partial, names))
 
     def publish(self, step: int) -> str:
         """The commit point: rename to `step-N`, and make that durable."""
         self.check_place()
+        spare = self._spares.taken_by(step)
+        if spare is not None:
+            # Not in `begin`: it would hold up the first write, and here the data's fsync has done most of it.
+            self._sync(spare)
         with self._mutex:
             assert step not in self._steps, f"step {step} is committed already"
-            self._sync_taken(step)
             self.filesystem.rename(self.partial_path(step), self.path(step))
             try:
                 self._sync(self.root)
@@ -206,26 +257,33 @@ class Catalog:
                     self.filesystem.rename(self.path(step), self.partial_path(step))
                 raise
             self._steps = tuple(sorted([*self._steps, step]))
+            self._end(step)
         return self.path(step)
 
     def discard(self, step: int) -> None:
         """Delete what a failed save has left.  Best effort: what stays is found by the next open."""
         if not self._sound:
-            return  # a power cut may yet show it under its final name, and then it must be whole
+            # A power cut may yet show it under its final name, and then it must be whole.
+            self._in_flight.discard(step)
+            return
         with suppress(StorageError):
             self.check_place()  # another engine may be writing a partial of the same name
-            self._remove(self.partial_path(step))
-
-    def retire(self, keep: int) -> None:
-        """Take all but the newest `keep` steps out of service, save those that are being read.
-
-        Called only once a newer step is durable.  Deletes the spares that are too many.
-        """
-        assert keep >= 1
+            self._spares.remove(self.partial_path(step))
         with self._mutex:
-            if not self._sound:
-                return
-            self._retire([step for step in self._steps[:-keep] if step not in self._read_steps()])
+            self._end(step)
+
+    # -- out of service ---------------------------------------------------------------------------------------
+
+    def retire(self) -> None:
+        """Take all steps out of service that the rule does not keep, save those that are being read.
+
+        Called only once a newer step is durable.  Deletes the spares that are too many.  A step that cannot be moved is
+        passed over with one warning.
+        """
+        with self._mutex:
+            if self._sound:
+                self._retire(self._surplus())
+                self._spares.trim(self._spare_max)
 
     def retire_after(self, step: int) -> list[int]:
         """Take every step later than this one out of service, newest first, and return them.
@@ -239,18 +297,44 @@ class Catalog:
             read = sorted(self._read_steps().intersection(later))
             if read:
                 raise StepError(f"steps {read} are being read; wait for that before rolling back")
-            self._retire(later)
+            self._retire(later, demanded=True)
+            if self._sound:
+                self._spares.trim(self._spare_max)
             return later
 
-    def set_aside(self, step: int) -> str:
-        """Rename a damaged step to `step-N.damaged`, out of the way of a new one, and leave it to the user."""
+    def delete(self, step: int) -> None:
+        """Delete a committed step, a tagged one too, and give its room back.  Durable when it returns.
+
+        Raises:
+            NotFoundError: there is no such step.
+            StepError: it is being read or saved.
+        """
+        with self._mutex:
+            if step in self._in_flight:
+                raise StepError(f"step {step} is being saved; wait for that before deleting it")
+            if step not in self._steps:
+                raise self._not_found(step, self._steps)
+            if step in self._read_steps():
+                raise StepError(f"step {step} is being read; wait for that before deleting it")
+            before = self._spares.names()
+            self._retire([step], demanded=True)
+            if self._sound and self._spares.names() != before:
+                self._spares.delete_newest()
+
+    def set_aside(self, step: int) -> str | None:
+        """Rename a damaged step to `step-N.damaged`, out of the way of a new one, and leave it to the user.
+
+        Returns the new path, or None where the step's directory has been deleted by hand.
+        """
         self.check_place()
         with self._mutex:
+            if self.filesystem.status(self.path(step)) is None:
+                self._forget(step)
+                return None
             names = self.filesystem.list_directory(self.root)
             aside = step_name(step) + ".damaged"
             while aside in names:
                 aside += "-again"
-            self._sync_taken(step)
             self.filesystem.rename(self.path(step), os.path.join(self.root, aside))
             self._forget(step)
             self._sync(self.root)
@@ -262,16 +346,19 @@ class Catalog:
             self.filesystem.close(self._lock)
             self._lock = None
 
-    # -- how --------------------------------------------------------------------------------------------------
+    # -- how: opening -----------------------------------------------------------------------------------------
 
     def _make_directories(self) -> None:
         """Create what is missing of the root and our own directories, each made durable in its parent."""
-        for path in (self._private, self._spare):
-            if os.path.islink(path):  # it would lead what is retired, deleted and locked out of the directory
-                raise StorageError(errno.ELOOP, "open", path)
+        if len(os.fsencode(self.root)) > _ROOT_BYTES_MAX:  # every save would fail
+            raise StorageError(errno.ENAMETOOLONG, "mkdir", self.root)
         missing = []
-        path = self._spare
-        while not os.path.isdir(path):
+        path = self._spares.path
+        while not self.filesystem.is_directory(path):
+            status = self.filesystem.status(path)
+            # A link would lead what is retired, deleted and locked out of the directory.
+            if status is not None and path in (self._private, self._spares.path):
+                raise StorageError(errno.ELOOP if stat.S_ISLNK(status.st_mode) else errno.ENOTDIR, "open", path)
             missing.append(path)
             path = os.path.dirname(path)
         for path in reversed(missing):
@@ -297,31 +384,101 @@ class Catalog:
         for name in names:
             path = os.path.join(self.root, name)
             if _PARTIAL_NAME.fullmatch(name) and self.filesystem.is_directory(path):
-                self._make_spare(path)
+                self._spares.pass_over(path, self._spares.add)
         self._sync_moves()
-        self._trim_spares()
-        # A set: step-000000001 has the number of step-00000001, but is not its name.  No manifest has a step beyond
-        # STEP_MAX, and the step after one could not be named.
-        steps = {int(match.group(1)) for match in map(_STEP_NAME.fullmatch, names) if match}
-        steps = {s for s in steps if s <= STEP_MAX and step_name(s) in names}
-        whole = (s for s in steps if self.filesystem.is_directory(self.path(s)))
-        return tuple(sorted(whole))
+        # A kill may have come between a move of a file from a spare and its fsync.  Moved once more, it could be in
+        # both locations after a power cut.
+        for spare in self._spares.names():
+            self._sync(os.path.join(self._spares.path, spare))
+        self._spares.trim(self._spare_max)
+        return tuple(committed_steps(self.filesystem, self.root, names))
 
-    def _retire(self, steps: Sequence[int]) -> None:
+    def _settle_retention(self, explicit: Retention | None) -> Retention:
+        """The rule in effect: the one given, or the one stored with the run; stores the one given, and a new run's."""
+        path = os.path.join(self._private, "retention.json")
+        stored: Retention | None = None
+        is_stored = self.filesystem.status(path) is not None
+        if is_stored:
+            try:
+                stored = decode_rule(self.filesystem.read_file(path, RETENTION_BYTES_MAX))
+            except CorruptError as error:
+                if explicit is None:
+                    _warn(f"{path}: {error}; every checkpoint is kept until an Engine is opened with a rule")
+        if explicit is None and (is_stored or self._steps):
+            return stored or KEEP_ALL
+        rule = explicit or Retention()
+        if rule != stored:
+            surplus = to_retire(rule, self._steps, self._facts_of)
+            if surplus:
+                _warn(
+                    f"{rule} keeps fewer checkpoints of {self.root} than are there: once the next save is durable, "
+                    f"{len(surplus)} of {len(self._steps)} are retired; open it with another rule to keep them"
+                )
+            self._store_rule(path, rule)
+        return rule
+
+    def _store_rule(self, path: str, rule: Retention) -> None:
+        new = path + ".new"
+        try:
+            if self.filesystem.status(new) is not None:  # left by a kill
+                self.filesystem.unlink(new)
+            self.filesystem.write_new_file(new, encode_rule(rule))
+            self.filesystem.rename(new, path)
+            self._sync(self._private)
+        except StorageError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # a full disk must not keep a restore out
+                raise
+            with suppress(StorageError):
+                self.filesystem.unlink(new)
+            _warn(f"{rule} could not be stored with the run, and is forgotten when this Engine is closed: {error}")
+
+    # -- how: moving ------------------------------------------------------------------------------------------
+
+    def _retire(self, steps: Sequence[int], demanded: bool = False) -> None:
+        """Move steps to spare, durably.  One that may not be moved is passed over, or with `demanded` an error."""
         self.check_place()
         try:
             for step in steps:
-                try:
-                    self._make_spare(self.path(step))
-                except StorageError as error:
-                    if error.errno != errno.ENOENT:  # somebody has deleted it: out of service all the same
-                        raise
-                self._forget(step)
+                retire = functools.partial(self._retire_one, step)
+                if demanded:
+                    retire(self.path(step))
+                else:
+                    self._spares.pass_over(self.path(step), retire)
         finally:  # if one of several is refused, the next save may take those before it
             if steps:
                 self._sync_moves()
-        if self._sound:  # else a power cut may give what was retired before this its old name
-            self._trim_spares()
+
+    def _retire_one(self, step: int, path: str) -> None:
+        try:
+            self._spares.add(path, step)
+        except StorageError as error:
+            if error.errno != errno.ENOENT:  # somebody has deleted it: out of service all the same
+                raise
+        self._forget(step)
+
+    def _surplus(self) -> list[int]:
+        """The steps that the rule does not keep and nobody reads."""
+        return to_retire(self.retention, self._steps, self._facts_of, self._read_steps())
+
+    def _end(self, step: int) -> None:
+        """Forget a save in flight, and delete what is left of the spare that it took."""
+        self._in_flight.discard(step)
+        if self._sound:
+            self._spares.release(step)
+
+    def _room(self) -> int | None:
+        """The bytes that a save can write; None where the file system does not say."""
+        free = self.filesystem.free_bytes(self.root)
+        return None if free is None else free + (self._spares.room() if self._sound else 0)
+
+    def _facts_of(self, step: int) -> StepFacts | None:
+        """Tag and metrics of a committed step, kept once they are known."""
+        if step not in self._facts:
+            found = self._load_facts(step)
+            if found is None:
+                return None
+            self._facts[step] = found
+        return self._facts[step]
 
     def _sync(self, path: str) -> None:
         """Sync a directory; once that has failed, no rename can be relied on until the next open."""
@@ -330,18 +487,17 @@ class Catalog:
         except StorageError:
             self._sound = False
             raise
-        if path == self._spare and self._sound:
-            self._taken.clear()
 
-    def _sync_taken(self, step: int) -> None:
-        """Make durable what has been taken from spare, by whom it may be, before the root is synced for this step.
-
-        Not when it is taken: it would hold up the first write, and here the data's fsync has done most of it.
-        """
-        if self._taken and self._sound:
-            self._sync(self._spare)
-        elif step in self._taken:
-            raise StorageError(errno.EIO, "fsync", self._spare)  # it has failed for somebody else
+    def _check_name_free(self, step: int) -> None:
+        path = self.path(step)
+        status = self.filesystem.status(path)
+        if status is not None:
+            remedy = (
+                "open a new Engine, which starts from what is there"
+                if stat.S_ISDIR(status.st_mode)
+                else "move it away; it is no directory"
+            )
+            raise StepError(f"{path} is in the way of step {step}, and this Engine has not made it: {remedy}")
 
     def _fresh_path(self, step: int) -> str:
         """Where to write a step, when what lies there already must stay as it is."""
@@ -352,89 +508,19 @@ class Catalog:
     def _forget(self, step: int) -> None:
         # One assignment of a new tuple: steps() reads it without the lock.
         self._steps = tuple(s for s in self._steps if s != step)
+        self._facts.pop(step, None)
 
     def _read_steps(self) -> set[int]:
         return {step for step, _ in self._pins}
 
-    def _make_spare(self, path: str) -> None:
-        """Move a directory to spare, as the last in line."""
-        taken = [int(name) for name in self._spares()]
-        self.filesystem.rename(path, os.path.join(self._spare, f"{max(taken, default=0) + 1:08d}"))
-
-    def _spares(self) -> list[str]:
-        """The spare directories, oldest first.  What else may lie there, a link above all, is none of ours."""
-        names = [name for name in self.filesystem.list_directory(self._spare) if _SPARE_NAME.fullmatch(name)]
-        return [name for name in names if self.filesystem.is_directory(os.path.join(self._spare, name))]
-
     def _sync_moves(self) -> None:
-        """Make renames to spare durable: where it arrived before where it left, so that nothing is nowhere."""
-        self._sync(self._spare)
+        """Make renames to spare durable: the target directory first, so that a crash never loses both names."""
+        self._sync(self._spares.path)
         self._sync(self.root)
 
-    def _trim_spares(self) -> None:
-        for name in self._spares()[: -self._spare_max]:
-            self._remove(os.path.join(self._spare, name))
 
-    def _remove(self, path: str) -> None:
-        """Delete a directory, if it is there, with all that the user may have put in it."""
-        if not self.filesystem.is_directory(path):
-            return
-        # A stack of our own: directories nest deeper than Python's does.
-        pending = [(path, iter(self.filesystem.list_directory(path)))]
-        while pending:
-            directory, names = pending[-1]
-            for name in names:
-                inner = os.path.join(directory, name)
-                if self.filesystem.is_directory(inner):
-                    pending.append((inner, iter(self.filesystem.list_directory(inner))))
-                    break
-                self.filesystem.unlink(inner)
-            else:
-                self.filesystem.remove_directory(directory)
-                pending.pop()
-
-    def _unlink(self, path: str) -> None:
-        if self.filesystem.is_directory(path):
-            self._remove(path)
-        else:
-            self.filesystem.unlink(path)
-
-
-def _take_lock(path: str, root: str) -> int:
-    with telling("open", path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-    try:
-        with telling("stat", path):
-            status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise CorruptError(f"{path} is not a regular file; remove it")
-        _lock(descriptor, path, root)
-    except BaseException:
-        with suppress(OSError):
-            os.close(descriptor)
-        raise
-    if status.st_nlink == 1:  # else it is also a file of another directory's, say of a copy made with cp --link
-        with suppress(OSError):  # for whoever finds it locked; a full disk must not keep a restore out
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-    return descriptor
-
-
-def _lock(descriptor: int, path: str, root: str) -> None:
-    """Lock the open lock file, or say who has it."""
-    try:
-        with telling("flock", path):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except StorageError as error:
-        if error.errno != errno.EWOULDBLOCK:
-            raise
-        owner = ""
-        with suppress(OSError):
-            owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
-        raise LockedError(
-            f"{root} is in use by another Engine (process {owner if owner.isdecimal() else 'unknown'}); close that "
-            "one, or use another directory"
-        ) from None
+def _warn(message: str) -> None:
+    warnings.warn(message, EngineWarning, stacklevel=2)
 
 
 _open_catalogs: weakref.WeakSet[Catalog] = weakref.WeakSet()

@@ -1,21 +1,29 @@
-"""Commit: the durability sequence, in one readable function.
+"""Commit: the durability sequence, in two readable functions.
 
-Theory of operation.  `commit` is called when every block of a save has been written and every completion read.
-It takes the save from bytes that the device has accepted to a checkpoint that a power cut cannot take away
-(DESIGN section 7, steps 4 to 6; docs/durability.md numbers the invariants).  The order of its lines is the
-product; the mutation table in docs/durability.md says which test sees each of them dropped or swapped.
+Theory of operation.  A checkpoint is written by one writer or by several, each with files of its own in one partial
+directory.  When a writer's blocks have all been written and every completion read, it calls `seal`: its files become
+durable under the partial name.  When all have sealed, one of them, the owner of the lock, calls `publish`: the
+checkpoint becomes visible, and from its return on a power cut cannot take it away (docs/durability.md, C1 to C7).  A
+single writer calls `commit`, which is both.
+
+With several writers each writes a part of the manifest.  `publish` reads every part again and compares its digest with
+the one that its writer has told.  The order of the lines is the product; the mutation table in docs/durability.md says
+which test sees each of them dropped or swapped.
 
 A failure before the rename leaves no `step-N`.  Called by `writer`, on the engine's commit threads.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from engine.errors import CorruptError
 from engine.format.manifest import MANIFEST_NAME
 from engine.store.catalog import Catalog
+from engine.store.filesystem import Filesystem
 
 
 class WrittenFile(NamedTuple):
@@ -26,19 +34,71 @@ class WrittenFile(NamedTuple):
     nbytes: int
 
 
-def commit(catalog: Catalog, step: int, files: Sequence[WrittenFile], manifest: bytes | bytearray) -> str:
-    """Make a fully written `step-N.partial` durable and visible as `step-N`; return its path.  Blocks.
+class Part(NamedTuple):
+    """One writer's part of the manifest, sealed: its file's name, its length and its SHA-256."""
+
+    name: str
+    nbytes: int
+    digest: bytes
+
+
+def seal(
+    filesystem: Filesystem, partial: str, files: Sequence[WrittenFile], part: tuple[str, bytes] | None = None
+) -> Part | None:
+    """Make one writer's files durable under the partial name.  Blocks.
+
+    Args:
+        filesystem: how to reach them.
+        partial: the directory that they are in.
+        files: this writer's.
+        part: the name and the content of its part of the manifest; None for a single writer.
 
     Raises:
         StorageError: the kernel refused one operation; the save has failed, and nothing is retried.
     """
-    filesystem = catalog.filesystem
-    partial = catalog.partial_path(step)
     for file in files:
         filesystem.truncate(file.descriptor, file.nbytes, file.path)
     for file in files:
         filesystem.sync_file(file.descriptor, file.path)
+    if part is None:
+        return None  # `publish` syncs the directory
+    name, content = part
+    filesystem.write_new_file(os.path.join(partial, name), content)
+    filesystem.sync_directory(partial)
+    return Part(name, len(content), hashlib.sha256(content).digest())
+
+
+def publish(catalog: Catalog, step: int, manifest: bytes | bytearray, parts: Sequence[Part] = ()) -> str:
+    """Make a checkpoint visible that every writer has sealed; return its path.  Blocks.
+
+    Raises:
+        CorruptError: a part is not what its writer has sealed.
+        StorageError: the kernel refused one operation; the save has failed, and nothing is retried.
+    """
+    filesystem = catalog.filesystem
+    partial = catalog.partial_path(step)
     catalog.check_place()  # the descriptors lead to what was locked, and names may not any more
+    for part in parts:
+        path = os.path.join(partial, part.name)
+        content = filesystem.read_file(path, part.nbytes)
+        if len(content) != part.nbytes or hashlib.sha256(content).digest() != part.digest:
+            raise CorruptError(f"{path} is not what its writer has sealed; save again")
     filesystem.write_new_file(os.path.join(partial, MANIFEST_NAME), manifest)
     filesystem.sync_directory(partial)
     return catalog.publish(step)
+
+
+def commit(
+    catalog: Catalog,
+    step: int,
+    files: Sequence[WrittenFile],
+    manifest: bytes | bytearray,
+    await_turn: Callable[[], None],
+) -> str:
+    """Seal and publish a checkpoint of one writer; return its path.  Blocks; raises as they do.
+
+    `await_turn` is called in between: steps become visible in order, and seal at the same time.
+    """
+    seal(catalog.filesystem, catalog.partial_path(step), files)
+    await_turn()
+    return publish(catalog, step, manifest)

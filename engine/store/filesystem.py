@@ -1,8 +1,9 @@
 """Filesystem: the file operations that durability is made of, in one table that tests can replace.
 
-Theory of operation.  Everything that `catalog`, `commit`, `writer` and `reader` do to names and files goes
-through an instance of `Filesystem`, one small method an operation.  A fault injector or a crash simulator
-subclasses it; the data blocks themselves go through the native pipeline, whose seam is `eng_io_table`.
+Theory of operation.  Everything that this package does to names and files goes through an instance of `Filesystem`,
+one small method an operation.  A fault injector or a crash simulator subclasses it; the data blocks themselves go
+through the native pipeline, whose seam is `eng_io_table`.  No other module of the package calls `os` or `fcntl` on a
+name or a descriptor.
 
 Rules: every refusal by the kernel becomes a `StorageError` with errno, operation and path; every descriptor is
 close-on-exec (Python's default); files under a checkpoint are opened without following links, without blocking
@@ -35,6 +36,12 @@ _FILE_MODE = 0o666
 # What open(2) says of O_TMPFILE where the file system does not have it, or the kernel did not know it.
 _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT)
 
+# What fallocate(2) says where the file system, or a filter on system calls, does not have it.
+_NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS)
+
+# The unit of allocation of every file system named in docs/durability.md, or a multiple of it.
+_PAGE_BYTES = 4096
+
 # What open(2) says of a file that is not there, is a link, or lies under something that is no directory.
 _NOT_THERE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR)
 
@@ -63,13 +70,41 @@ class Filesystem:
         with telling("readdir", path):
             return sorted(os.listdir(path))
 
-    def is_directory(self, path: str) -> bool:
-        """Whether this is a directory itself, not a link to one."""
+    def real_path(self, path: str) -> str:
+        """The absolute path without links; what does not exist yet is kept as it is (realpath(3))."""
+        return os.path.realpath(path)
+
+    def status(self, path: str) -> os.stat_result | None:
+        """What lstat(2) says of a name; None where there is none."""
         with telling("stat", path):
             try:
-                return stat.S_ISDIR(os.lstat(path).st_mode)
-            except FileNotFoundError:
-                return False
+                return os.lstat(path)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def is_directory(self, path: str) -> bool:
+        """Whether this is a directory itself, not a link to one."""
+        status = self.status(path)
+        return status is not None and stat.S_ISDIR(status.st_mode)
+
+    def open_directory(self, path: str) -> int:
+        """Open a directory itself, not a link to one, so that files in it can be reached whatever its name becomes."""
+        with telling("open", path):
+            return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+
+    def descriptor_status(self, descriptor: int, path: str) -> os.stat_result:
+        """What fstat(2) says of a descriptor."""
+        with telling("stat", path):
+            return os.fstat(descriptor)
+
+    def is_at(self, descriptor: int, path: str) -> bool:
+        """Whether the name still leads to what the descriptor was opened on.
+
+        Raises:
+            StorageError: the name is gone (ENOENT), or cannot be looked at.
+        """
+        with telling("stat", path):
+            return os.path.samestat(os.lstat(path), os.fstat(descriptor))
 
     def is_ours_alone(self, path: str) -> bool:
         """Whether nobody could see this file change: it is a regular file with one name, and nobody has it open or
@@ -115,21 +150,29 @@ class Filesystem:
 
     def sync_directory(self, path: str) -> None:
         """Make the names in a directory durable (fsync(2) of the directory itself)."""
-        with telling("open", path):
-            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        descriptor = self.open_directory(path)
         try:
             with telling("fsync", path):
                 os.fsync(descriptor)
         finally:
             self.close(descriptor)
 
-    def open_for_blocks(self, path: str, write: bool, direct: bool) -> int:
-        """Open a data file for aligned blocks, past the page cache if `direct`.
+    def open_for_blocks(self, path: str, write: bool, direct: bool, directory: int | None = None) -> int:
+        """Open a data file for aligned blocks, past the page cache if `direct` and if the file takes that.
 
-        With `write` the file is created if it is not there; otherwise it must be a regular file.
+        With `write` the file is created if it is not there; otherwise it must be a regular file.  With `directory` it
+        is the file of this name in that open directory, and `path` only says where that was.
         """
         flags = os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_RDWR | os.O_CREAT if write else os.O_RDONLY)
-        return self._open_regular(path, flags | (os.O_DIRECT if direct else 0))
+        if direct:
+            try:
+                return self._open_regular(path, flags | os.O_DIRECT, directory)
+            except StorageError as error:
+                # One file may lack O_DIRECT where its directory has it, as a file of an overlay's other layer.  Aligned
+                # blocks are as good for the page cache.
+                if error.errno != errno.EINVAL:
+                    raise
+        return self._open_regular(path, flags, directory)
 
     def open_scratch(self, directory: str, direct: bool) -> int:
         """Open an empty file in a directory, to read and write, that has no name and is gone when it is closed."""
@@ -176,13 +219,42 @@ class Filesystem:
         return status.st_blocks * _STAT_BLOCK_BYTES if status.st_nlink == 1 else 0
 
     def allocate(self, descriptor: int, nbytes: int, path: str) -> None:
-        """Reserve the file's blocks, so that no write can run out of space; keeps what is there.
+        """Reserve the blocks that a file of this length lacks, so that no write can run out of space.
 
-        A file system without fallocate allocates as blocks are written, and may run out of space then.
+        Only holes are asked for: XFS reserves as much free space as the whole range that fallocate(2) names, though
+        blocks are there already (xfs_alloc_file_space in fs/xfs/xfs_bmap_util.c), so a full disk would refuse to
+        overwrite.  A file system without fallocate allocates as blocks are written, and may run out of space then.
         """
-        error = allocate(descriptor, nbytes)
-        if error not in (0, errno.EOPNOTSUPP):
-            raise StorageError(error, "fallocate", path)
+        for offset, end in self._holes(descriptor, nbytes, path):
+            error = allocate(descriptor, offset, end - offset)
+            if error in _NO_FALLOCATE:
+                return
+            if error:
+                raise StorageError(error, "fallocate", path)
+        with telling("truncate", path):
+            if os.fstat(descriptor).st_size < nbytes:  # the rest of its last block
+                os.ftruncate(descriptor, nbytes)
+
+    def _holes(self, descriptor: int, nbytes: int, path: str) -> Iterator[tuple[int, int]]:
+        """The ranges of a file's first `nbytes` in which it has no blocks, as far as lseek(2) knows."""
+        with telling("stat", path):
+            size = min(os.fstat(descriptor).st_size, nbytes)
+        offset = 0
+        while offset < size:
+            try:
+                hole = min(os.lseek(descriptor, offset, os.SEEK_HOLE), size)
+            except OSError:  # not known: all of it may be one
+                hole = offset
+            if hole == size:
+                break
+            try:
+                offset = min(os.lseek(descriptor, hole, os.SEEK_DATA), size)
+            except OSError:  # ENXIO: no data follows
+                offset = size
+            yield hole, offset
+        beyond = -(-size // _PAGE_BYTES) * _PAGE_BYTES
+        if beyond < nbytes:
+            yield beyond, nbytes
 
     def truncate(self, descriptor: int, nbytes: int, path: str) -> None:
         """Set a file's exact length."""
@@ -213,24 +285,66 @@ class Filesystem:
         finally:
             self.close(descriptor)
 
-    def read_file(self, path: str, bytes_max: int) -> bytes:
-        """The whole content of a regular file, which may not be longer than `bytes_max`."""
-        descriptor = self._open_regular(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    def read_file(self, path: str, bytes_max: int, directory: int | None = None) -> bytes:
+        """The whole content of a regular file, which may not be longer than `bytes_max`; `directory` as for blocks."""
+        descriptor = self._open_regular(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, directory)
         with os.fdopen(descriptor, "rb") as file, telling("read", path):
             nbytes = os.fstat(descriptor).st_size
             if nbytes > bytes_max:
                 raise CorruptError(f"{path} has {nbytes} bytes, and at most {bytes_max} make sense")
             return file.read(nbytes)
 
-    def _open_regular(self, path: str, flags: int) -> int:
+    # -- the lock ---------------------------------------------------------------------------------------------
+
+    def open_lock(self, path: str) -> int:
+        """Open a lock file, and create it if it is not there."""
+        with telling("open", path):
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, _FILE_MODE)
+
+    def lock(self, descriptor: int, path: str, wait: bool = False) -> bool:
+        """Lock an open file or directory for this process alone (flock(2)); False if somebody else has it locked."""
+        try:
+            with telling("flock", path):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except StorageError as error:
+            if error.errno != errno.EWOULDBLOCK:
+                raise
+            return False
+        return True
+
+    def read_lock(self, descriptor: int, bytes_max: int) -> bytes:
+        """What the holder of a lock has written into it; nothing where that cannot be read."""
+        with suppress(OSError):
+            return os.pread(descriptor, bytes_max, 0)
+        return b""
+
+    def write_lock(self, descriptor: int, content: bytes) -> None:
+        """Say in a lock file which process holds it.  Best effort: a full disk must not keep a restore out."""
+        with suppress(OSError):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, content, 0)
+
+    def pid_namespace(self) -> int:
+        """The number of this process's PID namespace, or 0 where /proc is not mounted (namespaces(7))."""
+        try:
+            return os.stat("/proc/self/ns/pid").st_ino
+        except OSError:
+            return 0
+
+    # -- how --------------------------------------------------------------------------------------------------
+
+    def _open_regular(self, path: str, flags: int, directory: int | None = None) -> int:
         """Open a file of a checkpoint, which is a regular file and there, or else the checkpoint is damaged."""
+        name = path if directory is None else os.path.basename(path)
         try:
             with telling("open", path):
-                descriptor = os.open(path, flags, _FILE_MODE)
+                descriptor = os.open(name, flags, _FILE_MODE, dir_fd=directory)
         except StorageError as error:
             if error.errno in _NOT_THERE and not flags & os.O_CREAT:
                 raise CorruptError(f"{path} is missing, or a link") from None
-            if not flags & os.O_CREAT and _is_irregular(path):  # a socket, or a device that may not be opened
+            if not flags & os.O_CREAT and _is_irregular(
+                name, directory
+            ):  # a socket, or a device that may not be opened
                 raise CorruptError(f"{path} is not a regular file") from None
             raise
         try:
@@ -244,8 +358,8 @@ class Filesystem:
         return descriptor
 
 
-def _is_irregular(path: str) -> bool:
+def _is_irregular(name: str, directory: int | None) -> bool:
     try:
-        return not stat.S_ISREG(os.lstat(path).st_mode)
+        return not stat.S_ISREG(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
     except OSError:
         return False

@@ -24,7 +24,7 @@ from engine.io.backend import open_like
 from engine.io.job import Direction, Failure, FailureKind, Job, Milestone
 from engine.io.packing import Packed, pack_blocks, pack_extents, pack_order
 from engine.io.pipeline import Pipeline
-from engine.store.catalog import Catalog
+from engine.store.directory import Directory, OpenedStep
 from engine.store.info import CheckpointInfo
 
 # Slots of a pipeline opened for a checkpoint whose blocks do not fit the engine's: one is read, the other is copied
@@ -60,14 +60,18 @@ class Checkpoint(NamedTuple):
 
 
 class Reader:
-    """Reads from a catalog through a pipeline.
+    """Reads the checkpoints of a directory.
+
+    Args:
+        directory: which; a `Catalog` keeps the step that is read from being retired.
+        pipeline: gives the native thread that reads.
 
     Attributes:
         damaged: steps that this reader has found damaged; training may take their numbers when it comes past them.
     """
 
-    def __init__(self, catalog: Catalog, pipeline: Pipeline) -> None:
-        self._catalog = catalog
+    def __init__(self, directory: Directory, pipeline: Callable[[], Pipeline]) -> None:
+        self._directory = directory
         self._pipeline = pipeline
         self.damaged: set[int] = set()
 
@@ -81,7 +85,7 @@ class Reader:
         passed_over: list[PassedOver] = []
         for candidate in self.candidates(step):
             try:
-                with self._catalog.pinned(candidate), self._opened(candidate) as checkpoint:
+                with self._directory.opened(candidate) as opened, self._open(opened) as checkpoint:
                     return use(checkpoint), tuple(passed_over)
             except NotFoundError:
                 if step is not None:
@@ -96,12 +100,12 @@ class Reader:
                 warn(f"step {candidate} is passed over: {error}")
         if passed_over:
             reasons = "; ".join(f"step {bad.step}: {bad.reason}" for bad in passed_over)
-            raise CorruptError(f"none of the checkpoints in {self._catalog.root} can be restored: {reasons}")
+            raise CorruptError(f"none of the checkpoints in {self._directory.root} can be restored: {reasons}")
         raise self.nothing()
 
     def steps(self) -> list[int]:
         """Committed steps, oldest first."""
-        return self._catalog.steps()
+        return self._directory.steps()
 
     def manifest(self, step: int | None) -> Manifest:
         """The manifest of the step asked for, or with None of the newest.
@@ -112,8 +116,7 @@ class Reader:
         """
         for candidate in self.candidates(step):
             try:
-                with self._catalog.pinned(candidate):
-                    return self._catalog.manifest(candidate)[0]
+                return self._directory.manifest(candidate)[0]
             except NotFoundError:
                 if step is not None:
                     raise
@@ -122,12 +125,12 @@ class Reader:
     def info(self, step: int | None) -> CheckpointInfo:
         """What is known of a checkpoint without its tensors; raises as `manifest`."""
         manifest = self.manifest(step)
-        path = self._catalog.path(manifest.step)
+        path = self._directory.path(manifest.step)
         return CheckpointInfo(manifest.step, manifest.checkpoint_id, path, manifest.nbytes)
 
     def nothing(self) -> NotFoundError:
         """The error that says that there is no checkpoint."""
-        return NotFoundError(f"{self._catalog.root} holds no committed checkpoint")
+        return NotFoundError(f"{self._directory.root} holds no committed checkpoint")
 
     def candidates(self, step: int | None) -> Iterator[int]:
         """The step asked for, or all, the newest first; listed anew each time, since saves may be in flight."""
@@ -135,7 +138,7 @@ class Reader:
             yield step
             return
         tried: set[int] = set()
-        while left := [s for s in self._catalog.steps() if s not in tried]:
+        while left := [s for s in self._directory.steps() if s not in tried]:
             tried.add(left[-1])
             yield left[-1]
 
@@ -177,19 +180,19 @@ class Reader:
         Slots are as large as the largest block that is there, and not as the manifest says that one may be: they are
         allocated and pinned, and a few bytes on disk must not cost gigabytes.
         """
+        ours = self._pipeline()
         slot_bytes = max((block.write_bytes for block in blocks), default=0)
-        if slot_bytes <= self._pipeline.slot_bytes:
-            yield self._pipeline
+        if slot_bytes <= ours.slot_bytes:
+            yield ours
         else:
-            with closing(open_like(self._pipeline, _LARGE_SLOT_COUNT, slot_bytes)) as pipeline:
+            with closing(open_like(ours, _LARGE_SLOT_COUNT, slot_bytes)) as pipeline:
                 yield pipeline
 
-    def open_file(self, manifest: Manifest, path: str, index: int) -> int:
+    def open_file(self, opened: OpenedStep, manifest: Manifest, index: int) -> int:
         """A descriptor of a data file, to read; CorruptError if it is missing, or no regular file."""
         file = manifest.files[index]
         try:
-            file_path = os.path.join(path, file.name)
-            return self._catalog.filesystem.open_for_blocks(file_path, write=False, direct=self._pipeline.direct)
+            return opened.open_file(file.name, self._pipeline().direct)
         except CorruptError as error:
             names = affected(manifest.segments, index, 0, file.nbytes)
             raise CorruptError(f"{error}; affected: {names}") from None
@@ -198,7 +201,7 @@ class Reader:
         """How the length of a file differs from what the manifest says, if it does."""
         file = manifest.files[index]
         file_path = os.path.join(path, file.name)
-        nbytes = self._catalog.filesystem.size(descriptor, file_path)
+        nbytes = self._directory.filesystem.size(descriptor, file_path)
         if nbytes == file.nbytes:
             return None
         reason = f"{file_path} has {nbytes} bytes, and its manifest says {file.nbytes}"
@@ -211,21 +214,20 @@ class Reader:
     def close_files(self, descriptors: Sequence[int]) -> None:
         """Close what `open_file` gave."""
         for descriptor in descriptors:
-            self._catalog.filesystem.close(descriptor)
+            self._directory.filesystem.close(descriptor)
 
     @contextmanager
-    def _opened(self, step: int) -> Iterator[Checkpoint]:
-        """A pinned step's files, open and of the length that the manifest says, before anything is allocated."""
-        path = self._catalog.path(step)
-        manifest, manifest_bytes = self._catalog.manifest(step)
+    def _open(self, opened: OpenedStep) -> Iterator[Checkpoint]:
+        """A step's files, open and of the length that the manifest says, before anything is allocated."""
+        manifest, manifest_bytes = opened.manifest()
         descriptors: list[int] = []
         try:
             for index in range(len(manifest.files)):
-                descriptors.append(self.open_file(manifest, path, index))
-                wrong = self.wrong_length(manifest, path, index, descriptors[index])
+                descriptors.append(self.open_file(opened, manifest, index))
+                wrong = self.wrong_length(manifest, opened.path, index, descriptors[index])
                 if wrong is not None:
                     raise CorruptError(wrong.reason)
-            yield Checkpoint(step, manifest, manifest_bytes, path, descriptors)
+            yield Checkpoint(opened.step, manifest, manifest_bytes, opened.path, descriptors)
         finally:
             self.close_files(descriptors)
 

@@ -16,6 +16,7 @@ from engine.options import Options
 from engine.store.catalog import Catalog
 from engine.store.filesystem import Filesystem
 from engine.store.reader import Reader
+from engine.store.retention import Retention
 from engine.store.verify import Verifier
 from engine.store.writer import Writer
 
@@ -26,7 +27,7 @@ class Store:
     Args:
         directory: created if it is not there.
         options: how blocks are moved.
-        keep: how many committed checkpoints to leave, or None for all.
+        retention: which checkpoints are kept, or None for the rule that is stored with the run.
         filesystem: how to reach the directory.
 
     Raises:
@@ -35,10 +36,9 @@ class Store:
         StorageError: the directory cannot be made, read or synced.
     """
 
-    def __init__(self, directory: str, options: Options, keep: int | None, filesystem: Filesystem) -> None:
-        self._keep = keep
+    def __init__(self, directory: str, options: Options, retention: Retention | None, filesystem: Filesystem) -> None:
         with ExitStack() as undo:
-            self.catalog = Catalog(directory, filesystem, spare_max=options.max_async)
+            self.catalog = Catalog(directory, filesystem, options.max_async, retention)
             undo.callback(self.catalog.close)
             self.pipeline: Pipeline
             self.probe: Probe
@@ -51,7 +51,7 @@ class Store:
                 warn(degraded)  # which may raise, if the user wants it so
             undo.pop_all()
         self.writer = Writer(self.catalog, self.pipeline)
-        self.reader = Reader(self.catalog, self.pipeline)
+        self.reader = Reader(self.catalog, lambda: self.pipeline)
         self.verifier = Verifier(self.catalog, self.reader)
 
     @property
@@ -64,9 +64,8 @@ class Store:
         return self.catalog.steps()
 
     def retire(self) -> None:
-        """Take out of service what the retention rule does not keep."""
-        if self._keep is not None:
-            self.catalog.retire(self._keep)
+        """Take every step out of service that the retention rule does not keep."""
+        self.catalog.retire()
 
     def close(self) -> None:
         """Drain the pipeline, and give the directory back.  Blocks.  May be called again."""

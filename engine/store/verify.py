@@ -17,7 +17,7 @@ from engine.format.values import decode, decode_options
 from engine.io.job import BlockState, Failure, Job
 from engine.io.packing import pack_sources
 from engine.io.pipeline import Pipeline
-from engine.store.catalog import Catalog
+from engine.store.directory import Directory, OpenedStep
 from engine.store.reader import Checkpoint, Reader, chunk_at, demand_damage, drive, explain, read_job
 
 # In the place of a descriptor: the file is not there (engine_native.h, set_file).
@@ -42,57 +42,56 @@ class Damage(NamedTuple):
 
 
 class Verifier:
-    """Verifies checkpoints of a catalog.
+    """Verifies the checkpoints of a directory.
 
     Args:
-        catalog: the directory.
+        directory: which.
         reader: reads its blocks.
     """
 
-    def __init__(self, catalog: Catalog, reader: Reader) -> None:
-        self._catalog = catalog
+    def __init__(self, directory: Directory, reader: Reader) -> None:
+        self._directory = directory
         self._reader = reader
 
     def verify(self, step: int | None) -> tuple[Damage, ...]:
         """Read every block of a committed checkpoint and tell what is not as it was written.  Blocks."""
         for candidate in self._reader.candidates(step):
             try:
-                with self._catalog.pinned(candidate):
-                    return self._verify(candidate)
+                with self._directory.opened(candidate) as opened:
+                    return self._verify(opened)
             except NotFoundError:
                 if step is not None:
                     raise
-                # else retired since it was listed, as in _newest
+                # else it was retired since it was listed
         raise self._reader.nothing()
 
-    def _verify(self, step: int) -> tuple[Damage, ...]:
-        """Everything wrong with a pinned step."""
-        path = self._catalog.path(step)
+    def _verify(self, opened: OpenedStep) -> tuple[Damage, ...]:
+        """Everything wrong with a step."""
         try:
-            manifest, manifest_bytes = self._catalog.manifest(step)
+            manifest, manifest_bytes = opened.manifest()
             decode(manifest.extra)
             decode_options(manifest.options)
         except (CorruptError, StorageError) as error:
             demand_damage(error)
-            return (Damage(os.path.join(path, MANIFEST_NAME), None, None, "everything", str(error)),)
-        return tuple(self._verify_files(step, manifest, manifest_bytes, path))
+            return (Damage(os.path.join(opened.path, MANIFEST_NAME), None, None, "everything", str(error)),)
+        return tuple(self._verify_files(opened, manifest, manifest_bytes))
 
-    def _verify_files(self, step: int, manifest: Manifest, manifest_bytes: int, path: str) -> Iterator[Damage]:
+    def _verify_files(self, opened: OpenedStep, manifest: Manifest, manifest_bytes: int) -> Iterator[Damage]:
         """Everything wrong with the data files.  One of a wrong length is read all the same."""
         descriptors: list[int] = []
         try:
             for index, file in enumerate(manifest.files):
                 descriptors.append(_NO_FILE)
                 try:
-                    descriptors[index] = self._reader.open_file(manifest, path, index)
-                    wrong = self._reader.wrong_length(manifest, path, index, descriptors[index])
+                    descriptors[index] = self._reader.open_file(opened, manifest, index)
+                    wrong = self._reader.wrong_length(manifest, opened.path, index, descriptors[index])
                     if wrong is not None:
-                        yield Damage(os.path.join(path, file.name), *wrong)
+                        yield Damage(os.path.join(opened.path, file.name), *wrong)
                 except (CorruptError, StorageError) as error:
                     demand_damage(error)
                     names = affected(manifest.segments, index, 0, file.nbytes)
-                    yield Damage(os.path.join(path, file.name), None, None, names, str(error))
-            yield from self._verify_blocks(Checkpoint(step, manifest, manifest_bytes, path, descriptors))
+                    yield Damage(os.path.join(opened.path, file.name), None, None, names, str(error))
+            yield from self._verify_blocks(Checkpoint(opened.step, manifest, manifest_bytes, opened.path, descriptors))
         finally:
             self._reader.close_files([d for d in descriptors if d != _NO_FILE])
 

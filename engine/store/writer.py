@@ -44,6 +44,9 @@ from engine.store.catalog import Catalog
 from engine.store.commit import WrittenFile, commit
 from engine.store.info import CheckpointInfo
 
+# The options of no optimizer, encoded.
+NO_OPTIONS: Json = {"dict": []}
+
 
 @dataclass(slots=True)
 class PackedPlan:
@@ -85,7 +88,7 @@ class Content:
     sources: Packed
     owners: object
     aliases: Mapping[str, str] = field(default_factory=dict)
-    options: Json = field(default_factory=lambda: {"dict": []})
+    options: Json = field(default_factory=lambda: NO_OPTIONS)
     extra: Json = None
 
 
@@ -257,8 +260,7 @@ class Writer:
             if job.failure is not None:
                 raise _explain(job.failure, packed, files, self._catalog.partial_path(write.step))
             manifest = encode(_manifest(write), packed.rows)
-            await_turn()
-            return commit(self._catalog, write.step, files, manifest)
+            return commit(self._catalog, write.step, files, manifest, await_turn)
         finally:
             for file in files:
                 self._catalog.filesystem.close(file.descriptor)
@@ -266,12 +268,22 @@ class Writer:
     def _make_files(self, step: int, plan: Plan, files: list[WrittenFile]) -> None:
         filesystem = self._catalog.filesystem
         self._catalog.check_room(sum(align_up(file.nbytes, ALIGNMENT) for file in plan.files))
-        partial = self._catalog.begin(step, [file.name for file in plan.files])
+        begun = self._catalog.begin(step, [file.name for file in plan.files])
         for file in plan.files:
-            path = os.path.join(partial, file.name)
+            path = os.path.join(begun.path, file.name)
             descriptor = filesystem.open_for_blocks(path, write=True, direct=self._pipeline.direct)
             files.append(WrittenFile(descriptor, path, file.nbytes))
-            filesystem.allocate(files[-1].descriptor, align_up(file.nbytes, ALIGNMENT), path)
+            self._allocate(files[-1])
+
+    def _allocate(self, file: WrittenFile) -> None:
+        """Reserve a file's blocks; where there is no room, once more without the checkpoints that no rule keeps."""
+        nbytes = align_up(file.nbytes, ALIGNMENT)
+        try:
+            self._catalog.filesystem.allocate(file.descriptor, nbytes, file.path)
+        except StorageError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._catalog.free_surplus():
+                raise
+            self._catalog.filesystem.allocate(file.descriptor, nbytes, file.path)
 
 
 def _manifest(write: Write) -> Manifest:
@@ -284,7 +296,7 @@ def _manifest(write: Write) -> Manifest:
         version=VERSION,
         step=write.step,
         checkpoint_id=write.checkpoint_id,
-        created_ns=time.time_ns(),
+        created_ns=max(0, time.time_ns()),  # a clock may be wrong
         block_bytes=packed.plan.block_bytes,
         files=tuple(FileRecord(*file) for file in packed.plan.files),
         chunks=chunk_records(packed.plan, packed.layers, write.job.checksums()),

@@ -25,11 +25,11 @@ uint32_t eng_direct_alignment(int32_t fd)
     return 0;
 }
 
-int eng_allocate(int32_t fd, uint64_t nbytes)
+int eng_allocate(int32_t fd, uint64_t offset, uint64_t nbytes)
 {
     int result;
     do
-        result = fallocate(fd, 0, 0, (off_t)nbytes);
+        result = fallocate(fd, 0, (off_t)offset, (off_t)nbytes);
     while (result < 0 && errno == EINTR);
     return result < 0 ? -errno : 0;
 }

@@ -126,7 +126,8 @@ def test_the_documented_sequence_is_what_happens(tmp_path: Path) -> None:
             eng.checkpoint(arena, step=step).result()
     leftover = tmp_path / "step-00000003.partial"
     leftover.mkdir()
-    (leftover / "old.safetensors").touch()
+    for name in ("model.safetensors", "old.safetensors"):
+        (leftover / name).touch()
     recorder = Recorder(tmp_path)
     with engine.Engine(tmp_path, filesystem=recorder, **small) as eng:
         eng.checkpoint(arena, step=3).result()

@@ -8,14 +8,18 @@ else had it, is seen as soon as it is overwritten.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -25,7 +29,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from strategies import plan_of
 
-from engine.errors import CorruptError, LockedError, NotFoundError, StepError, StorageError
+from engine.errors import CorruptError, EngineWarning, LockedError, NotFoundError, StepError, StorageError
 from engine.format.layout import lay_out
 from engine.format.manifest import (
     FORMAT,
@@ -40,6 +44,7 @@ from engine.format.manifest import (
 from engine.format.plan import ALIGNMENT
 from engine.store.catalog import Catalog, step_name
 from engine.store.filesystem import Filesystem
+from engine.store.retention import KEEP_ALL, Retention, StepFacts
 
 DATA_NAME = "model.safetensors"
 SPARE = Path(".engine", "spare")
@@ -98,9 +103,20 @@ def fill(partial: str, content: bytes) -> int:
     return inode
 
 
+def begin(catalog: Catalog, step: int, wanted: Sequence[str]) -> str:
+    """Begin a save; returns its partial."""
+    return catalog.begin(step, wanted).path
+
+
+def retire(catalog: Catalog, keep: int) -> None:
+    """Retire all but the newest `keep`."""
+    catalog.retention = Retention(last=keep)
+    catalog.retire()
+
+
 def save(catalog: Catalog, step: int) -> int:
     """Begin, write and publish a step; returns the inode number of its file."""
-    inode = fill(catalog.begin(step, [DATA_NAME]), str(step).encode())
+    inode = fill(begin(catalog, step, [DATA_NAME]), str(step).encode())
     Path(catalog.partial_path(step), MANIFEST_NAME).write_text("{}")
     assert catalog.publish(step) == catalog.path(step)
     return inode
@@ -257,7 +273,7 @@ def test_names_of_steps_sort_as_numbers(step: int, name: str, catalog: Catalog) 
 MOVES: dict[str, Callable[[Catalog], object]] = {
     "begin": lambda catalog: catalog.begin(4, [DATA_NAME]),
     "publish": lambda catalog: catalog.publish(3),
-    "retire": lambda catalog: catalog.retire(1),
+    "retire": lambda catalog: retire(catalog, 1),
     "rollback": lambda catalog: catalog.retire_after(1),
     "set aside": lambda catalog: catalog.set_aside(2),
     "discard": lambda catalog: catalog.discard(3),
@@ -275,7 +291,7 @@ def test_nothing_is_moved_in_a_directory_that_was_put_in_the_place_of_ours(tmp_p
             opened.callback(catalog.close)
             save(catalog, 1)
             save(catalog, 2)
-            fill(catalog.begin(3, [DATA_NAME]), b"3")
+            fill(begin(catalog, 3, [DATA_NAME]), b"3")
             return catalog
 
         ours = open_and_save()
@@ -303,7 +319,7 @@ def test_a_directory_is_made_with_its_parents(tmp_path: Path, filesystem: Record
 
 
 def test_a_step_is_there_once_it_is_published(catalog: Catalog, tmp_path: Path) -> None:
-    partial = catalog.begin(5, [DATA_NAME])
+    partial = begin(catalog, 5, [DATA_NAME])
     assert (partial, names(tmp_path)) == (str(tmp_path / "step-00000005.partial"), ["step-00000005.partial"])
     assert catalog.steps() == []
     fill(partial, b"5")
@@ -313,7 +329,7 @@ def test_a_step_is_there_once_it_is_published(catalog: Catalog, tmp_path: Path) 
 
 
 def test_a_failed_save_leaves_nothing(catalog: Catalog, tmp_path: Path) -> None:
-    fill(catalog.begin(5, [DATA_NAME]), b"5")
+    fill(begin(catalog, 5, [DATA_NAME]), b"5")
     catalog.discard(5)
     catalog.discard(6)  # never begun
     assert (catalog.steps(), names(tmp_path), spares(tmp_path)) == ([], [], [])
@@ -334,7 +350,7 @@ def test_a_publish_that_fails_leaves_no_step(
     catalog: Catalog, filesystem: Recorded, tmp_path: Path, refused: str
 ) -> None:
     save(catalog, 1)
-    fill(catalog.begin(2, [DATA_NAME]), b"2")
+    fill(begin(catalog, 2, [DATA_NAME]), b"2")
     filesystem.refuse(refused)
     with pytest.raises(StorageError) as caught:
         catalog.publish(2)
@@ -353,19 +369,21 @@ def test_a_retired_steps_files_are_the_next_ones(catalog: Catalog, tmp_path: Pat
     inode = save(catalog, 1)
     Path(catalog.path(1), "optimizer.safetensors").write_bytes(b"not wanted next time")
     save(catalog, 2)
-    catalog.retire(1)
+    retire(catalog, 1)
     assert (catalog.steps(), names(tmp_path), len(spares(tmp_path))) == ([2], ["step-00000002"], 1)
 
-    partial = Path(catalog.begin(3, [DATA_NAME, "another.safetensors"]))
+    partial = Path(begin(catalog, 3, [DATA_NAME, "another.safetensors"]))
     assert os.listdir(partial) == [DATA_NAME], "neither the manifest nor what is not wanted"
     assert os.stat(partial / DATA_NAME).st_ino == inode
     assert (partial / DATA_NAME).read_bytes() == b"1"
+    assert [os.listdir(tmp_path / SPARE / name) for name in spares(tmp_path)] == [[]]
+    catalog.publish(3)
     assert spares(tmp_path) == []
 
 
 def test_spares_are_taken_in_the_order_in_which_they_came(catalog: Catalog) -> None:
     inodes = [save(catalog, step) for step in (1, 2, 3)]
-    catalog.retire(1)
+    retire(catalog, 1)
     assert [save(catalog, step) for step in (4, 5)] == inodes[:2]
     assert save(catalog, 6) not in inodes
 
@@ -373,7 +391,7 @@ def test_spares_are_taken_in_the_order_in_which_they_came(catalog: Catalog) -> N
 @pytest.mark.parametrize("count", [1, 5])
 def test_only_so_many_spares_are_kept(catalog: Catalog, tmp_path: Path, count: int) -> None:
     inodes = [save(catalog, step) for step in range(count + 1)]
-    catalog.retire(1)
+    retire(catalog, 1)
     kept = [os.stat(tmp_path / SPARE / name / DATA_NAME).st_ino for name in spares(tmp_path)]
     assert kept == inodes[:-1][-2:], "the newest two"
     # They are also kept across an open.
@@ -387,7 +405,7 @@ def test_only_so_many_spares_are_kept(catalog: Catalog, tmp_path: Path, count: i
 def test_the_newest_are_kept(catalog: Catalog, keep: int) -> None:
     for step in (10, 20, 30, 40):
         save(catalog, step)
-    catalog.retire(keep)
+    retire(catalog, keep)
     assert catalog.steps() == [10, 20, 30, 40][-keep:]
 
 
@@ -396,7 +414,7 @@ def test_a_file_with_another_name_is_not_overwritten(catalog: Catalog, tmp_path:
     copy = tmp_path / "best.safetensors"
     os.link(Path(catalog.path(1), DATA_NAME), copy)
     save(catalog, 2)
-    catalog.retire(1)
+    retire(catalog, 1)
     assert save(catalog, 3) != inode
     assert copy.read_bytes() == b"1"
     assert os.stat(copy).st_nlink == 1
@@ -410,7 +428,7 @@ def test_a_link_is_not_followed(catalog: Catalog, tmp_path: Path) -> None:
     data.unlink()
     data.symlink_to(elsewhere)
     save(catalog, 2)
-    catalog.retire(1)
+    retire(catalog, 1)
     save(catalog, 3)
     assert not Path(catalog.path(3), DATA_NAME).is_symlink()
     assert elsewhere.read_bytes() == b"1"
@@ -426,8 +444,8 @@ def test_what_users_put_beside_is_retired_with_the_rest(catalog: Catalog, tmp_pa
         (plots / "deep").mkdir(parents=True)
         (plots / "deep" / "loss.png").write_bytes(b"png")
         (plots / "link").symlink_to(outside)
-        catalog.retire(1)
-    partial = catalog.begin(5, [DATA_NAME])
+        retire(catalog, 1)
+    partial = begin(catalog, 5, [DATA_NAME])
     assert os.listdir(partial) == [DATA_NAME]
     catalog.discard(5)
     assert (outside / "precious").read_bytes() == b"precious"
@@ -440,7 +458,7 @@ def test_a_retirement_that_is_refused_halfway_is_durable_as_far_as_it_went(
         save(catalog, step)
     filesystem.refuse("rename", spared=1)
     with pytest.raises(StorageError):
-        catalog.retire(1)
+        retire(catalog, 1)
     assert catalog.steps() == [2, 3, 4]
     assert names(tmp_path) == [step_name(step) for step in (2, 3, 4)]
     catalog.begin(5, [DATA_NAME])
@@ -454,7 +472,7 @@ def test_a_retirement_that_is_not_durable_is_not_recycled(
     first, second = save(catalog, 1), save(catalog, 2)
     filesystem.refuse("sync_directory", spared=which)
     with pytest.raises(StorageError):
-        catalog.retire(1)
+        retire(catalog, 1)
     assert save(catalog, 3) not in (first, second)
     check_order(filesystem.done, str(tmp_path))
     assert {Path(catalog.path(step), DATA_NAME).read_bytes() for step in catalog.steps()} == {b"2", b"3"}
@@ -464,60 +482,35 @@ def begin_two(catalog: Catalog) -> None:
     """Saves 4 and 5, each in a spare of its own; 3 is committed."""
     for step in (1, 2, 3):
         save(catalog, step)
-    catalog.retire(1)
+    retire(catalog, 1)
     for step in (4, 5):
-        fill(catalog.begin(step, [DATA_NAME]), str(step).encode())
+        fill(begin(catalog, step, [DATA_NAME]), str(step).encode())
 
 
-def test_what_both_have_taken_is_durable_before_the_root_is_synced(
+def test_moves_from_a_spare_are_durable_before_their_save_is_published(
     catalog: Catalog, filesystem: Recorded, tmp_path: Path
 ) -> None:
     begin_two(catalog)
-    spare, root = str(tmp_path / SPARE), str(tmp_path)
+    root = str(tmp_path)
     filesystem.done.clear()
     for step in (5, 4):
         catalog.publish(step)
     published = [("rename", f"{catalog.path(step)}.partial", catalog.path(step)) for step in (5, 4)]
-    assert filesystem.done == [("sync", spare), published[0], ("sync", root), published[1], ("sync", root)]
+    taken = [("sync", str(tmp_path / SPARE / name)) for name in ("00000002", "00000001")]
+    assert filesystem.done == [taken[0], published[0], ("sync", root), taken[1], published[1], ("sync", root)]
 
 
-def test_what_was_taken_is_durable_before_a_damaged_step_is_set_aside(
-    catalog: Catalog, filesystem: Recorded, tmp_path: Path
-) -> None:
-    begin_two(catalog)
-    filesystem.done.clear()
-    catalog.set_aside(3)
-    assert [operation for operation, *_ in filesystem.done] == ["sync", "rename", "sync"]
-    assert filesystem.done[0] == ("sync", str(tmp_path / SPARE))
-
-
-def test_a_taking_that_may_not_last_fails_every_save_that_took(catalog: Catalog, filesystem: Recorded) -> None:
+def test_moves_that_may_not_last_fail_their_save_and_no_other(catalog: Catalog, filesystem: Recorded) -> None:
     begin_two(catalog)
     filesystem.refuse("sync_directory", spared=0)
-    for step in (5, 4):  # the second has no failure of its own
-        with pytest.raises(StorageError):
-            catalog.publish(step)
-        catalog.discard(step)
-    assert catalog.steps() == [3]
-    for step in (4, 5, 6):
+    with pytest.raises(StorageError):
+        catalog.publish(5)
+    catalog.discard(5)
+    catalog.publish(4)
+    assert catalog.steps() == [3, 4]
+    for step in (5, 6):
         save(catalog, step)
     assert catalog.steps() == [3, 4, 5, 6]
-
-
-def test_a_taking_is_known_to_last_once_another_has_synced_spare(
-    catalog: Catalog, filesystem: Recorded, tmp_path: Path
-) -> None:
-    for step in (1, 2, 3):
-        save(catalog, step)
-    catalog.retire(2)
-    fill(catalog.begin(4, [DATA_NAME]), b"4")
-    assert spares(tmp_path) == [], "it has taken the one there was"
-    filesystem.refuse("sync_directory", spared=1)  # the root's: spare's, right before, has done for what was taken, too
-    with pytest.raises(StorageError):
-        catalog.retire(1)
-    filesystem.done.clear()
-    catalog.publish(4)
-    assert filesystem.done == [("rename", f"{catalog.path(4)}.partial", catalog.path(4)), ("sync", str(tmp_path))]
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["spare", "root"])
@@ -528,7 +521,7 @@ def test_going_back_deletes_nothing_once_a_sync_has_failed(
         save(catalog, step)
     filesystem.refuse("sync_directory", spared=which)
     with pytest.raises(StorageError):
-        catalog.retire(4)  # which a power cut may undo
+        retire(catalog, 4)  # which a power cut may undo
     assert catalog.retire_after(2) == [5, 4, 3]
     assert catalog.steps() == [2]
     assert [Path(tmp_path, SPARE, name, DATA_NAME).read_bytes() for name in spares(tmp_path)] == [
@@ -540,27 +533,265 @@ def test_going_back_deletes_nothing_once_a_sync_has_failed(
 
 
 def check_order(done: list[tuple[str, ...]], root: str) -> None:
-    """I4 and I5 of docs/durability.md: a spare is durable before it is taken, and taken before it is published.
+    """I4 and I5 of docs/durability.md, in terms of what was done.
 
-    In terms of what was done: after a rename into spare, spare and then root are synced before any rename out of it;
-    after that, spare is synced before the same directory gets its final name.
+    After a directory was renamed into spare, spare and then root are synced before a file is moved out of it.  After
+    that, the directory in spare is synced before the partial that the file was moved to gets its final name.
     """
     spare = str(Path(root) / SPARE)
     arrived: dict[str, int] = {}
-    left: dict[str, int] = {}
+    moved: dict[str, tuple[str, int]] = {}
     for now, (operation, *paths) in enumerate(done):
         if operation != "rename":
             continue
         source, target = paths
+        directory = os.path.dirname(source)
         if os.path.dirname(target) == spare:
             arrived[target] = now
-        elif os.path.dirname(source) == spare:
-            since = done[arrived.pop(source, -1) + 1 : now]
+        elif os.path.dirname(directory) == spare:
+            since = done[arrived.get(directory, -1) + 1 : now]
             assert ("sync", spare) in since, f"{source} was taken before its arrival was durable"
             assert ("sync", root) in since[since.index(("sync", spare)) :], f"{source} was taken before it had left"
-            left[target] = now
-        elif source in left:
-            assert ("sync", spare) in done[left.pop(source) : now], f"{target} was published while also a spare"
+            moved[os.path.dirname(target)] = directory, now
+        elif source in moved:
+            taken_from, at = moved.pop(source)
+            assert ("sync", taken_from) in done[at:now], f"{target} was published before its files had left the spare"
+
+
+# -- what the reused files hold ---------------------------------------------------------------------------------------
+
+
+def test_what_is_recycled_is_known_only_of_a_step_that_this_process_retired(
+    catalog: Catalog, stored: tuple[Manifest, Path], tmp_path: Path
+) -> None:
+    """A spare found at open may have been overwritten before a power cut that brought it back: nobody trusts it."""
+    save(catalog, 2)
+    Path(catalog.path(2), MANIFEST_NAME).write_bytes(encode(dataclasses.replace(stored[0], step=2)))
+    save(catalog, 3)
+    retire(catalog, 1)
+    begun = catalog.begin(4, [DATA_NAME])
+    assert begun.recycled == stored[0] and begun.reused == {DATA_NAME}
+    catalog.discard(4)
+    catalog.close()
+    with_spare = Catalog(str(tmp_path), Filesystem(), spare_max=2)
+    begun = with_spare.begin(4, [DATA_NAME])
+    assert begun.recycled is None and begun.reused == {DATA_NAME}
+    with_spare.close()
+
+
+@pytest.mark.parametrize("how", ["failed save", "manifest of another step", "damaged manifest"])
+def test_what_is_recycled_is_not_known_of_anything_else(
+    catalog: Catalog, stored: tuple[Manifest, Path], tmp_path: Path, how: str
+) -> None:
+    if how == "manifest of another step":
+        stored[1].write_bytes(encode(dataclasses.replace(stored[0], step=7)))
+    elif how == "damaged manifest":
+        stored[1].write_bytes(stored[1].read_bytes()[:-5])
+    save(catalog, 2)
+    retire(catalog, 1)
+    if how == "failed save":  # it took the spare, and its files are gone with it
+        fill(begin(catalog, 3, [DATA_NAME]), b"3")
+        catalog.discard(3)
+        assert spares(tmp_path) == []
+    begun = catalog.begin(3, [DATA_NAME])
+    assert begun.recycled is None and begun.reused == (frozenset() if how == "failed save" else {DATA_NAME})
+
+
+def test_a_file_that_is_not_moved_is_not_reused(catalog: Catalog, tmp_path: Path) -> None:
+    save(catalog, 1)
+    os.link(Path(catalog.path(1), DATA_NAME), tmp_path / "best.safetensors")
+    save(catalog, 2)
+    retire(catalog, 1)
+    begun = catalog.begin(3, [DATA_NAME, "new.safetensors"])
+    assert begun.reused == frozenset() and os.listdir(begun.path) == []
+
+
+def test_a_directory_handle_of_a_retired_step_never_sees_a_later_steps_bytes(catalog: Catalog) -> None:
+    """As rsync or tar that stands in it."""
+    save(catalog, 1)
+    handle = os.open(catalog.path(1), os.O_RDONLY | os.O_DIRECTORY)
+    for step in (2, 3, 4):
+        save(catalog, step)
+        retire(catalog, 1)
+        for name in os.listdir(handle):
+            descriptor = os.open(name, os.O_RDONLY, dir_fd=handle)
+            assert os.read(descriptor, 100) in (b"1", b"{}")
+            os.close(descriptor)
+    assert os.listdir(handle) == []
+    os.close(handle)
+
+
+# -- one that cannot be moved or deleted ------------------------------------------------------------------------------
+
+
+class Stubborn(Filesystem):
+    """Refuses to rename or unlink what has a name, with an errno."""
+
+    def __init__(self, name: str, error: int) -> None:
+        self.name, self.error = name, error
+
+    def _refuse(self, operation: str, path: str) -> None:
+        if self.name in path.split(os.sep):
+            raise StorageError(self.error, operation, path)
+
+    def rename(self, source: str, target: str) -> None:
+        self._refuse("rename", source)
+        super().rename(source, target)
+
+    def unlink(self, path: str) -> None:
+        if self.error != errno.EXDEV:
+            self._refuse("unlink", path)
+        super().unlink(path)
+
+
+@pytest.mark.parametrize("error", [errno.EPERM, errno.EACCES, errno.EBUSY], ids=errno.errorcode.__getitem__)
+def test_a_step_that_cannot_be_retired_is_passed_over_with_one_warning(tmp_path: Path, error: int) -> None:
+    catalog = Catalog(str(tmp_path), Stubborn(step_name(1), error), spare_max=1, retention=Retention(last=2))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for step in range(8):
+            save(catalog, step)
+            catalog.retire()
+    assert catalog.steps() == [1, 6, 7]
+    assert [str(w.message).split(": ")[0] for w in told] == [f"rename of {catalog.path(1)}"]
+    with pytest.raises(StorageError):  # asked for by name it is an error
+        catalog.delete(1)
+    catalog.close()
+    again = Catalog(str(tmp_path), Filesystem(), spare_max=1)
+    again.retire()
+    assert again.steps() == [6, 7]
+    again.close()
+
+
+def test_a_file_that_cannot_be_moved_or_deleted_stops_no_save(tmp_path: Path) -> None:
+    catalog = Catalog(str(tmp_path), Stubborn("stuck", errno.EPERM), spare_max=1, retention=Retention(last=1))
+    save(catalog, 0)
+    Path(catalog.path(0), "stuck").touch()
+    with pytest.warns(EngineWarning, match="stays, and is not used") as told:
+        inodes = []
+        for step in range(1, 6):
+            inodes.append(save(catalog, step))
+            catalog.retire()
+    assert len(told) == 1 and len(set(inodes[1:])) == 2, "the others are recycled all the same"
+    catalog.close()
+    with pytest.warns(EngineWarning, match="is passed over"):
+        again = Catalog(str(tmp_path), Stubborn("stuck", errno.EPERM), spare_max=1)
+    assert again.steps() == [5]
+    again.close()
+
+
+def test_where_a_directory_cannot_be_renamed_it_is_deleted(tmp_path: Path) -> None:
+    """As in an overlay, whose lower layer holds it."""
+    before = Catalog(str(tmp_path), Filesystem(), spare_max=1, retention=Retention(last=2))
+    save(before, 1)
+    save(before, 2)
+    fill(begin(before, 9, [DATA_NAME]), b"9")
+    before.close()
+    filesystem = Stubborn(step_name(1), errno.EXDEV)
+    catalog = Catalog(str(tmp_path), filesystem, spare_max=1)
+    save(catalog, 3)
+    catalog.retire()
+    assert catalog.steps() == [2, 3] and names(tmp_path) == [step_name(2), step_name(3)]
+    catalog.close()
+    (tmp_path / f"{step_name(4)}.partial").mkdir()
+    filesystem.name = f"{step_name(4)}.partial"
+    Catalog(str(tmp_path), filesystem, spare_max=1).close()
+    assert names(tmp_path) == [step_name(2), step_name(3)]
+
+
+# -- the rule ---------------------------------------------------------------------------------------------------------
+
+
+def reopened(root: Path, retention: Retention | None = None) -> tuple[Retention, list[str], list[int]]:
+    """The rule in effect after an open, what was told, and the steps after one more save."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        catalog = Catalog(str(root), Filesystem(), spare_max=1, retention=retention)
+        save(catalog, max(catalog.steps(), default=0) + 1)
+        catalog.retire()
+    rule, steps = catalog.retention, catalog.steps()
+    catalog.close()
+    return rule, [str(warning.message) for warning in told], steps
+
+
+def test_a_rule_is_kept_with_the_run(tmp_path: Path) -> None:
+    assert reopened(tmp_path / "new") == (Retention(last=2), [], [1])
+    assert reopened(tmp_path / "new") == (Retention(last=2), [], [1, 2])
+    for _ in range(9):
+        reopened(tmp_path / "run", KEEP_ALL)
+    assert reopened(tmp_path / "run") == (KEEP_ALL, [], list(range(1, 11)))
+    rule, [told], steps = reopened(tmp_path / "run", Retention(last=2, every=5))
+    assert "8 of 10 are retired" not in told and "7 of 10 are retired" in told, told
+    assert (rule, steps) == (Retention(last=2, every=5), [5, 10, 11])
+    assert reopened(tmp_path / "run") == (Retention(last=2, every=5), [], [5, 10, 11, 12])
+    assert reopened(tmp_path / "run", Retention(last=2, every=5)) == (Retention(last=2, every=5), [], [5, 10, 12, 13])
+
+
+def test_a_run_without_a_rule_keeps_everything_until_one_is_given(tmp_path: Path) -> None:
+    for _ in range(3):
+        reopened(tmp_path)
+        (tmp_path / ".engine" / "retention.json").unlink(missing_ok=True)
+    rule, told, steps = reopened(tmp_path)
+    assert (rule, told, len(steps)) == (KEEP_ALL, [], 4)
+    assert not (tmp_path / ".engine" / "retention.json").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"last": 0, "every": null, "best": null}', b"9" * 5000, b"\xff"]
+)
+def test_a_stored_rule_that_is_none_keeps_everything(tmp_path: Path, content: bytes) -> None:
+    for _ in range(3):
+        reopened(tmp_path, KEEP_ALL)
+    (tmp_path / ".engine" / "retention.json").write_bytes(content)
+    rule, [told], steps = reopened(tmp_path)
+    assert rule == KEEP_ALL and len(steps) == 4 and "every checkpoint is kept until" in told
+    rule, told_again, steps = reopened(tmp_path, Retention(last=2))
+    assert rule == Retention(last=2) and len(told_again) == 1 and len(steps) == 2
+
+
+def test_a_full_disk_keeps_the_rule_in_memory(tmp_path: Path) -> None:
+    class Full(Filesystem):
+        def write_new_file(self, path: str, content: bytes | bytearray) -> None:
+            raise StorageError(errno.ENOSPC, "write", path)
+
+    with pytest.warns(EngineWarning, match="could not be stored"):
+        catalog = Catalog(str(tmp_path), Full(), spare_max=1, retention=Retention(last=3))
+    assert catalog.retention == Retention(last=3)
+    catalog.close()
+
+
+def test_tags_and_metrics_are_asked_for_once(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def facts(step: int) -> StepFacts:
+        asked.append(step)
+        return StepFacts(step, tag="kept" if step == 2 else None)
+
+    catalog = Catalog(str(tmp_path), Filesystem(), 1, Retention(last=1), facts)
+    for step in range(6):
+        save(catalog, step)
+        catalog.retire()
+    assert catalog.steps() == [2, 5] and asked == [0, 1, 2, 3, 4]
+    catalog.close()
+
+
+def test_a_step_is_deleted_and_its_room_given_back(catalog: Catalog, filesystem: Recorded, tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(catalog, step)
+    fill(begin(catalog, 4, [DATA_NAME]), b"4")
+    with pytest.raises(StepError, match="step 4 is being saved"):
+        catalog.delete(4)
+    with pytest.raises(NotFoundError, match="no step 7; committed steps: 1, 2, 3"):
+        catalog.delete(7)
+    with catalog.pinned(2), pytest.raises(StepError, match="step 2 is being read"):
+        catalog.delete(2)
+    filesystem.done.clear()
+    catalog.delete(2)
+    catalog.delete(3)
+    assert [operation for operation, *_ in filesystem.done] == ["rename", "sync", "sync"] * 2
+    assert (catalog.steps(), spares(tmp_path)) == ([1], [])
+    catalog.publish(4)
+    assert catalog.steps() == [1, 4]
 
 
 # -- pins, rollback, damage -------------------------------------------------------------------------------------------
@@ -571,12 +802,12 @@ def test_a_step_that_is_read_is_not_retired(catalog: Catalog) -> None:
         save(catalog, step)
     with catalog.pinned(1):
         with catalog.pinned(1):
-            catalog.retire(1)
+            retire(catalog, 1)
             assert catalog.steps() == [1, 3]
-        catalog.retire(1)
+        retire(catalog, 1)
         assert catalog.steps() == [1, 3]
         assert Path(catalog.path(1), DATA_NAME).read_bytes() == b"1"
-    catalog.retire(1)
+    retire(catalog, 1)
     assert catalog.steps() == [3]
 
 
@@ -585,7 +816,7 @@ def test_a_pin_ends_with_an_error_too(catalog: Catalog) -> None:
     save(catalog, 2)
     with pytest.raises(ZeroDivisionError), catalog.pinned(1):
         raise ZeroDivisionError
-    catalog.retire(1)
+    retire(catalog, 1)
     assert catalog.steps() == [2]
 
 
@@ -631,6 +862,30 @@ def test_a_damaged_step_is_set_aside_and_stays(catalog: Catalog, filesystem: Rec
     again = Catalog(str(tmp_path), Filesystem(), spare_max=2)
     assert again.steps() == [2]
     again.close()
+
+
+def test_a_damaged_step_that_was_deleted_by_hand_is_forgotten(catalog: Catalog) -> None:
+    for step in (1, 2):
+        save(catalog, step)
+    shutil.rmtree(catalog.path(2))
+    with pytest.raises(CorruptError, match="missing"), catalog.opened(2):
+        raise AssertionError
+    assert catalog.set_aside(2) is None
+    save(catalog, 2)
+    assert catalog.steps() == [1, 2]
+
+
+@pytest.mark.parametrize("what", ["file", "link", "directory"])
+def test_what_has_a_steps_name_and_is_no_step_is_refused_before_anything_is_written(
+    catalog: Catalog, tmp_path: Path, what: str
+) -> None:
+    path = tmp_path / step_name(3)
+    {"file": path.touch, "link": lambda: path.symlink_to(tmp_path), "directory": path.mkdir}[what]()
+    remedy = "open a new Engine" if what == "directory" else "move it away"
+    with pytest.raises(StepError, match=rf"in the way of step 3.*{remedy}"):
+        catalog.begin(3, [DATA_NAME])
+    assert names(tmp_path) == [step_name(3)]
+    save(catalog, 4)
 
 
 def test_setting_aside_without_a_sync_does_not_leave_a_step_that_is_gone(
@@ -762,6 +1017,15 @@ def test_a_place_where_no_directory_can_be(tmp_path: Path) -> None:
     assert caught.value.errno == errno.ENOTDIR
 
 
+def test_a_path_so_long_that_no_save_could_succeed_is_refused_at_open(tmp_path: Path) -> None:
+    root = tmp_path
+    while len(str(root)) < 3_900:
+        root = root / ("d" * 200)
+    with pytest.raises(StorageError, match="use a directory with a shorter path"):
+        Catalog(str(root), Filesystem(), spare_max=1)
+    assert os.listdir(tmp_path) == []
+
+
 # -- the lock ---------------------------------------------------------------------------------------------------------
 
 
@@ -833,6 +1097,60 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path, how: str) -> None:
             os.kill(child, signal.SIGKILL)
 
 
+@pytest.mark.parametrize("first", ["run", "copy"])
+def test_a_copy_made_of_hard_links_is_not_in_use(tmp_path: Path, first: str) -> None:
+    root, copy = tmp_path / "run", tmp_path / "copy"
+    running = Catalog(str(root), Filesystem(), spare_max=1)
+    if first == "copy":  # copied when nobody has it open
+        running.close()
+    subprocess.run(["cp", "-al", str(root), str(copy)], check=True)
+    if first == "copy":
+        running = Catalog(str(root), Filesystem(), spare_max=1)
+    of_copy = Catalog(str(copy), Filesystem(), spare_max=1)
+    for taken in (root, copy):
+        with pytest.raises(LockedError, match=rf"{taken} is in use by another Engine \(process {os.getpid()}\)"):
+            Catalog(str(taken), Filesystem(), spare_max=1)
+    for catalog in (running, of_copy):
+        save(catalog, 1)
+        catalog.close()
+    assert sorted(os.listdir(copy / ".engine")) == ["lock", "retention.json", "spare"]
+
+
+def test_one_of_many_that_open_a_copy_at_once_gets_it(tmp_path: Path) -> None:
+    root, copy = tmp_path / "run", tmp_path / "copy"
+    with ExitStack() as opened:
+        opened.callback(Catalog(str(root), Filesystem(), spare_max=1).close)
+        subprocess.run(["cp", "-al", str(root), str(copy)], check=True)
+        got: list[Catalog | None] = []
+
+        def attempt() -> None:
+            try:
+                got.append(Catalog(str(copy), Filesystem(), spare_max=1))
+            except LockedError:
+                got.append(None)
+
+        threads = [threading.Thread(target=attempt) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        winners = [catalog for catalog in got if catalog is not None]
+        for catalog in winners:
+            opened.callback(catalog.close)
+    assert len(got) == 8 and len(winners) == 1
+
+
+def test_a_holder_in_another_pid_namespace_is_not_named_as_a_process_here(tmp_path: Path) -> None:
+    class Elsewhere(Filesystem):
+        def pid_namespace(self) -> int:
+            return 1
+
+    holder = Catalog(str(tmp_path), Elsewhere(), spare_max=1)
+    with pytest.raises(LockedError, match=rf"a process of another PID namespace, {os.getpid()} there"):
+        Catalog(str(tmp_path), Filesystem(), spare_max=1)
+    holder.close()
+
+
 # -- any order of all of these ----------------------------------------------------------------------------------------
 
 REFUSALS = ["rename", "sync_directory"]
@@ -848,7 +1166,6 @@ class Directory(RuleBasedStateMachine):
         self.filesystem = Recorded()
         self.committed: set[int] = set()
         self.partial: set[int] = set()
-        self.sound_partial: set[int] = set()  # begun before anything was refused
         self.pins: dict[int, ExitStack] = {}
         self.next_step = 0
         self.armed: tuple[str, int] | None = None
@@ -866,14 +1183,14 @@ class Directory(RuleBasedStateMachine):
             self.catalog.close()
         self.exit.close()
 
-    def attempt(self, call: Callable[[], object], may_fail: bool = False) -> bool:
-        """Whether it succeeded; only what was armed may make it fail, or else what `may_fail`."""
+    def attempt(self, call: Callable[[], object]) -> bool:
+        """Whether it succeeded; only what was armed may make it fail."""
         armed, self.filesystem.armed = self.armed, self.armed
         self.armed = None
         try:
             call()
         except StorageError:
-            assert armed is not None or may_fail, "refused, though nothing was armed"
+            assert armed is not None, "refused, though nothing was armed"
             return False
         finally:
             self.sound &= armed is None or self.filesystem.armed is not None
@@ -889,9 +1206,8 @@ class Directory(RuleBasedStateMachine):
     def begin(self, skipped: int) -> None:
         self.next_step += skipped
         step = self.next_step
-        if self.attempt(lambda: fill(self.catalog.begin(step, [DATA_NAME]), str(step).encode())):
+        if self.attempt(lambda: fill(begin(self.catalog, step, [DATA_NAME]), str(step).encode())):
             self.partial.add(step)
-            self.sound_partial |= {step} if self.sound else set()
         else:
             self.catalog.discard(step)
 
@@ -900,9 +1216,7 @@ class Directory(RuleBasedStateMachine):
     def publish(self, data: st.DataObject) -> None:
         step = data.draw(st.sampled_from(sorted(self.partial)))
         self.partial.discard(step)
-        # What was taken from spare before a sync has failed may not last, and then its save fails as well.
-        may_fail = not self.sound and step in self.sound_partial
-        if self.attempt(lambda: self.catalog.publish(step), may_fail):
+        if self.attempt(lambda: self.catalog.publish(step)):
             self.committed.add(step)
         else:
             self.catalog.discard(step)
@@ -918,7 +1232,7 @@ class Directory(RuleBasedStateMachine):
     def retire(self, keep: int) -> None:
         newest, may_stay = set(sorted(self.committed)[-keep:]), self.committed
         sound = self.sound
-        succeeded = self.attempt(lambda: self.catalog.retire(keep))
+        succeeded = self.attempt(lambda: retire(self.catalog, keep))
         self.committed = set(self.catalog.steps())
         assert newest | self.pins.keys() & may_stay <= self.committed <= may_stay
         if succeeded and sound and self.sound:
@@ -963,7 +1277,7 @@ class Directory(RuleBasedStateMachine):
         self.pins = {}
         self.catalog.close()
         self.catalog = Catalog(self.root, self.filesystem, self.spare_max)
-        self.partial, self.sound_partial, self.sound = set(), set(), True
+        self.partial, self.sound = set(), True
         assert len(os.listdir(Path(self.root) / SPARE)) <= self.spare_max
 
     @invariant()

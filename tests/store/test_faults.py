@@ -277,7 +277,7 @@ def check_goes_on(eng: engine.Engine, held_steps: Mapping[int, int], visible: se
     for step, payload in held_steps.items():
         assert stored(eng, step) == content(payload)
     if visible:  # a step that this Engine does not count is in the way of one of the same number
-        with logged(logging.ERROR), pytest.raises(engine.StorageError, match="open a new Engine"):
+        with logged(logging.ERROR), pytest.raises(engine.StepError, match="open a new Engine"):
             save(eng, max(visible), 20)
     step = max([*eng.steps(), *visible], default=0) + 1 if visible else None
     step = save(eng, step, 21)

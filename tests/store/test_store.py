@@ -22,6 +22,7 @@ from buffers import content_of, load, save
 
 from engine.options import Options
 from engine.store.filesystem import Filesystem
+from engine.store.retention import Retention
 from engine.store.store import Store
 
 OPTIONS = Options(staging_bytes=64 << 10, block_bytes=16 << 10)
@@ -30,7 +31,7 @@ pages.write(bytes(range(256)) * 1171)
 buffers = {"pages": pages, "array": numpy.arange(50_000, dtype=numpy.float32), "empty": bytearray()}
 want = {name: bytes(memoryview(buffer).cast("B")) if len(buffer) else b"" for name, buffer in buffers.items()}
 
-store = Store(sys.argv[1], OPTIONS, 2, Filesystem())
+store = Store(sys.argv[1], OPTIONS, Retention(last=2), Filesystem())
 content = content_of(buffers, OPTIONS.block_bytes)
 for step in (1, 2, 3):
     save(store, step, content)

@@ -24,7 +24,7 @@ from unittest import mock
 
 from cases import PLAIN, Case, Promise, Recorder, fresh
 from recorder import RUN, SENTINEL, SENTINEL_CONTENT, SMALL, Change, materialise, unchanged
-from scenarios import SCENARIOS, content, training
+from scenarios import RANKS, SCENARIOS, content, part_content, part_name, training
 from simulator import Disk, Fates
 
 import engine
@@ -100,6 +100,8 @@ class Checker:
         with self._opened(directory) as eng:
             _require(eng.steps() == sorted(named), f"there are {sorted(named)}, and steps() says {eng.steps()}")
             self._verify(eng, promise, owed, good, damaged)
+            for step in good:
+                _verify_parts(directory / RUN / f"step-{step:08d}")
             newest = max(promise.reported, default=-1)
             _require(max(good, default=-1) >= newest, f"step {newest} was durable, and now there are {good}")
             self._restore_newest(eng, good)
@@ -175,6 +177,12 @@ def checking(change: Change = unchanged) -> Iterator[tuple[Recorder, Checker]]:
             yield recorder, Checker(recorder, Path(name), pipeline)
     finally:
         pipeline.end()
+
+
+def _verify_parts(step: Path) -> None:
+    """The parts of the manifest that several writers have sealed are all there, and whole."""
+    parts = {path.name: path.read_bytes() for path in step.glob("manifest-*.json")}
+    _require(parts in ({}, {part_name(rank): part_content(rank) for rank in RANKS}), f"{step} has the parts {parts}")
 
 
 def _named_steps(disk: Disk) -> dict[int, int]:

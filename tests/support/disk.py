@@ -54,10 +54,10 @@ class FailingFilesystem(Filesystem):
         self._refuse("make_directory", path)
         super().make_directory(path)
 
-    def open_for_blocks(self, path: str, write: bool, direct: bool) -> int:
+    def open_for_blocks(self, path: str, write: bool, direct: bool, directory: int | None = None) -> int:
         if write:
             self._refuse("open_for_blocks", path)
-        return super().open_for_blocks(path, write, direct)
+        return super().open_for_blocks(path, write, direct, directory)
 
     def allocate(self, descriptor: int, nbytes: int, path: str) -> None:
         self._refuse("allocate", path)

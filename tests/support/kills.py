@@ -45,8 +45,8 @@ VOLUMES = {"ext4": 128 << 20, "xfs": 320 << 20, "btrfs": 256 << 20, "tmpfs": 128
 
 # Every line of docs/durability.md that changes anything.
 LINES = {
-    *("O1", "O3", "O4", "O5", "O6"),
-    *("B1", "B2", "B3", "W", "C1", "C2", "C3", "C4", "C5", "C6", "C7"),
+    *("O1", "O3", "O4", "O5", "O6", "O7", "O9"),
+    *("B1", "B2", "B3", "W", "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8"),
     *("R1", "R2", "R3"),
 }
 
@@ -212,7 +212,7 @@ class Figures:
     def note(self, kind: str, backend: str, where: str, outcome: Outcome) -> None:
         """Count a life."""
         self.life_count += 1
-        # C5 is there only where B1 has taken a spare; once for two saves that overlap.
+        # C5 is there only where B2 has taken a spare.
         self.recycled_count += sum(event["line"] == "C5" for event in outcome.of("did"))
         if not outcome.was_killed:
             return
@@ -285,7 +285,7 @@ class Ordeal:
         numbers = self._trim(_NEVER).numbers("R3")
         _require(bool(numbers), "a save has deleted none of the spares that are too many")
         self._trim(numbers[0])
-        following = self._live("open", _NEVER).numbers("O6")
+        following = self._live("open", _NEVER).numbers("O7")
         _require(bool(following), "an opening has deleted none of the spares that are too many")
         for number in numbers:
             self._trim(number)

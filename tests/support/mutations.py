@@ -35,7 +35,7 @@ class Drop(NamedTuple):
     """An fsync that is left out; `place` counts those of this path in this function."""
 
     function: str
-    suffix: str
+    suffix: str | tuple[str, ...]
     place: int | None = None
 
 
@@ -99,10 +99,12 @@ def patched(target: object, name: str, value: object) -> Change:
     return change
 
 
-def commit_in(order: str) -> Callable[[Catalog, int, Sequence[WrittenFile], bytes | bytearray], str]:
+def commit_in(order: str) -> Callable[..., str]:
     """`commit` with its lines in this order; C5 and C7 go with C6, and R1 retires everything."""
 
-    def commit(catalog: Catalog, step: int, files: Sequence[WrittenFile], manifest: bytes | bytearray) -> str:
+    def commit(
+        catalog: Catalog, step: int, files: Sequence[WrittenFile], manifest: bytes, await_turn: Callable[[], None]
+    ) -> str:
         filesystem = catalog.filesystem
         where = catalog.partial_path(step)
         for line in order.split():
@@ -114,6 +116,7 @@ def commit_in(order: str) -> Callable[[Catalog, int, Sequence[WrittenFile], byte
                 for file, path in zip(files, paths, strict=True):
                     filesystem.sync_file(file.descriptor, path)
             elif line == "C3":
+                await_turn()
                 filesystem.write_new_file(os.path.join(where, MANIFEST_NAME), manifest)
             elif line == "C4":
                 filesystem.sync_directory(where)
@@ -163,17 +166,26 @@ def _promote(self: Catalog) -> Sequence[int]:
     return _recover(self)
 
 
-def _retire_newest(self: Catalog, keep: int) -> None:
-    self._retire(self.steps()[keep:])
+def _retire_newest(self: Catalog) -> None:
+    self._retire(self.steps()[self.retention.last :])
 
 
 # By what is broken, named by the lines of docs/durability.md.
 MUTATIONS: dict[str, Mutation] = {
-    "C2 left out: fsync of the data files": Mutation(without(Drop("commit", ".safetensors"))),
-    "C3 left out: fsync of the manifest": Mutation(without(Drop("commit", "manifest.json"))),
-    "C4 left out: fsync of the partial": Mutation(without(Drop("commit", ".partial"))),
+    "C2 left out: fsync of the data files": Mutation(without(Drop("seal", ".safetensors"))),
+    "C3 left out: fsync of the manifest": Mutation(without(Drop("publish", "manifest.json"))),
+    "C4 left out: fsync of the partial": Mutation(without(Drop("publish", ".partial"))),
     "C7 left out: fsync of the root after the rename": Mutation(without(Drop("publish", "/run"))),
-    "C5 left out: fsync of spare after taking one": Mutation(without(Drop("_sync_taken", "/spare")), "recycled_save"),
+    "C5 left out: fsync of the spare that the files came from": Mutation(
+        without(Drop("publish", "/00000001")), "recycled_save"
+    ),
+    "C3 left out: fsync of a writer's part": Mutation(without(Drop("seal", ".json")), "several_writers"),
+    "C4 left out: fsync of the partial, of all writers": Mutation(
+        without(Drop("publish", ".partial"), Drop("seal", ".partial")), "several_writers"
+    ),
+    "O6 left out: fsync of the spares": Mutation(
+        without(Drop("_recover", ("/00000001", "/00000002"))), "recycled_save", KILL
+    ),
     "R2 left out: fsync of spare": Mutation(without(Drop("_retire", "/spare")), "retirement"),
     "R2 left out: fsync of the root": Mutation(without(Drop("_retire", "/run")), "recycled_save"),
     "R2 left out: both, a spare is taken before its retirement is durable": Mutation(

@@ -289,9 +289,9 @@ class RecordingFilesystem(Filesystem):
         self._world.scratch(descriptor)
         return descriptor
 
-    def open_for_blocks(self, path: str, write: bool, direct: bool) -> int:
+    def open_for_blocks(self, path: str, write: bool, direct: bool, directory: int | None = None) -> int:
         if not write:
-            return super().open_for_blocks(path, write, direct=False)
+            return super().open_for_blocks(path, write, False, directory)
         self._world.hook("open_for_blocks", path)
         self._world.staged.wait()
         with self._world.mutex:

@@ -16,10 +16,11 @@ import functools
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from disk import FAILURES
@@ -29,6 +30,8 @@ from torch import nn
 import engine
 from engine.errors import CorruptError, StorageError
 from engine.session.save import Save
+from engine.store.catalog import Catalog
+from engine.store.commit import Part, WrittenFile, publish, seal
 
 # The payload that `recover` saves; no scenario has so many.
 _RECOVERY_PAYLOAD = 1 << 10
@@ -159,29 +162,120 @@ def leftovers(world: World) -> None:
         it.save(3)
 
 
-class _Hold:
-    """Stops one save at one operation, the first time."""
+# Writers of one checkpoint; the third has no file.
+RANKS = range(3)
 
-    def __init__(self, step: int, operation: str) -> None:
+
+def part_name(rank: int) -> str:
+    """The file of a writer's part of the manifest."""
+    return f"manifest-{rank:05d}.json"
+
+
+def part_content(rank: int) -> bytes:
+    """What a writer's part holds: more than a sector, so that it can tear."""
+    return f"the part of rank {rank}\n".encode() * 30
+
+
+class _Turns:
+    """Has threads do one operation each in turn, so that the same work leaves the same trace."""
+
+    def __init__(self, world: World, count: int) -> None:
+        self.before = world.hook
+        self._alive = list(range(count))
+        self._turn = 0  # the index among those alive
+        self._changed = threading.Condition()
+        self._ranks: dict[int, int] = {}
+
+    def run(self, rank: int, act: Callable[[], None]) -> None:
+        """One thread's work."""
+        self._ranks[threading.get_ident()] = rank
+        try:
+            self._wait(rank)
+            act()
+        finally:
+            with self._changed:
+                self._alive.remove(rank)
+                self._turn %= max(1, len(self._alive))
+                self._changed.notify_all()
+
+    def hook(self, operation: str, path: str) -> None:
+        """Before an operation: it ends this thread's turn, and waits for the next."""
+        self.before(operation, path)
+        rank = self._ranks.get(threading.get_ident())
+        if rank is not None:
+            with self._changed:
+                self._turn = (self._turn + 1) % len(self._alive)
+                self._changed.notify_all()
+            self._wait(rank)
+
+    def _wait(self, rank: int) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._alive[self._turn] == rank, _HANG_S), "a turn was never taken"
+
+
+def _commit_by_ranks(
+    world: World,
+    catalog: Catalog,
+    step: int,
+    files: Sequence[WrittenFile],
+    manifest: bytes | bytearray,
+    await_turn: Callable[[], None],
+) -> str:
+    """`commit` with several writers, each in a thread with a file and a part of its own."""
+    partial = catalog.partial_path(step)
+    parts: dict[int, Part | None] = {}
+    turns = _Turns(world, len(RANKS))
+
+    def act(rank: int) -> None:
+        part = part_name(rank), part_content(rank)
+        parts[rank] = seal(catalog.filesystem, partial, files[rank : rank + 1], part)
+
+    threads = [threading.Thread(target=turns.run, args=(rank, functools.partial(act, rank))) for rank in RANKS]
+    world.hook = turns.hook
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    world.hook = turns.before
+    await_turn()
+    return publish(catalog, step, manifest, [part for rank in RANKS if (part := parts[rank]) is not None])
+
+
+def several_writers(world: World) -> None:
+    """Three writers seal at once, and one of them publishes."""
+    by_ranks = mock.patch("engine.store.writer.commit", functools.partial(_commit_by_ranks, world))
+    with by_ranks, session(world, keep=1, max_async=1) as it:
+        it.save(1, 2, 3)
+
+
+class _Hold:
+    """Stops one save at one operation, the first time, and notices when another one has synced a file."""
+
+    def __init__(self, step: int, operation: str, other: int) -> None:
         self._step, self._operation = f"step-{step:08d}.partial", operation
-        self.reached, self.released = threading.Event(), threading.Event()
+        self._other = f"step-{other:08d}.partial"
+        self.reached, self.released, self.other_syncs = threading.Event(), threading.Event(), threading.Event()
 
     def __call__(self, operation: str, path: str) -> None:
+        if operation == "sync_file" and self._other in path:
+            self.other_syncs.set()
         if operation == self._operation and self._step in path:
             self.reached.set()
             assert self.released.wait(_HANG_S), "a scenario forgot to release a save"
 
 
 def overlapping(first: int, second: int, operation: str, world: World) -> None:
-    """Two saves at once: the first goes as far as `operation`, then the second all its way, then the first."""
+    """Two saves at once: the first goes as far as `operation`, then the second until it seals, then both."""
     with session(world, keep=1, max_async=2) as it:
         it.save(1, 2)
-        world.hook = hold = _Hold(first, operation)
+        world.hook = hold = _Hold(first, operation, second)
         held = it.begin(first)
         assert hold.reached.wait(_HANG_S), "the save never came so far"
-        it.save(second)
+        later = it.begin(second)
+        assert hold.other_syncs.wait(_HANG_S), "the later save never sealed"
         hold.released.set()
         it.end(held)
+        it.end(later)
         it.save(5)
 
 
@@ -256,25 +350,29 @@ _HOLDS = ("open_for_blocks", "allocate", "truncate", "sync_file", "write_new_fil
 # Which of the calls of an operation is meant, as in disk.FailingFilesystem.
 _SUFFIXES = {"sync_directory": ".partial", "rename": "/step-00000003"}
 
+# The spare that step 3 takes its files from, where there were two saves before it.
+_SPARE = "/00000001"
+
 # What of a save can be refused, besides disk.FAILURES: a block, the manifest's fsync, and the fsyncs of C5 and C7.
 _REFUSALS = [
     *((operation, _SUFFIXES.get(operation, "")) for operation in FAILURES),
     ("write", ""),
     ("sync_file", "manifest.json"),
-    ("sync_directory", "/spare"),
+    ("sync_directory", _SPARE),
     ("sync_directory", "/run"),
 ]
 
 SCENARIOS: dict[str, Callable[[World], None]] = {
     "first_save": first_save,
     "recycled_save": recycled_save,
+    "several_writers": several_writers,
     "retirement": retirement,
     "rollback": rollback,
     "set_aside": set_aside,
     "leftovers": leftovers,
-    **{f"overlapping_{a}_{b}_{hold}": partial(overlapping, a, b, hold) for a, b in ((3, 4), (4, 3)) for hold in _HOLDS},
+    **{f"overlapping_{a}_{b}_{hold}": partial(overlapping, a, b, hold) for a, b in ((3, 4),) for hold in _HOLDS},
     **{f"failure_{operation}{suffix}": partial(failure, operation, suffix) for operation, suffix in _REFUSALS},
-    **{f"retried{suffix}": partial(retried, suffix) for suffix in ("/spare", "/run")},
+    **{f"retried{suffix}": partial(retried, suffix) for suffix in (_SPARE, "/run")},
     # R2 is the first fsync of spare there, and the second of the root, after C7.
     "failed_retirement_/spare": partial(failed_retirement, "/spare", 0),
     "failed_retirement_/run": partial(failed_retirement, "/run", 1),

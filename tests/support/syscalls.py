@@ -1,9 +1,9 @@
-"""SystemCalls: what `store.filesystem` and `store.catalog` ask of the kernel, recorded, and refused where told.
+"""SystemCalls: what `store.filesystem` asks of the kernel, recorded, and refused where told.
 
-Theory of operation.  Both modules reach the kernel through `os`, `fcntl.flock` and `allocate`.  While a
-`SystemCalls` is installed they see stand-ins that note each call and its path, refuse those that `refuse` has named,
-and otherwise do it, with one exception: an fsync that is not refused does nothing, since no test here cuts the power,
-and a sweep over thousands of refusals would wait for the disk most of its time.
+Theory of operation.  The module reaches the kernel through `os`, `fcntl.flock` and `allocate`, and no other module of
+the store does.  While a `SystemCalls` is installed it sees stand-ins that note each call and its path, refuse those
+that `refuse` has named, and otherwise do it, with one exception: an fsync that is not refused does nothing, since no
+test here cuts the power, and a sweep over thousands of refusals would wait for the disk most of its time.
 
 A refused call has not happened, except for close(2): the kernel lets go of the descriptor whatever it returns.
 """
@@ -85,8 +85,7 @@ class SystemCalls:
         locking = _Module(fcntl, {"flock": self._wrap("flock", fcntl.flock)})
         with (
             mock.patch("engine.store.filesystem.os", stand_in),
-            mock.patch("engine.store.catalog.os", stand_in),
-            mock.patch("engine.store.catalog.fcntl", locking),
+            mock.patch("engine.store.filesystem.fcntl", locking),
             mock.patch("engine.store.filesystem.allocate", self._allocate),
         ):
             yield self
@@ -104,32 +103,34 @@ class SystemCalls:
     def _wrap(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         operation = _OPERATIONS.get(name, name)
 
-        def call(target: str | int, *arguments: Any) -> Any:
+        def call(target: str | int, *arguments: Any, **options: Any) -> Any:
             if isinstance(target, int):
                 path, is_probe = self._paths[target]
                 noted = Call(operation, path, is_probe or (name in ("ftruncate", "pwrite") and path.endswith("/lock")))
             else:
+                directory = options.get("dir_fd")
+                path = target if directory is None else os.path.join(self._paths[directory][0], target)
                 access = arguments[0] & _ACCESS if name == "open" else None
-                noted = Call(operation, target, access == os.O_RDWR, access == os.O_RDWR | os.O_TMPFILE)
+                noted = Call(operation, path, access == os.O_RDWR, access == os.O_RDWR | os.O_TMPFILE)
             if name == "close":
                 real(target)
                 del self._paths[int(target)]
             self._note(noted)
             if name in ("close", "fsync"):
                 return None
-            result = real(target, *arguments)
+            result = real(target, *arguments, **options)
             if name == "open":
                 self._paths[result] = noted.path, noted.is_probe
             return result
 
         return call
 
-    def _allocate(self, descriptor: int, nbytes: int) -> int:
+    def _allocate(self, descriptor: int, offset: int, nbytes: int) -> int:
         try:
             self._note(Call("fallocate", self._paths[descriptor][0]))
         except OSError as error:
             return error.errno or errno.EIO
-        return _allocate(descriptor, nbytes)
+        return _allocate(descriptor, offset, nbytes)
 
     def _fdopen(self, descriptor: int, mode: str) -> _File:
         return _File(self._note, self._paths[descriptor][0], os.fdopen(descriptor, mode))

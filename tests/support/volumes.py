@@ -67,6 +67,17 @@ def volume(kind: str, nbytes: int, *, mkfs: Sequence[str] = (), mount: Sequence[
         os.close(lock)
 
 
+@contextmanager
+def mounted_read_only(directory: Path, target: Path) -> Iterator[Path]:
+    """A second mount of a directory, on which nothing can be written."""
+    target.mkdir()
+    _run([*as_root(), "mount", "--bind", "-o", "ro", str(directory), str(target)])
+    try:
+        yield target
+    finally:
+        _run([*as_root(), "umount", str(target)])
+
+
 def _make_base(nbytes: int) -> tuple[Path, int]:
     """A directory with room for an image, and the descriptor by which it is held."""
     while True:

@@ -1,0 +1,110 @@
+"""Run: `engine.open`, which reads a run and changes nothing.
+
+Theory of operation.  A `Run` takes no lock and creates nothing, so it works beside a training, on a read-only mount,
+and in another user's or a container's directory.  Each call lists the steps afresh.  The native thread that reads
+blocks is started when the first block is wanted; it pins no memory, so that it takes none of the training's limit.
+
+A step that is retired while it is read is a `RetiredError`, or the next newest where the newest was asked for, and
+never another step's bytes: see `store.directory`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from dataclasses import replace
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from engine.errors import ClosedError, ForkedError
+from engine.io.backend import open_to_read
+from engine.io.pipeline import Pipeline
+from engine.options import Options, Tunables
+from engine.session.reading import Lent, Reading
+from engine.store.directory import Directory, path_of
+from engine.store.filesystem import Filesystem
+from engine.store.reader import Reader
+from engine.store.verify import Verifier
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class Run(Reading):
+    """A run that is read, made by `engine.open`.  Closed by `close`, at its collection, or at the interpreter's exit."""
+
+    def __init__(self, directory: Directory, options: Options) -> None:
+        """Not for callers: `open_run` makes them."""
+        self._directory = directory
+        self._pipelines = _Pipelines(options)
+        reader = Reader(directory, self._pipelines.get)
+        self._lent = Lent(reader, Verifier(directory, reader))
+        self._pid = os.getpid()
+        self._closer = weakref.finalize(self, self._pipelines.close)
+
+    @property
+    def path(self) -> str:
+        """The run's directory."""
+        return self._directory.root
+
+    def close(self) -> None:
+        """Stop the native thread, if one was started.  May be called again."""
+        self._closer()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Run({self.path!r}, {len(self._directory.steps())} checkpoints)"
+
+    def _lend(self) -> Lent:
+        if os.getpid() != self._pid:
+            raise ForkedError(f"this Run was opened by process {self._pid}; call engine.open in this process")
+        if not self._closer.alive:
+            raise ClosedError(f"the Run of {self.path} has been closed; call engine.open again")
+        return self._lent
+
+
+class _Pipelines:
+    """At most one pipeline, opened when it is first asked for."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._mutex = threading.Lock()
+        self._pipeline: Pipeline | None = None
+
+    def get(self) -> Pipeline:
+        """The pipeline, open."""
+        with self._mutex:
+            if self._pipeline is None:
+                self._pipeline = open_to_read(self._options.slot_count, self._options.block_bytes)
+            return self._pipeline
+
+    def close(self) -> None:
+        """Stop the pipeline's thread, in the process that started it."""
+        with self._mutex:
+            pipeline, self._pipeline = self._pipeline, None
+        if pipeline is not None and not pipeline.is_forked:
+            pipeline.close()
+
+
+def open_run(
+    directory: str | bytes | os.PathLike[str], *, options: Options | None = None, **tunables: Unpack[Tunables]
+) -> Run:
+    """Open a run to read its checkpoints.  Takes no lock, creates nothing, and works beside a training.
+
+    Args:
+        directory: the run's.
+        options: of these `staging_bytes` and `block_bytes` count; any may also be given by its own keyword.
+
+    Raises:
+        NotFoundError: there is no such directory, or it is no run.
+        StorageError: the directory cannot be read.
+    """
+    return Run(Directory(path_of(directory), Filesystem()), replace(options or Options(), **tunables))

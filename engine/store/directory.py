@@ -1,0 +1,172 @@
+"""Directory: the read side of a run.  Names of steps, and one step opened to be read.
+
+Theory of operation.  A `Directory` takes no lock and creates nothing, so it works beside a training, on a read-only
+mount and in a directory of another user.  `steps` lists afresh each time.
+
+A step may be retired while it is read.  `opened` therefore opens the step's directory once, and every file relative to
+it.  Retiring renames the directory and recycling moves its files out of it, so a reader finds the step's own files, or
+finds them gone, and never the files of a later step.  What fails after the directory has lost its name fails with
+`RetiredError`.
+
+Rules: nothing here changes anything.  A manifest is believed only if it is that of the step whose directory it is in.
+Called by `catalog`, which is the write side, and by readers.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+from engine.errors import (
+    ArgumentError,
+    CheckpointError,
+    CorruptError,
+    NotFoundError,
+    RetiredError,
+    StorageError,
+)
+from engine.format.manifest import MANIFEST_BYTES_MAX, MANIFEST_NAME, STEP_MAX, Manifest, decode
+from engine.store.filesystem import Filesystem
+
+PRIVATE_NAME = ".engine"
+
+# ASCII: a regular expression takes the digits of other scripts for digits too.
+_STEP_NAME = re.compile(r"step-(\d{8,19})", re.ASCII)
+
+
+def step_name(step: int) -> str:
+    """The directory name of a step: at least eight digits, so that names sort as numbers for a long time."""
+    return f"step-{step:08d}"
+
+
+def path_of(directory: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> str:
+    """The path that a caller has given, as text.
+
+    Raises:
+        ArgumentError: it is empty, or has a NUL character in it.
+    """
+    path = os.fsdecode(directory)
+    if not path or "\0" in path:
+        raise ArgumentError(f"the directory is {path!r}; it must be a path, and '.' is the current directory")
+    return path
+
+
+class OpenedStep:
+    """A committed step whose directory is open; made by `Directory.opened`."""
+
+    def __init__(self, filesystem: Filesystem, step: int, path: str, descriptor: int) -> None:
+        self.step = step
+        self.path = path
+        self._filesystem = filesystem
+        self._descriptor = descriptor
+
+    def manifest(self) -> tuple[Manifest, int]:
+        """The manifest and its length in bytes.
+
+        Raises:
+            CorruptError: it is missing, malformed, or that of another step.
+        """
+        path = os.path.join(self.path, MANIFEST_NAME)
+        raw = self._filesystem.read_file(path, MANIFEST_BYTES_MAX, directory=self._descriptor)
+        manifest = decode(raw)
+        if manifest.step != self.step:
+            raise CorruptError(f"{path} is the manifest of step {manifest.step}")
+        return manifest, len(raw)
+
+    def open_file(self, name: str, direct: bool) -> int:
+        """Open a data file of the step to read blocks; the caller closes the descriptor.
+
+        Raises:
+            CorruptError: it is missing, or no regular file.
+        """
+        path = os.path.join(self.path, name)
+        return self._filesystem.open_for_blocks(path, write=False, direct=direct, directory=self._descriptor)
+
+    def is_in_place(self) -> bool:
+        """Whether the step's name still leads to this directory: if not, the step was retired since it was opened."""
+        try:
+            return self._filesystem.is_at(self._descriptor, self.path)
+        except StorageError:
+            return False
+
+
+class Directory:
+    """The checkpoints of one directory, to be read.
+
+    Args:
+        root: the directory.
+        filesystem: how to reach it.
+
+    Raises:
+        NotFoundError: there is no run: no such directory, or one that holds nothing of an engine.
+        StorageError: the directory cannot be read.
+    """
+
+    def __init__(self, root: str, filesystem: Filesystem) -> None:
+        self.root = filesystem.real_path(root)
+        self.filesystem = filesystem
+        status = filesystem.status(self.root)
+        if status is None or not stat.S_ISDIR(status.st_mode):
+            raise NotFoundError(f"{self.root} is no run: there is no such directory; check the path")
+        if not filesystem.is_directory(os.path.join(self.root, PRIVATE_NAME)) and not self._list_steps():
+            raise NotFoundError(f"{self.root} is no run: it holds neither {PRIVATE_NAME} nor a step; check the path")
+
+    def steps(self) -> list[int]:
+        """Committed steps, oldest first."""
+        return self._list_steps()
+
+    def path(self, step: int) -> str:
+        """Where a committed step lies."""
+        return os.path.join(self.root, step_name(step))
+
+    def manifest(self, step: int) -> tuple[Manifest, int]:
+        """The manifest of a committed step, and its length in bytes; raises as `OpenedStep.manifest`."""
+        with self.opened(step) as opened:
+            return opened.manifest()
+
+    @contextmanager
+    def opened(self, step: int) -> Iterator[OpenedStep]:
+        """Open a committed step for as long as it is read.
+
+        Raises:
+            NotFoundError: the step is not committed.
+            RetiredError: the step was retired while it was read, and what was asked for is gone.
+        """
+        path = self.path(step)
+        if not self.filesystem.is_directory(path):
+            raise self._not_found(step, self._list_steps())
+        descriptor = self.filesystem.open_directory(path)
+        opened = OpenedStep(self.filesystem, step, path, descriptor)
+        try:
+            yield opened
+        except (CorruptError, StorageError) as error:
+            if opened.is_in_place():
+                raise
+            raise RetiredError(
+                f"step {step} of {self.root} was retired while it was read; committed steps: "
+                f"{_listed(self._list_steps())}"
+            ) from error
+        finally:
+            self.filesystem.close(descriptor)
+
+    def _not_found(self, step: int, known: Collection[int]) -> CheckpointError:
+        return NotFoundError(f"{self.root} holds no step {step}; committed steps: {_listed(known)}")
+
+    def _list_steps(self) -> list[int]:
+        return committed_steps(self.filesystem, self.root, self.filesystem.list_directory(self.root))
+
+
+def committed_steps(filesystem: Filesystem, root: str, names: Collection[str]) -> list[int]:
+    """The steps among the names in a directory: directories with exactly a step's name, oldest first."""
+    # A set: step-000000001 has the number of step-00000001, but is not its name.  No manifest has a step beyond
+    # STEP_MAX, and the step after one could not be named.
+    steps = {int(match.group(1)) for match in map(_STEP_NAME.fullmatch, names) if match}
+    named = (step for step in steps if step <= STEP_MAX and step_name(step) in names)
+    return sorted(step for step in named if filesystem.is_directory(os.path.join(root, step_name(step))))
+
+
+def _listed(steps: Collection[int]) -> str:
+    return ", ".join(map(str, steps)) or "none"

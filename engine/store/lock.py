@@ -1,0 +1,118 @@
+"""Lock: one engine at a time in a directory.
+
+Theory of operation.  `.engine/lock` is locked by flock(2) on a descriptor that the ring never sees, and that a forked
+child closes, so neither can hold the lock on after the engine has gone.  The holder writes into the file: its process
+number, its PID namespace, and the inode number of `.engine`.
+
+A copy made of hard links (``cp -al``) shares the lock's inode, so a lock on one is a lock on both.  A lock file with a
+second name is therefore replaced by a new file, renamed over it.  That is done only if nobody holds the shared inode,
+or if its holder has written that it holds another directory; two openers that replace at the same time are kept apart
+by a lock on `.engine` itself.  A lock counts only if its file still has the name after it was locked.
+
+Called by `catalog`.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from contextlib import suppress
+
+from engine.errors import CorruptError, LockedError, StorageError
+from engine.store.filesystem import Filesystem
+
+# Three numbers of at most 20 digits, and the ends of their lines.
+_CONTENT_BYTES_MAX = 64
+
+
+def take_lock(filesystem: Filesystem, private: str, root: str) -> int:
+    """Lock a directory; returns the descriptor that holds the lock.
+
+    Args:
+        filesystem: how to reach it.
+        private: its `.engine`.
+        root: the directory, for messages.
+
+    Raises:
+        CorruptError: the lock is not a regular file.
+        LockedError: another engine has the directory.
+    """
+    path = os.path.join(private, "lock")
+    while True:
+        descriptor = filesystem.open_lock(path)
+        try:
+            is_ours = _lock(filesystem, descriptor, path, root)
+            if is_ours:
+                return descriptor
+        except BaseException:
+            filesystem.close(descriptor)
+            raise
+        filesystem.close(descriptor)  # the name leads to another file now
+
+
+def _lock(filesystem: Filesystem, descriptor: int, path: str, root: str) -> bool:
+    """Lock an open lock file; False if its name leads to another file, which is to be opened instead."""
+    status = filesystem.descriptor_status(descriptor, path)
+    if not stat.S_ISREG(status.st_mode):
+        raise CorruptError(f"{path} is not a regular file; remove it")
+    if not filesystem.lock(descriptor, path):
+        if status.st_nlink > 1 and _is_of_another(filesystem, descriptor, path):
+            _replace(filesystem, path)
+            return False
+        raise LockedError(
+            f"{root} is in use by another Engine ({_holder(filesystem, descriptor)}); close that one, or use another "
+            "directory"
+        )
+    if filesystem.status(path) is None or not filesystem.is_at(descriptor, path):
+        return False
+    if status.st_nlink > 1:
+        _replace(filesystem, path)
+        return False
+    content = f"{os.getpid()}\n{filesystem.pid_namespace()}\n{_inode(filesystem, os.path.dirname(path))}\n"
+    filesystem.write_lock(descriptor, content.encode())
+    return True
+
+
+def _replace(filesystem: Filesystem, path: str) -> None:
+    """Give the directory a lock file of its own, in place of one that has a second name."""
+    private, new = os.path.dirname(path), path + ".new"
+    directory = filesystem.open_directory(private)
+    try:
+        filesystem.lock(directory, private, wait=True)
+        status = filesystem.status(path)
+        if status is None or status.st_nlink == 1:
+            return  # another opener was as quick
+        with suppress(StorageError):
+            filesystem.unlink(new)  # left by a kill
+        filesystem.write_new_file(new, b"")
+        filesystem.rename(new, path)
+    finally:
+        filesystem.close(directory)
+
+
+def _is_of_another(filesystem: Filesystem, descriptor: int, path: str) -> bool:
+    """Whether the holder has written that it holds another directory."""
+    _, _, inode = _content(filesystem, descriptor)
+    # Not the device number: two clients of a network file system give it different ones.
+    return inode not in (0, _inode(filesystem, os.path.dirname(path)))
+
+
+def _holder(filesystem: Filesystem, descriptor: int) -> str:
+    pid, namespace, _ = _content(filesystem, descriptor)
+    if not pid:
+        return "process unknown"
+    if namespace and namespace != filesystem.pid_namespace():
+        return f"a process of another PID namespace, {pid} there"
+    return f"process {pid}"
+
+
+def _content(filesystem: Filesystem, descriptor: int) -> tuple[int, int, int]:
+    """The three numbers that a holder writes; 0 for what is not there."""
+    words = filesystem.read_lock(descriptor, _CONTENT_BYTES_MAX).split()
+    pid, namespace, inode, *_ = [int(word) if word.isdigit() else 0 for word in words] + [0, 0, 0]
+    return pid, namespace, inode
+
+
+def _inode(filesystem: Filesystem, path: str) -> int:
+    status = filesystem.status(path)
+    return 0 if status is None else status.st_ino

@@ -1,0 +1,140 @@
+"""Retention: which committed steps a rule keeps.  Pure.
+
+Theory of operation.  A step is kept if any part of the rule wants it: it is among the `last`, its number is a multiple
+of `every`, its metric is among the `best`, or it has a tag.  The newest step and a step that is being read are always
+kept.  All others are to be retired.
+
+What a step's manifest says of tag and metrics is asked for only where the rule depends on it, through a callback.  A
+step whose facts cannot be read at the moment is kept.
+
+A rule is stored with the run as JSON, and is hostile when it is read.  Called by `catalog`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from engine.errors import ArgumentError, CorruptError
+
+# A rule has a few numbers and the name of a metric; what is longer is none of ours.
+RETENTION_BYTES_MAX = 4096
+
+# The largest number in a rule, so that one read from disk stays a machine word: the largest step (format.manifest).
+_COUNT_MAX = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """A rule that says which checkpoints are kept.
+
+    Attributes:
+        last: so many of the newest; None keeps every checkpoint.
+        every: also each checkpoint whose step is a multiple of this.
+        best: also those with the best values of a metric: its name, ``"min"`` or ``"max"``, and how many.
+
+    Raises:
+        ArgumentError: a value is out of range.
+    """
+
+    last: int | None = 2
+    every: int | None = None
+    best: tuple[str, Literal["min", "max"], int] | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("last", self.last), ("every", self.every)):
+            if value is not None and not _is_count(value):
+                raise ArgumentError(f"{name} is {value!r}; it must be a whole number from 1, or None")
+        if self.best is not None and not _is_best(self.best):
+            raise ArgumentError(f"best is {self.best!r}; it must be (metric, 'min' or 'max', how many)")
+
+
+KEEP_ALL = Retention(last=None)
+
+
+@dataclass(frozen=True, slots=True)
+class StepFacts:
+    """What a rule asks about a step: its tag, or None, and its metrics by name."""
+
+    step: int
+    tag: str | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def to_retire(
+    rule: Retention, steps: Sequence[int], facts: Callable[[int], StepFacts | None], being_read: Collection[int] = ()
+) -> list[int]:
+    """The steps that a rule does not keep, oldest first.
+
+    Args:
+        rule: which are kept.
+        steps: all that are committed.
+        facts: what is known of a step; None where that cannot be read now.
+        being_read: steps that readers have pinned.
+    """
+    if rule.last is None:
+        return []
+    ordered = sorted(steps)
+    kept = {*ordered[-rule.last :], *being_read}
+    if rule.every is not None:
+        kept.update(step for step in ordered if step % rule.every == 0)
+    left = [step for step in ordered if step not in kept]
+    if not left:
+        return []
+    if rule.best is not None:
+        kept.update(_best(*rule.best, ordered, facts))
+    return [step for step in left if step not in kept and _is_untagged(facts(step))]
+
+
+def _best(
+    metric: str,
+    which: Literal["min", "max"],
+    count: int,
+    steps: Sequence[int],
+    facts: Callable[[int], StepFacts | None],
+) -> list[int]:
+    """The steps with the best values; of equal ones the newer.  A value that is no number is none."""
+    found = ((step, facts(step)) for step in steps)
+    values = [(known.metrics[metric], step) for step, known in found if known is not None and metric in known.metrics]
+    numbers = [(value, step) for value, step in values if not math.isnan(value)]
+    sign = 1 if which == "min" else -1
+    return [step for _, step in sorted(numbers, key=lambda pair: (sign * pair[0], -pair[1]))[:count]]
+
+
+def _is_untagged(facts: StepFacts | None) -> bool:
+    return facts is not None and facts.tag is None
+
+
+def encode_rule(rule: Retention) -> bytes:
+    """A rule as it is stored."""
+    return json.dumps(asdict(rule)).encode() + b"\n"
+
+
+def decode_rule(raw: bytes) -> Retention:
+    """A stored rule.
+
+    Raises:
+        CorruptError: it is no rule.
+    """
+    try:
+        fields: Any = json.loads(raw)
+        if not isinstance(fields, dict) or fields.keys() != {"last", "every", "best"}:
+            raise CorruptError("the stored retention rule has not the fields of one")
+        best = fields["best"]
+        return Retention(fields["last"], fields["every"], tuple(best) if isinstance(best, list) else best)
+    except (ArgumentError, ValueError, RecursionError) as error:
+        raise CorruptError(f"the stored retention rule is no rule: {error}") from None
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _COUNT_MAX
+
+
+def _is_best(value: object) -> bool:
+    if not isinstance(value, tuple) or len(value) != 3:
+        return False
+    metric, which, count = value
+    return isinstance(metric, str) and which in ("min", "max") and _is_count(count)

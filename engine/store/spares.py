@@ -1,0 +1,223 @@
+"""Spares: the retired checkpoints of a run, kept for their written extents, and how a save takes their files.
+
+Theory of operation.  `.engine/spare/` holds directories K, numbered in the order in which they came.  A save takes the
+oldest: its wanted files are moved into the save's partial directory, one rename each, and its others are deleted.  The
+empty directory stays until the save has ended, so that the moves can be made durable by its fsync.
+
+Nothing is trusted that a spare's manifest says, with one exception: a spare that this process moved here from a
+committed step, and that no save has taken since.  Any other may have been overwritten before a power cut, which then
+brought the file back here (docs/durability.md, I13).
+
+What may not be moved or deleted (immutable, another user's, a mount point) is passed over, told of once, and no
+obstacle to the others.
+
+Rules: the caller holds the catalog's lock for everything but `move_files` and `manifest_of`.  Called by `catalog`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from engine.errors import CheckpointError, EngineWarning, StorageError
+from engine.format.manifest import MANIFEST_NAME, Manifest
+from engine.store.directory import OpenedStep
+from engine.store.filesystem import Filesystem
+
+# ASCII: a regular expression takes the digits of other scripts for digits too.
+_SPARE_NAME = re.compile(r"\d{8,19}", re.ASCII)
+
+# What rename(2) and unlink(2) say of one thing that may not be moved or deleted: it is immutable, another user's, or a
+# mount point.  Others beside it can be.
+_NOT_OURS = (errno.EPERM, errno.EACCES, errno.EBUSY)
+
+
+class Spares:
+    """The spares of one run.
+
+    Args:
+        filesystem: how to reach them.
+        path: `.engine/spare`.
+    """
+
+    def __init__(self, filesystem: Filesystem, path: str) -> None:
+        self.path = path
+        self._filesystem = filesystem
+        self._taken: dict[int, str] = {}  # by step in flight, the spare that its files came from
+        self._known: dict[str, int] = {}  # those moved here from a committed step by this process, and its number
+        self._stuck: set[str] = set()  # paths that could not be moved or deleted
+
+    def names(self) -> list[str]:
+        """The spares that a save may take, oldest first.  Nothing else there is ours, a link above all."""
+        passed = {*self._taken.values(), *map(os.path.basename, self._stuck)}
+        names = [name for name in self._all_names() if name not in passed]
+        return [name for name in names if self._filesystem.is_directory(os.path.join(self.path, name))]
+
+    def room(self) -> int:
+        """The bytes that the next save can write into the files of the spare that it will take."""
+        if not (names := self.names()):
+            return 0
+        path = os.path.join(self.path, names[0])
+        files = self._filesystem.list_directory(path)
+        return sum(self._filesystem.allocated_bytes(os.path.join(path, name)) for name in files)
+
+    # -- what comes -------------------------------------------------------------------------------------------
+
+    def add(self, path: str, step: int | None = None) -> None:
+        """Move a directory here, as the last in line; not durable yet.
+
+        Args:
+            path: the directory.
+            step: the committed step that it was; None for anything else.
+        """
+        name = f"{max(map(int, self._all_names()), default=0) + 1:08d}"
+        try:
+            self._filesystem.rename(path, os.path.join(self.path, name))
+        except StorageError as error:
+            # An overlay renames no directory of its lower layer (Documentation/filesystems/overlayfs.rst).
+            if error.errno != errno.EXDEV:
+                raise
+            self._delete_checkpoint(path)
+            return
+        if step is not None:
+            self._known[name] = step
+
+    def _delete_checkpoint(self, path: str) -> None:
+        """Delete a directory, the manifest durably first: without it nobody takes the rest for a checkpoint."""
+        manifest = os.path.join(path, MANIFEST_NAME)
+        if self._filesystem.status(manifest) is not None:
+            self.unlink(manifest)
+            self._filesystem.sync_directory(path)
+        self.remove(path)
+
+    # -- what goes --------------------------------------------------------------------------------------------
+
+    def take(self, step: int) -> str | None:
+        """Give the oldest spare to a save; returns its path, or None if there is none."""
+        if not (names := self.names()):
+            return None
+        self._taken[step] = names[0]
+        return os.path.join(self.path, names[0])
+
+    def taken_by(self, step: int) -> str | None:
+        """The path of the spare that a save has taken."""
+        name = self._taken.get(step)
+        return None if name is None else os.path.join(self.path, name)
+
+    def manifest_of(self, spare: str) -> Manifest | None:
+        """What the files of a spare hold that was just taken, or None where that is not certain."""
+        step = self._known.pop(os.path.basename(spare), None)
+        if step is None:
+            return None
+        try:
+            descriptor = self._filesystem.open_directory(spare)
+        except StorageError:
+            return None
+        try:
+            return OpenedStep(self._filesystem, step, spare, descriptor).manifest()[0]
+        except (CheckpointError, StorageError):
+            return None
+        finally:
+            self._filesystem.close(descriptor)
+
+    def move_files(self, spare: str, partial: str, wanted: Sequence[str]) -> frozenset[str]:
+        """Move the wanted files of a spare into a partial, and delete its others; returns the names of those moved."""
+        reused = set()
+        for name in self._filesystem.list_directory(spare):
+            source, target = os.path.join(spare, name), os.path.join(partial, name)
+            with passing_over():  # then the spare cannot be deleted either, and `release` passes over it
+                if name not in wanted:
+                    self.unlink(source)
+                    continue
+                self._filesystem.rename(source, target)
+                # Asked after the move, when no reader of the spare can open it any more.  A file with a second name
+                # (cp --link), or that a reader has mapped (safetensors does), is not ours to overwrite.
+                if self._filesystem.is_ours_alone(target):
+                    reused.add(name)
+                else:
+                    self.unlink(target)
+        return frozenset(reused)
+
+    def release(self, step: int) -> None:
+        """Delete the empty spare that a save has taken, if it has taken one: the save has ended."""
+        name = self._taken.pop(step, None)
+        if name is not None:
+            path = os.path.join(self.path, name)
+            try:
+                self._filesystem.remove_directory(path)
+            except StorageError as error:
+                self._stuck.add(path)
+                warnings.warn(f"{error}; {path} stays, and is not used", EngineWarning, stacklevel=3)
+
+    def forget_taken(self, step: int) -> None:
+        """A save that had taken a spare has failed, and what it left must stay as it is."""
+        self._taken.pop(step, None)
+
+    def trim(self, count: int) -> None:
+        """Delete the empty ones, which kills have left, and all others but the newest `count`."""
+        names = self.names()
+        empty = [n for n in names if not self._filesystem.list_directory(os.path.join(self.path, n))]
+        full = [name for name in names if name not in empty]
+        for name in [*empty, *full[: max(0, len(full) - count)]]:
+            self.pass_over(os.path.join(self.path, name), self.remove)
+
+    def delete_newest(self) -> None:
+        """Delete the spare that came last."""
+        if names := self.names():
+            self.remove(os.path.join(self.path, names[-1]))
+
+    # -- how --------------------------------------------------------------------------------------------------
+
+    def pass_over(self, path: str, act: Callable[[str], object]) -> bool:
+        """Do something to one of several directories; whether it may be done.  If not, that is told the first time."""
+        with passing_over() as failed:
+            act(path)
+        for error in failed:
+            if path not in self._stuck:
+                self._stuck.add(path)
+                warnings.warn(f"{error}; {path} is passed over", EngineWarning, stacklevel=3)
+        return not failed
+
+    def remove(self, path: str) -> None:
+        """Delete a directory, if it is there, with all that the user may have put in it."""
+        if not self._filesystem.is_directory(path):
+            return
+        # A stack of our own: directories nest deeper than Python's does.
+        pending = [(path, iter(self._filesystem.list_directory(path)))]
+        while pending:
+            directory, names = pending[-1]
+            for name in names:
+                inner = os.path.join(directory, name)
+                if self._filesystem.is_directory(inner):
+                    pending.append((inner, iter(self._filesystem.list_directory(inner))))
+                    break
+                self._filesystem.unlink(inner)
+            else:
+                self._filesystem.remove_directory(directory)
+                pending.pop()
+
+    def unlink(self, path: str) -> None:
+        """Delete a file, or whatever the user may have put in its place."""
+        if self._filesystem.is_directory(path):
+            self.remove(path)
+        else:
+            self._filesystem.unlink(path)
+
+    def _all_names(self) -> list[str]:
+        return [name for name in self._filesystem.list_directory(self.path) if _SPARE_NAME.fullmatch(name)]
+
+
+@contextmanager
+def passing_over() -> Iterator[list[StorageError]]:
+    """Swallow the refusal to move or delete one thing; the list then holds it."""
+    failed: list[StorageError] = []
+    try:
+        yield failed
+    except StorageError as error:
+        if error.errno not in _NOT_OURS:
+            raise
+        failed.append(error)

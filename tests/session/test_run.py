@@ -1,0 +1,161 @@
+"""`engine.open`: reading a run without its lock, beside a training, where nothing may be written."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from volumes import mounted_read_only
+
+import engine
+from engine.session import run as run_module
+from engine.store.filesystem import Filesystem
+
+SMALL = {"staging_bytes": 1 << 20, "block_bytes": 64 << 10}
+
+CHANGES = ("make_directory", "rename", "unlink", "remove_directory", "write_new_file", "allocate", "truncate")
+
+
+def saved(path: Path, *steps: int, keep: int | None = None) -> engine.Arena:
+    """A run with these steps; every element of a step's tensors is its number."""
+    tensors = {"a.weight": torch.zeros(300, 100), "a.bias": torch.zeros(100)}
+    arena = engine.Arena.wrap(tensors)
+    with engine.Engine(path, keep=keep, **SMALL) as eng:
+        for step in steps:
+            for tensor in tensors.values():
+                tensor.fill_(step)
+            eng.checkpoint(arena, step=step, extra={"step": step}).result()
+    return arena
+
+
+def values(tensors: dict[str, torch.Tensor]) -> set[float]:
+    return {float(value) for tensor in tensors.values() for value in tensor.unique()}
+
+
+def test_a_run_is_read_beside_the_engine_that_writes_it(tmp_path: Path) -> None:
+    arena = saved(tmp_path, 1, 2)
+    with engine.Engine(tmp_path, **SMALL) as eng, engine.open(tmp_path, **SMALL) as run:
+        assert run.steps() == eng.steps() == [1, 2]
+        assert run.info() == eng.info() and run.info(1) == eng.info(1)
+        assert run.extra() == {"step": 2} and run.extra(1) == eng.extra(1) == {"step": 1}
+        assert values(run.load()) == {2} and values(run.load(1, select="a.bias")) == {1}
+        assert run.verify() == () and run.restore(arena, 1).step == 1
+        eng.checkpoint(arena, step=3).result()
+        assert run.steps() == [1, 2, 3] and values(run.load()) == {1}
+        assert repr(run) == f"Run({str(tmp_path)!r}, 3 checkpoints)"
+
+
+def test_nothing_is_changed_by_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a reader changes nothing")
+
+    saved(tmp_path, 1)
+    readonly = type("ReadOnly", (Filesystem,), dict.fromkeys(CHANGES, refuse))
+    monkeypatch.setattr(run_module, "Filesystem", readonly)
+    before = sorted(os.walk(tmp_path))
+    with engine.open(tmp_path, **SMALL) as run:
+        assert values(run.load()) == {1} and run.verify() == ()
+    assert sorted(os.walk(tmp_path)) == before
+
+
+def test_a_run_on_a_read_only_mount_is_read(tmp_path: Path) -> None:
+    saved(tmp_path / "run", 1, 2)
+    with mounted_read_only(tmp_path / "run", tmp_path / "mounted") as mounted, engine.open(mounted, **SMALL) as run:
+        assert values(run.load()) == {2} and run.verify() == () and run.extra(1) == {"step": 1}
+
+
+def test_a_mistyped_directory_is_not_found_and_not_made(tmp_path: Path) -> None:
+    with pytest.raises(engine.NotFoundError, match="is no run: there is no such directory; check the path"):
+        engine.open(tmp_path / "mistyped")
+    assert not (tmp_path / "mistyped").exists()
+    with pytest.raises(engine.NotFoundError, match="is no run"):
+        engine.open(tmp_path)
+
+
+def test_a_training_that_retires_what_is_read_never_mixes_steps(tmp_path: Path) -> None:
+    tensors = {f"t{index}": torch.zeros(50_000) for index in range(4)}
+    arena = engine.Arena.wrap(tensors)
+    stop = threading.Event()
+    saved_steps: list[int] = []
+
+    def train() -> None:
+        with engine.Engine(tmp_path, keep=1, **SMALL) as eng:
+            step = 0
+            while not stop.is_set():
+                for tensor in tensors.values():
+                    tensor.fill_(step)
+                saved_steps.append(eng.checkpoint(arena, step=step, snapshot="eager").result().step)
+                step += 1
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        while not saved_steps:
+            pass
+        retired = 0
+        with engine.open(tmp_path, **SMALL) as run:
+            for _ in range(100):
+                assert len(values(run.load())) == 1, "the newest: never mixed, never an error"
+                step = run.steps()[-1]
+                try:
+                    assert values(run.load(step)) == {step}
+                except engine.NotFoundError as error:
+                    retired += 1
+                    assert str(step) in str(error)
+    finally:
+        stop.set()
+        thread.join()
+    assert saved_steps[-1] > 5
+
+
+def test_a_closed_run_says_so_and_one_that_is_dropped_stops_its_thread(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    before = threads()
+    run = engine.open(tmp_path, **SMALL)
+    assert threads() == before, "no thread before a block is wanted"
+    run.load()
+    assert threads() > before
+    run.close()
+    run.close()
+    assert threads() == before
+    with pytest.raises(engine.ClosedError, match=r"call engine\.open again"):
+        run.steps()
+    dropped = engine.open(tmp_path, **SMALL)
+    dropped.load()
+    del dropped
+    gc.collect()
+    assert threads() == before
+
+
+def threads() -> int:
+    """Native threads that own a ring."""
+    names = [(path / "comm").read_text().strip() for path in Path("/proc/self/task").iterdir()]
+    return names.count("engine-io")
+
+
+AS_ANOTHER_USER = """
+import os, sys
+from engine.store.directory import Directory
+from engine.store.filesystem import Filesystem
+if os.getuid() == 0:
+    os.setgid(65534)
+    os.setuid(65534)
+run = Directory(sys.argv[1], Filesystem())
+print(run.steps(), run.manifest(1)[0].step)
+"""
+
+
+def test_another_users_run_is_read() -> None:
+    """An ordinary user reads root's run, without the right to write there."""
+    with tempfile.TemporaryDirectory() as name:
+        saved(Path(name) / "run", 1)
+        os.chmod(name, 0o755)
+        command = [sys.executable, "-c", AS_ANOTHER_USER, str(Path(name) / "run")]
+        assert subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout == "[1] 1\n"

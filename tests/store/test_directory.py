@@ -1,0 +1,168 @@
+"""The read side: a run is read beside a training, on a read-only mount, and while its steps are retired.
+
+The steps here are written by hand, with a manifest that is right and a data file that holds its own step.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from strategies import plan_of
+from volumes import as_root, volume
+
+from engine.errors import ArgumentError, CorruptError, NotFoundError, RetiredError
+from engine.format.layout import lay_out
+from engine.format.manifest import (
+    FORMAT,
+    MANIFEST_NAME,
+    VERSION,
+    FileRecord,
+    Manifest,
+    chunk_layers,
+    chunk_records,
+    encode,
+)
+from engine.format.plan import ALIGNMENT
+from engine.store.catalog import Catalog
+from engine.store.directory import Directory, path_of
+from engine.store.filesystem import Filesystem
+from engine.store.retention import Retention
+
+DATA_NAME = "model.safetensors"
+
+
+def manifest_of(step: int) -> bytes:
+    """The manifest of a step that holds nothing."""
+    layout = lay_out([])
+    plan = plan_of(layout, [], ALIGNMENT, ALIGNMENT)
+    manifest = Manifest(
+        format=FORMAT,
+        version=VERSION,
+        step=step,
+        checkpoint_id=f"{step:032x}",
+        created_ns=0,
+        block_bytes=ALIGNMENT,
+        files=tuple(FileRecord(*file) for file in plan.files),
+        chunks=chunk_records(plan, chunk_layers(plan, layout), [0]),
+        segments=(),
+        aliases={},
+        options={},
+        extra=None,
+    )
+    return bytes(encode(manifest))
+
+
+def save(catalog: Catalog, step: int) -> None:
+    """Save a step, over what is recycled, and retire what the rule does not keep."""
+    path = Path(catalog.begin(step, [DATA_NAME]).path)
+    with open(path / DATA_NAME, "r+b" if (path / DATA_NAME).exists() else "wb") as file:
+        file.write(str(step).encode() * 4)
+    (path / MANIFEST_NAME).write_bytes(manifest_of(step))
+    catalog.publish(step)
+    catalog.retire()
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def catalog(root: Path) -> Iterator[Catalog]:
+    opened = Catalog(str(root), Filesystem(), spare_max=1, retention=Retention(last=1))
+    yield opened
+    opened.close()
+
+
+def test_a_run_is_read_beside_its_writer_and_steps_are_listed_afresh(catalog: Catalog, root: Path) -> None:
+    directory = Directory(str(root), Filesystem())
+    assert directory.steps() == []
+    for step in (1, 2):
+        save(catalog, step)
+        assert directory.steps() == [step] == catalog.steps()
+        with directory.opened(step) as opened:
+            manifest, nbytes = opened.manifest()
+            assert manifest.step == step and nbytes == len(manifest_of(step))
+            descriptor = opened.open_file(DATA_NAME, direct=False)
+            assert os.pread(descriptor, 100, 0) == str(step).encode() * 4
+            os.close(descriptor)
+    with pytest.raises(NotFoundError, match="holds no step 1; committed steps: 2"), directory.opened(1):
+        raise AssertionError
+
+
+def test_nothing_is_made_and_a_path_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "other" / "step-3").mkdir(parents=True)
+    for name in ("mistyped", "file", "other", "file/below"):
+        with pytest.raises(NotFoundError, match=r"is no run.*check the path"):
+            Directory(str(tmp_path / name), Filesystem())
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "other", "step-3"]
+
+
+def test_a_copy_without_the_private_directory_is_a_run(tmp_path: Path) -> None:
+    (tmp_path / "step-00000003").mkdir()
+    (tmp_path / "step-00000003" / MANIFEST_NAME).write_bytes(manifest_of(3))
+    directory = Directory(str(tmp_path), Filesystem())
+    assert directory.steps() == [3] and directory.manifest(3)[0].step == 3
+    assert os.listdir(tmp_path) == ["step-00000003"]
+
+
+def test_a_run_is_read_on_a_read_only_mount() -> None:
+    with volume("ext4", 16 << 20) as mounted:
+        catalog = Catalog(str(mounted / "run"), Filesystem(), spare_max=1)
+        save(catalog, 1)
+        catalog.close()
+        subprocess.run([*as_root(), "mount", "-o", "remount,ro", str(mounted)], check=True)
+        directory = Directory(str(mounted / "run"), Filesystem())
+        assert directory.steps() == [1] and directory.manifest(1)[0].step == 1
+
+
+def test_a_step_retired_while_it_is_read_is_named_and_gives_no_later_bytes(catalog: Catalog, root: Path) -> None:
+    """Retired it can still be read; recycled its files are gone, and never those of a later step."""
+    save(catalog, 1)
+    directory = Directory(str(root), Filesystem())
+    told = pytest.raises(RetiredError, match=r"step 1 .* was retired while it was read; committed steps: 4")
+    with told, directory.opened(1) as opened:
+        for step in (2, 3, 4):
+            if step == 3:  # not recycled yet
+                descriptor = opened.open_file(DATA_NAME, direct=False)
+                assert os.pread(descriptor, 100, 0) == b"1111"
+                os.close(descriptor)
+                assert opened.manifest()[0].step == 1 and not opened.is_in_place()
+            save(catalog, step)
+        opened.open_file(DATA_NAME, direct=False)
+    with pytest.raises(RetiredError), directory.opened(4) as opened:
+        for step in (5, 6, 7):
+            save(catalog, step)
+        opened.manifest()
+
+
+def test_a_file_that_a_reader_has_open_is_not_overwritten(catalog: Catalog, root: Path) -> None:
+    save(catalog, 1)
+    with Directory(str(root), Filesystem()).opened(1) as opened:
+        descriptor = opened.open_file(DATA_NAME, direct=False)
+        for step in (2, 3, 4):
+            save(catalog, step)
+        assert os.pread(descriptor, 100, 0) == b"1111"
+        os.close(descriptor)
+
+
+def test_damage_is_no_retirement(catalog: Catalog, root: Path) -> None:
+    save(catalog, 1)
+    (root / "step-00000001" / DATA_NAME).unlink()
+    with pytest.raises(CorruptError, match="missing"), Directory(str(root), Filesystem()).opened(1) as opened:
+        opened.open_file(DATA_NAME, direct=False)
+
+
+@pytest.mark.parametrize("path", ["", b"", "a\0b", b"a\0b"])
+def test_what_is_no_path_is_refused(path: str | bytes) -> None:
+    with pytest.raises(ArgumentError, match="it must be a path"):
+        path_of(path)
+
+
+def test_a_path_may_be_bytes(tmp_path: Path) -> None:
+    assert path_of(os.fsencode(tmp_path)) == path_of(tmp_path) == str(tmp_path)
