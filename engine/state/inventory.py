@@ -24,12 +24,11 @@ Rules: a refusal names the tensor and leaves everything as it was; no tensor is 
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +43,11 @@ from engine.state.watch import ContainerWatch
 # The native copy of a strided tensor keeps one counter a dimension in a fixed array (native/engine_native.h).
 SOURCE_DIMS_MAX = 8
 
+# Where modules and optimizers keep their containers.  ModuleList's `del` and an optimizer's load_state_dict() put other
+# containers there.
+_MODULE_MEMBERS = tuple(map(attrgetter, ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")))
+_OPTIMIZER_MEMBERS = tuple(map(attrgetter, ("state", "param_groups")))
+_group_params = itemgetter("params")
 
 # An address, and the dtype, shape and strides of what is there.
 Lie = tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]]
@@ -195,15 +199,12 @@ def _find_model(model: nn.Module, watch: ContainerWatch) -> Iterator[Found]:
     # A shared module is walked under each of its paths, as state_dict() does: its tensors get all their names.
     for path, module in model.named_modules(remove_duplicate=False):
         hidden = module._non_persistent_buffers_set
-        # ModuleList's own `del` puts another dictionary there.
-        watch.members(vars(module), "_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
+        for member in _MODULE_MEMBERS:
+            watch.member(member, module)
         watch.mapping(module._modules)
         watch.mapping(module._parameters)
         watch.mapping(module._buffers)
-        if hidden:
-            watch.answer(functools.partial(frozenset, hidden))
-        else:
-            watch.size(hidden)
+        watch.names(hidden)
         prefix = f"{path}." if path else ""
         for key, param in module._parameters.items():
             if param is not None:
@@ -216,15 +217,16 @@ def _find_model(model: nn.Module, watch: ContainerWatch) -> Iterator[Found]:
 def _find_optimizer(
     optimizer: Optimizer, names: Mapping[int, tuple[str, str]], watch: ContainerWatch, owned: _Owned
 ) -> Iterator[Found]:
-    watch.members(vars(optimizer), "state", "param_groups")  # load_state_dict() puts other objects there
+    for member in _OPTIMIZER_MEMBERS:
+        watch.member(member, optimizer)
     watch.sequence(optimizer.param_groups)
     watch.mapping(optimizer.state)
     for group_index, group in enumerate(optimizer.param_groups):
-        watch.members(group, "params")
+        watch.member(_group_params, group)
         watch.sequence(group["params"])
         if isinstance(optimizer, SGD):
             # Not the number: a scheduler may change that in every step.
-            watch.answer(functools.partial(_has_momentum, group))
+            watch.member(_has_momentum, group)
         owned.groups.append([])
         for index, param in enumerate(group["params"]):
             name, layer = names.get(id(param), (f"optimizer.params.{group_index}.{index}", ""))
