@@ -155,7 +155,7 @@ def create_state(optimizer: Optimizer, created: list[Tensor]) -> None:
     if makes_state_late(optimizer) or isinstance(optimizer, SGD):
         return
     init_group: Callable[..., object] = optimizer._init_group  # type: ignore[attr-defined]
-    list_count = len(inspect.signature(init_group).parameters) - 1
+    names = list(inspect.signature(init_group).parameters)[1:]
     for group in optimizer.param_groups:
         for param in group["params"]:
             if not param.requires_grad or optimizer.state.get(param):
@@ -164,7 +164,9 @@ def create_state(optimizer: Optimizer, created: list[Tensor]) -> None:
             grad = param.grad
             try:
                 param.grad = torch.zeros_like(param, memory_format=torch.preserve_format)
-                init_group({**group, "params": [param]}, *([] for _ in range(list_count)))
+                # Lists that it appends to, except for a flag: `amsgrad` of AdamW before torch 2.7.
+                arguments = [group[name] if isinstance(group.get(name), bool) else [] for name in names]
+                init_group({**group, "params": [param]}, *arguments)
             finally:
                 param.grad = grad
 

@@ -89,6 +89,25 @@ def test_created_state_is_that_of_the_first_step(optimizer_name: str) -> None:
     assert everything(*adopted) == everything(*plain)
 
 
+class OldAdamW(torch.optim.AdamW):
+    """As AdamW was up to torch 2.6: one argument of `_init_group` is a hyperparameter."""
+
+    def _init_group(
+        self, group: Any, params: Any, grads: Any, amsgrad: Any, avgs: Any, sqs: Any, max_sqs: Any, steps: Any
+    ) -> None:
+        super()._init_group({**group, "amsgrad": amsgrad}, params, grads, avgs, sqs, max_sqs, steps)
+
+    _init_group.__module__ = "torch.optim.adamw"
+
+
+@pytest.mark.parametrize("amsgrad", [True, False])
+def test_state_is_created_by_an_init_group_that_takes_hyperparameters(amsgrad: bool) -> None:
+    model = mlp()
+    optimizer = OldAdamW(model.parameters(), amsgrad=amsgrad)
+    Arena.adopt(model, optimizer)
+    assert ("max_exp_avg_sq" in optimizer.state[model[0].weight]) is amsgrad
+
+
 def test_backward_does_not_see_other_tensors_written() -> None:
     model = nn.Linear(3, 3)
     Arena.adopt(model)
