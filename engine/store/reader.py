@@ -55,7 +55,8 @@ from engine.io.backend import open_like
 from engine.io.job import BlockState, Direction, Failure, FailureKind, Job, Milestone
 from engine.io.packing import Packed, pack_blocks, pack_extents, pack_order, pack_sources
 from engine.io.pipeline import Pipeline
-from engine.state.arena import Arena, allocate_pages
+from engine.state.arena import Arena
+from engine.state.memory import allocate_pages
 from engine.store.catalog import Catalog
 
 # Slots of a pipeline opened for a checkpoint whose blocks do not fit the engine's: one is read, the other is copied

@@ -40,8 +40,9 @@ from trainings import (
 
 from engine.errors import ArenaError, ArgumentError, UsageError
 from engine.format.layout import ARENA_ALIGNMENT, DTYPES
+from engine.io.binding import lib
 from engine.state.arena import Arena
-from engine.state.inventory import SOURCE_DIMS_MAX, merge_dims
+from engine.state.memory import SOURCE_DIMS_MAX, merge_dims
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -558,6 +559,6 @@ def test_optimizer_state_is_refused_by_name() -> None:
 
 
 def test_dims_limit_is_that_of_the_native_code() -> None:
-    assert SOURCE_DIMS_MAX == 8
+    assert SOURCE_DIMS_MAX == lib.ENG_DIMS_MAX == 8
     tensor = torch.zeros([4] * 8)[tuple([slice(None, None, 2)] * 8)]
     assert len(Arena.wrap({"w": tensor}).sources[0].shape) == 8

@@ -27,6 +27,8 @@ from trainings import (
 )
 
 import engine.state.arena
+import engine.state.fence
+import engine.state.memory
 from engine.errors import ArenaError
 from engine.state.arena import Arena
 from engine.state.watch import TensorWatch
@@ -202,14 +204,18 @@ def test_an_interrupted_refresh_is_gone_on_with(moved_count: int, monkeypatch: p
     assert_holds(arena)
 
 
+# Where a refresh changes anything.
+CHANGING = {module.__file__ for module in (engine.state.arena, engine.state.fence, engine.state.memory)}
+
+
 class InterruptedAtLine:
-    """Raises KeyboardInterrupt once so many lines of engine/arena.py have begun."""
+    """Raises KeyboardInterrupt once so many lines of the modules above have begun."""
 
     def __init__(self, line_count: int) -> None:
         self.left = line_count
 
     def __call__(self, frame: FrameType, event: str, argument: object) -> InterruptedAtLine | None:
-        if frame.f_code.co_filename != engine.state.arena.__file__:
+        if frame.f_code.co_filename not in CHANGING:
             return None
         if event == "line":
             self.left -= 1

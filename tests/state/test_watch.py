@@ -354,7 +354,7 @@ def test_no_python_function_runs_for_a_tensor() -> None:
         model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(layer_count)))
         inventory = gather(model, torch.optim.Adam(model.parameters()))
         tensors = [tensor for entry in inventory.entries.values() for tensor in entry.tensors]
-        watch = TensorWatch(tensors, inventory.params.values())
+        watch = TensorWatch(tensors, inventory.owned.params.values())
         assert inventory.watch.unchanged() and watch.unchanged()
         counts.append(frame_count(inventory.watch.unchanged) + frame_count(watch.unchanged))
     assert counts[0] == counts[1] > 0
