@@ -110,11 +110,11 @@ class Arena:
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """The memory that `places` refer to, as of the last `refresh()`."""
+        """The memory that `locations` refer to, as of the last `refresh()`."""
         return self._sources
 
     @property
-    def places(self) -> tuple[tuple[int, int], ...]:
+    def locations(self) -> tuple[tuple[int, int], ...]:
         """For each segment, the index of its source and its offset there in bytes."""
         return self._arrangement.locations
 

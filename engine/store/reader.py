@@ -497,7 +497,7 @@ def _match(
         MismatchError: listing every name, shape and dtype that differs.
     """
     stored = {record.name: record for record in manifest.segments if wanted(record)}
-    here = {s.name: (s, place) for s, place in zip(arena.segments, arena.places, strict=True) if wanted(s)}
+    here = {s.name: (s, location) for s, location in zip(arena.segments, arena.locations, strict=True) if wanted(s)}
     problems = [f"{name}: not in the checkpoint" for name in here if name not in stored]
     problems += [f"{name}: not in the arena" for name in stored if name not in here]
     for name in stored.keys() & here.keys():

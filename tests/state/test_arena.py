@@ -399,9 +399,9 @@ def test_strided_parameters_keep_their_strides_and_have_a_source() -> None:
     arena = Arena.adopt(model)
     assert model.dense.stride() == stride
     assert {n: bits(p) for n, p in model.named_parameters()} == before
-    places = {s.name: place for s, place in zip(arena.segments, arena.places, strict=True)}
-    assert places["left"][0] == places["right"][0] == 0, "what was not dense is dense in the arena"
-    source = arena.sources[places["dense"][0]]
+    locations = {s.name: location for s, location in zip(arena.segments, arena.locations, strict=True)}
+    assert locations["left"][0] == locations["right"][0] == 0, "an arena makes its tensors dense"
+    source = arena.sources[locations["dense"][0]]
     assert (source.shape, source.stride, source.itemsize) == ((2, 5, 12), (60, 1, 5), 4)
     assert_holds(arena)
 
