@@ -1,4 +1,4 @@
-"""Ways out of the arena: whatever takes a tensor out of it, the next look notices and brings it back, or refuses it."""
+"""Refresh: notices every way in which a tensor leaves the arena, and brings the tensor back or refuses it."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def untie(model: Any, optimizer: Optimizer) -> None:
 
 
 def replace_groups(model: Any, optimizer: Optimizer) -> None:
-    """As Lightning and others do that build groups of their own."""
+    """As Lightning does, which builds its own groups."""
     one = optimizer.param_groups[0]
     optimizer.param_groups = [one, {**one, "params": [nn.Parameter(torch.ones(4))]}]
 
@@ -145,7 +145,7 @@ NEW_LAYOUT = [
 
 
 @pytest.mark.parametrize("leave", SAME_LAYOUT + NEW_LAYOUT, ids=lambda leave: leave.__name__)
-def test_what_left_is_brought_back(leave: Callable[[nn.Module, Optimizer], None]) -> None:
+def test_a_tensor_that_left_is_brought_back(leave: Callable[[nn.Module, Optimizer], None]) -> None:
     model, optimizer = build("mlp", "adam")
     arena = Arena.adopt(model, optimizer)
     train(model, optimizer, "mlp", 2)
@@ -154,7 +154,7 @@ def test_what_left_is_brought_back(leave: Callable[[nn.Module, Optimizer], None]
     expected = everything(model, optimizer)
     arena.refresh()
     assert (arena.layout is before) == (leave in SAME_LAYOUT)
-    assert everything(model, optimizer).items() >= expected.items(), "a new parameter has got its state, at most"
+    assert everything(model, optimizer).items() >= expected.items(), "only the state of a new parameter may be added"
     assert len(optimizer.state) == sum(len(group["params"]) for group in optimizer.param_groups)
     live = arena.state_dict()
     assert {name: bits(live[name]) for name in model.state_dict()} == {
@@ -165,12 +165,12 @@ def test_what_left_is_brought_back(leave: Callable[[nn.Module, Optimizer], None]
     assert_holds(arena)
 
 
-def test_what_left_and_is_unfit_is_refused_and_left_alone() -> None:
+def test_a_new_tensor_that_cannot_be_stored_is_refused_and_nothing_changes() -> None:
     model = mlp()
     arena = Arena.adopt(model)
     model[0].bias = nn.Parameter(torch.zeros(1).expand(12))
     before, weight = arena.layout, model[0].weight.data_ptr()
-    for _ in range(2):  # and again, not once only
+    for _ in range(2):  # every time, not only once
         with pytest.raises(ArenaError, match=r"'0\.bias' has elements that share memory"):
             arena.refresh()
     assert arena.layout is before and model[0].weight.data_ptr() == weight
@@ -180,7 +180,9 @@ def test_what_left_and_is_unfit_is_refused_and_left_alone() -> None:
 
 
 @pytest.mark.parametrize("moved_count", [0, 2])
-def test_an_interrupted_refresh_is_gone_on_with(moved_count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_refresh_completes_one_interrupted_between_tensors(
+    moved_count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, optimizer = build("mlp", "adam")
     arena = Arena.adopt(model, optimizer)
     assign(model, optimizer)
@@ -226,7 +228,7 @@ class InterruptedAtLine:
 
 @pytest.mark.parametrize("optimized", [True, False])
 @pytest.mark.parametrize("leave", [to_double, new_data, replace_module], ids=lambda leave: leave.__name__)
-def test_a_refresh_that_is_interrupted_at_any_line_is_gone_on_with(
+def test_the_next_refresh_completes_one_interrupted_at_any_line(
     leave: Callable[[nn.Module, Optimizer], None], optimized: bool
 ) -> None:
     done = False
@@ -251,10 +253,10 @@ def test_a_refresh_that_is_interrupted_at_any_line_is_gone_on_with(
         assert_holds(arena)
         if done:
             break
-    assert done and line_count > 50, "it has not been interrupted everywhere"
+    assert done and line_count > 50, "not every line was interrupted"
 
 
-def test_state_dict_is_of_what_is_there_now() -> None:
+def test_state_dict_has_the_present_tensors() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     arena = Arena.adopt(model)
     model[0] = nn.Linear(2, 2)
@@ -282,17 +284,17 @@ def test_negated_in_place_is_noticed() -> None:
 
 
 @pytest.mark.parametrize("kind", [nn.Sequential, nn.ModuleList])
-def test_a_module_with_another_dictionary_of_modules_is_noticed(kind: Callable[..., Any]) -> None:
+def test_a_replaced_dictionary_of_modules_is_noticed(kind: Callable[..., Any]) -> None:
     model = kind([nn.Linear(2, 2)]) if kind is nn.ModuleList else kind(nn.Linear(2, 2))
     arena = Arena.adopt(model)
-    del model[1:]  # of nothing, and yet the modules are in another dictionary from here on
+    del model[1:]  # deletes nothing, but puts the modules into another dictionary
     model[0] = nn.Linear(2, 2)
     arena.refresh()
     assert_inside(arena, model[0].weight)
     assert_holds(arena)
 
 
-def test_buffers_that_change_places_in_what_is_stored_are_noticed() -> None:
+def test_a_swap_of_persistent_and_hidden_buffers_is_noticed() -> None:
     model = nn.Module()
     model.register_buffer("a", torch.ones(2))
     model.register_buffer("b", torch.zeros(2), persistent=False)
@@ -311,7 +313,7 @@ def test_transposed_in_place_is_noticed() -> None:
     assert_holds(arena)
 
 
-def test_wrapped_tensor_is_read_where_it_now_lies() -> None:
+def test_a_wrapped_tensor_is_read_at_its_present_location() -> None:
     tensor = torch.zeros(2, 3)
     arena = Arena.wrap({"w": tensor})
     before = arena.layout
@@ -328,7 +330,7 @@ def test_wrapped_tensor_is_read_where_it_now_lies() -> None:
 
 
 @pytest.mark.parametrize("optimizer_name", ["adam", "sgd-momentum", "sgd"])
-def test_fast_path_does_not_gather(optimizer_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refresh_takes_no_inventory_without_a_change(optimizer_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gathers = count_calls(monkeypatch, "gather")
     model, optimizer = build("convnet", optimizer_name)
     arena = Arena.adopt(model, optimizer)
@@ -347,4 +349,4 @@ def test_fast_path_does_not_gather(optimizer_name: str, monkeypatch: pytest.Monk
         train(model, optimizer, "convnet", 1, seed)
         arena.refresh()
     assert gathers == []
-    assert len(looks) == 5, "one look at the tensors for each refresh, and no more"
+    assert len(looks) == 5, "one look at the tensors for each refresh"

@@ -21,9 +21,9 @@ from engine.format.layout import DTYPES
 from engine.state.inventory import gather
 from engine.state.watch import ContainerWatch, TensorWatch
 
-# Small integers and interned strings are the same object wherever they come from; these are not.
+# Equal small integers and strings may be one object; these objects are not.
 OBJECTS = [object() for _ in range(4)]
-# Keys as modules and optimizers have them: names, and tensors, whose == makes a tensor.
+# The keys of modules and optimizers: names, and tensors, whose == makes a tensor.
 KEYS: list[Any] = ["weight", "bias", torch.zeros(1), torch.zeros(1)]
 
 
@@ -65,7 +65,7 @@ def edit_list(items: list[Any], what: str, index: int, value: object) -> None:
     list_edits=st.lists(edits(), max_size=3),
     data=st.data(),
 )
-def test_containers_are_unchanged_if_they_hold_the_same(
+def test_containers_are_unchanged_if_they_hold_the_same_objects(
     owners: list[dict[Any, Any]],
     sequences: list[list[Any]],
     dict_edits: list[tuple[str, int, int]],
@@ -92,7 +92,7 @@ def ids(owner: dict[Any, Any]) -> list[tuple[int, int]]:
     return [(id(key), id(value)) for key, value in owner.items()]
 
 
-def test_another_name_for_the_same_is_a_difference() -> None:
+def test_another_key_for_the_same_object_is_a_difference() -> None:
     owner = {"weight": OBJECTS[0]}
     watch = ContainerWatch()
     watch.mapping(owner)
@@ -111,7 +111,7 @@ def test_subclasses_of_dict_are_watched(make: Callable[[], dict[str, object]]) -
     assert not watch.unchanged()
 
 
-def test_an_ordered_dictionary_may_be_in_any_order() -> None:
+def test_the_order_of_an_ordered_dictionary_is_ignored() -> None:
     owner = OrderedDict(a=OBJECTS[0], b=OBJECTS[1])
     owner.move_to_end("a")
     watch = ContainerWatch()
@@ -180,7 +180,7 @@ class Broken(list[int]):
         return 0
 
 
-def test_a_container_that_cannot_say_its_size_is_a_difference() -> None:
+def test_a_container_whose_size_raises_is_a_difference() -> None:
     container = Broken()
     watch = ContainerWatch()
     watch.sequence(container)
@@ -190,7 +190,7 @@ def test_a_container_that_cannot_say_its_size_is_a_difference() -> None:
 
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
-def test_an_interrupt_while_containers_are_asked_is_raised(interrupt: type[BaseException]) -> None:
+def test_an_interrupt_during_a_look_at_containers_is_raised(interrupt: type[BaseException]) -> None:
     container = Broken()
     watch = ContainerWatch()
     watch.sequence(container)
@@ -239,13 +239,13 @@ def test_a_tensor_that_moved_is_noticed(change: str, index: int) -> None:
     params = [nn.Parameter(torch.arange(6.0).reshape(2, 3)) for _ in range(3)]
     watch = TensorWatch(params, params)
     assert watch.unchanged()
-    # An integer that has a gradient cannot be; what is not trained may be one.
+    # Only a tensor that is not trained can be an integer.
     if change == "dtype of the same size":
         params[index].requires_grad_(False)
         watch = TensorWatch(params, params)
     CHANGES[change](params[index])
     assert not watch.unchanged()
-    assert not watch.unchanged(), "as often as it is asked"
+    assert not watch.unchanged(), "every look notices it"
     assert TensorWatch(params, params).unchanged()
 
 
@@ -259,7 +259,7 @@ def test_writing_is_no_change() -> None:
     assert watch.unchanged()
 
 
-def test_only_of_params_it_matters_whether_they_are_trained() -> None:
+def test_requires_grad_matters_of_params_only() -> None:
     param, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     watch = TensorWatch([param, other], [param])
     other.requires_grad_(False)
@@ -279,7 +279,7 @@ def test_every_dtype_and_shape_can_be_watched(dtype: str, shape: tuple[int, ...]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8, 16])
-def test_no_two_dtypes_are_taken_for_each_other(size: int) -> None:
+def test_two_dtypes_over_the_same_bytes_differ(size: int) -> None:
     tensor = torch.zeros(1, dtype=torch.uint8)
     dtypes = [getattr(torch, name) for name, dtype in DTYPES.items() if dtype.itemsize == size]
     whole = torch.zeros(16, dtype=torch.uint8)[:size]
@@ -327,7 +327,7 @@ def test_a_subclass_whose_attributes_raise_is_a_difference() -> None:
 
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
-def test_an_interrupt_while_tensors_are_asked_is_raised(interrupt: type[BaseException]) -> None:
+def test_an_interrupt_during_a_look_at_tensors_is_raised(interrupt: type[BaseException]) -> None:
     param = Angry(torch.ones(2))
     watch = TensorWatch([param], [param])
     param.raised = interrupt()
