@@ -256,6 +256,16 @@ def test_the_next_refresh_completes_one_interrupted_at_any_line(
     assert done and line_count > 50, "not every line was interrupted"
 
 
+def test_a_swap_with_the_first_segment_keeps_both_contents() -> None:
+    model = nn.ParameterList([nn.Parameter(torch.full((3,), float(value))) for value in (1, 2)])
+    arena = Arena.adopt(model)
+    assert model[0].data_ptr() == arena.sources[0].address
+    model[0].data, model[1].data = model[1].data, model[0].data
+    arena.refresh()
+    assert model[0].tolist() == [2, 2, 2] and model[1].tolist() == [1, 1, 1]
+    assert_holds(arena)
+
+
 def test_state_dict_has_the_present_tensors() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     arena = Arena.adopt(model)
