@@ -247,7 +247,7 @@ class Arena:
     def _take_in(self) -> None:
         """Find the tensors and make the arena hold them, in the present layout if it still fits."""
         # Tensors that are made under inference_mode() could never be trained again.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False):
             inventory = self._find()
             self._watch = None  # until all is done, so that the next refresh() completes an interrupted one
             adopted = self._model is not None
@@ -274,7 +274,7 @@ class Arena:
             tensors = self._inventory.entries[segment.name].tensors
             if not tensors:
                 self._view(segment).zero_()
-            elif any(location_of(tensor) != self._location(segment) for tensor in tensors):
+            elif location_of(tensors[0]) != self._location(segment):  # which they share
                 # If two tensors were swapped, the first copy would overwrite the second.
                 inside = tensors[0].data_ptr() in buffer
                 moves.append((segment, tensors, tensors[0].detach().clone() if inside else None))

@@ -7,6 +7,7 @@ import ctypes
 import io
 import pickle
 import struct
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -412,6 +413,23 @@ def test_wrapped_tensors_are_read_at_their_own_location() -> None:
     base.add_(1)
     assert arena.state_dict()["a.left"].data_ptr() == base.data_ptr()
     assert_holds(arena)
+
+
+class Pages(bytearray):
+    """Memory that can be referred to weakly."""
+
+
+def test_memory_keeps_what_a_wrapped_tensor_has_left() -> None:
+    pages = Pages(16)
+    tensor, alive = torch.frombuffer(pages, dtype=torch.uint8), weakref.ref(pages)
+    del pages
+    arena = Arena.wrap({"w": tensor})
+    memory = arena.memory
+    tensor.data = torch.ones(16, dtype=torch.uint8)
+    arena.refresh()
+    assert alive() is not None, "a save may still read it"
+    del memory
+    assert alive() is None
 
 
 def test_repr_counts_segments_by_role() -> None:

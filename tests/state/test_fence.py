@@ -86,7 +86,8 @@ def test_hooks_are_removed_with_their_arena() -> None:
     model, optimizer = build("mlp", "adam")
     for _ in range(5):
         arena = Arena.adopt(model, optimizer)
-        arena.refresh()
+        model[0].bias.data = torch.zeros(12)
+        arena.refresh()  # takes an inventory, and hooks nothing twice
     for hooks in (model._load_state_dict_pre_hooks, model[0]._load_state_dict_pre_hooks):
         assert len(hooks) == 1
     assert len(optimizer._optimizer_step_pre_hooks) == len(optimizer._optimizer_step_post_hooks) == 1
