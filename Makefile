@@ -89,7 +89,7 @@ $(BENCH_STAMP): $(ENGINE_STAMP) .ci/prepare .ci/peers
 # file.  Python does not process .pth files it finds that way, so the plain build of .venv stays out of sight.  pytest
 # leaves descriptor 2 alone (--capture=sys), so that a finding is seen though it ends the process.
 
-SANITIZE_TESTS := $(wildcard tests/io/test_native*.py) tests/state/test_watch.py tests/session/test_engine.py \
+SANITIZE_TESTS := $(wildcard tests/io/test_native*.py) tests/session/test_engine.py \
 	tests/session/test_snapshot.py
 SITE_PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
 

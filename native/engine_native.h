@@ -204,24 +204,4 @@ int eng_allocate(int32_t fd, uint64_t offset, uint64_t nbytes);
 /* The checksum of a block: XXH3-64 of its bytes under a seed made of the checkpoint's and the block's place. */
 uint64_t eng_block_checksum(const void *bytes, uint64_t nbytes, uint64_t seed, uint32_t file, uint64_t file_offset);
 
-/* Of what a walk over Python's objects has seen: words, of which an object is its address.  A container is
- * ENG_CONTAINER_WORDS of them (object, kind, size) and, for a dictionary, its keys and values in turn, for members
- * those of some keys, with None for what is absent, for a list its items.  A tensor is ENG_TENSOR_WORDS (object, grad,
- * address, dtype, ndim), its shape and its strides in elements. */
-enum { ENG_SIZED = 0, ENG_DICT = 1, ENG_LIST = 2, ENG_MEMBERS = 3, ENG_CONTAINER_WORDS = 3 };
-enum { ENG_GRAD_UNWANTED = 0, ENG_GRAD_WANTED = 1, ENG_GRAD_IGNORED = 2, ENG_TENSOR_WORDS = 5 };
-
-/* These three are called with the GIL, and so not through cffi.  They say 1 for yes, and no for what raises an Exception, too;
- * what else is raised is still set when they return.
- * `exchange` is DLPack's DLPackExchangeAPI of torch.Tensor. */
-
-/* Whether all containers hold the very same objects. */
-int eng_same_containers(const uint64_t *words, uint64_t word_count);
-
-/* Fill in address, dtype, shape and strides of tensors whose object, grad and ndim are there: whether all could be. */
-int eng_describe_tensors(const void *exchange, uint64_t *words, uint64_t word_count);
-
-/* Whether all tensors, described before, lie as they lay, and require a gradient or not as `grad` says. */
-int eng_same_tensors(const void *exchange, const uint64_t *words, uint64_t word_count);
-
 #endif

@@ -246,7 +246,7 @@ def _pread_turn(rounds: Rounds, lent: Lent) -> dict[tuple[str, str], Turn]:
 
 
 def huge_pages(nbytes: int) -> ctypes.Array[ctypes.c_char]:
-    """Memory that is there, and full of ones.  As `arena.allocate_pages`, which is no part of the public API."""
+    """Memory that is there, and full of ones.  As `memory.allocate_pages`, which is no part of the public API."""
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel built without
         pages.madvise(mmap.MADV_HUGEPAGE)

@@ -120,7 +120,7 @@ def _match(arena: Arena, manifest: Manifest, selection: Selection) -> list[Targe
     stored = _picked(arena, manifest, selection)
     here = {
         segment.name: _Here(segment, *place)
-        for segment, place in zip(arena.segments, arena.places, strict=True)
+        for segment, place in zip(arena.segments, arena.locations, strict=True)
         if segment.name in stored or selection.has(segment)
     }
     problems = [f"{name}: not in the checkpoint" for name in here if name not in stored]

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Run(Reading):
-    """A run that is read, made by `engine.open`.  Closed by `close`, at its collection, or at the interpreter's exit."""
+    """A run that is read, made by `engine.open`.  Closed by `close`, by collection, or at exit."""
 
     def __init__(self, directory: Directory, options: Options) -> None:
         """Not for callers: `open_run` makes them."""

@@ -1,4 +1,5 @@
 """State: the tensors of a training.
 
-`inventory` finds and names them, `arena` holds them in one buffer, `watch` notices when one has moved.
+`inventory` finds and names them, `memory` has the pages and the geometry, `arena` holds the tensors in one buffer,
+`fence` holds their writers back, `optimizers` knows torch's optimizers, `watch` notices changes before every save.
 """

@@ -18,7 +18,7 @@ from engine.format import values
 from engine.format.layout import DTYPES
 from engine.format.manifest import SegmentRecord
 from engine.format.values import Json, Refused, TensorValue
-from engine.state.arena import allocate_pages
+from engine.state.memory import allocate_pages
 
 # From here on `make_tensor` takes memory from the kernel, in huge pages, of which this is one on x86-64.  To fault
 # 500 MB in by 4096 bytes at a time took 90 of 240 ms on the host of docs/perf.md.

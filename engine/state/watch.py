@@ -1,124 +1,135 @@
-"""Watch: whether the containers and the tensors of a training are as a walk has seen them.
+"""Watch: tells whether containers and tensors are still as one walk saw them.
 
-Theory of operation.  Every save asks, in the training's own time, so what was seen is kept as one array of words that
-native code walks (engine_native.h says what the words mean): some 0.4 us a tensor.  An object is told by its
-address, so each one is kept alive as long as the watch is, or another could come to lie where it was.
+Theory of operation.  Every save begins with this look, in the training's own time.  A watch keeps what the walk saw in
+flat lists and compares the present with them.  Each comparison is one loop inside the interpreter (`map` over methods
+of torch and functions of `operator`), so no Python frame runs for a tensor.  Decision 0014 has the measurements.
 
-Tensors are asked through DLPack's exchange table.  A torch that has none, or a tensor that DLPack has no words for, and
-all of them are looked at in Python instead, which takes three times as long.
+Containers are compared by the identity of their members.  The lists keep those members alive, so no other object can
+take the address of one.  Tensors are compared by the answers of `_QUESTIONS`.  All questions are put to one tensor
+before the next, because most of the time is spent on fetching the tensor from memory.
 
-Rules: nothing is changed here; a difference is only ever found, and what it means is for a new walk to say.  What may
-be missed is what is undone before anybody asks.  Called by `gather`, which watches containers, and `arena`.
+Rules: a look changes nothing, so an interrupted look leaves nothing half done.  An Exception during a look is a
+difference: the walk that follows meets its cause again and reports it.  A change that is reverted before the next look
+is not noticed.  Called by `inventory`, which watches containers, and by `arena`.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable, Collection, Iterable, Sequence, Sized
-from operator import attrgetter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import chain
+from operator import attrgetter, eq, is_
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from engine.io.watching import Grad, Watched, describe_tensors, exchange_address, same_containers, same_tensors
+_Getter = Callable[[Any], object]
+
+# All that can change of a tensor without another object taking its place.  The last two are False for every tensor that
+# an arena accepts.
+_QUESTIONS: tuple[_Getter, ...] = (
+    Tensor.data_ptr,
+    Tensor.stride,
+    attrgetter("dtype"),
+    attrgetter("shape"),
+    Tensor.is_conj,
+    Tensor.is_neg,
+)
+_is_trained = attrgetter("requires_grad")
 
 
 class ContainerWatch:
-    """Notices when one of the containers of a walk no longer holds the very same objects."""
+    """Notices that a container of a walk no longer holds the same objects in the same order."""
 
     def __init__(self) -> None:
-        self._words = array("Q")
-        self._kept: list[object] = []
-        self._answers: list[tuple[Callable[[], object], object]] = []
+        self._watchable = True
+        self._members: dict[_Getter, tuple[list[object], list[object]]] = {}  # owners, and what each had
+        self._dicts: list[dict[Any, Any]] = []
+        self._dict_sizes: list[int] = []
+        self._dict_items: list[object] = []  # keys and values in turn
+        self._lists: list[Sequence[object]] = []
+        self._list_sizes: list[int] = []
+        self._list_items: list[object] = []
+        self._sets: list[set[str]] = []
+        self._set_copies: list[frozenset[str]] = []
 
-    def size(self, container: Sized) -> None:
-        """Watch for additions and removals."""
-        self._add(container, Watched.SIZE, len(container))
-
-    def members(self, owner: dict[Any, Any], *keys: str) -> None:
-        """Watch for other objects under these keys; None and nothing are the same."""
-        self._add(owner, Watched.MEMBERS, len(keys), [each for key in keys for each in (key, owner.get(key))])
+    def member(self, getter: _Getter, owner: object) -> None:
+        """Watch for another object where `getter` leads to.  A getter is defined once, for many owners."""
+        owners, seen = self._members.setdefault(getter, ([], []))
+        owners.append(owner)
+        seen.append(getter(owner))
 
     def mapping(self, owner: dict[Any, Any]) -> None:
-        """Watch a whole dictionary and its order; not what `OrderedDict.move_to_end` adds to that, which names nothing
-        anew.  What is no dictionary is never unchanged.
+        """Watch the keys, values and insertion order of a dictionary.  A mapping of another kind is always changed.
+
+        The order that `OrderedDict.move_to_end` makes is not the insertion order, and is not watched.
         """
-        items = list(dict.items(owner)) if isinstance(owner, dict) else []  # as native code walks it
-        self._add(owner, Watched.DICT, len(items), [each for item in items for each in item])
+        if not isinstance(owner, dict):
+            self._watchable = False
+            return
+        items = list(dict.items(owner))
+        self._dicts.append(owner)
+        self._dict_sizes.append(len(items))
+        self._dict_items.extend(chain.from_iterable(items))
 
-    def sequence(self, items: list[Any]) -> None:
-        """Watch a whole list."""
-        held = list(items)  # another thread may change it: what native code walks must agree with itself
-        self._add(items, Watched.LIST, len(held), held)
+    def sequence(self, items: Sequence[object]) -> None:
+        """Watch the items of a list."""
+        held = list(items)
+        self._lists.append(items)
+        self._list_sizes.append(len(held))
+        self._list_items.extend(held)
 
-    def answer(self, question: Callable[[], object]) -> None:
-        """Watch for an answer to a question that is not equal."""
-        self._answers.append((question, question()))
+    def names(self, names: set[str]) -> None:
+        """Watch the members of a set of strings."""
+        self._sets.append(names)
+        self._set_copies.append(frozenset(names))
 
     def unchanged(self) -> bool:
-        """Whether nothing happened."""
-        return same_containers(self._words) and all(question() == seen for question, seen in self._answers)
+        """Whether every container holds what it held."""
+        try:
+            return self._watchable and self._same_members() and self._same_dicts() and self._same_lists_and_sets()
+        except Exception:
+            return False
 
-    def _add(self, container: Sized, watched: Watched, size: int, items: Sequence[object] = ()) -> None:
-        self._words.extend((id(container), watched, size))
-        self._words.extend(map(id, items))
-        self._kept.append(container)
-        self._kept.extend(items)
+    def _same_members(self) -> bool:
+        return all(all(map(is_, map(getter, owners), seen)) for getter, (owners, seen) in self._members.items())
+
+    def _same_dicts(self) -> bool:
+        # With equal sizes, the flat lists are equal only if each dictionary is.  dict.items ignores a subclass's order.
+        items = chain.from_iterable(chain.from_iterable(map(dict.items, self._dicts)))
+        return list(map(len, self._dicts)) == self._dict_sizes and all(map(is_, items, self._dict_items))
+
+    def _same_lists_and_sets(self) -> bool:
+        return (
+            list(map(len, self._lists)) == self._list_sizes
+            and all(map(is_, chain.from_iterable(self._lists), self._list_items))
+            and all(map(eq, self._sets, self._set_copies))
+        )
 
 
 class TensorWatch:
-    """Notices when a tensor no longer lies as it lay (`tensor.data = other`), or is no longer trained.
+    """Notices that a tensor has other memory, another form (`tensor.data = other`), or is no longer trained.
 
     Args:
         tensors: all of them, none of a kind that an arena refuses.
         params: those of them whose `requires_grad` matters.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], params: Iterable[Tensor]) -> None:
+    def __init__(self, tensors: Collection[Tensor], params: Iterable[Tensor]) -> None:
         self._tensors = tensors
-        # What is refused, and neither way of looking sees: the imaginary part of a conjugate is a view with a stride.
-        self._lazy = [tensor for tensor in tensors if tensor.is_complex() or not tensor.is_contiguous()]
-        param_ids = {id(param) for param in params}
-        self._exchange = _exchange()
-        self._words = _words(tensors, param_ids)
-        self._looks: list[tuple[Tensor, bool, _Look]] | None = None
-        if self._exchange is None or not describe_tensors(self._exchange, self._words):
-            asked = [(tensor, id(tensor) in param_ids) for tensor in tensors]
-            self._looks = [(tensor, is_param, _look(tensor, is_param)) for tensor, is_param in asked]
+        self._params = list(params)
+        # Most tensors of a training share few shapes and strides, so equal answers are kept once.
+        known: dict[object, object] = {}
+        self._seen = [[known.setdefault(a, a) for a in map(question, tensors)] for question in _QUESTIONS]
+        self._trained = list(map(_is_trained, self._params))
 
     def unchanged(self) -> bool:
-        """Whether nothing happened."""
-        if self._looks is None:
-            assert self._exchange is not None
-            same = same_tensors(self._exchange, self._words)
-        else:
-            same = all(_look(tensor, is_param) == look for tensor, is_param, look in self._looks)
-        return same and not any(tensor.is_conj() or tensor.is_neg() for tensor in self._lazy)
+        """Whether every tensor is as it was."""
+        try:
+            return all(map(eq, self._answers(), zip(*self._seen, strict=True))) and self._trained == list(
+                map(_is_trained, self._params)
+            )
+        except Exception:
+            return False
 
-
-def _exchange() -> int | None:
-    """The address of torch's exchange table, if this torch has one."""
-    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    return None if capsule is None else exchange_address(capsule)
-
-
-def _words(tensors: Iterable[Tensor], param_ids: Collection[int]) -> array[int]:
-    """What is known of tensors before native code has described them."""
-    words = array("Q")
-    for tensor in tensors:
-        grad = Grad.IGNORED
-        if id(tensor) in param_ids:
-            grad = Grad.WANTED if tensor.requires_grad else Grad.UNWANTED
-        ndim = tensor.dim()
-        words.extend((id(tensor), grad, 0, 0, ndim, *(0,) * (2 * ndim)))
-    return words
-
-
-_Look = tuple[int, tuple[int, ...], tuple[torch.dtype, torch.Size], bool | None]
-_dtype_shape = attrgetter("dtype", "shape")
-
-
-def _look(tensor: Tensor, is_param: bool) -> _Look:
-    """All that can change of where and how a tensor lies, and whether it is trained, if that matters."""
-    return tensor.data_ptr(), tensor.stride(), _dtype_shape(tensor), tensor.requires_grad if is_param else None
+    def _answers(self) -> Iterator[tuple[object, ...]]:
+        return zip(*(map(question, self._tensors) for question in _QUESTIONS), strict=True)

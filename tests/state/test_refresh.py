@@ -1,4 +1,4 @@
-"""Ways out of the arena: whatever takes a tensor out of it, the next look notices and brings it back, or refuses it."""
+"""Refresh: notices every way in which a tensor leaves the arena, and brings the tensor back or refuses it."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ from trainings import (
 )
 
 import engine.state.arena
+import engine.state.fence
+import engine.state.memory
 from engine.errors import ArenaError
 from engine.state.arena import Arena
 from engine.state.watch import TensorWatch
@@ -109,7 +111,7 @@ def untie(model: Any, optimizer: Optimizer) -> None:
 
 
 def replace_groups(model: Any, optimizer: Optimizer) -> None:
-    """As Lightning and others do that build groups of their own."""
+    """As Lightning does, which builds its own groups."""
     one = optimizer.param_groups[0]
     optimizer.param_groups = [one, {**one, "params": [nn.Parameter(torch.ones(4))]}]
 
@@ -144,7 +146,7 @@ NEW_LAYOUT = [
 
 
 @pytest.mark.parametrize("leave", SAME_LAYOUT + NEW_LAYOUT, ids=lambda leave: leave.__name__)
-def test_what_left_is_brought_back(leave: Callable[[nn.Module, Optimizer], None]) -> None:
+def test_a_tensor_that_left_is_brought_back(leave: Callable[[nn.Module, Optimizer], None]) -> None:
     model, optimizer = build("mlp", "adam")
     arena = Arena.adopt(model, optimizer)
     train(model, optimizer, "mlp", 2)
@@ -153,7 +155,7 @@ def test_what_left_is_brought_back(leave: Callable[[nn.Module, Optimizer], None]
     expected = everything(model, optimizer)
     arena.refresh()
     assert (arena.layout is before) == (leave in SAME_LAYOUT)
-    assert everything(model, optimizer).items() >= expected.items(), "a new parameter has got its state, at most"
+    assert everything(model, optimizer).items() >= expected.items(), "only the state of a new parameter may be added"
     assert len(optimizer.state) == sum(len(group["params"]) for group in optimizer.param_groups)
     live = arena.state_dict()
     assert {name: bits(live[name]) for name in model.state_dict()} == {
@@ -181,12 +183,12 @@ def test_tensors_that_have_changed_places_keep_their_contents(order: tuple[int, 
     assert_holds(arena)
 
 
-def test_what_left_and_is_unfit_is_refused_and_left_alone() -> None:
+def test_a_new_tensor_that_cannot_be_stored_is_refused_and_nothing_changes() -> None:
     model = mlp()
     arena = Arena.adopt(model)
     model[0].bias = nn.Parameter(torch.zeros(1).expand(12))
     before, weight = arena.layout, model[0].weight.data_ptr()
-    for _ in range(2):  # and again, not once only
+    for _ in range(2):  # every time, not only once
         with pytest.raises(ArenaError, match=r"'0\.bias' has elements that share memory"):
             arena.refresh()
     assert arena.layout is before and model[0].weight.data_ptr() == weight
@@ -196,7 +198,9 @@ def test_what_left_and_is_unfit_is_refused_and_left_alone() -> None:
 
 
 @pytest.mark.parametrize("moved_count", [0, 2])
-def test_an_interrupted_refresh_is_gone_on_with(moved_count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_refresh_completes_one_interrupted_between_tensors(
+    moved_count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, optimizer = build("mlp", "adam")
     arena = Arena.adopt(model, optimizer)
     assign(model, optimizer)
@@ -220,14 +224,18 @@ def test_an_interrupted_refresh_is_gone_on_with(moved_count: int, monkeypatch: p
     assert_holds(arena)
 
 
+# Where a refresh changes anything.
+CHANGING = {module.__file__ for module in (engine.state.arena, engine.state.fence, engine.state.memory)}
+
+
 class InterruptedAtLine:
-    """Raises KeyboardInterrupt once so many lines of engine/arena.py have begun."""
+    """Raises KeyboardInterrupt once so many lines of the modules above have begun."""
 
     def __init__(self, line_count: int) -> None:
         self.left = line_count
 
     def __call__(self, frame: FrameType, event: str, argument: object) -> InterruptedAtLine | None:
-        if frame.f_code.co_filename != engine.state.arena.__file__:
+        if frame.f_code.co_filename not in CHANGING:
             return None
         if event == "line":
             self.left -= 1
@@ -238,7 +246,7 @@ class InterruptedAtLine:
 
 @pytest.mark.parametrize("optimized", [True, False])
 @pytest.mark.parametrize("leave", [to_double, new_data, replace_module], ids=lambda leave: leave.__name__)
-def test_a_refresh_that_is_interrupted_at_any_line_is_gone_on_with(
+def test_the_next_refresh_completes_one_interrupted_at_any_line(
     leave: Callable[[nn.Module, Optimizer], None], optimized: bool
 ) -> None:
     done = False
@@ -263,10 +271,20 @@ def test_a_refresh_that_is_interrupted_at_any_line_is_gone_on_with(
         assert_holds(arena)
         if done:
             break
-    assert done and line_count > 50, "it has not been interrupted everywhere"
+    assert done and line_count > 50, "not every line was interrupted"
 
 
-def test_state_dict_is_of_what_is_there_now() -> None:
+def test_a_swap_with_the_first_segment_keeps_both_contents() -> None:
+    model = nn.ParameterList([nn.Parameter(torch.full((3,), float(value))) for value in (1, 2)])
+    arena = Arena.adopt(model)
+    assert model[0].data_ptr() == arena.sources[0].address
+    model[0].data, model[1].data = model[1].data, model[0].data
+    arena.refresh()
+    assert model[0].tolist() == [2, 2, 2] and model[1].tolist() == [1, 1, 1]
+    assert_holds(arena)
+
+
+def test_state_dict_has_the_present_tensors() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     arena = Arena.adopt(model)
     model[0] = nn.Linear(2, 2)
@@ -294,17 +312,17 @@ def test_negated_in_place_is_noticed() -> None:
 
 
 @pytest.mark.parametrize("kind", [nn.Sequential, nn.ModuleList])
-def test_a_module_with_another_dictionary_of_modules_is_noticed(kind: Callable[..., Any]) -> None:
+def test_a_replaced_dictionary_of_modules_is_noticed(kind: Callable[..., Any]) -> None:
     model = kind([nn.Linear(2, 2)]) if kind is nn.ModuleList else kind(nn.Linear(2, 2))
     arena = Arena.adopt(model)
-    del model[1:]  # of nothing, and yet the modules are in another dictionary from here on
+    del model[1:]  # deletes nothing, but puts the modules into another dictionary
     model[0] = nn.Linear(2, 2)
     arena.refresh()
     assert_inside(arena, model[0].weight)
     assert_holds(arena)
 
 
-def test_buffers_that_change_places_in_what_is_stored_are_noticed() -> None:
+def test_a_swap_of_persistent_and_hidden_buffers_is_noticed() -> None:
     model = nn.Module()
     model.register_buffer("a", torch.ones(2))
     model.register_buffer("b", torch.zeros(2), persistent=False)
@@ -323,7 +341,7 @@ def test_transposed_in_place_is_noticed() -> None:
     assert_holds(arena)
 
 
-def test_wrapped_tensor_is_read_where_it_now_lies() -> None:
+def test_a_wrapped_tensor_is_read_at_its_present_location() -> None:
     tensor = torch.zeros(2, 3)
     arena = Arena.wrap({"w": tensor})
     before = arena.layout
@@ -340,7 +358,7 @@ def test_wrapped_tensor_is_read_where_it_now_lies() -> None:
 
 
 @pytest.mark.parametrize("optimizer_name", ["adam", "sgd-momentum", "sgd"])
-def test_fast_path_does_not_gather(optimizer_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refresh_takes_no_inventory_without_a_change(optimizer_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gathers = count_calls(monkeypatch, "gather")
     model, optimizer = build("convnet", optimizer_name)
     arena = Arena.adopt(model, optimizer)
@@ -359,4 +377,4 @@ def test_fast_path_does_not_gather(optimizer_name: str, monkeypatch: pytest.Monk
         train(model, optimizer, "convnet", 1, seed)
         arena.refresh()
     assert gathers == []
-    assert len(looks) == 5, "one look at the tensors for each refresh, and no more"
+    assert len(looks) == 5, "one look at the tensors for each refresh"

@@ -121,18 +121,18 @@ def everything(model: Any, optimizer: Optimizer) -> dict[str, Any]:
 
 
 def read(arena: Arena, name: str) -> bytes:
-    """A segment's bytes as the engine reads them: from the address that its source and place give."""
+    """A segment's bytes as the engine reads them: from the address of its source and location."""
     index = [segment.name for segment in arena.segments].index(name)
     segment = arena.segments[index]
-    source_index, offset = arena.places[index]
+    source_index, offset = arena.locations[index]
     source = arena.sources[source_index]
     if source.shape == ():
         return ctypes.string_at(source.address + offset, segment.nbytes)
     assert offset == 0
-    places = [0]
+    offsets = [0]
     for extent, stride in zip(source.shape, source.stride, strict=True):
-        places = [place + step * stride for place in places for step in range(extent)]
-    return b"".join(ctypes.string_at(source.address + place * source.itemsize, source.itemsize) for place in places)
+        offsets = [offset + step * stride for offset in offsets for step in range(extent)]
+    return b"".join(ctypes.string_at(source.address + offset * source.itemsize, source.itemsize) for offset in offsets)
 
 
 def assert_holds(arena: Arena) -> None:

@@ -1,4 +1,4 @@
-"""What an optimizer keeps besides tensors, and state made late: saved, restored, and refused where it does not fit."""
+"""Options, reserved momentum and late state: saved, restored, and refused if they do not fit."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_momentum_is_absent_until_made() -> None:
     absent = [f"optimizer.{name}.momentum_buffer" for name, _ in model.named_parameters()]
     assert arena.options()["absent"] == absent
     assert len(optimizer.state) == 0
-    assert all(not arena.state_dict()[name].any() for name in absent), "reserved places read as zeros"
+    assert all(not arena.state_dict()[name].any() for name in absent), "reserved segments read as zeros"
     layout = arena.layout
     train(model, optimizer, "mlp", 1)
     assert arena.options()["absent"] == []
@@ -67,11 +67,11 @@ def test_momentum_is_absent_until_made() -> None:
     optimizer.state.clear()
     arena.refresh()
     assert arena.options()["absent"] == absent
-    assert all(not any(read(arena, name)) for name in absent), "nothing is left of what is gone"
+    assert all(not any(read(arena, name)) for name in absent), "a deleted tensor leaves zeros"
     assert arena.layout is layout
 
 
-def test_momentum_of_a_thawed_parameter_is_taken_in() -> None:
+def test_momentum_of_an_unfrozen_parameter_is_taken_in() -> None:
     model, optimizer = build("mlp", "sgd-momentum")
     model[2].requires_grad_(False)
     arena = Arena.adopt(model, optimizer)
@@ -82,7 +82,7 @@ def test_momentum_of_a_thawed_parameter_is_taken_in() -> None:
     assert_holds(arena)
 
 
-def test_freezing_and_thawing_are_noticed() -> None:
+def test_freezing_and_unfreezing_are_noticed() -> None:
     model, optimizer = build("mlp", "sgd-momentum")
     arena = Arena.adopt(model, optimizer)
     name = "optimizer.2.bias.momentum_buffer"
@@ -94,7 +94,7 @@ def test_freezing_and_thawing_are_noticed() -> None:
     assert name in arena.options()["absent"] and name in arena.state_dict()
 
 
-def test_momentum_switched_on_is_noticed_and_a_schedule_of_it_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_momentum_switched_on_is_noticed_and_its_schedule_causes_no_walk(monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer = build("mlp", "sgd")
     arena = Arena.adopt(model, optimizer)
     assert arena.options()["absent"] == []
@@ -109,7 +109,7 @@ def test_momentum_switched_on_is_noticed_and_a_schedule_of_it_costs_nothing(monk
     assert_inside(arena, optimizer.state[model[2].bias]["momentum_buffer"])
 
 
-def test_a_part_brings_its_momentum_and_takes_it_away() -> None:
+def test_restoring_a_part_creates_and_deletes_momentum() -> None:
     model, optimizer = build("mlp", "sgd-momentum")
     arena = Arena.adopt(model, optimizer)
     first, last = model[0].weight, model[2].weight
@@ -127,7 +127,7 @@ def test_a_part_brings_its_momentum_and_takes_it_away() -> None:
     assert_holds(arena)
 
 
-def test_optional_state_is_not_made_on_the_default_device() -> None:
+def test_reserved_state_is_not_made_on_the_default_device() -> None:
     model = nn.ParameterList([nn.Parameter(torch.ones(shape)) for shape in [(2,), (0, 2)]])
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
     torch.set_default_device("meta")
@@ -139,7 +139,7 @@ def test_optional_state_is_not_made_on_the_default_device() -> None:
     assert [state["momentum_buffer"].device.type for state in optimizer.state.values()] == ["cpu", "cpu"]
 
 
-def test_momentum_takes_the_strides_of_its_reserved_place() -> None:
+def test_momentum_has_the_strides_of_its_parameter() -> None:
     param = nn.Parameter(torch.arange(12.0).reshape(4, 3).t())
     optimizer = torch.optim.SGD([param], lr=0.1, momentum=0.9)
     arena = Arena.adopt(nn.ParameterList([param]), optimizer)
@@ -183,12 +183,12 @@ def test_momentum_of_an_unused_parameter_stays_absent() -> None:
     assert "momentum_buffer" not in optimizer.state[unused]
 
 
-def test_unfit_momentum_waits_for_the_next_refresh() -> None:
+def test_step_does_not_raise_for_momentum_that_cannot_be_stored() -> None:
     model = nn.Embedding(4, 2, sparse=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     arena = Arena.adopt(model, optimizer)
     model(torch.tensor([1])).sum().backward()
-    optimizer.step()  # not the place to hear of it
+    optimizer.step()
     with pytest.raises(ArenaError, match=r"'optimizer\.weight\.momentum_buffer' is sparse"):
         arena.refresh()
 
@@ -212,7 +212,7 @@ def grouped(rates: list[float], turned: bool = False) -> tuple[Any, Optimizer]:
     return model, torch.optim.Adam(groups[::-1] if turned else groups)
 
 
-def test_each_group_gets_its_own_back() -> None:
+def test_each_group_gets_its_own_hyperparameters_back() -> None:
     arena = Arena.adopt(*grouped([0.1, 0.2]))
     model, optimizer = grouped([9.0, 9.0])
     restore(Arena.adopt(model, optimizer), save(arena))

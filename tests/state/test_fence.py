@@ -1,4 +1,4 @@
-"""The fence: who would write to an arena that is being staged waits, through hooks that go when the arena goes."""
+"""The fence: writers wait until an arena is staged, through hooks that are removed with the arena."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_modules_added_later_wait_too() -> None:
         waited.clear()
 
 
-def test_the_fence_is_before_hooks_that_were_there_first() -> None:
+def test_the_fence_runs_before_hooks_that_were_registered_earlier() -> None:
     model, optimizer = build("mlp", "adam")
     order: list[str] = []
     optimizer.register_step_pre_hook(lambda *_: order.append("hook"))
@@ -85,11 +85,12 @@ def test_the_fence_is_before_hooks_that_were_there_first() -> None:
     assert order == ["staged", "hook"]
 
 
-def test_hooks_go_with_their_arena() -> None:
+def test_hooks_are_removed_with_their_arena() -> None:
     model, optimizer = build("mlp", "adam")
     for _ in range(5):
         arena = Arena.adopt(model, optimizer)
-        arena.refresh()
+        model[0].bias.data = torch.zeros(12)
+        arena.refresh()  # takes an inventory, and hooks nothing twice
     for hooks in (model._load_state_dict_pre_hooks, model[0]._load_state_dict_pre_hooks):
         assert len(hooks) == 1
     assert len(optimizer._optimizer_step_pre_hooks) == len(optimizer._optimizer_step_post_hooks) == 1
@@ -97,7 +98,7 @@ def test_hooks_go_with_their_arena() -> None:
     assert not model._load_state_dict_pre_hooks and not optimizer._optimizer_step_pre_hooks
 
 
-def test_unfenced_is_what_the_step_does_not_train() -> None:
+def test_untrained_segments_are_unfenced() -> None:
     model = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("ours", "theirs", "frozen")})
     model["norm"] = nn.BatchNorm1d(2)
     model["frozen"].requires_grad_(False)
@@ -157,7 +158,7 @@ def test_a_parameter_trained_under_another_name_is_fenced() -> None:
     assert arena.aliases == {"1": "0"} and arena.unfenced == frozenset()
 
 
-def test_saves_that_are_staged_are_let_go_of_without_a_step() -> None:
+def test_hold_drops_saves_that_are_staged() -> None:
     arena = Arena.adopt(mlp())
     asked: list[int] = []
 
@@ -173,7 +174,7 @@ def test_saves_that_are_staged_are_let_go_of_without_a_step() -> None:
     assert asked == [0, 1, 2, 3, 3], "each staged one is asked once, and none behind one that is not"
 
 
-def test_an_interrupted_wait_is_waited_for_again() -> None:
+def test_an_interrupted_wait_is_repeated() -> None:
     arena = Arena.adopt(mlp())
     outcomes: list[Exception | None] = [None, KeyError(), None]
 
@@ -226,6 +227,6 @@ def test_a_copied_model_is_not_in_the_arena() -> None:
     before = everything(model, optimizer)
     train(twin, twin_optimizer, "mlp", 1)
     twin.load_state_dict(twin.state_dict())
-    torch.save(model, io.BytesIO())  # nor do the hooks stand in the way of writing a model whole
+    torch.save(model, io.BytesIO())  # a hooked model can still be pickled
     arena.refresh()
     assert everything(model, optimizer) == before

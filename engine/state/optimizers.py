@@ -1,0 +1,217 @@
+"""Optimizers: what is known of torch's optimizers, and what they keep besides tensors.
+
+Theory of operation.  An arena has one layout, so the state of an optimizer should exist before its first step.
+
+* Most of torch's optimizers make their state in `_init_group`, as a function of the parameter alone.  `create_state`
+  calls that early, which changes nothing that the first step does.
+* SGD's first step makes momentum a copy of the gradient, so momentum cannot exist earlier.  Its segment is reserved
+  under its name, and the name is absent until the step has made the tensor.
+* LBFGS, SparseAdam and optimizers that are not torch's make state in the middle of a step (`makes_state_late`).  The
+  first walk after that step finds it.
+
+Everything else that an optimizer keeps is in `Options`: hyperparameters of its groups, state that is no tensor, and the
+absent names.
+
+Rules: tensors are created but never moved here.  Called by `inventory` and `arena`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+
+from engine.errors import MismatchError
+from engine.format.values import Names
+
+# The state that SGD makes of a gradient.
+MOMENTUM = "momentum_buffer"
+
+
+@dataclass(slots=True)
+class Owned:
+    """The names of what an optimizer owns.
+
+    Attributes:
+        params: name to parameter, in the order of the groups.
+        groups: the names of the parameters of each group.
+        reserved: name of a state tensor that may not exist yet, to its parameter and the key of that state.
+    """
+
+    params: dict[str, Tensor] = field(default_factory=dict)
+    groups: list[list[str]] = field(default_factory=list)
+    reserved: dict[str, tuple[Tensor, str]] = field(default_factory=dict)
+
+
+def makes_state_late(optimizer: Optimizer) -> bool:
+    """Whether only the optimizer's own first step knows what state it will have.
+
+    Only torch's own `_init_group` makes that state and nothing else when it is called alone.  A subclass with a step of
+    its own may expect no state before it.
+    """
+    methods = (getattr(optimizer, "_init_group", None), type(optimizer).step)
+    return not all(getattr(method, "__module__", "").startswith("torch.optim.") for method in methods)
+
+
+@torch.no_grad()
+def create_state(optimizer: Optimizer, created: list[Tensor]) -> None:
+    """Make the state that the first step would make, and append the parameters that have got it to `created`.
+
+    `_init_group` makes state for every parameter that has a gradient, and reads only the shape and dtype of the
+    gradient.  So each parameter gets zeros for a gradient, one parameter at a time to bound the memory.
+    """
+    if makes_state_late(optimizer) or isinstance(optimizer, SGD):
+        return
+    init_group: Callable[..., object] = optimizer._init_group  # type: ignore[attr-defined]
+    names = list(inspect.signature(init_group).parameters)[1:]
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if not param.requires_grad or optimizer.state.get(param):
+                continue
+            created.append(param)
+            grad = param.grad
+            try:
+                param.grad = torch.zeros_like(param, memory_format=torch.preserve_format)
+                # Lists that it appends to, except for a flag: `amsgrad` of AdamW before torch 2.7.
+                arguments = [group[name] if isinstance(group.get(name), bool) else [] for name in names]
+                init_group({**group, "params": [param]}, *arguments)
+            finally:
+                param.grad = grad
+
+
+def has_momentum(group: Mapping[str, Any]) -> bool:
+    """Whether a group of SGD's has momentum.  A scheduler may change the number, but not the answer."""
+    return bool(group["momentum"] != 0)
+
+
+def reserves_momentum(optimizer: Optimizer, group: Mapping[str, Any], param: Tensor) -> bool:
+    """Whether the optimizer's first step will make, or has made, the momentum of a parameter."""
+    return isinstance(optimizer, SGD) and has_momentum(group) and param.requires_grad
+
+
+class Options:
+    """What an optimizer keeps besides tensors.  Made once for each inventory, because every save reads it.
+
+    Args:
+        optimizer: None for an arena without one, which has no options.
+        owned: the names of what it owns.
+        absent: those of `owned.reserved` that it has not made yet.
+    """
+
+    def __init__(self, optimizer: Optimizer | None, owned: Owned, absent: Collection[str]) -> None:
+        self.absent = tuple(absent)
+        self._optimizer = optimizer
+        self._owned = owned
+        awaited = {(id(param), key) for param, key in map(owned.reserved.__getitem__, absent)}
+        # The parameters that have state which is no tensor: name, state, and the keys of that part.
+        self._plain: list[tuple[str, Mapping[Any, Any], list[Any]]] = []
+        for name, param in owned.params.items():
+            state = {} if optimizer is None else optimizer.state.get(param, {})
+            keys = [k for k, v in state.items() if not isinstance(v, Tensor) and (id(param), k) not in awaited]
+            if keys:
+                self._plain.append((name, state, keys))
+
+    def read(self) -> dict[str, Any]:
+        """The options as they are now; {} without an optimizer."""
+        if self._optimizer is None:
+            return {}
+        return {
+            "param_groups": [
+                _hyperparameters(group) | {"params": Names(names)}
+                for group, names in zip(self._optimizer.param_groups, self._owned.groups, strict=True)
+            ],
+            "state": {name: {key: state[key] for key in keys} for name, state, keys in self._plain},
+            "absent": Names(self.absent),
+        }
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Refuse options that `put_back` could not put back.
+
+        Raises:
+            MismatchError: they are of another optimizer; the message says how.
+        """
+        if self._optimizer is None and not options:
+            return
+        if self._optimizer is None or not options:
+            has, lacks = ("checkpoint", "arena") if options else ("arena", "checkpoint")
+            raise MismatchError(f"the {has} has an optimizer and the {lacks} has none; select the names to restore")
+        saved_count, count = len(options["param_groups"]), len(self._optimizer.param_groups)
+        if saved_count != count:
+            raise MismatchError(
+                f"the checkpoint's optimizer has {saved_count} parameter groups and the arena's has {count}; "
+                "give the optimizer the same groups"
+            )
+        for index, names in enumerate(self._owned.groups):
+            saved_names = options["param_groups"][index].get("params")
+            if saved_names != names:
+                raise MismatchError(
+                    f"parameter group {index} of the checkpoint's optimizer has {saved_names}, and that of the "
+                    f"arena's has {names}; give the optimizer the same groups in the same order"
+                )
+        unknown = sorted(set(options["state"]) - set(self._owned.params))
+        unknown += sorted(set(options["absent"]) - set(self._owned.reserved))
+        if unknown:
+            raise MismatchError(
+                f"the checkpoint has optimizer state that the arena's optimizer cannot take: {', '.join(unknown)}; "
+                "use the optimizer and the trainable parameters of the run that was saved"
+            )
+
+    def put_back(self, options: Mapping[str, Any]) -> None:
+        """Give the optimizer the hyperparameters and the plain state of checked options."""
+        if self._optimizer is None:
+            return
+        for group, saved in zip(self._optimizer.param_groups, options["param_groups"], strict=True):
+            _put_hyperparameters(group, _hyperparameters(saved))
+        for name, param in self._owned.params.items():
+            _put_plain_state(self._optimizer.state, param, options["state"].get(name, {}))
+
+    def put_reserved(self, names: Collection[str], absent: Collection[str], view: Callable[[str], Tensor]) -> bool:
+        """Give the optimizer the reserved state among `names`, except for `absent`, of which it loses what it has.
+
+        Args:
+            names: segments that were restored.
+            absent: names that the checkpoint's optimizer had not made.
+            view: makes a tensor over a segment's memory.
+
+        Returns:
+            Whether there was any.
+        """
+        concerned = [name for name in self._owned.reserved if name in names]
+        for name in concerned:
+            param, key = self._owned.reserved[name]
+            assert self._optimizer is not None
+            state = self._optimizer.state[param]
+            if name in absent:
+                state.pop(key, None)
+            elif state.get(key) is None:
+                with torch.inference_mode(False):  # or training could not write to it
+                    state[key] = view(name)
+        return bool(concerned)
+
+
+def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    # The live optimizer owns its parameters and their names; a checkpoint has the names of the inventory.
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+
+
+def _put_hyperparameters(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    for key, value in saved.items():
+        live = group.get(key)
+        if isinstance(live, Tensor) and isinstance(value, Tensor) and live.shape == value.shape:
+            with torch.no_grad():
+                live.copy_(value)  # in place: a compiled step or a scheduler may hold it
+        else:
+            group[key] = value
+
+
+def _put_plain_state(states: dict[Any, Any], param: Tensor, saved: Mapping[Any, Any]) -> None:
+    live = states.get(param, {})
+    for key in [key for key, value in live.items() if not isinstance(value, Tensor) and key not in saved]:
+        del live[key]
+    if saved:
+        states.setdefault(param, {}).update(saved)
