@@ -83,7 +83,9 @@ class Spares:
                 raise
             self._delete_checkpoint(path)
             return
-        if step is not None:
+        if step is None:
+            self._known.pop(name, None)
+        else:
             self._known[name] = step
 
     def _delete_checkpoint(self, path: str) -> None:
@@ -163,11 +165,13 @@ class Spares:
         empty = [n for n in names if not self._filesystem.list_directory(os.path.join(self.path, n))]
         full = [name for name in names if name not in empty]
         for name in [*empty, *full[: max(0, len(full) - count)]]:
+            self._known.pop(name, None)  # its number may be given again
             self.pass_over(os.path.join(self.path, name), self.remove)
 
     def delete_newest(self) -> None:
         """Delete the spare that came last."""
         if names := self.names():
+            self._known.pop(names[-1], None)
             self.remove(os.path.join(self.path, names[-1]))
 
     # -- how --------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ else had it, is seen as soon as it is overwritten.
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import fcntl
 import os
@@ -23,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -222,10 +222,10 @@ def test_a_refusal_leaves_no_descriptor_open(tmp_path: Path, monkeypatch: pytest
     user = Catalog(str(tmp_path / "used"), Filesystem(), 1)
     real_open = os.open
 
-    def without_tmpfile(path: str, flags: int, mode: int = 0o777) -> int:
+    def without_tmpfile(path: str, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
         if flags & os.O_TMPFILE == os.O_TMPFILE:
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-        return real_open(path, flags, mode)
+        return real_open(path, flags, mode, dir_fd=dir_fd)
 
     monkeypatch.setattr(os, "open", without_tmpfile)
     before = descriptors()
@@ -566,7 +566,7 @@ def test_what_is_recycled_is_known_only_of_a_step_that_this_process_retired(
 ) -> None:
     """A spare found at open may have been overwritten before a power cut that brought it back: nobody trusts it."""
     save(catalog, 2)
-    Path(catalog.path(2), MANIFEST_NAME).write_bytes(encode(dataclasses.replace(stored[0], step=2)))
+    Path(catalog.path(2), MANIFEST_NAME).write_bytes(encode(msgspec.structs.replace(stored[0], step=2)))
     save(catalog, 3)
     retire(catalog, 1)
     begun = catalog.begin(4, [DATA_NAME])
@@ -584,7 +584,7 @@ def test_what_is_recycled_is_not_known_of_anything_else(
     catalog: Catalog, stored: tuple[Manifest, Path], tmp_path: Path, how: str
 ) -> None:
     if how == "manifest of another step":
-        stored[1].write_bytes(encode(dataclasses.replace(stored[0], step=7)))
+        stored[1].write_bytes(encode(msgspec.structs.replace(stored[0], step=7)))
     elif how == "damaged manifest":
         stored[1].write_bytes(stored[1].read_bytes()[:-5])
     save(catalog, 2)

@@ -726,9 +726,9 @@ def test_a_lock_with_another_name_is_not_written_to(copy: Path, tmp_path: Path) 
     (copy / ".engine/lock").hardlink_to(precious)
     with opened(copy) as eng:
         assert eng.steps() == [1, 2]
-        with pytest.raises(LockedError, match=r"\(process unknown\)"):
+        with pytest.raises(LockedError, match=rf"\(process {os.getpid()}\)"):
             opened(copy)
-    assert precious.read_text() == "precious"
+    assert precious.read_text() == "precious" and precious.stat().st_nlink == 1
 
 
 def test_a_lock_that_is_a_device_is_refused(copy: Path) -> None:

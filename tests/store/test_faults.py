@@ -436,7 +436,7 @@ def blocks(prepared: Path, scratch: Path, **options: Any) -> Iterator[Blocks]:
         yield Blocks(eng, table, root)
         steps = eng.steps()
     assert not table.exceptions, table.exceptions
-    with opened(root) as again:
+    with opened(root, keep=None) as again:
         assert again.steps() == steps and stored(again, 1) == content(1)
     shutil.rmtree(root)
 
