@@ -387,7 +387,7 @@ class Arena:
         """Have whatever loads into the model, or steps the optimizer, wait at the fence; once each."""
         for module in model.modules():  # each: load_state_dict() may be called on any of them
             if module not in self._hooks:
-                load = module.register_load_state_dict_pre_hook(_Hook(self.fence))  # type: ignore[no-untyped-call]
+                load = module.register_load_state_dict_pre_hook(_Hook(self.fence))
                 self._hooks[module] = (load,)
         if self._optimizer is not None and self._optimizer not in self._hooks:
             before = self._optimizer.register_step_pre_hook(_Hook(self.fence))

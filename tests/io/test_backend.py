@@ -17,6 +17,7 @@ import textwrap
 import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ from engine.io.job import Failure, FailureKind, Job
 from engine.io.pipeline import Backend, OpenError, Pipeline, Refused
 from engine.store.filesystem import Filesystem
 
-SMALL = {"staging_bytes": 1 << 20, "block_bytes": 64 << 10}
+SMALL: dict[str, Any] = {"staging_bytes": 1 << 20, "block_bytes": 64 << 10}
 
 # Saves and restores on a host that a line before has changed, and says in which way.
 ON_A_HOST = """
@@ -273,7 +274,8 @@ def test_an_engine_that_is_not_opened_gives_everything_back(monkeypatch: pytest.
             engine.Engine(tmp_path, **SMALL)
     monkeypatch.undo()
     engine.Engine(tmp_path, **SMALL).close()
-    real_start, started = threading.Thread.start, []
+    real_start = threading.Thread.start
+    started: list[threading.Thread] = []
 
     def start(thread: threading.Thread) -> None:
         if len(started) == 1:

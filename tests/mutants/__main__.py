@@ -25,6 +25,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -83,7 +84,7 @@ def build() -> bool:
 def run_tests(tests: tuple[str, ...], limit_s: float) -> int | None:
     """pytest's exit status, or None if it did not end within the limit; OUTPUT holds what it printed."""
     environment = {**os.environ, "CI": "1", "PYTHONDONTWRITEBYTECODE": "1", "VIRTUAL_ENV": str(ENVIRONMENT)}
-    scratch = TREE / "build"
+    scratch = Path(tempfile.mkdtemp(prefix="mutants-"))  # short: the path of a socket has 107 bytes at most
     with OUTPUT.open("wb") as output:
         process = subprocess.Popen(
             [ENVIRONMENT / "bin/python", *PYTEST, f"--basetemp={scratch}", *tests],
