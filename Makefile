@@ -15,11 +15,12 @@ TOOLS_STAMP := .venv/tools.stamp
 ENGINE_STAMP := .venv/engine.stamp
 BENCH_STAMP := .venv/bench.stamp
 NATIVE_SOURCES := $(wildcard native/*.* native/*/*)
+NATIVE_C := $(filter %.c %.h,$(NATIVE_SOURCES))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test pytest lint types format sanitize sanitize-address sanitize-thread \
-	crash-campaign kill-campaign fuzz bench bench-compare clean
+.PHONY: help setup demo test pytest lint lint-c types format coverage mutants test-lowest test-newest dist \
+	sanitize sanitize-address sanitize-thread crash-campaign kill-campaign fuzz bench bench-compare clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -36,6 +37,10 @@ lint: setup ## Check style and formatting
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 
+lint-c: setup ## Check the style of native/ and the length of its functions
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE_C)
+	$(BIN)/lizard --languages c --length 70 --CCN 1000 --warnings_only native
+
 types: setup ## Check types
 	$(BIN)/python -m mypy
 
@@ -46,12 +51,27 @@ pytest: setup
 STATES ?= 1000000
 KILLS ?= 5000
 SEED ?= 1
+# How long each fuzz target, and `make mutants`, goes on; and a prefix of the mutations' names.
+SECONDS ?= 600
+ONLY ?=
 
 crash-campaign: setup ## Try a million crash states (STATES=, SEED=)
 	$(BIN)/python tests/support/crash_campaign.py --states $(STATES) --seed $(SEED)
 
 kill-campaign: setup ## Kill a training 5000 times on four file systems (KILLS=, SEED=)
 	$(BIN)/python tests/support/kill_campaign.py --kills $(KILLS) --seed $(SEED)
+
+# Lines and branches of Python, those of processes that tests start included.  There is no threshold: a line that runs is
+# not a line that is tested, which is what `make mutants` measures.
+coverage: setup ## Run the tests and list the lines of Python that none runs
+	rm -rf build/coverage && mkdir -p build/coverage
+	-$(BIN)/python -m coverage run -m pytest -q
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage html --quiet
+	$(BIN)/python -m coverage report
+
+mutants: setup ## Change the code in small ways, and list the changes that no test notices (SECONDS=, SEED=, ONLY=)
+	$(BIN)/python tests/mutants --seconds $(SECONDS) --seed $(SEED) --only "$(ONLY)"
 
 bench: $(BENCH_STAMP) ## Measure the engine beside fio and its peers, into docs/perf.md: 20 minutes, 40 GB of disk
 	$(BIN)/python -m engine.bench --publish docs
@@ -62,6 +82,7 @@ bench-compare: setup ## Say whether this tree is slower than another revision, b
 format: setup ## Rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE_C)
 
 clean: ## Remove everything that make has made
 	rm -rf .venv build dist runs .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -82,6 +103,40 @@ $(BENCH_STAMP): $(ENGINE_STAMP) .ci/prepare .ci/peers
 	-.ci/prepare $(PYTHON) bench
 	.ci/peers $(BIN)
 	@touch $@
+
+# -- Other versions, and the package that users get ------------------------------------------------------------------
+#
+# Environments of their own, with torch of their own.  The lowest versions are those that pyproject.toml declares; what it
+# does not name is as in constraints.txt.
+
+test-lowest: build/lowest/engine.stamp ## Run the tests with the lowest versions that pyproject.toml declares
+	build/lowest/bin/python -m pytest
+
+test-newest: build/newest/engine.stamp ## Run the tests with the newest versions of everything
+	build/newest/bin/python -m pytest
+
+build/lowest/engine.stamp: build/lowest.txt
+build/newest/engine.stamp: build/newest.txt
+build/lowest/engine.stamp build/newest/engine.stamp: build/%/engine.stamp: $(NATIVE_SOURCES) pyproject.toml
+	$(PYTHON) -m venv build/$*
+	build/$*/bin/python $(PIP_INSTALL) --upgrade --constraint build/$*.txt cffi cmake ninja scikit-build-core
+	build/$*/bin/python $(INSTALL_ENGINE) ".[test]" --upgrade --constraint build/$*.txt
+	@touch $@
+
+build/lowest.txt: $(ENGINE_STAMP) constraints.txt .ci/lowest
+	@mkdir -p build
+	$(BIN)/python .ci/lowest constraints.txt >$@
+
+# Made again on every run: what is newest changes without a change here.
+.PHONY: build/newest.txt
+build/newest.txt: $(ENGINE_STAMP)
+	@mkdir -p build
+	@: >$@
+
+dist: setup ## Build source distribution and wheel into dist/, and check what is in them
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(BIN)/python .ci/check_dist dist
 
 # -- Sanitizers ------------------------------------------------------------------------------------------------------
 #
@@ -127,8 +182,7 @@ build/%/engine.stamp: $(ENGINE_STAMP)
 
 FUZZ := build/fuzz
 FUZZ_TARGETS := manifest extra header directory
-# Of one target.  One input may take a minute and 2 GiB: far beyond what any does, torch and the sanitizers included.
-SECONDS ?= 600
+# SECONDS is of one target.  One input may take a minute and 2 GiB: far beyond what any does, torch and the sanitizers included.
 FUZZ_LIMITS = -max_total_time=$(SECONDS) -timeout=60 -rss_limit_mb=2048 -artifact_prefix=$(FUZZ)/
 FUZZ_AVX2 := $(filter x86_64,$(shell uname -m))
 FUZZ_CFLAGS := -g -O1 -std=gnu11 -D_GNU_SOURCE -Inative -Wall -Wextra -fno-omit-frame-pointer \

@@ -14,6 +14,7 @@ start without torch.  Editors and type checkers see the imports below.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import platform
 import sys
 from typing import TYPE_CHECKING
@@ -25,6 +26,8 @@ if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
     )
 
 if TYPE_CHECKING:
+    __version__: str
+
     from engine.defaults import checkpoint, restore
     from engine.engine import Engine, probe
     from engine.errors import (
@@ -124,6 +127,8 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return importlib.metadata.version("uring-checkpoint")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(_MODULES.get(name, "engine.errors"))

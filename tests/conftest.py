@@ -24,7 +24,8 @@ from leaks import held
 
 import engine
 from engine.io import backend
-from engine.io.pipeline import Backend, Pipeline
+from engine.io.pipeline import Pipeline
+from engine.options import Backend
 from engine.store.filesystem import Filesystem
 
 settings.register_profile("engine", deadline=None, derandomize="CI" in os.environ)

@@ -102,7 +102,8 @@ class Layer(nn.Module):
         query, key, value = heads.permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.dropout(self.project(mixed.transpose(1, 2).flatten(2)))
-        return x + self.dropout(self.feed_forward(self.forward_norm(x)))
+        x = x + self.dropout(self.feed_forward(self.forward_norm(x)))
+        return x
 
 
 def read_text() -> Tensor:

@@ -52,7 +52,7 @@ class Fence:
         """Hook every module that is not hooked yet: `load_state_dict()` may be called on any of them."""
         for module in model.modules():
             if module not in self._hooks:
-                load = module.register_load_state_dict_pre_hook(_Hook(self.wait_staged))  # type: ignore[no-untyped-call]
+                load = module.register_load_state_dict_pre_hook(_Hook(self.wait_staged))
                 self._hooks[module] = (load,)
 
     def guard_steps(self, optimizer: Optimizer, after_step: Callable[[], None]) -> None:

@@ -18,6 +18,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,10 +31,11 @@ from engine.errors import EngineWarning, PlatformError, StorageError
 from engine.io import backend
 from engine.io.backend import LADDER, Attempt, Probe
 from engine.io.job import Failure, FailureKind, Job
-from engine.io.pipeline import Backend, OpenError, Pipeline, Refused
+from engine.io.pipeline import OpenError, Pipeline, Refused
+from engine.options import Backend
 from engine.store.filesystem import Filesystem
 
-SMALL = {"staging_bytes": 1 << 20, "block_bytes": 64 << 10}
+SMALL: dict[str, Any] = {"staging_bytes": 1 << 20, "block_bytes": 64 << 10}
 
 # Saves and restores on a host that a line before has changed, and says in which way.
 ON_A_HOST = """
@@ -99,7 +101,8 @@ def test_a_probe_has_as_many_slots_as_an_engine(tmp_path: Path) -> None:
     """With small blocks more slots than a ring takes would fit into the memory."""
     with engine.Engine(tmp_path, block_bytes=4096) as eng:
         assert engine.probe(tmp_path, block_bytes=4096) == eng.probe
-    for wrong in ({"block_bytes": 0}, {"block_bytes": 5000}, {"staging_bytes": 4096}):
+    wrongs: list[dict[str, Any]] = [{"block_bytes": 0}, {"block_bytes": 5000}, {"staging_bytes": 4096}]
+    for wrong in wrongs:
         with pytest.raises(engine.ArgumentError, match="it must be"):
             engine.probe(tmp_path, **wrong)
 
@@ -297,7 +300,8 @@ def test_an_engine_that_is_not_opened_gives_everything_back(monkeypatch: pytest.
             engine.Engine(tmp_path, **SMALL)
     monkeypatch.undo()
     engine.Engine(tmp_path, **SMALL).close()
-    real_start, started = threading.Thread.start, []
+    real_start = threading.Thread.start
+    started: list[threading.Thread] = []
 
     def start(thread: threading.Thread) -> None:
         if len(started) == 1:

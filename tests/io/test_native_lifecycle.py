@@ -32,7 +32,8 @@ from jobs import (
 )
 
 from engine.io.job import BlockState, Direction, Failure, FailureKind
-from engine.io.pipeline import Backend, OpenError, Pipeline, Refused
+from engine.io.pipeline import OpenError, Pipeline, Refused
+from engine.options import Backend
 from engine.store.filesystem import Filesystem
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,7 +120,7 @@ def test_the_documented_sequence_is_what_happens(tmp_path: Path) -> None:
     page = (ROOT / "docs/durability.md").read_text(encoding="utf-8")
     [block] = re.findall(r"^```sequence\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     documented = [line.split(maxsplit=1)[1] for line in block.splitlines()]
-    small = {"keep": 1, "max_async": 1, "staging_bytes": 8192, "block_bytes": 4096}
+    small: dict[str, Any] = {"keep": 1, "max_async": 1, "staging_bytes": 8192, "block_bytes": 4096}
     arena = engine.Arena.wrap({"a": torch.ones(1000)})
     with engine.Engine(tmp_path, **small) as eng:
         for step in (1, 2):

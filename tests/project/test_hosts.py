@@ -16,6 +16,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def test_a_file_system_that_the_kernel_makes_read_only() -> None:
             trigger = ["tee", f"/sys/fs/ext4/{name}/trigger_fs_error"]
             subprocess.run([*as_root(), *trigger], input=b"1", stdout=subprocess.DEVNULL, check=True)
             for step in (2, 3):
-                refusal(lambda step=step: save(eng, step), errno.EROFS)
+                refusal(partial(save, eng, step), errno.EROFS)
             assert eng.restore(filled(0)).step == 1
         check_steps(root, [1])
 

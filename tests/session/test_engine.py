@@ -33,7 +33,7 @@ from engine.store.filesystem import Filesystem
 
 pytestmark = pytest.mark.every_backend
 
-SMALL = {"staging_bytes": 1 << 20, "block_bytes": 64 << 10}
+SMALL: dict[str, Any] = {"staging_bytes": 1 << 20, "block_bytes": 64 << 10}
 
 
 def tensors_of_every_dtype(seed: int = 0) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ import tracemalloc
 import weakref
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ import engine
 from engine.io.binding import JOBS_MAX
 from engine.store.filesystem import Filesystem
 
-SMALL = {"staging_bytes": 1 << 20, "block_bytes": 64 << 10}
+SMALL: dict[str, Any] = {"staging_bytes": 1 << 20, "block_bytes": 64 << 10}
 
 
 def run_script(script: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:

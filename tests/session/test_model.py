@@ -22,7 +22,7 @@ from torch import Tensor
 
 import engine
 from engine.io.backend import LADDER
-from engine.io.pipeline import Backend
+from engine.options import Backend
 
 BACKENDS = st.sampled_from(LADDER)
 

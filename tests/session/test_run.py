@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ import engine
 from engine.session import run as run_module
 from engine.store.filesystem import Filesystem
 
-SMALL = {"staging_bytes": 1 << 20, "block_bytes": 64 << 10}
+SMALL: dict[str, Any] = {"staging_bytes": 1 << 20, "block_bytes": 64 << 10}
 
 CHANGES = ("make_directory", "rename", "unlink", "remove_directory", "write_new_file", "allocate", "truncate")
 

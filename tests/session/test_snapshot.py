@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from time import monotonic, sleep
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ import engine
 pytestmark = pytest.mark.every_backend
 
 BLOCK_BYTES = 64 << 10
-TINY = {"staging_bytes": 2 * BLOCK_BYTES, "block_bytes": BLOCK_BYTES}
+TINY: dict[str, Any] = {"staging_bytes": 2 * BLOCK_BYTES, "block_bytes": BLOCK_BYTES}
 
 
 class Held:

@@ -133,7 +133,8 @@ def test_the_blocks_staged_first_are_those_of_what_is_unfenced_and_no_others(ele
         model.register_parameter(f"p{index}", nn.Parameter(torch.ones(1024)))
         model.register_buffer(f"b{index}", torch.ones(elements))
         model.register_buffer(f"empty{index}", torch.ones(0))
-    trained = [model.first, model.second, model.p0, model.p1, model.p3]  # p2 is another optimizer's
+    names = ("first", "second", "p0", "p1", "p3")  # p2 is another optimizer's
+    trained = [model.get_parameter(name) for name in names]
     arena = Arena.adopt(model, torch.optim.SGD(trained))
     packed = pack_plan(arena.layout, arena.runs, arena.rows, arena.unfenced, ALIGNMENT, chunk_bytes)
     stored = [s for s in arena.segments if s.name in arena.unfenced and s.nbytes]

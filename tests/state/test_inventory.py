@@ -77,16 +77,21 @@ def test_refused_by_name_with_nothing_changed(kind: str, adopted: bool) -> None:
     assert len(optimizer.state) == 0 and not optimizer._optimizer_step_pre_hooks
 
 
+# Called with arguments that no type checker would pass.
+ADOPT: Callable[..., Arena] = Arena.adopt
+WRAP: Callable[..., Arena] = Arena.wrap
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: Arena.adopt("model"), r"model is a builtins\.str"),
+        (lambda: ADOPT("model"), r"model is a builtins\.str"),
         (lambda: Arena.adopt(mlp().state_dict()), r"model is a collections\.OrderedDict"),
-        (lambda: Arena.adopt(mlp(), [torch.optim.SGD(mlp().parameters())]), r"optimizer is a builtins\.list"),
+        (lambda: ADOPT(mlp(), [torch.optim.SGD(mlp().parameters())]), r"optimizer is a builtins\.list"),
         (lambda: Arena.adopt(mlp(), mlp()), r"optimizer is a torch\.nn\.modules\.container\.Sequential"),
-        (lambda: Arena.wrap([torch.zeros(1)]), r"tensors is a builtins\.list"),
-        (lambda: Arena.wrap({7: torch.zeros(1)}), r"7 is mapped to a torch\.Tensor"),
-        (lambda: Arena.wrap({"w": [1]}), r"'w' is mapped to a builtins\.list"),
+        (lambda: WRAP([torch.zeros(1)]), r"tensors is a builtins\.list"),
+        (lambda: WRAP({7: torch.zeros(1)}), r"7 is mapped to a torch\.Tensor"),
+        (lambda: WRAP({"w": [1]}), r"'w' is mapped to a builtins\.list"),
     ],
 )
 def test_arguments_of_the_wrong_type_are_refused(call: Callable[[], Arena], words: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -98,11 +99,10 @@ def test_what_is_no_rule_is_refused(raw: bytes) -> None:
         decode_rule(raw)
 
 
-BAD = [
-    *({"last": value} for value in (0, -1, True, 1.5, "2", 2**63)),
-    *({"every": value} for value in (0, False, [])),
-    *({"best": value} for value in ((), ("loss", "least", 1), ("loss", "min", 0), (1, "min", 1), "loss", {})),
-]
+LAST: list[Any] = [0, -1, True, 1.5, "2", 2**63]
+EVERY: list[Any] = [0, False, []]
+BEST: list[Any] = [(), ("loss", "least", 1), ("loss", "min", 0), (1, "min", 1), "loss", {}]
+BAD = [{name: value} for name, values in (("last", LAST), ("every", EVERY), ("best", BEST)) for value in values]
 
 
 @pytest.mark.parametrize("fields", BAD, ids=str)

@@ -18,6 +18,7 @@ from engine.format.plan import (
     Extents,
     Plan,
     PlannedFile,
+    Source,
     block_rows,
     extent_columns,
     lay_extents,
@@ -96,7 +97,7 @@ def make_job(direction: Direction, plan: Plan, sources: Sequence[Memory], seed: 
     return Job(
         direction,
         seed,
-        pack_sources(sources),
+        pack_sources(Source(*memory[:4]) for memory in sources),
         pack_extents(*extent_columns(plan)),
         pack_blocks(block_rows(plan.blocks)),
         pack_order(order),

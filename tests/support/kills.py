@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from trainee import MAX_ASYNC, Life, digest
 
 from engine.errors import CorruptError
@@ -382,7 +383,7 @@ class Ordeal:
         except CorruptError as error:
             raise Lost(f"{path}: {error}") from error
         _require(manifest.step == step, f"{path} has the manifest of step {manifest.step}")
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for file in manifest.files:
             try:
                 # Read, not mapped: an engine does not reuse what somebody has mapped.

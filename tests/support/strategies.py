@@ -120,7 +120,7 @@ def sealed(body: bytes) -> bytes:
 
 
 # What a field may be told to hold: past every width of integer, and every way for a name to lead elsewhere.
-HOSTILE = st.sampled_from(
+HOSTILE: st.SearchStrategy[Any] = st.sampled_from(
     [
         *(None, True, -1, 0, 1, 4095, 4096, 4097, 2**30, 2**31, 2**32, 2**53 + 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1),
         *(-(2**63), 2**64, 10**40, 0.5, 1e308, "", ".", "..", "../model.safetensors", "/model.safetensors"),

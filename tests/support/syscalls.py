@@ -80,8 +80,8 @@ class SystemCalls:
     @contextmanager
     def installed(self) -> Iterator[SystemCalls]:
         """The engine's modules see the stand-ins meanwhile."""
-        stand_in = _Module(os, {name: self._wrap(name, getattr(os, name)) for name in _OPERATIONS})
-        stand_in.fdopen = self._fdopen
+        wrapped = {name: self._wrap(name, getattr(os, name)) for name in _OPERATIONS}
+        stand_in = _Module(os, {**wrapped, "fdopen": self._fdopen})
         locking = _Module(fcntl, {"flock": self._wrap("flock", fcntl.flock)})
         with (
             mock.patch("engine.store.filesystem.os", stand_in),

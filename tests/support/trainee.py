@@ -203,7 +203,7 @@ class DeadlyFilesystem(Filesystem):
             super().sync_file(descriptor, path)
 
     def write_new_file(self, path: str, content: bytes | bytearray) -> None:
-        with self._operation("write_new_file", path, content):
+        with self._operation("write_new_file", path, bytes(content)):
             super().write_new_file(path, content)
 
     @contextmanager

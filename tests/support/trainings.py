@@ -63,7 +63,7 @@ class Transformer(nn.Module):
 class OwnStep(torch.optim.Adam):
     """An optimizer whose step expects no state before it."""
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for param in self.param_groups[0]["params"]:
             if not self.state[param]:
                 self.state[param]["velocity"] = torch.zeros_like(param)

@@ -1,0 +1,37 @@
+"""Which tests are nearest to a source file, and which mutations change nothing that a test could see.
+
+Theory of operation.  The tests that `make mutants` runs for a mutation are those of the first row whose prefix the
+file's path has, in the order given: quick ones first, because the first failure ends the run.  A mutation that they do
+not notice may still be noticed by another test; it is listed all the same, because a fault should be noticed near its
+code.  A row names files or folders, so that a test which moves within its folder is still found.
+"""
+
+from __future__ import annotations
+
+NEAREST: dict[str, tuple[str, ...]] = {
+    "engine/format/layout": ("tests/format/test_layout.py", "tests/format/test_plan.py"),
+    "engine/format/plan": ("tests/format/test_plan.py",),
+    "engine/format/manifest": ("tests/format/test_manifest.py", "tests/format/test_format.py"),
+    "engine/format/values": ("tests/format/test_extra.py",),
+    "engine/format/": ("tests/format",),
+    "engine/io/backend": ("tests/io/test_backend.py",),
+    "engine/io/": ("tests/io/test_native_jobs.py", "tests/io/test_native.py"),
+    "engine/store/filesystem": ("tests/store/test_faults.py",),
+    "engine/store/commit": ("tests/store/test_faults.py", "tests/project/test_docs.py"),
+    "engine/store/catalog": ("tests/store/test_catalog.py",),
+    "engine/store/reader": ("tests/store/test_corruption.py", "tests/session/test_options.py"),
+    "engine/store/": ("tests/session/test_snapshot.py", "tests/store/test_faults.py"),
+    "engine/state/watch": ("tests/state/test_watch.py", "tests/state/test_refresh.py"),
+    "engine/state/": ("tests/state/test_arena.py", "tests/state/test_refresh.py", "tests/session/test_fence.py"),
+    "engine/": ("tests/session/test_options.py", "tests/session/test_engine.py"),
+    "native/watch": ("tests/state/test_watch.py",),
+    "native/moving/": ("tests/io/test_native_faults.py", "tests/io/test_backend.py"),
+    "native/": ("tests/io/test_native_jobs.py", "tests/io/test_native.py", "tests/io/test_native_faults.py"),
+}
+
+# By path, and the mutation as the report shows it: the reason why nothing observable changes.
+EQUIVALENT: dict[tuple[str, str], str] = {}
+
+
+def tests_for(path: str) -> tuple[str, ...]:
+    return next(tests for prefix, tests in NEAREST.items() if path.startswith(prefix))
