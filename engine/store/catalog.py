@@ -40,7 +40,7 @@ from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from engine.errors import CorruptError, EngineWarning, NoSpaceError, StepError, StorageError
-from engine.format.manifest import Manifest
+from engine.format.manifest import MANIFEST_NAME, Manifest
 from engine.store.directory import PRIVATE_NAME, Directory, OpenedStep, committed_steps, step_name
 from engine.store.filesystem import Filesystem
 from engine.store.lock import take_lock
@@ -146,7 +146,8 @@ class Catalog(Directory):
         """
         with self.pinned(step):
             if not self.filesystem.is_directory(self.path(step)):
-                raise CorruptError(f"{self.path(step)} is missing, or no directory")
+                manifest = os.path.join(self.path(step), MANIFEST_NAME)
+                raise CorruptError(f"{manifest} is missing: its directory was deleted or replaced")
             with super().opened(step) as opened:
                 yield opened
 

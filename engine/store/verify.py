@@ -58,11 +58,17 @@ class Verifier:
         for candidate in self._reader.candidates(step):
             try:
                 with self._directory.opened(candidate) as opened:
-                    return self._verify(opened)
+                    damage = self._verify(opened)
+                    if damage and not opened.is_in_place():
+                        raise CorruptError(damage[0].reason)  # which `opened` makes a RetiredError of
+                    return damage
             except NotFoundError:
                 if step is not None:
                     raise
                 # else it was retired since it was listed
+            except CorruptError as error:  # it has no directory any more
+                path = os.path.join(self._directory.path(candidate), MANIFEST_NAME)
+                return (Damage(path, None, None, "everything", str(error)),)
         raise self._reader.nothing()
 
     def _verify(self, opened: OpenedStep) -> tuple[Damage, ...]:
