@@ -44,7 +44,7 @@ typedef struct {
     eng_block blocks[BLOCKS_MAX];
     eng_extent extents[EXTENTS_MAX];
     uint32_t order[BLOCKS_MAX];
-    uint64_t checksums[BLOCKS_MAX];
+    eng_hash checksums[BLOCKS_MAX];
     uint8_t states[BLOCKS_MAX];
     uint8_t *memory[SOURCES_MAX];
     uint64_t memory_bytes[SOURCES_MAX];
@@ -158,13 +158,13 @@ static void make_block(trial *t, uint32_t index, input *in)
     t->order[index] = index;
     for (uint32_t i = 0; i < block->nbytes; i++)
         content[i] = stored_byte(block->file_offset + i);
-    t->checksums[index] = eng_block_checksum(content, block->nbytes, t->job.seed, block->file, block->file_offset);
+    t->checksums[index] = eng_hash_bytes(content, block->nbytes);
 }
 
 static void make_job(trial *t, input *in)
 {
     eng_job *job = &t->job;
-    *job = (eng_job){.direction = below(in, 2), .checked = below(in, 2), .seed = take(in, 8)};
+    *job = (eng_job){.direction = below(in, 2), .checked = below(in, 2)};
     job->file_count = 1 + below(in, FILES);
     job->source_count = 1 + below(in, SOURCES_MAX);
     for (uint32_t i = 0; i < job->source_count; i++)
@@ -247,13 +247,13 @@ static int set_file(void *context, uint32_t file, int32_t fd)
 
 /* What reached the table whole from a block's start, as the checksums that it could have: more than one only where
  * several blocks have one place. */
-static uint64_t arrived[BLOCKS_MAX][BLOCKS_MAX];
+static eng_hash arrived[BLOCKS_MAX][BLOCKS_MAX];
 static uint32_t arrived_count[BLOCKS_MAX];
 
-static int has_arrived(uint32_t block, uint64_t checksum)
+static int has_arrived(uint32_t block, eng_hash checksum)
 {
     for (uint32_t i = 0; i < arrived_count[block]; i++)
-        if (arrived[block][i] == checksum)
+        if (memcmp(&arrived[block][i], &checksum, sizeof checksum) == 0)
             return 1;
     return 0;
 }
@@ -266,8 +266,7 @@ static void note_written(const eng_io *io)
         if (block->file != io->file % ENG_JOB_FILES_MAX || block->file_offset != io->file_offset
             || block->nbytes > io->nbytes)
             continue;
-        const uint64_t checksum =
-            eng_block_checksum(io->address, block->nbytes, job->seed, block->file, block->file_offset);
+        const eng_hash checksum = eng_hash_bytes(io->address, block->nbytes);
         if (!has_arrived(i, checksum)) {
             REQUIRE(arrived_count[i] < BLOCKS_MAX);
             arrived[i][arrived_count[i]++] = checksum;

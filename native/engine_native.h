@@ -96,6 +96,12 @@ typedef struct {
     uint32_t extent_count;
 } eng_block;
 
+/* The content hash of a block: XXH3-128 without a seed, in canonical form (XXH128_canonicalFromHash, highest byte
+ * first). */
+typedef struct {
+    uint8_t digest[16];
+} eng_hash;
+
 typedef struct {
     /* Set by the caller before eng_submit. */
     uint32_t direction;
@@ -106,12 +112,11 @@ typedef struct {
     uint32_t urgent_count;    /* the first so many of `order` are staged before ENG_URGENT */
     uint32_t file_count;
     uint32_t reserved;
-    uint64_t seed;            /* of this checkpoint; mixed with file and offset for each block's checksum */
     const eng_source *sources;
     const eng_extent *extents;
     const eng_block *blocks;
     const uint32_t *order;    /* block indices in the order to work through them */
-    uint64_t *checksums;      /* one a block: result of a write, expectation of a read */
+    eng_hash *checksums;      /* one a block: result of a write, expectation of a read */
     uint8_t *states;          /* one a block, all ENG_PENDING at first; may be read at any time */
 
     /* Set by the pipeline.  Stable once ENG_DONE is reached, save for `milestones` itself. */
@@ -200,8 +205,8 @@ uint32_t eng_direct_alignment(int32_t fd);
 /* Reserve a file's blocks (fallocate(2)): 0 or a negative errno, -EOPNOTSUPP where the file system cannot. */
 int eng_allocate(int32_t fd, uint64_t nbytes);
 
-/* The checksum of a block: XXH3-64 of its bytes under a seed made of the checkpoint's and the block's place. */
-uint64_t eng_block_checksum(const void *bytes, uint64_t nbytes, uint64_t seed, uint32_t file, uint64_t file_offset);
+/* The hash that a block of these stored bytes has. */
+eng_hash eng_hash_bytes(const void *bytes, uint64_t nbytes);
 
 /* Of what a walk over Python's objects has seen: words, of which an object is its address.  A container is
  * ENG_CONTAINER_WORDS of them (object, kind, size) and, for a dictionary, its keys and values in turn, for members

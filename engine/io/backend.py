@@ -189,11 +189,10 @@ def _round_trip(pipeline: Pipeline, descriptor: int) -> None:
 
 
 def _move(
-    pipeline: Pipeline, direction: Direction, descriptor: int, memory: bytes | bytearray, checksums: list[int] | None
+    pipeline: Pipeline, direction: Direction, descriptor: int, memory: bytes | bytearray, checksums: list[bytes] | None
 ) -> Job:
     job = Job(
         direction,
-        0,
         pack_sources([Source(address_of(memory))]),
         pack_extents([0], [0], [ALIGNMENT], [0]),
         pack_blocks([(0, ALIGNMENT, 0, 0, 1)]),

@@ -24,10 +24,10 @@ DIMS_MAX: int = lib.ENG_DIMS_MAX
 ALIGNMENT: int = lib.ENG_ALIGNMENT
 
 
-def block_checksum(block: bytes | bytearray | memoryview, seed: int, file_index: int, file_offset: int) -> int:
-    """The checksum that the pipeline gives a block with these stored bytes: XXH3-64, seeded by its place."""
+def block_checksum(block: bytes | bytearray | memoryview) -> bytes:
+    """The content hash of a block with these stored bytes: XXH3-128 in canonical form."""
     view = ffi.from_buffer(block)
-    return int(lib.eng_block_checksum(view, len(view), seed, file_index, file_offset))
+    return bytes(lib.eng_hash_bytes(view, len(view)).digest)
 
 
 def allocate(descriptor: int, nbytes: int) -> int:

@@ -13,6 +13,9 @@ from typing import NamedTuple
 from engine.io.binding import ffi, lib
 from engine.io.packing import Packed
 
+# A content hash: XXH3-128 in canonical form.
+HASH_BYTES: int = ffi.sizeof("eng_hash")
+
 
 class Direction(IntEnum):
     """Which way a job moves bytes."""
@@ -62,19 +65,17 @@ class Job:
 
     Args:
         direction: which way.
-        seed: of the checkpoint, 64 bits, mixed into every block's checksum.
         sources, extents, blocks, order: packed; see `engine_native.h`.
         file_count: how many files `Pipeline.attach` will be given.
         urgent_count: the first so many of `order` are staged before `Milestone.URGENT`.
         checked: hash the sources again once all is staged.
-        checksums: for a read, what each block must verify against.
+        checksums: for a read, the content hash that each block must have, `HASH_BYTES` each.
         owners: objects to keep alive as long as the pipeline may touch the sources.
     """
 
     def __init__(
         self,
         direction: Direction,
-        seed: int,
         sources: Packed,
         extents: Packed,
         blocks: Packed,
@@ -82,16 +83,18 @@ class Job:
         file_count: int,
         urgent_count: int = 0,
         checked: bool = False,
-        checksums: Sequence[int] | None = None,
+        checksums: Sequence[bytes] | None = None,
         owners: object = None,
     ) -> None:
         self._kept: object = (sources, extents, blocks, order, owners)
         self._states = bytearray(max(blocks.row_count, 1))
-        self._checksums = ffi.new("uint64_t[]", max(blocks.row_count, 1))
+        self._checksums = bytearray(HASH_BYTES * max(blocks.row_count, 1))
         if checksums is not None:
             assert len(checksums) == blocks.row_count, (len(checksums), blocks.row_count)
-            self._checksums[0 : blocks.row_count] = checksums
+            self._checksums = bytearray(b"".join(checksums))
+            assert len(self._checksums) == HASH_BYTES * blocks.row_count, len(self._checksums)
         self._states_view = ffi.from_buffer("uint8_t[]", self._states)
+        self._checksums_view = ffi.from_buffer("eng_hash[]", self._checksums)
         self.block_count = blocks.row_count
         self.c_job = ffi.new(
             "eng_job *",
@@ -103,12 +106,11 @@ class Job:
                 "block_count": blocks.row_count,
                 "urgent_count": urgent_count,
                 "file_count": file_count,
-                "seed": seed,
                 "sources": sources.pointer,
                 "extents": extents.pointer,
                 "blocks": blocks.pointer,
                 "order": order.pointer,
-                "checksums": self._checksums,
+                "checksums": self._checksums_view,
                 "states": self._states_view,
             },
         )
@@ -125,9 +127,10 @@ class Job:
         """One `BlockState` a block, as they are at this moment."""
         return bytes(self._states[: self.block_count])
 
-    def checksums(self) -> list[int]:
-        """The blocks' checksums; those of a write are final once it is staged."""
-        return list(ffi.unpack(self._checksums, self.block_count)) if self.block_count else []
+    def checksums(self) -> list[bytes]:
+        """The blocks' content hashes; those of a write are final once it is staged."""
+        packed = bytes(self._checksums)
+        return [packed[start : start + HASH_BYTES] for start in range(0, HASH_BYTES * self.block_count, HASH_BYTES)]
 
     @property
     def failure(self) -> Failure | None:

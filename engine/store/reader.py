@@ -301,7 +301,14 @@ class Reader:
             return 0
         checksums = block_checksums(chunks)
         blocks = [plan.blocks[index] for index in wanted]
-        job = _make_job(manifest, extent_columns(plan), blocks, [checksums[index] for index in wanted], sources, owners)
+        job = _make_job(
+            len(manifest.files),
+            extent_columns(plan),
+            blocks,
+            [checksums[index] for index in wanted],
+            sources,
+            owners,
+        )
         with self._pipeline_for(blocks) as pipeline:
             _drive(pipeline, job, found.descriptors)
         if job.failure is not None:
@@ -366,22 +373,21 @@ class Reader:
 
 
 def _make_job(
-    manifest: Manifest,
+    file_count: int,
     extents: ExtentColumns,
     blocks: Sequence[Block],
-    checksums: Sequence[int],
+    checksums: Sequence[bytes],
     sources: Packed,
     owners: object = None,
 ) -> Job:
     """The read of these blocks, which refer to these extents."""
     return Job(
         Direction.READ,
-        manifest.seed,
         sources,
         pack_extents(*extents),
         pack_blocks(block_rows(blocks)),
         pack_order(range(len(blocks))),
-        len(manifest.files),
+        file_count,
         checksums=checksums,
         owners=owners,
     )
@@ -399,13 +405,13 @@ def _drive(pipeline: Pipeline, job: Job, descriptors: Sequence[int]) -> None:
 
 
 def _verify_chunk(
-    pipeline: Pipeline, found: _Found, blocks: Sequence[Block], checksums: Sequence[int]
+    pipeline: Pipeline, found: _Found, blocks: Sequence[Block], checksums: Sequence[bytes]
 ) -> Iterator[Damage]:
     """Read a chunk's blocks into no tensor; after a failure, those that it has left open one by one."""
     nothing, no_extents = pack_sources(()), ExtentColumns((), (), (), ())
 
     def read(start: int, end: int) -> Job:
-        job = _make_job(found.manifest, no_extents, blocks[start:end], checksums[start:end], nothing)
+        job = _make_job(len(found.descriptors), no_extents, blocks[start:end], checksums[start:end], nothing)
         _drive(pipeline, job, found.descriptors)
         return job
 

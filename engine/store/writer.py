@@ -295,7 +295,6 @@ class Writer:
         save._packed, save._pipeline = packed, self._pipeline
         save._job = Job(
             Direction.WRITE,
-            int(save.checkpoint_id[:16], 16),
             sources,
             packed.extents,
             packed.blocks,

@@ -49,6 +49,11 @@ static uint8_t *slot_memory(const eng_pipeline *p, uint32_t index)
     return p->memory + (size_t)index * p->config.slot_bytes;
 }
 
+static int is_same(eng_hash left, eng_hash right)
+{
+    return memcmp(&left, &right, sizeof left) == 0;
+}
+
 static void set_state(eng_job *job, uint32_t block, uint8_t state)
 {
     __atomic_store_n(&job->states[block], state, __ATOMIC_RELEASE);
@@ -236,10 +241,10 @@ static void recheck_block(eng_pipeline *p, uint32_t entry_index)
     const uint32_t block = e->job->order[e->recheck_next];
     const uint32_t index = take_slot(p, entry_index, block);
     const uint64_t start_ns = pipeline_now_ns();
-    const uint64_t checksum = host_gather(e->job, &e->job->blocks[block], slot_memory(p, index));
+    const eng_hash checksum = host_gather(e->job, &e->job->blocks[block], slot_memory(p, index));
     e->job->copying_ns += pipeline_now_ns() - start_ns;
     free_slot(p, index);
-    if (checksum != e->job->checksums[block]) {
+    if (!is_same(checksum, e->job->checksums[block])) {
         fail(p, entry_index, ENG_TORN_FAILURE, 0, block);
     } else {
         e->recheck_next++;
@@ -295,10 +300,10 @@ uint32_t pipeline_verify(eng_pipeline *p)
     const uint32_t index = p->unverified.slots[0], entry_index = p->slots[index].entry, block = p->slots[index].block;
     eng_job *job = p->entries[entry_index].job;
     const uint64_t start_ns = pipeline_now_ns();
-    const uint64_t checksum = host_checksum(job, &job->blocks[block], slot_memory(p, index));
+    const eng_hash checksum = eng_hash_bytes(slot_memory(p, index), job->blocks[block].nbytes);
     const uint64_t hashed_ns = pipeline_now_ns();
     job->hashing_ns += hashed_ns - start_ns;
-    if (checksum == job->checksums[block]) {
+    if (is_same(checksum, job->checksums[block])) {
         host_scatter(job, &job->blocks[block], slot_memory(p, index));
         job->copying_ns += pipeline_now_ns() - hashed_ns;
         finish_block(p, index);

@@ -40,7 +40,7 @@ def loosened(job: Job, arena: torch.Tensor) -> Any:
     """A job's struct with arrays that may be changed and are longer than they need to be."""
     c_job = job.c_job
     arrays = {"sources": "eng_source", "extents": "eng_extent", "blocks": "eng_block", "order": "uint32_t"}
-    arrays |= {"checksums": "uint64_t", "states": "uint8_t"}
+    arrays |= {"checksums": "eng_hash", "states": "uint8_t"}
     counts = [c_job.source_count, c_job.extent_count, *(4 * [c_job.block_count])]
     kept = []
     for (name, ctype), count in zip(arrays.items(), counts, strict=True):
