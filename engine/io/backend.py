@@ -29,7 +29,7 @@ from typing import Literal, NamedTuple, get_args
 
 from engine.errors import MEDIA_ERRORS, PlatformError, StorageError, remedy_for
 from engine.format.plan import Source
-from engine.io.binding import ALIGNMENT, JOB_FILES_MAX, JOBS_MAX, direct_alignment
+from engine.io.binding import ALIGNMENT, JOB_PLACES, JOBS_MAX, direct_alignment
 from engine.io.job import Direction, FailureKind, Job, Milestone
 from engine.io.packing import address_of, pack_blocks, pack_extents, pack_order, pack_sources
 from engine.io.pipeline import Backend, OpenError, Pipeline, Refused
@@ -293,7 +293,7 @@ def _explain_files(error: int, _staging_bytes: int) -> tuple[str, str] | None:
     """io_uring_register(2), IORING_REGISTER_FILES, ERRORS."""
     if error != errno.EMFILE:
         return None
-    table = JOBS_MAX * JOB_FILES_MAX
+    table = JOBS_MAX * JOB_PLACES
     limit = _limit(resource.RLIMIT_NOFILE)
     return f"RLIMIT_NOFILE is {limit}, below the ring's table of {table} files", _REMEDIES[errno.EMFILE]
 

@@ -17,9 +17,9 @@ except ImportError as error:
 # Long enough to cost nothing, short enough that Ctrl-C feels prompt.
 WAIT_SLICE_NS = 50_000_000
 
-# The number of live jobs that a pipeline has room for, and of files in one job (engine_native.h).
+# The number of live jobs that a pipeline has room for, and of a job's files with a place in the ring's table.
 JOBS_MAX: int = lib.ENG_JOBS_MAX
-JOB_FILES_MAX: int = lib.ENG_JOB_FILES_MAX
+JOB_PLACES: int = lib.ENG_JOB_PLACES
 DIMS_MAX: int = lib.ENG_DIMS_MAX
 ALIGNMENT: int = lib.ENG_ALIGNMENT
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from engine.io.binding import ffi, lib
 from engine.io.packing import Packed
@@ -115,6 +115,18 @@ class Job:
             },
         )
 
+    def attachment(self, descriptors: Sequence[int], known: Sequence[bytes | None] | None) -> tuple[Any, Any, Any]:
+        """The arrays of `eng_attach`, which the job keeps alive."""
+        assert len(descriptors) == self.c_job.file_count, (len(descriptors), self.c_job.file_count)
+        arrays = (ffi.new("int32_t[]", list(descriptors)), ffi.NULL, ffi.NULL)
+        if known is not None:
+            assert len(known) == self.block_count, (len(known), self.block_count)
+            hashes = b"".join([hash_ or bytes(HASH_BYTES) for hash_ in known])
+            flags = bytes([hash_ is not None for hash_ in known])
+            arrays = (arrays[0], ffi.from_buffer("eng_hash[]", hashes), ffi.from_buffer("uint8_t[]", flags))
+        self._kept = (self._kept, arrays)
+        return arrays
+
     def reached(self, milestone: Milestone) -> bool:
         """Whether the job has come so far.  Asks neither the pipeline nor the process that opened it."""
         return bool(lib.eng_reached(self.c_job, milestone))
@@ -144,5 +156,5 @@ class Job:
     @property
     def counters(self) -> dict[str, int]:
         """What the pipeline measured: times in ns on the clock of time.monotonic_ns(), bytes and retries."""
-        names = ("submitted_ns", "staged_ns", "done_ns", "copying_ns", "hashing_ns", "io_bytes", "retry_count")
-        return {name: int(getattr(self.c_job, name)) for name in names}
+        times = ("submitted_ns", "staged_ns", "done_ns", "copying_ns", "hashing_ns")
+        return {name: int(getattr(self.c_job, name)) for name in (*times, "io_bytes", "skipped_bytes", "retry_count")}
