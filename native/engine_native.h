@@ -27,7 +27,11 @@
 enum {
     ENG_ALIGNMENT = 4096,    /* of slots, block offsets and written lengths; plan.ALIGNMENT is the same number */
     ENG_JOBS_MAX = 64,       /* jobs in one pipeline at a time: max_async is at most 32, and restores come on top */
-    ENG_JOB_FILES_MAX = 8,   /* files of one job: model and optimizer today */
+    /* Files of one job that have a place in a ring's table of registered files.  A block of a further file names its
+     * descriptor, which the kernel then looks up for each operation: some 50 ns of the millisecond that 4 MiB take.  The
+     * table is registered when the ring is opened and counts against RLIMIT_NOFILE, so it stays at 512. */
+    ENG_JOB_PLACES = 8,
+    ENG_NO_PLACE = -1,
     ENG_DIMS_MAX = 8         /* dimensions of a strided source, after merging those that continue each other */
 };
 
@@ -96,6 +100,12 @@ typedef struct {
     uint32_t extent_count;
 } eng_block;
 
+/* The content hash of a block: XXH3-128 without a seed, in canonical form (XXH128_canonicalFromHash, highest byte
+ * first). */
+typedef struct {
+    uint8_t digest[16];
+} eng_hash;
+
 typedef struct {
     /* Set by the caller before eng_submit. */
     uint32_t direction;
@@ -106,12 +116,11 @@ typedef struct {
     uint32_t urgent_count;    /* the first so many of `order` are staged before ENG_URGENT */
     uint32_t file_count;
     uint32_t reserved;
-    uint64_t seed;            /* of this checkpoint; mixed with file and offset for each block's checksum */
     const eng_source *sources;
     const eng_extent *extents;
     const eng_block *blocks;
     const uint32_t *order;    /* block indices in the order to work through them */
-    uint64_t *checksums;      /* one a block: result of a write, expectation of a read */
+    eng_hash *checksums;      /* one a block: result of a write, expectation of a read */
     uint8_t *states;          /* one a block, all ENG_PENDING at first; may be read at any time */
 
     /* Set by the pipeline.  Stable once ENG_DONE is reached, save for `milestones` itself. */
@@ -125,6 +134,7 @@ typedef struct {
     uint64_t copying_ns;      /* time spent copying between sources and slots; of a write, with the checksums */
     uint64_t hashing_ns;      /* time spent on the checksums of a read */
     uint64_t io_bytes;        /* bytes that completions reported */
+    uint64_t skipped_bytes;   /* bytes not written because the file holds them already; whole blocks with padding */
     uint32_t retry_count;     /* short, interrupted or refused operations that were tried again */
     uint32_t reserved_end;
 } eng_job;
@@ -134,7 +144,8 @@ typedef struct {
 typedef struct {
     uint32_t slot;            /* comes back in the completion; at most one operation a slot is under way */
     uint32_t direction;
-    uint32_t file;            /* index given to set_file */
+    int32_t fd;
+    int32_t place;            /* of the file, as given to set_file, or ENG_NO_PLACE */
     uint32_t nbytes;
     uint64_t file_offset;
     uint8_t *address;
@@ -147,7 +158,7 @@ typedef struct {
 
 typedef struct {
     void *context;
-    int (*set_file)(void *context, uint32_t file, int32_t fd);      /* fd -1 takes the file out again */
+    int (*set_file)(void *context, int32_t place, int32_t fd);      /* fd -1 takes the file out again; may be NULL */
     int (*start)(void *context, const eng_io *io);                  /* queue one operation */
     /* Hand over what is queued; with wait, block until something completes or the pipeline is woken.  Returns
      * how many completions were stored, or a negative errno. */
@@ -181,8 +192,10 @@ void eng_abandon(eng_pipeline *pipeline);
 /* Queue a job.  Staging of a write begins at once; nothing is written or read before eng_attach. */
 int eng_submit(eng_pipeline *pipeline, eng_job *job);
 
-/* Give a job its `file_count` files. */
-int eng_attach(eng_pipeline *pipeline, eng_job *job, const int32_t *fds);
+/* Give a job its `file_count` files.  A write may be told what they hold already: `known` has one hash a block, good
+ * where `is_known` is not 0.  A block whose hash equals the known one is ENG_WRITTEN without I/O, and counted in
+ * skipped_bytes.  Both may be NULL.  All three arrays are the job's until ENG_DONE. */
+int eng_attach(eng_pipeline *pipeline, eng_job *job, const int32_t *fds, const eng_hash *known, const uint8_t *is_known);
 
 /* Fail a job that has not been attached, or has: what is in flight is drained. */
 int eng_abort(eng_pipeline *pipeline, eng_job *job, int32_t error);
@@ -201,7 +214,7 @@ uint32_t eng_direct_alignment(int32_t fd);
  * cannot. */
 int eng_allocate(int32_t fd, uint64_t offset, uint64_t nbytes);
 
-/* The checksum of a block: XXH3-64 of its bytes under a seed made of the checkpoint's and the block's place. */
-uint64_t eng_block_checksum(const void *bytes, uint64_t nbytes, uint64_t seed, uint32_t file, uint64_t file_offset);
+/* The hash that a block of these stored bytes has. */
+eng_hash eng_hash_bytes(const void *bytes, uint64_t nbytes);
 
 #endif

@@ -60,6 +60,7 @@ _PREFIX = re.compile(rb'\{"sha256":"([0-9a-f]{64})","body":')
 _SUFFIX = b"}\n"
 _HEX = re.compile("[0-9a-f]*")
 _DIGEST_CHARS = 64  # of SHA-256, in hexadecimal
+_HASH_CHARS = 32  # of XXH3-128, in hexadecimal
 _ENCODER = msgspec.json.Encoder()
 # Rows made and encoded in two calls into C: half a millisecond, after which the training's thread may have Python.
 _ROWS_AT_ONCE = 1000
@@ -68,7 +69,7 @@ _row = attrgetter("name", "dtype", "shape", "role", "layer", "file_index", "file
 
 
 class ChunkRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One chunk: its place, the layers it holds a part of, and one XXH3-64 in hex for every block."""
+    """One chunk: its place, the layers it holds a part of, and the XXH3-128 of every block in hex."""
 
     file: int
     index: int
@@ -127,11 +128,6 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     extra: Any
 
     @property
-    def seed(self) -> int:
-        """The seed of the block checksums: the first 64 bits of the checkpoint's id."""
-        return int(self.checkpoint_id[:16], 16)
-
-    @property
     def nbytes(self) -> int:
         """Bytes of all data files together."""
         return sum(file.nbytes for file in self.files)
@@ -176,15 +172,15 @@ def affected(segments: Iterable[SegmentRecord], file_index: int, offset: int, nb
     return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} tensors more"
 
 
-def block_checksums(chunks: Iterable[ChunkRecord]) -> list[int]:
-    """One checksum a block, in the order of the blocks of their `geometry`."""
-    return [int(text, 16) for chunk in chunks for text in chunk.checksums]
+def block_checksums(chunks: Iterable[ChunkRecord]) -> list[bytes]:
+    """One content hash a block, in the order of the blocks of their `geometry`."""
+    return [bytes.fromhex(text) for chunk in chunks for text in chunk.checksums]
 
 
-def chunk_records(plan: Plan, layers: Sequence[tuple[str, ...]], checksums: Sequence[int]) -> tuple[ChunkRecord, ...]:
+def chunk_records(plan: Plan, layers: Sequence[tuple[str, ...]], checksums: Sequence[bytes]) -> tuple[ChunkRecord, ...]:
     """The rows of a plan's chunks, once its blocks' checksums are known."""
     assert len(checksums) == len(plan.blocks), (len(checksums), len(plan.blocks))
-    hexes = [f"{checksum:016x}" for checksum in checksums]
+    hexes = [checksum.hex() for checksum in checksums]
     return tuple(
         ChunkRecord(chunk.file_index, chunk.index, chunk.offset, chunk.nbytes, names, tuple(hexes[start:end]))
         for chunk, names, (start, end) in zip(plan.chunks, layers, pairwise(plan.block_starts), strict=True)
@@ -281,8 +277,8 @@ def _validate_chunks(manifest: Manifest) -> None:
         count = ceil_div(chunk.nbytes, manifest.block_bytes)
         _require(len(chunk.checksums) == count, f"{where} has {len(chunk.checksums)} checksums for {count} blocks")
         # All at once, as there may be a hundred thousand; one by one only to name the one that is wrong.
-        if set(map(len, chunk.checksums)) != {16} or _HEX.fullmatch("".join(chunk.checksums)) is None:
-            wrong = next(text for text in chunk.checksums if len(text) != 16 or _HEX.fullmatch(text) is None)
+        if set(map(len, chunk.checksums)) != {_HASH_CHARS} or _HEX.fullmatch("".join(chunk.checksums)) is None:
+            wrong = next(text for text in chunk.checksums if len(text) != _HASH_CHARS or _HEX.fullmatch(text) is None)
             raise _inconsistent(f"{where} has checksum {wrong!r}")
         position = (chunk.file + 1, 0, 0) if end == file_bytes else (chunk.file, chunk.index + 1, end)
         _require(position[0] < len(manifest.files) or chunk is manifest.chunks[-1], f"{where} is not the last")

@@ -28,7 +28,7 @@ from typing import NamedTuple, Protocol, get_args
 
 from engine.errors import MEDIA_ERRORS, PlatformError, StorageError, remedy_for
 from engine.format.plan import Source
-from engine.io.binding import ALIGNMENT, JOB_FILES_MAX, JOBS_MAX, NATIVE_PATH, direct_alignment
+from engine.io.binding import ALIGNMENT, JOB_PLACES, JOBS_MAX, NATIVE_PATH, direct_alignment
 from engine.io.job import Direction, FailureKind, Job, Milestone
 from engine.io.packing import address_of, pack_blocks, pack_extents, pack_order, pack_sources
 from engine.io.pipeline import OpenError, Pipeline, Refused
@@ -143,7 +143,7 @@ def _try_to_read(backend: Backend, slot_count: int, slot_bytes: int) -> Pipeline
         raise _explain_open(error, slot_count * slot_bytes) from None
     try:
         with open(NATIVE_PATH, "rb") as file:
-            job = _move(pipeline, Direction.READ, file.fileno(), bytearray(ALIGNMENT), [0])
+            job = _move(pipeline, Direction.READ, file.fileno(), bytearray(ALIGNMENT), [bytes(16)])
         if job.failure is not None and job.failure.kind != FailureKind.CHECKSUM:  # it was read: that is all we ask
             _refused(job, "read", backend)
     except BaseException:
@@ -226,11 +226,10 @@ def _round_trip(pipeline: Pipeline, descriptor: int) -> None:
 
 
 def _move(
-    pipeline: Pipeline, direction: Direction, descriptor: int, memory: bytes | bytearray, checksums: list[int] | None
+    pipeline: Pipeline, direction: Direction, descriptor: int, memory: bytes | bytearray, checksums: list[bytes] | None
 ) -> Job:
     job = Job(
         direction,
-        0,
         pack_sources([Source(address_of(memory))]),
         pack_extents([0], [0], [ALIGNMENT], [0]),
         pack_blocks([(0, ALIGNMENT, 0, 0, 1)]),
@@ -331,7 +330,7 @@ def _explain_files(error: int, _staging_bytes: int) -> tuple[str, str] | None:
     """io_uring_register(2), IORING_REGISTER_FILES, ERRORS."""
     if error != errno.EMFILE:
         return None
-    table = JOBS_MAX * JOB_FILES_MAX
+    table = JOBS_MAX * JOB_PLACES
     limit = _limit(resource.RLIMIT_NOFILE)
     return f"RLIMIT_NOFILE is {limit}, below the ring's table of {table} files", _REMEDIES[errno.EMFILE]
 

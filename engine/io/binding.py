@@ -22,17 +22,17 @@ WAIT_SLICE_NS = 50_000_000
 # The file of the compiled module.
 NATIVE_PATH = str(sys.modules["engine._native"].__file__)
 
-# The number of live jobs that a pipeline has room for, and of files in one job (engine_native.h).
+# The number of live jobs that a pipeline has room for, and of a job's files with a place in the ring's table.
 JOBS_MAX: int = lib.ENG_JOBS_MAX
-JOB_FILES_MAX: int = lib.ENG_JOB_FILES_MAX
+JOB_PLACES: int = lib.ENG_JOB_PLACES
 DIMS_MAX: int = lib.ENG_DIMS_MAX
 ALIGNMENT: int = lib.ENG_ALIGNMENT
 
 
-def block_checksum(block: bytes | bytearray | memoryview, seed: int, file_index: int, file_offset: int) -> int:
-    """The checksum that the pipeline gives a block with these stored bytes: XXH3-64, seeded by its place."""
+def block_checksum(block: bytes | bytearray | memoryview) -> bytes:
+    """The content hash of a block with these stored bytes: XXH3-128 in canonical form."""
     view = ffi.from_buffer(block)
-    return int(lib.eng_block_checksum(view, len(view), seed, file_index, file_offset))
+    return bytes(lib.eng_hash_bytes(view, len(view)).digest)
 
 
 def allocate(descriptor: int, offset: int, nbytes: int) -> int:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from engine.io.binding import ffi, lib
 from engine.io.packing import Packed
+
+# A content hash: XXH3-128 in canonical form.
+HASH_BYTES: int = ffi.sizeof("eng_hash")
 
 
 class Direction(IntEnum):
@@ -62,19 +65,17 @@ class Job:
 
     Args:
         direction: which way.
-        seed: of the checkpoint, 64 bits, mixed into every block's checksum.
         sources, extents, blocks, order: packed; see `engine_native.h`.
         file_count: how many files `Pipeline.attach` will be given.
         urgent_count: the first so many of `order` are staged before `Milestone.URGENT`.
         checked: hash the sources again once all is staged.
-        checksums: for a read, what each block must verify against.
+        checksums: for a read, the content hash that each block must have, `HASH_BYTES` each.
         owners: objects to keep alive as long as the pipeline may touch the sources.
     """
 
     def __init__(
         self,
         direction: Direction,
-        seed: int,
         sources: Packed,
         extents: Packed,
         blocks: Packed,
@@ -82,16 +83,18 @@ class Job:
         file_count: int,
         urgent_count: int = 0,
         checked: bool = False,
-        checksums: Sequence[int] | None = None,
+        checksums: Sequence[bytes] | None = None,
         owners: object = None,
     ) -> None:
         self._kept: object = (sources, extents, blocks, order, owners)
         self._states = bytearray(max(blocks.row_count, 1))
-        self._checksums = ffi.new("uint64_t[]", max(blocks.row_count, 1))
+        self._checksums = bytearray(HASH_BYTES * max(blocks.row_count, 1))
         if checksums is not None:
             assert len(checksums) == blocks.row_count, (len(checksums), blocks.row_count)
-            self._checksums[0 : blocks.row_count] = checksums
+            self._checksums = bytearray(b"".join(checksums))
+            assert len(self._checksums) == HASH_BYTES * blocks.row_count, len(self._checksums)
         self._states_view = ffi.from_buffer("uint8_t[]", self._states)
+        self._checksums_view = ffi.from_buffer("eng_hash[]", self._checksums)
         self.block_count = blocks.row_count
         self.c_job = ffi.new(
             "eng_job *",
@@ -103,15 +106,26 @@ class Job:
                 "block_count": blocks.row_count,
                 "urgent_count": urgent_count,
                 "file_count": file_count,
-                "seed": seed,
                 "sources": sources.pointer,
                 "extents": extents.pointer,
                 "blocks": blocks.pointer,
                 "order": order.pointer,
-                "checksums": self._checksums,
+                "checksums": self._checksums_view,
                 "states": self._states_view,
             },
         )
+
+    def attachment(self, descriptors: Sequence[int], known: Sequence[bytes | None] | None) -> tuple[Any, Any, Any]:
+        """The arrays of `eng_attach`, which the job keeps alive."""
+        assert len(descriptors) == self.c_job.file_count, (len(descriptors), self.c_job.file_count)
+        arrays = (ffi.new("int32_t[]", list(descriptors)), ffi.NULL, ffi.NULL)
+        if known is not None:
+            assert len(known) == self.block_count, (len(known), self.block_count)
+            hashes = b"".join([hash_ or bytes(HASH_BYTES) for hash_ in known])
+            flags = bytes([hash_ is not None for hash_ in known])
+            arrays = (arrays[0], ffi.from_buffer("eng_hash[]", hashes), ffi.from_buffer("uint8_t[]", flags))
+        self._kept = (self._kept, arrays)
+        return arrays
 
     def reached(self, milestone: Milestone) -> bool:
         """Whether the job has come so far.  Asks neither the pipeline nor the process that opened it."""
@@ -125,9 +139,10 @@ class Job:
         """One `BlockState` a block, as they are at this moment."""
         return bytes(self._states[: self.block_count])
 
-    def checksums(self) -> list[int]:
-        """The blocks' checksums; those of a write are final once it is staged."""
-        return list(ffi.unpack(self._checksums, self.block_count)) if self.block_count else []
+    def checksums(self) -> list[bytes]:
+        """The blocks' content hashes; those of a write are final once it is staged."""
+        packed = bytes(self._checksums)
+        return [packed[start : start + HASH_BYTES] for start in range(0, HASH_BYTES * self.block_count, HASH_BYTES)]
 
     @property
     def failure(self) -> Failure | None:
@@ -141,5 +156,5 @@ class Job:
     @property
     def counters(self) -> dict[str, int]:
         """What the pipeline measured: times in ns on the clock of time.monotonic_ns(), bytes and retries."""
-        names = ("submitted_ns", "staged_ns", "done_ns", "copying_ns", "hashing_ns", "io_bytes", "retry_count")
-        return {name: int(getattr(self.c_job, name)) for name in names}
+        times = ("submitted_ns", "staged_ns", "done_ns", "copying_ns", "hashing_ns")
+        return {name: int(getattr(self.c_job, name)) for name in (*times, "io_bytes", "skipped_bytes", "retry_count")}

@@ -106,11 +106,18 @@ class Pipeline:
                 time.sleep(_BUSY_PAUSE_S)
             assert result == 0, f"eng_submit refused a job: {os.strerror(-result)}"
 
-    def attach(self, job: Job, descriptors: Sequence[int]) -> None:
-        """Give a job its files.  A job that has failed meanwhile does not want them any more."""
-        assert len(descriptors) == job.c_job.file_count
+    def attach(self, job: Job, descriptors: Sequence[int], known: Sequence[bytes | None] | None = None) -> None:
+        """Give a job its files.  A job that has failed meanwhile does not want them any more.
+
+        Args:
+            job: submitted.
+            descriptors: its files, open.
+            known: of a write, the hash of what the file holds already at each block, or None.  A block with that hash
+                is not written.
+        """
+        attachment = job.attachment(descriptors, known)
         with self._in_use() as pipeline:
-            result = lib.eng_attach(pipeline, job.c_job, ffi.new("int32_t[]", list(descriptors)))
+            result = lib.eng_attach(pipeline, job.c_job, *attachment)
         assert result in (0, -errno.ESRCH), os.strerror(-result)
 
     def abort(self, job: Job, error: int) -> None:

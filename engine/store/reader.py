@@ -166,7 +166,9 @@ class Reader:
             return 0
         checksums = block_checksums(chunks)
         blocks = [plan.blocks[index] for index in wanted]
-        job = read_job(manifest, extent_columns(plan), blocks, [checksums[index] for index in wanted], sources, owners)
+        wanted_checksums = [checksums[index] for index in wanted]
+        files = len(manifest.files)
+        job = read_job(files, extent_columns(plan), blocks, wanted_checksums, sources, owners)
         with self.pipeline_for(blocks) as pipeline:
             drive(pipeline, job, checkpoint.descriptors)
         if job.failure is not None:
@@ -242,22 +244,21 @@ class WrongLength(NamedTuple):
 
 
 def read_job(
-    manifest: Manifest,
+    file_count: int,
     extents: ExtentColumns,
     blocks: Sequence[Block],
-    checksums: Sequence[int],
+    checksums: Sequence[bytes],
     sources: Packed,
     owners: object = None,
 ) -> Job:
     """The read of these blocks, which refer to these extents."""
     return Job(
         Direction.READ,
-        manifest.seed,
         sources,
         pack_extents(*extents),
         pack_blocks(block_rows(blocks)),
         pack_order(range(len(blocks))),
-        len(manifest.files),
+        file_count,
         checksums=checksums,
         owners=owners,
     )

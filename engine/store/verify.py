@@ -112,13 +112,13 @@ class Verifier:
 
 
 def _verify_chunk(
-    pipeline: Pipeline, found: Checkpoint, blocks: Sequence[Block], checksums: Sequence[int]
+    pipeline: Pipeline, found: Checkpoint, blocks: Sequence[Block], checksums: Sequence[bytes]
 ) -> Iterator[Damage]:
     """Read a chunk's blocks into no tensor; after a failure, those that it has left open one by one."""
     nothing, no_extents = pack_sources(()), ExtentColumns((), (), (), ())
 
     def read(start: int, end: int) -> Job:
-        job = read_job(found.manifest, no_extents, blocks[start:end], checksums[start:end], nothing)
+        job = read_job(len(found.descriptors), no_extents, blocks[start:end], checksums[start:end], nothing)
         drive(pipeline, job, found.descriptors)
         return job
 

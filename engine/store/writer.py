@@ -156,7 +156,6 @@ class Write:
         self.pipeline = pipeline
         self.job = Job(
             Direction.WRITE,
-            int(self.checkpoint_id[:16], 16),
             content.sources,
             content.packed.extents,
             content.packed.blocks,

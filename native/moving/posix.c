@@ -32,16 +32,15 @@ struct posix {
     int wake_fd;
     uint32_t worker_count;       /* how many have been started */
     pthread_t workers[WORKER_COUNT];
-    int32_t fds[ENG_JOBS_MAX * ENG_JOB_FILES_MAX];
 };
 
 /* ---- the workers ---- */
 
-static int32_t move(int fd, const eng_io *io)
+static int32_t move(const eng_io *io)
 {
     const off_t offset = (off_t)io->file_offset;
-    const ssize_t moved = io->direction == ENG_WRITE ? pwrite(fd, io->address, io->nbytes, offset)
-                                                     : pread(fd, io->address, io->nbytes, offset);
+    const ssize_t moved = io->direction == ENG_WRITE ? pwrite(io->fd, io->address, io->nbytes, offset)
+                                                     : pread(io->fd, io->address, io->nbytes, offset);
     return moved < 0 ? -errno : (int32_t)moved; /* a slot is far smaller than 2 GiB */
 }
 
@@ -57,11 +56,10 @@ static void *work(void *argument)
         if (posix->operation_count == 0)
             break;
         const eng_io io = posix->operations[posix->operation_start];
-        const int fd = posix->fds[io.file];
         posix->operation_start = (posix->operation_start + 1) % posix->capacity;
         posix->operation_count--;
         pthread_mutex_unlock(&posix->mutex);
-        const eng_completion completion = {io.slot, move(fd, &io)};
+        const eng_completion completion = {io.slot, move(&io)};
         pthread_mutex_lock(&posix->mutex);
         posix->completions[(posix->completion_start + posix->completion_count++) % posix->capacity] = completion;
         if (write(posix->wake_fd, &one, sizeof one) != sizeof one)
@@ -72,15 +70,6 @@ static void *work(void *argument)
 }
 
 /* ---- the table ---- */
-
-static int posix_set_file(void *context, uint32_t file, int32_t fd)
-{
-    posix *posix = context;
-    pthread_mutex_lock(&posix->mutex);
-    posix->fds[file] = fd;
-    pthread_mutex_unlock(&posix->mutex);
-    return 0;
-}
 
 static int posix_start(void *context, const eng_io *io)
 {
@@ -145,7 +134,6 @@ int posix_open(const eng_config *config, int wake_fd, posix **opened, eng_io_tab
     posix->completions = calloc(config->slot_count, sizeof *posix->completions);
     posix->capacity = config->slot_count;
     posix->wake_fd = wake_fd;
-    memset(posix->fds, -1, sizeof posix->fds); /* no descriptor, where 0 would be one */
     pthread_mutex_init(&posix->mutex, NULL);
     pthread_cond_init(&posix->queued, NULL);
     const int result = posix->operations == NULL || posix->completions == NULL ? -ENOMEM : start_workers(posix);
@@ -154,7 +142,7 @@ int posix_open(const eng_config *config, int wake_fd, posix **opened, eng_io_tab
         return result;
     }
     *opened = posix;
-    *table = (eng_io_table){posix, posix_set_file, posix_start, posix_reap};
+    *table = (eng_io_table){posix, NULL, posix_start, posix_reap};
     return 0;
 }
 

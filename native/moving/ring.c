@@ -25,7 +25,6 @@ struct ring {
     int wake_fd;
     int wake_armed;
     int registered;
-    int32_t fds[ENG_JOBS_MAX * ENG_JOB_FILES_MAX];
 };
 
 /* Names that liburing 2.1, which Ubuntu 22.04 has, does not know yet (linux/io_uring.h). */
@@ -78,13 +77,10 @@ static int register_slots(ring *ring, const eng_config *config, uint8_t *slots)
     return result;
 }
 
-static int ring_set_file(void *context, uint32_t file, int32_t fd)
+static int ring_set_file(void *context, int32_t place, int32_t fd)
 {
     ring *ring = context;
-    ring->fds[file] = fd;
-    if (!ring->registered)
-        return 0;
-    int result = io_uring_register_files_update(&ring->uring, file, &fd, 1);
+    int result = io_uring_register_files_update(&ring->uring, (unsigned)place, &fd, 1);
     return result < 0 ? result : 0;
 }
 
@@ -94,7 +90,8 @@ static int ring_start(void *context, const eng_io *io)
     struct io_uring_sqe *sqe = io_uring_get_sqe(&ring->uring);
     if (sqe == NULL)
         return -EBUSY;
-    const int fd = ring->registered ? (int)io->file : ring->fds[io->file];
+    const int placed = ring->registered && io->place != ENG_NO_PLACE;
+    const int fd = placed ? io->place : io->fd;
     if (io->direction == ENG_WRITE) {
         if (ring->registered)
             io_uring_prep_write_fixed(sqe, fd, io->address, io->nbytes, io->file_offset, (int)io->slot);
@@ -106,7 +103,7 @@ static int ring_start(void *context, const eng_io *io)
         else
             io_uring_prep_read(sqe, fd, io->address, io->nbytes, io->file_offset);
     }
-    if (ring->registered)
+    if (placed)
         io_uring_sqe_set_flags(sqe, IOSQE_FIXED_FILE);
     sqe->user_data = io->slot;
     return 0;
@@ -162,15 +159,17 @@ static int ring_reap(void *context, eng_completion *completions, uint32_t capaci
     return count > 0 || result >= 0 ? (int)count : result;
 }
 
-/* Register the slots and room for every job's files. */
+/* Register the slots, and places for the first files of every job. */
 static int register_all(ring *ring, eng_config *config, uint8_t *slots)
 {
     config->refused = ENG_REFUSED_BUFFERS;
     int result = register_slots(ring, config, slots);
     if (result < 0)
         return result;
+    int32_t empty[ENG_JOBS_MAX * ENG_JOB_PLACES];
+    memset(empty, -1, sizeof empty); /* -1 is an empty place (io_uring_register(2)) */
     config->refused = ENG_REFUSED_FILES;
-    result = io_uring_register_files(&ring->uring, ring->fds, ENG_JOBS_MAX * ENG_JOB_FILES_MAX);
+    result = io_uring_register_files(&ring->uring, empty, ENG_JOBS_MAX * ENG_JOB_PLACES);
     return result < 0 ? result : 0;
 }
 
@@ -188,7 +187,6 @@ int ring_open(eng_config *config, uint8_t *slots, int wake_fd, ring **opened, en
     io_uring_ring_dontfork(&ring->uring);
     ring->wake_fd = wake_fd;
     ring->registered = config->way == ENG_RING_REGISTERED;
-    memset(ring->fds, -1, sizeof ring->fds); /* -1 is an empty place (io_uring_register(2)) */
     if (ring->registered)
         result = register_all(ring, config, slots);
     if (result < 0) {
@@ -196,7 +194,7 @@ int ring_open(eng_config *config, uint8_t *slots, int wake_fd, ring **opened, en
         return result;
     }
     *opened = ring;
-    *table = (eng_io_table){ring, ring_set_file, ring_start, ring_reap};
+    *table = (eng_io_table){ring, ring->registered ? ring_set_file : NULL, ring_start, ring_reap};
     return 0;
 }
 

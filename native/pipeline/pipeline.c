@@ -2,6 +2,7 @@
  * pipeline.c: the slot state machine.
  *
  *     FREE -> STAGING -> STAGED -> MOVING ----------> FREE   a block of a write: hashed as it is staged
+ *     FREE -> STAGING -> STAGED --------------------> FREE   a block of a write that its file holds already
  *     FREE ----------------------> MOVING -> MOVED -> FREE   a block of a read: verified, then copied out
  *
  * A write waits in STAGED until its job has files, so that staging can begin before the files are made; where they are
@@ -47,6 +48,11 @@ uint64_t pipeline_now_ns(void)
 static uint8_t *slot_memory(const eng_pipeline *p, uint32_t index)
 {
     return p->memory + (size_t)index * p->config.slot_bytes;
+}
+
+static int is_same(eng_hash left, eng_hash right)
+{
+    return memcmp(&left, &right, sizeof left) == 0;
 }
 
 static void set_state(eng_job *job, uint32_t block, uint8_t state)
@@ -110,6 +116,26 @@ static void free_slot(eng_pipeline *p, uint32_t index)
     p->free_slots[p->free_count++] = index;
 }
 
+/* ---- files ---- */
+
+/* Where a job's file is in the ring's table, or ENG_NO_PLACE. */
+static int32_t place_of(uint32_t entry_index, uint32_t file)
+{
+    return file < ENG_JOB_PLACES ? (int32_t)(entry_index * ENG_JOB_PLACES + file) : ENG_NO_PLACE;
+}
+
+/* Put a job's files into their places, or take them out again.  Returns the first refusal, or 0. */
+static int set_files(const eng_pipeline *p, uint32_t entry_index, int is_there)
+{
+    const entry *e = &p->entries[entry_index];
+    int first = 0;
+    for (uint32_t i = 0; i < e->job->file_count && i < ENG_JOB_PLACES && p->io.set_file != NULL; i++) {
+        const int result = p->io.set_file(p->io.context, place_of(entry_index, i), is_there ? e->fds[i] : -1);
+        first = first < 0 ? first : result;
+    }
+    return first;
+}
+
 /* ---- failure and completion of a job ---- */
 
 static void fail(eng_pipeline *p, uint32_t entry_index, uint32_t kind, int error, uint32_t block)
@@ -156,8 +182,7 @@ static void settle(eng_pipeline *p, uint32_t entry_index)
         if (job->states[i] != ENG_WRITTEN)
             fail(p, entry_index, ENG_INVALID_FAILURE, EINVAL, i);
     if (e->has_files)
-        for (uint32_t i = 0; i < job->file_count; i++)
-            p->io.set_file(p->io.context, entry_index * ENG_JOB_FILES_MAX + i, -1);
+        set_files(p, entry_index, 0);
     uint32_t at = 0;
     while (p->queue[at] != entry_index)
         at++;
@@ -172,16 +197,22 @@ static void settle(eng_pipeline *p, uint32_t entry_index)
 
 /* ---- moving bytes ---- */
 
+static uint32_t padded_bytes(const eng_block *block)
+{
+    return (block->nbytes + ENG_ALIGNMENT - 1) & ~(uint32_t)(ENG_ALIGNMENT - 1);
+}
+
 static void start_io(eng_pipeline *p, uint32_t index)
 {
     slot *s = &p->slots[index];
     const eng_job *job = p->entries[s->entry].job;
     const eng_block *block = &job->blocks[s->block];
-    const uint32_t padded = (block->nbytes + ENG_ALIGNMENT - 1) & ~(uint32_t)(ENG_ALIGNMENT - 1);
+    const uint32_t padded = padded_bytes(block);
     const eng_io io = {
         .slot = index,
         .direction = job->direction,
-        .file = s->entry * ENG_JOB_FILES_MAX + block->file,
+        .fd = p->entries[s->entry].fds[block->file],
+        .place = place_of(s->entry, block->file),
         .nbytes = padded - s->done_bytes,
         .file_offset = block->file_offset + s->done_bytes,
         .address = slot_memory(p, index) + s->done_bytes,
@@ -195,6 +226,29 @@ static void start_io(eng_pipeline *p, uint32_t index)
     }
     fail(p, s->entry, ENG_IO_FAILURE, -result, s->block);
     free_slot(p, index);
+}
+
+static void finish_block(eng_pipeline *p, uint32_t index)
+{
+    entry *e = &p->entries[p->slots[index].entry];
+    set_state(e->job, p->slots[index].block, ENG_WRITTEN);
+    e->finished_count++;
+    free_slot(p, index);
+}
+
+/* Start the I/O of a block that has none behind it, unless its file holds the block already. */
+static void begin_io(eng_pipeline *p, uint32_t index)
+{
+    slot *s = &p->slots[index];
+    const entry *e = &p->entries[s->entry];
+    if (e->known != NULL && e->is_known[s->block] && is_same(e->known[s->block], e->job->checksums[s->block])) {
+        e->job->skipped_bytes += padded_bytes(&e->job->blocks[s->block]);
+        finish_block(p, index);
+        return;
+    }
+    if (s->state == SLOT_STAGED)
+        take_out(&p->waiting, index);
+    start_io(p, index);
 }
 
 static void note_staged(eng_pipeline *p, entry *e)
@@ -224,7 +278,7 @@ static void begin_block(eng_pipeline *p, uint32_t entry_index)
     set_state(job, block, ENG_STAGED);
     note_staged(p, e);
     if (e->has_files)
-        start_io(p, index);
+        begin_io(p, index);
     else
         await_files(p, index);
 }
@@ -236,10 +290,10 @@ static void recheck_block(eng_pipeline *p, uint32_t entry_index)
     const uint32_t block = e->job->order[e->recheck_next];
     const uint32_t index = take_slot(p, entry_index, block);
     const uint64_t start_ns = pipeline_now_ns();
-    const uint64_t checksum = host_gather(e->job, &e->job->blocks[block], slot_memory(p, index));
+    const eng_hash checksum = host_gather(e->job, &e->job->blocks[block], slot_memory(p, index));
     e->job->copying_ns += pipeline_now_ns() - start_ns;
     free_slot(p, index);
-    if (checksum != e->job->checksums[block]) {
+    if (!is_same(checksum, e->job->checksums[block])) {
         fail(p, entry_index, ENG_TORN_FAILURE, 0, block);
     } else {
         e->recheck_next++;
@@ -280,14 +334,6 @@ uint32_t pipeline_fill(eng_pipeline *p)
     return begun;
 }
 
-static void finish_block(eng_pipeline *p, uint32_t index)
-{
-    entry *e = &p->entries[p->slots[index].entry];
-    set_state(e->job, p->slots[index].block, ENG_WRITTEN);
-    e->finished_count++;
-    free_slot(p, index);
-}
-
 uint32_t pipeline_verify(eng_pipeline *p)
 {
     if (p->unverified.count == 0)
@@ -295,10 +341,10 @@ uint32_t pipeline_verify(eng_pipeline *p)
     const uint32_t index = p->unverified.slots[0], entry_index = p->slots[index].entry, block = p->slots[index].block;
     eng_job *job = p->entries[entry_index].job;
     const uint64_t start_ns = pipeline_now_ns();
-    const uint64_t checksum = host_checksum(job, &job->blocks[block], slot_memory(p, index));
+    const eng_hash checksum = eng_hash_bytes(slot_memory(p, index), job->blocks[block].nbytes);
     const uint64_t hashed_ns = pipeline_now_ns();
     job->hashing_ns += hashed_ns - start_ns;
-    if (checksum == job->checksums[block]) {
+    if (is_same(checksum, job->checksums[block])) {
         host_scatter(job, &job->blocks[block], slot_memory(p, index));
         job->copying_ns += pipeline_now_ns() - hashed_ns;
         finish_block(p, index);
@@ -327,7 +373,7 @@ static void complete(eng_pipeline *p, uint32_t index, int32_t result)
     const uint32_t entry_index = s->entry;
     entry *e = &p->entries[entry_index];
     const eng_block *block = &e->job->blocks[s->block];
-    const uint32_t padded = (block->nbytes + ENG_ALIGNMENT - 1) & ~(uint32_t)(ENG_ALIGNMENT - 1);
+    const uint32_t padded = padded_bytes(block);
     const uint32_t wanted = e->job->direction == ENG_WRITE ? padded : block->nbytes;
 
     p->moving_count--;
@@ -407,25 +453,20 @@ static int attach_files(eng_pipeline *p, uint32_t entry_index)
     if (e->failed || e->has_files)
         return 1;
     e->has_files = 1;
-    for (uint32_t i = 0; i < e->job->file_count; i++) {
-        const int result = p->io.set_file(p->io.context, entry_index * ENG_JOB_FILES_MAX + i, e->fds[i]);
-        if (result == -EOPNOTSUPP || result == -ENXIO) { /* it is no ring any more (io_uring_register(2), ERRORS) */
-            break_down(p, -result);
-            return 0;
-        }
-        if (result < 0) {
-            fail(p, entry_index, ENG_IO_FAILURE, -result, UINT32_MAX);
-            return 1;
-        }
+    const int result = set_files(p, entry_index, 1);
+    if (result == -EOPNOTSUPP || result == -ENXIO) { /* it is no ring any more (io_uring_register(2), ERRORS) */
+        break_down(p, -result);
+        return 0;
     }
+    if (result < 0)
+        fail(p, entry_index, ENG_IO_FAILURE, -result, UINT32_MAX);
     for (uint32_t at = 0; at < p->waiting.count && !e->failed;) {
         const uint32_t index = p->waiting.slots[at];
         if (p->slots[index].entry != entry_index) {
             at++;
             continue;
         }
-        take_out(&p->waiting, index);
-        start_io(p, index);
+        begin_io(p, index);
     }
     return 1;
 }

@@ -39,7 +39,9 @@ typedef struct {
     eng_job *job;             /* NULL: the entry is free */
     int submitted, attached, aborted;
     int32_t abort_error;
-    int32_t fds[ENG_JOB_FILES_MAX];
+    const int32_t *fds;
+    const eng_hash *known;    /* what the files hold already, where `is_known` says so; or NULL */
+    const uint8_t *is_known;
     /* The thread's own. */
     int has_files, failed;
     uint32_t next;            /* index into order of the next block to begin */

@@ -291,20 +291,20 @@ static entry *find(eng_pipeline *p, const eng_job *job)
     return NULL;
 }
 
-int eng_attach(eng_pipeline *p, eng_job *job, const int32_t *fds)
+int eng_attach(eng_pipeline *p, eng_job *job, const int32_t *fds, const eng_hash *known, const uint8_t *is_known)
 {
     pthread_mutex_lock(&p->mutex);
     entry *e = find(p, job);
-    /* A job that failed its validation may name any number of files: it is never attached. */
-    const int usable = e != NULL && job->file_count <= ENG_JOB_FILES_MAX;
-    if (usable) {
-        memcpy(e->fds, fds, job->file_count * sizeof *fds);
+    if (e != NULL) {
+        e->fds = fds;
+        e->known = known;
+        e->is_known = is_known;
         e->attached = 1;
     }
     pthread_mutex_unlock(&p->mutex);
-    if (usable)
+    if (e != NULL)
         wake(p);
-    return usable ? 0 : -ESRCH;
+    return e != NULL ? 0 : -ESRCH;
 }
 
 int eng_abort(eng_pipeline *p, eng_job *job, int32_t error)

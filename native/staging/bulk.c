@@ -19,25 +19,35 @@
 #include <emmintrin.h>
 #endif
 
-static uint64_t checksum(const void *bytes, size_t nbytes, uint64_t seed)
+/* The canonical form, highest byte first: the digits of a manifest, and what other tools print. */
+static eng_hash canonical(XXH128_hash_t value)
 {
-    return XXH3_64bits_withSeed(bytes, nbytes, seed);
+    XXH128_canonical_t digest;
+    eng_hash hash;
+    _Static_assert(sizeof digest == sizeof hash, "eng_hash holds one XXH3-128");
+    XXH128_canonicalFromHash(&digest, value);
+    memcpy(&hash, &digest, sizeof hash);
+    return hash;
 }
 
-static void begin(XXH3_state_t *state, uint64_t seed)
+static eng_hash hash(const void *bytes, size_t nbytes)
 {
-    memset(state, 0, sizeof *state); /* the reset looks at the seed that was there */
-    XXH3_64bits_reset_withSeed(state, seed);
+    return canonical(XXH3_128bits(bytes, nbytes));
+}
+
+static void begin(XXH3_state_t *state)
+{
+    XXH3_128bits_reset(state);
 }
 
 static void add(XXH3_state_t *state, const uint8_t *bytes, size_t nbytes)
 {
-    XXH3_64bits_update(state, bytes, nbytes);
+    XXH3_128bits_update(state, bytes, nbytes);
 }
 
-static uint64_t end(const XXH3_state_t *state)
+static eng_hash end(const XXH3_state_t *state)
 {
-    return XXH3_64bits_digest(state);
+    return canonical(XXH3_128bits_digest(state));
 }
 
 static void copy_and_add_cached(XXH3_state_t *state, uint8_t *to, const uint8_t *from, size_t nbytes)
@@ -151,4 +161,4 @@ static void copy_and_add(XXH3_state_t *state, uint8_t *to, const uint8_t *from, 
 #define JOIN_NAME(a, b) a##b
 #define TABLE_NAME(suffix) JOIN_NAME(bulk, suffix)
 
-const bulk_functions TABLE_NAME(ENGINE_BULK_SUFFIX) = {checksum, begin, add, end, copy, copy_and_add};
+const bulk_functions TABLE_NAME(ENGINE_BULK_SUFFIX) = {hash, begin, add, end, copy, copy_and_add};

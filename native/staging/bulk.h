@@ -2,8 +2,8 @@
  * bulk.h: bytes in bulk, copied past the caches and hashed, in the variant that the processor runs fastest.
  *
  * bulk.c is compiled once for every variant, each giving one table of functions; bulk_variant() picks at run time.  All
- * variants give the same checksums (XXH3 is defined independently of vector width), so a checkpoint written on one
- * machine verifies on another.  Called by host.c.
+ * variants give the same hashes (XXH3 is defined independently of vector width), so a checkpoint written on one machine
+ * verifies on another.  Called by host.c.
  */
 #ifndef BULK_H
 #define BULK_H
@@ -15,6 +15,8 @@
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
+#include "engine_native.h"
+
 enum {
     /* What is hashed at a time of what is copied.  500 MB took 29.6 ms, with 2048 bytes 29.9, with 1024 32.9, with 8192
      * from 28.6 to 35.4, and 24.8 without hashing (medians of 9, three alignments, on the host of docs/perf.md).  Every
@@ -23,12 +25,12 @@ enum {
 };
 
 typedef struct {
-    /* The XXH3-64 of bytes that lie together. */
-    uint64_t (*checksum)(const void *bytes, size_t nbytes, uint64_t seed);
-    /* The same in pieces: what `end` returns is what `checksum` does of all that was added since `begin`. */
-    void (*begin)(XXH3_state_t *state, uint64_t seed);
+    /* The hash of bytes that lie together. */
+    eng_hash (*hash)(const void *bytes, size_t nbytes);
+    /* The same in pieces: `end` returns the hash of everything that was added since `begin`. */
+    void (*begin)(XXH3_state_t *state);
     void (*add)(XXH3_state_t *state, const uint8_t *bytes, size_t nbytes);
-    uint64_t (*end)(const XXH3_state_t *state);
+    eng_hash (*end)(const XXH3_state_t *state);
     /* Copy what does not overlap. */
     void (*copy)(uint8_t *to, const uint8_t *from, size_t nbytes);
     /* Copy, and add what has arrived, whatever is written to `from` meanwhile. */

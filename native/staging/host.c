@@ -10,12 +10,6 @@
 
 #include "staging/bulk.h"
 
-uint64_t host_block_seed(uint64_t seed, uint32_t file, uint64_t file_offset)
-{
-    const uint64_t place[3] = {seed, file, file_offset};
-    return bulk_baseline.checksum(place, sizeof place, 0);
-}
-
 /* Copy `count` elements between a strided row and packed bytes.  A size known to the compiler makes the copy of
  * one element one move. */
 #define COPY_ROW(size)                                                              \
@@ -83,14 +77,14 @@ static uint8_t *source_memory(const eng_source *source, uint64_t offset)
     return (uint8_t *)(uintptr_t)source->address + offset;
 }
 
-uint64_t host_gather(const eng_job *job, const eng_block *block, uint8_t *slot)
+eng_hash host_gather(const eng_job *job, const eng_block *block, uint8_t *slot)
 {
     const eng_extent *extents = job->extents + block->extent_start;
     const bulk_functions *bulk = bulk_variant();
     uint64_t filled = 0;
     XXH3_state_t state;
 
-    bulk->begin(&state, host_block_seed(job->seed, block->file, block->file_offset));
+    bulk->begin(&state);
     for (uint32_t i = 0; i < block->extent_count; i++) {
         const eng_extent *extent = &extents[i];
         const eng_source *source = &job->sources[extent->source];
@@ -102,12 +96,6 @@ uint64_t host_gather(const eng_job *job, const eng_block *block, uint8_t *slot)
     }
     memset(slot + filled, 0, (size_t)(-filled & (ENG_ALIGNMENT - 1)));
     return bulk->end(&state);
-}
-
-uint64_t host_checksum(const eng_job *job, const eng_block *block, const uint8_t *slot)
-{
-    const uint64_t seed = host_block_seed(job->seed, block->file, block->file_offset);
-    return bulk_variant()->checksum(slot, block->nbytes, seed);
 }
 
 void host_scatter(const eng_job *job, const eng_block *block, const uint8_t *slot)
@@ -126,7 +114,7 @@ void host_scatter(const eng_job *job, const eng_block *block, const uint8_t *slo
     }
 }
 
-uint64_t eng_block_checksum(const void *bytes, uint64_t nbytes, uint64_t seed, uint32_t file, uint64_t file_offset)
+eng_hash eng_hash_bytes(const void *bytes, uint64_t nbytes)
 {
-    return bulk_variant()->checksum(bytes, nbytes, host_block_seed(seed, file, file_offset));
+    return bulk_variant()->hash(bytes, nbytes);
 }

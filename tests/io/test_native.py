@@ -1,8 +1,8 @@
 """The native pipeline, driven through `engine.io` directly: bytes there and back, whatever they are made of.
 
 Theory of operation.  What a job must do is what numpy does to the same bytes: a write is a tensor's bytes in row-major
-order, cut at block boundaries, a checksum is the specification's XXH3-64 (`xxh3.py`), and a job that says it succeeded
-has moved every byte.
+order, cut at block boundaries, a checksum is the XXH3-128 of the xxhash package, and a job that says it succeeded has
+moved every byte.
 
 A pipeline and its files are shared by the examples of one hypothesis test.  No test reads a clock; `HANG_NS` ends one
 that would never end.  The same is true of the other `test_native_*` files.
@@ -11,9 +11,7 @@ that would never end.  The same is true of the other `test_native_*` files.
 from __future__ import annotations
 
 import errno
-import itertools
 import os
-import struct
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +20,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import xxhash
 from faults import FaultTable, not_started
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,7 +28,6 @@ from jobs import (
     HANG_NS,
     LOOK_NS,
     READ,
-    SEED,
     SLOT_BYTES,
     WRITE,
     Stage,
@@ -48,7 +46,6 @@ from jobs import (
     until,
     whole,
 )
-from xxh3 import xxh3_64
 
 from engine.format.plan import Extent, align_up
 from engine.io.binding import ALIGNMENT, DIMS_MAX, JOBS_MAX, block_checksum
@@ -256,29 +253,29 @@ def test_expanded_and_many_dimensional_tensors_are_gathered(stage: Stage) -> Non
 
 # -- checksums --------------------------------------------------------------------------------------------------------
 
-# From xxHash's own sanity test (tests/sanity_test_vectors.h, XSUM_XXH3_testdata): length, hash under seed 0, hash under
-# seed 11400714785074694797.
-XXH3_VECTORS = [
-    (24, 0xA3FE70BF9D3510EB, 0x850E80FC35BDD690),
-    (403, 0xCDEB804D65C6DEA4, 0x6259F6ECFD6443FD),
-    (512, 0x617E49599013CB6B, 0x3CE457DE14C27708),
-    (2048, 0xDD59E2C3A5F038E0, 0x66F81670669ABABC),
-]
+# Around the lengths at which XXH3 changes its ways: 3, 8, 16, 128 and 240 bytes; stripes of 64; the streaming state's
+# buffer of 256; blocks of 1024; and the pieces and streamed runs of native/staging/bulk.c.
+XXH3_BOUNDARIES = (0, 3, 8, 16, 64, 128, 240, 256, 512, 1024, 2048, 4096, 8192, 64 << 10)
 
 
-@pytest.mark.parametrize(("nbytes", "unseeded", "seeded"), XXH3_VECTORS)
-def test_the_oracle_is_xxh3(nbytes: int, unseeded: int, seeded: int) -> None:
-    prime = 11400714785074694797
-    generator = itertools.accumulate(range(nbytes - 1), lambda state, _: state * prime % 2**64, initial=2654435761)
-    data = bytes(state >> 56 for state in generator)
-    assert (xxh3_64(data, 0), xxh3_64(data, prime)) == (unseeded, seeded)
+@pytest.mark.parametrize("boundary", XXH3_BOUNDARIES)
+def test_a_checksum_is_the_unseeded_xxh3_128_of_the_bytes(boundary: int) -> None:
+    for nbytes in range(max(1, boundary - 2), boundary + 3):
+        data = bytes_of(noise(nbytes))
+        assert block_checksum(data) == xxhash.xxh3_128_digest(data), nbytes
 
 
-@pytest.mark.parametrize("nbytes", [241, 1024, 1025, 4095, 4096, 16384, (128 << 10) + 1, 300_001])
-def test_a_checksum_is_xxh3_under_the_seed_of_its_place(nbytes: int) -> None:
-    data = bytes_of(noise(nbytes))
-    seed = xxh3_64(struct.pack("<3Q", SEED, 1, 8192), 0)
-    assert block_checksum(data, SEED, 1, 8192) == xxh3_64(data, seed)
+@pytest.mark.parametrize("boundary", XXH3_BOUNDARIES[:-1])  # within a slot
+def test_a_block_staged_in_pieces_has_the_checksum_of_the_whole(stage: Stage, boundary: int) -> None:
+    """Two plain extents cut at any place, and two strided ones."""
+    tensor = noise(SLOT_BYTES)
+    for nbytes in range(max(1, boundary - 2), min(boundary + 3, SLOT_BYTES)):
+        halves = [tensor[:nbytes], tensor[nbytes:]]
+        columns = [tensor[: 2 * (nbytes // 2)].reshape(-1, 2).t(), tensor[2 * (nbytes // 2) :].reshape(-1, 2).t()]
+        for parts, source in ((halves, plain), ([part for part in columns if part.numel()], strided)):
+            plan = cut([packed_runs(parts)], SLOT_BYTES)
+            job = run(stage.pipeline, make_job(WRITE, plan, [*map(source, parts)]), [stage.fd])
+            assert job.checksums() == checksums_of(plan, [b"".join(map(bytes_of, parts))]), nbytes
 
 
 @pytest.mark.parametrize("extent_bytes", [1000, 64 << 10, (64 << 10) + 37, (68 << 10) + 1, 128 << 10, 300 << 10])
@@ -330,22 +327,17 @@ def test_a_source_that_is_written_to_meanwhile_gets_the_checksum_of_what_was_cop
     assert torn_count == 20
 
 
-@given(st.binary(min_size=1, max_size=64), st.integers(0, 2**64 - 1), st.integers(0, 7), st.integers(0, 2**50))
-def test_a_block_in_the_wrong_place_does_not_verify(block: bytes, seed: int, file: int, index: int) -> None:
-    checksum = block_checksum(block, seed, file, index * ALIGNMENT)
-    assert checksum == block_checksum(block, seed, file, index * ALIGNMENT)
-    assert checksum != block_checksum(block, seed ^ 1, file, index * ALIGNMENT)
-    assert checksum != block_checksum(block, seed, file + 1, index * ALIGNMENT)
-    assert checksum != block_checksum(block, seed, file, (index + 1) * ALIGNMENT)
-    assert checksum != block_checksum(block[:-1], seed, file, index * ALIGNMENT)
+@given(st.binary(min_size=1, max_size=512), st.data())
+def test_a_block_with_other_bytes_does_not_verify(block: bytes, data: st.DataObject) -> None:
+    checksum, changed = block_checksum(block), bytearray(block)
+    changed[data.draw(st.integers(0, len(block) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    assert checksum == block_checksum(block)
+    assert checksum != block_checksum(changed) and checksum != block_checksum(block[:-1])
 
 
 def test_blocks_that_changed_places_do_not_verify(stage: Stage) -> None:
-    # Two equal blocks have different checksums, so that one cannot stand for the other.
-    tensor = noise(SLOT_BYTES).repeat(2)
-    plan = whole(2 * SLOT_BYTES, SLOT_BYTES)
+    tensor, plan = noise(2 * SLOT_BYTES), whole(2 * SLOT_BYTES, SLOT_BYTES)
     first, second = run(stage.pipeline, make_job(WRITE, plan, [plain(tensor)]), [stage.fd]).checksums()
-    assert first != second
     job = make_job(READ, plan, [plain(tensor.clone())], checksums=[second, first])
     failure = run(stage.pipeline, job, [stage.fd]).failure
     assert failure is not None and failure.kind == FailureKind.CHECKSUM

@@ -40,7 +40,7 @@ def loosened(job: Job, arena: torch.Tensor) -> Any:
     """A job's struct with arrays that may be changed and are longer than they need to be."""
     c_job = job.c_job
     arrays = {"sources": "eng_source", "extents": "eng_extent", "blocks": "eng_block", "order": "uint32_t"}
-    arrays |= {"checksums": "uint64_t", "states": "uint8_t"}
+    arrays |= {"checksums": "eng_hash", "states": "uint8_t"}
     counts = [c_job.source_count, c_job.extent_count, *(4 * [c_job.block_count])]
     kept = []
     for (name, ctype), count in zip(arrays.items(), counts, strict=True):
@@ -84,8 +84,7 @@ INVALID = [
     ("block_count", 0),
     ("urgent_count", 4),
     ("file_count", 0),
-    ("file_count", 9),
-    ("file_count", 2**32 - 1),
+    ("file_count", 1),
     ("sources.1.ndim", 9),
     ("sources.1.ndim", 2**32 - 1),
     ("sources.1.itemsize", 0),
@@ -165,7 +164,7 @@ EDITS: dict[str, st.SearchStrategy[int]] = {
     "extent_count": COUNTS,
     "block_count": COUNTS,
     "urgent_count": COUNTS,
-    "file_count": st.sampled_from([0, 1, 2, 3, 8, 9, 2**32 - 1]),
+    "file_count": st.sampled_from([0, 1, 2, 3, 8, 9, ROOM]),
     "sources.{row}.itemsize": st.sampled_from([0, 1, 2, 3, 4, 8, 16, 17, 2**32 - 1]),
     "sources.{row}.ndim": st.sampled_from([0, 1, 2, 3, 8, 9, 2**32 - 1]),
     "sources.{row}.shape.{column}": st.sampled_from([-1, 0, 1, 2, 3, 2**31, 2**62]),
@@ -201,7 +200,8 @@ def test_no_job_harms_the_pipeline(stage: Stage, direction: Direction, drawn: li
     for path, value in drawn:
         edited(path, value)(c_job)
     stage.pipeline.submit(job)
-    lib.eng_attach(stage.pipeline._pipeline, c_job, ffi.new("int32_t[]", [stage.fd] * ROOM))
+    descriptors = ffi.new("int32_t[]", [stage.fd] * ROOM)
+    lib.eng_attach(stage.pipeline._pipeline, c_job, descriptors, ffi.NULL, ffi.NULL)
     finish(stage.pipeline, job)
     if job.failure is None:
         assert set(ffi.buffer(c_job.states, c_job.block_count)[:]) == {BlockState.WRITTEN}

@@ -47,7 +47,7 @@ def manifest_of(step: int) -> bytes:
         created_ns=0,
         block_bytes=ALIGNMENT,
         files=tuple(FileRecord(*file) for file in plan.files),
-        chunks=chunk_records(plan, chunk_layers(plan, layout), [0]),
+        chunks=chunk_records(plan, chunk_layers(plan, layout), [bytes(16)]),
         segments=(),
         aliases={},
         options={},

@@ -106,7 +106,7 @@ class FaultTable:
         self._completed: list[tuple[int, int]] = []
         # cffi's callbacks live as long as their objects do, so a table must be kept as long as its pipeline.
         self._callbacks = (
-            self._callback("int(void *, uint32_t, int32_t)", self._set_file),
+            self._callback("int(void *, int32_t, int32_t)", self._set_file),
             self._callback("int(void *, eng_io *)", self._start),
             self._callback("int(void *, eng_completion *, uint32_t, uint32_t)", self._reap),
         )
@@ -147,19 +147,20 @@ class FaultTable:
 
         return ffi.callback(signature, function, error=-errno.EBADMSG, onerror=keep)
 
-    def _set_file(self, _context: Any, file: int, fd: int) -> int:
+    def _set_file(self, _context: Any, place: int, fd: int) -> int:
         if self.set_file_error and fd >= 0:
             return -self.set_file_error
         if fd >= 0:
-            assert file not in self.files, "a file is given twice"
-            self.files[file] = fd
+            assert place not in self.files, "a file is given twice"
+            self.files[place] = fd
         else:
-            self.files.pop(file, None)
+            self.files.pop(place, None)
         return 0
 
     def _start(self, _context: Any, io: Any) -> int:
         address = int(ffi.cast("uintptr_t", io.address))
-        operation = Operation(io.slot, io.direction, self.files[io.file], io.file_offset, io.nbytes, address)
+        assert io.place == lib.ENG_NO_PLACE or self.files[io.place] == io.fd
+        operation = Operation(io.slot, io.direction, io.fd, io.file_offset, io.nbytes, address)
         fault = self._script.get(len(self.operations), self._always)
         self.operations.append(operation)
         assert operation.slot not in [slot for slot, _ in self._completed], "two operations of one slot"

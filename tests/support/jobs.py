@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import xxhash
 
 from engine.format.plan import (
     Chunk,
@@ -25,7 +26,7 @@ from engine.format.plan import (
     merge_runs,
     plan_geometry,
 )
-from engine.io.binding import ALIGNMENT, block_checksum
+from engine.io.binding import ALIGNMENT
 from engine.io.job import Direction, Job, Milestone
 from engine.io.packing import pack_blocks, pack_extents, pack_order, pack_sources
 from engine.io.pipeline import Pipeline
@@ -33,7 +34,6 @@ from engine.io.pipeline import Pipeline
 WRITE, READ = Direction.WRITE, Direction.READ
 SLOT_BYTES = 4 * ALIGNMENT
 LOOK_NS = 1  # a wait that only looks
-SEED = 0x0123_4567_89AB_CDEF
 
 # Far beyond what any test takes: it ends a test that hangs.
 HANG_NS = 60_000_000_000
@@ -91,12 +91,11 @@ def whole(nbytes: int, block_bytes: int) -> Plan:
     return cut([[Extent(0, 0, 0, nbytes)]], block_bytes)
 
 
-def make_job(direction: Direction, plan: Plan, sources: Sequence[Memory], seed: int = SEED, **options: Any) -> Job:
+def make_job(direction: Direction, plan: Plan, sources: Sequence[Memory], **options: Any) -> Job:
     """The job that moves a plan; `options` are Job's, and `order` is the plan's own unless given."""
     order = options.pop("order", range(len(plan.blocks)))
     return Job(
         direction,
-        seed,
         pack_sources(Source(*memory[:4]) for memory in sources),
         pack_extents(*extent_columns(plan)),
         pack_blocks(block_rows(plan.blocks)),
@@ -149,14 +148,9 @@ def rewrite(fd: int, offset: int, changed: bytes) -> None:
         file.write(changed)
 
 
-def checksums_of(plan: Plan, stored: list[bytes], seed: int = SEED) -> list[int]:
-    """What the blocks of a plan must hash to."""
-    return [
-        block_checksum(
-            stored[b.file_index][b.file_offset : b.file_offset + b.nbytes], seed, b.file_index, b.file_offset
-        )
-        for b in plan.blocks
-    ]
+def checksums_of(plan: Plan, stored: list[bytes]) -> list[bytes]:
+    """The content hashes of the blocks of a plan, by the xxhash package."""
+    return [xxhash.xxh3_128_digest(stored[b.file_index][b.file_offset : b.file_offset + b.nbytes]) for b in plan.blocks]
 
 
 def assert_usable(pipeline: Pipeline, fd: int) -> None:

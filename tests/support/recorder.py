@@ -335,7 +335,7 @@ class RecordingTable(FaultTable):
         self._world = world
 
     def _start(self, context: Any, io: Any) -> int:
-        descriptor = self.files[io.file]
+        descriptor = io.fd
         if io.direction != lib.ENG_WRITE or self._world.is_scratch(descriptor):
             return super()._start(context, io)
         try:

@@ -88,6 +88,9 @@ JSON = st.recursive(
 )
 
 
+HASHES = st.binary(min_size=16, max_size=16)
+
+
 @st.composite
 def manifests(draw: st.DrawFn) -> Manifest:
     """The record of any plan, as `writer` makes it."""
@@ -97,7 +100,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
     names = [segment.name for segment in segments]
     free_names = NAMES.filter(lambda name: name not in names)
     aliases = draw(st.dictionaries(free_names, st.sampled_from(names), max_size=2)) if names else {}
-    checksums = draw(st.lists(st.integers(0, 2**64 - 1), min_size=len(plan.blocks), max_size=len(plan.blocks)))
+    checksums = draw(st.lists(HASHES, min_size=len(plan.blocks), max_size=len(plan.blocks)))
     return Manifest(
         format=FORMAT,
         version=VERSION,
