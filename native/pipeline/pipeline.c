@@ -69,14 +69,16 @@ static void append(slot_list *list, uint32_t index)
     list->slots[list->count++] = index;
 }
 
-/* Take out a slot that is in the list. */
-static void take_out(slot_list *list, uint32_t index)
+/* Remove an index from a list of `*count` and keep the order of the rest. */
+static void take_out(uint32_t *indices, uint32_t *count, uint32_t index)
 {
     uint32_t at = 0;
-    while (list->slots[at] != index)
+    while (at < *count && indices[at] != index)
         at++;
-    list->count--;
-    memmove(&list->slots[at], &list->slots[at + 1], (list->count - at) * sizeof *list->slots);
+    if (at == *count)
+        abort(); /* the list and the states disagree: our own bookkeeping is wrong, and memory is next */
+    (*count)--;
+    memmove(&indices[at], &indices[at + 1], (*count - at) * sizeof *indices);
 }
 
 static void await_files(eng_pipeline *p, uint32_t index)
@@ -102,9 +104,9 @@ static uint32_t take_slot(eng_pipeline *p, uint32_t entry_index, uint32_t block)
 static void free_slot(eng_pipeline *p, uint32_t index)
 {
     if (p->slots[index].state == SLOT_STAGED)
-        take_out(&p->waiting, index);
+        take_out(p->waiting.slots, &p->waiting.count, index);
     if (p->slots[index].state == SLOT_MOVED)
-        take_out(&p->unverified, index);
+        take_out(p->unverified.slots, &p->unverified.count, index);
     p->entries[p->slots[index].entry].slot_count--;
     p->slots[index].state = SLOT_FREE;
     p->free_slots[p->free_count++] = index;
@@ -158,11 +160,7 @@ static void settle(eng_pipeline *p, uint32_t entry_index)
     if (e->has_files)
         for (uint32_t i = 0; i < job->file_count; i++)
             p->io.set_file(p->io.context, entry_index * ENG_JOB_FILES_MAX + i, -1);
-    uint32_t at = 0;
-    while (p->queue[at] != entry_index)
-        at++;
-    p->queue_count--;
-    memmove(&p->queue[at], &p->queue[at + 1], (p->queue_count - at) * sizeof *p->queue);
+    take_out(p->queue, &p->queue_count, entry_index);
     job->done_ns = pipeline_now_ns();
     pthread_mutex_lock(&p->mutex);
     memset(e, 0, sizeof *e);
@@ -424,7 +422,7 @@ static int attach_files(eng_pipeline *p, uint32_t entry_index)
             at++;
             continue;
         }
-        take_out(&p->waiting, index);
+        take_out(p->waiting.slots, &p->waiting.count, index);
         start_io(p, index);
     }
     return 1;
