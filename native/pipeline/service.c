@@ -77,21 +77,21 @@ static int map_slots(eng_pipeline *p)
     return 0;
 }
 
+/* Give the slots' memory back, and their addresses unless the kernel may still use those.
+ *
+ * A ring that broke may have reads under way.  Memory that it has pinned stays the kernel's until they end; but a read
+ * that it has not begun, or that goes through the page cache, would write to the next mapping at the same address.  So
+ * after a break the addresses stay reserved, and nothing can be mapped there again. */
 static void unmap_slots(eng_pipeline *p)
 {
-    if (p->memory != MAP_FAILED)
-        munmap(p->memory, (size_t)p->config.slot_count * p->config.slot_bytes);
-    p->memory = MAP_FAILED;
-}
-
-/* Give the memory of slots back but not its addresses, which are never used again.  What a ring has pinned stays the
- * kernel's until it is done; a read that it has yet to begin, or that goes through the page cache, finds nothing to write
- * to, where otherwise it would find what was mapped next. */
-static void abandon_slots(eng_pipeline *p)
-{
+    if (p->memory == MAP_FAILED)
+        return;
     const size_t nbytes = (size_t)p->config.slot_count * p->config.slot_bytes;
-    /* Where this fails they stay as they are, which does as well. */
-    mmap(p->memory, nbytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    const int used = p->ring != NULL || p->config.io != NULL;
+    if (p->broken && used) /* where this fails the slots stay mapped, which protects as well */
+        mmap(p->memory, nbytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    else
+        munmap(p->memory, nbytes);
     p->memory = MAP_FAILED;
 }
 
@@ -99,13 +99,11 @@ int service_mend(eng_pipeline *p)
 {
     if (p->config.io != NULL)
         return p->broken; /* the table is the caller's, and so is mending it */
+    unmap_slots(p);
     if (p->ring != NULL) {
         p->ring_fd = -1;
-        abandon_slots(p);
         ring_close(p->ring);
         p->ring = NULL;
-    } else {
-        unmap_slots(p); /* an attempt to mend has failed, and no ring has seen these */
     }
     int result = map_slots(p);
     if (result == 0)
@@ -151,6 +149,7 @@ static void *run(void *argument)
         else if (idle && !__atomic_load_n(&p->stopping, __ATOMIC_ACQUIRE))
             sleep_until_woken(p); /* not if a close has come since: its wake may be read already */
     }
+    unmap_slots(p); /* here, where it is known whether a broken ring has used them */
     if (p->ring != NULL)
         ring_close(p->ring);
     if (p->posix != NULL)
