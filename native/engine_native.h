@@ -174,10 +174,6 @@ void eng_stop(eng_pipeline *pipeline);
 /* Free everything, after eng_stop, when no other call is under way. */
 void eng_close(eng_pipeline *pipeline);
 
-/* In a forked child only: close the child's copies of the descriptors.  The thread does not exist there, and
- * the slots were never mapped there. */
-void eng_abandon(eng_pipeline *pipeline);
-
 /* Queue a job.  Staging of a write begins at once; nothing is written or read before eng_attach. */
 int eng_submit(eng_pipeline *pipeline, eng_job *job);
 

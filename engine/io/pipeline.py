@@ -17,7 +17,6 @@ import errno
 import os
 import threading
 import time
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
@@ -94,7 +93,6 @@ class Pipeline:
         self._closing = False
         self.slot_bytes = slot_bytes
         self.backend = backend
-        _open_pipelines.add(self)
 
     def submit(self, job: Job) -> None:
         """Queue a job; staging begins at once.  Blocks only while `JOBS_MAX` jobs are under way."""
@@ -186,19 +184,3 @@ class Pipeline:
             yield self._pipeline
         finally:
             self._users.discard(user)
-
-    def _abandon(self) -> None:
-        if self._pipeline is not None:
-            lib.eng_abandon(self._pipeline)
-
-
-# Weak: a Pipeline is its Engine's, and is only told of forks while it lives.
-_open_pipelines: weakref.WeakSet[Pipeline] = weakref.WeakSet()
-
-
-def _abandon_all() -> None:
-    for pipeline in tuple(_open_pipelines):
-        pipeline._abandon()
-
-
-os.register_at_fork(after_in_child=_abandon_all)

@@ -162,9 +162,10 @@ static int ring_reap(void *context, eng_completion *completions, uint32_t capaci
     return count > 0 || result >= 0 ? (int)count : result;
 }
 
-/* Register the slots and room for every job's files. */
-static int register_all(ring *ring, eng_config *config, uint8_t *slots)
+int ring_register(ring *ring, eng_config *config, uint8_t *slots)
 {
+    if (!ring->registered)
+        return 0;
     config->refused = ENG_REFUSED_BUFFERS;
     int result = register_slots(ring, config, slots);
     if (result < 0)
@@ -174,13 +175,13 @@ static int register_all(ring *ring, eng_config *config, uint8_t *slots)
     return result < 0 ? result : 0;
 }
 
-int ring_open(eng_config *config, uint8_t *slots, int wake_fd, ring **opened, eng_io_table *table)
+int ring_open(eng_config *config, int wake_fd, ring **opened, eng_io_table *table)
 {
     ring *ring = calloc(1, sizeof *ring);
     if (ring == NULL)
         return -ENOMEM;
     config->refused = ENG_REFUSED_RING;
-    int result = setup(ring, config);
+    const int result = setup(ring, config);
     if (result < 0) {
         free(ring);
         return result;
@@ -189,20 +190,23 @@ int ring_open(eng_config *config, uint8_t *slots, int wake_fd, ring **opened, en
     ring->wake_fd = wake_fd;
     ring->registered = config->way == ENG_RING_REGISTERED;
     memset(ring->fds, -1, sizeof ring->fds); /* -1 is an empty place (io_uring_register(2)) */
-    if (ring->registered)
-        result = register_all(ring, config, slots);
-    if (result < 0) {
-        ring_close(ring);
-        return result;
-    }
     *opened = ring;
     *table = (eng_io_table){ring, ring_set_file, ring_start, ring_reap};
     return 0;
 }
 
+void ring_unregister(ring *ring)
+{
+    if (!ring->registered)
+        return;
+    /* Where either was never registered this is ENXIO, which is as good. */
+    io_uring_unregister_buffers(&ring->uring);
+    io_uring_unregister_files(&ring->uring);
+}
+
 void ring_close(ring *ring)
 {
-    io_uring_queue_exit(&ring->uring); /* unregisters buffers and files */
+    io_uring_queue_exit(&ring->uring);
     free(ring);
 }
 

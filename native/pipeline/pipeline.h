@@ -69,8 +69,10 @@ struct eng_pipeline {
     pthread_t thread;
     pthread_mutex_t mutex;
     pthread_cond_t changed;
-    int wake_fd;
-    int ring_fd;
+    eng_pipeline *next_pipeline; /* this and the next three: see "forks" in service.c */
+    int wake_fd;              /* -1: closed */
+    int ring_fd;              /* the same */
+    int forked;               /* this process is a fork of the one that opened the pipeline */
     int dirty;                /* something is in the inbox */
     int stopping;
     int stopped;              /* the thread has been joined */

@@ -18,6 +18,77 @@
 
 #include "pipeline/pipeline.h"
 
+/* ---- forks ----
+ *
+ * A forked child has none of the threads.  A ring that it inherits keeps the slots' memory pinned for as long as the
+ * child lives, so the child closes its copies of all our descriptors at the fork.  `fork_mutex` is held across a fork,
+ * and by every pipeline while a descriptor or a mapping is made and noted, or forgotten and closed.  So a child finds
+ * in the list exactly the descriptors that it has inherited, and no mapping that a fork would copy. */
+
+static pthread_mutex_t fork_mutex = PTHREAD_MUTEX_INITIALIZER;
+static eng_pipeline *pipelines; /* all that are open, linked by `next_pipeline`; guarded by fork_mutex */
+
+static void before_fork(void)
+{
+    pthread_mutex_lock(&fork_mutex);
+}
+
+static void after_fork(void)
+{
+    pthread_mutex_unlock(&fork_mutex);
+}
+
+static void close_descriptor(int *descriptor)
+{
+    if (*descriptor >= 0)
+        close(*descriptor);
+    *descriptor = -1;
+}
+
+static void after_fork_in_child(void)
+{
+    for (eng_pipeline *p = pipelines; p != NULL; p = p->next_pipeline) {
+        close_descriptor(&p->ring_fd);
+        close_descriptor(&p->wake_fd);
+        p->forked = 1;
+    }
+    pipelines = NULL;
+    pthread_mutex_unlock(&fork_mutex);
+}
+
+/* When the module is loaded, and not in the first eng_open: a fork may be under way in another thread then, and that
+ * fork would run none of these.  (Python forks under its import lock.) */
+__attribute__((constructor)) static void watch_forks(void)
+{
+    if (pthread_atfork(before_fork, after_fork, after_fork_in_child) != 0)
+        abort(); /* a dozen bytes were not to be had */
+}
+
+/* Put a pipeline on the list, with its first descriptor.  Returns 0 or a negative errno. */
+static int list_pipeline(eng_pipeline *p)
+{
+    pthread_mutex_lock(&fork_mutex);
+    p->next_pipeline = pipelines;
+    pipelines = p;
+    p->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    const int result = p->wake_fd < 0 ? -errno : 0;
+    pthread_mutex_unlock(&fork_mutex);
+    return result;
+}
+
+/* Take a pipeline off the list, and close its last descriptor. */
+static void unlist_pipeline(eng_pipeline *p)
+{
+    pthread_mutex_lock(&fork_mutex);
+    close_descriptor(&p->wake_fd);
+    for (eng_pipeline **at = &pipelines; *at != NULL; at = &(*at)->next_pipeline)
+        if (*at == p) {
+            *at = p->next_pipeline;
+            break;
+        }
+    pthread_mutex_unlock(&fork_mutex);
+}
+
 /* ---- the thread ---- */
 
 static void accept_inbox(eng_pipeline *p)
@@ -46,6 +117,33 @@ static void sleep_until_woken(eng_pipeline *p)
         abort();
 }
 
+static void close_ring(eng_pipeline *p)
+{
+    if (p->ring == NULL)
+        return;
+    if (!p->broken)
+        ring_unregister(p->ring);
+    pthread_mutex_lock(&fork_mutex);
+    p->ring_fd = -1;
+    ring_close(p->ring);
+    pthread_mutex_unlock(&fork_mutex);
+    p->ring = NULL;
+}
+
+static int open_ring(eng_pipeline *p)
+{
+    pthread_mutex_lock(&fork_mutex);
+    int result = ring_open(&p->config, p->wake_fd, &p->ring, &p->io);
+    if (result == 0)
+        p->ring_fd = ring_fd(p->ring);
+    pthread_mutex_unlock(&fork_mutex);
+    if (result == 0)
+        result = ring_register(p->ring, &p->config, p->memory);
+    if (result < 0)
+        close_ring(p);
+    return result;
+}
+
 static int open_way(eng_pipeline *p)
 {
     if (p->config.io != NULL) {
@@ -54,23 +152,21 @@ static int open_way(eng_pipeline *p)
     }
     if (p->config.way == ENG_THREADS)
         return posix_open(&p->config, p->wake_fd, &p->posix, &p->io);
-    const int result = ring_open(&p->config, p->memory, p->wake_fd, &p->ring, &p->io);
-    if (result == 0)
-        p->ring_fd = ring_fd(p->ring);
-    return result;
+    return open_ring(p);
 }
 
 /* All slots, free. */
 static int map_slots(eng_pipeline *p)
 {
     const size_t nbytes = (size_t)p->config.slot_count * p->config.slot_bytes;
+    pthread_mutex_lock(&fork_mutex);
     p->memory = mmap(NULL, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p->memory != MAP_FAILED) /* a fork must not copy slots that the kernel is writing from */
+        madvise(p->memory, nbytes, MADV_DONTFORK);
+    pthread_mutex_unlock(&fork_mutex);
     if (p->memory == MAP_FAILED)
         return -ENOMEM;
-    /* Huge pages make pinning and copying cheaper where the host gives them; a fork must not copy slots that
-     * the kernel is writing from. */
-    madvise(p->memory, nbytes, MADV_HUGEPAGE);
-    madvise(p->memory, nbytes, MADV_DONTFORK);
+    madvise(p->memory, nbytes, MADV_HUGEPAGE); /* pinning and copying are cheaper, where the host has them */
     memset(p->slots, 0, p->config.slot_count * sizeof *p->slots);
     for (p->free_count = 0; p->free_count < p->config.slot_count; p->free_count++)
         p->free_slots[p->free_count] = p->config.slot_count - 1 - p->free_count;
@@ -100,11 +196,7 @@ int service_mend(eng_pipeline *p)
     if (p->config.io != NULL)
         return p->broken; /* the table is the caller's, and so is mending it */
     unmap_slots(p);
-    if (p->ring != NULL) {
-        p->ring_fd = -1;
-        ring_close(p->ring);
-        p->ring = NULL;
-    }
+    close_ring(p);
     int result = map_slots(p);
     if (result == 0)
         result = open_way(p);
@@ -150,8 +242,7 @@ static void *run(void *argument)
             sleep_until_woken(p); /* not if a close has come since: its wake may be read already */
     }
     unmap_slots(p); /* here, where it is known whether a broken ring has used them */
-    if (p->ring != NULL)
-        ring_close(p->ring);
+    close_ring(p);
     if (p->posix != NULL)
         posix_close(p->posix);
     return NULL;
@@ -162,8 +253,7 @@ static void *run(void *argument)
 static void release(eng_pipeline *p)
 {
     unmap_slots(p);
-    if (p->wake_fd >= 0)
-        close(p->wake_fd);
+    unlist_pipeline(p);
     pthread_cond_destroy(&p->changed);
     pthread_mutex_destroy(&p->mutex);
     free(p->free_slots);
@@ -217,15 +307,16 @@ int eng_open(eng_config *config, eng_pipeline **pipeline)
         return -ENOMEM;
     p->config = *config;
     p->memory = MAP_FAILED;
-    p->ring_fd = -1;
+    p->ring_fd = p->wake_fd = -1;
     pthread_mutex_init(&p->mutex, NULL);
     pthread_condattr_t monotonic;
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
     pthread_cond_init(&p->changed, &monotonic);
     pthread_condattr_destroy(&monotonic);
-    p->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    int result = p->wake_fd < 0 ? -errno : allocate_slots(p);
+    int result = list_pipeline(p);
+    if (result == 0)
+        result = allocate_slots(p);
     if (result == 0)
         result = map_slots(p);
     if (result == 0)
@@ -252,15 +343,6 @@ void eng_stop(eng_pipeline *p)
 void eng_close(eng_pipeline *p)
 {
     release(p);
-}
-
-void eng_abandon(eng_pipeline *p)
-{
-    if (p->ring_fd >= 0)
-        close(p->ring_fd);
-    if (p->wake_fd >= 0)
-        close(p->wake_fd);
-    p->ring_fd = p->wake_fd = -1; /* a fork of the child comes here again, and the numbers are others' by then */
 }
 
 int eng_submit(eng_pipeline *p, eng_job *job)

@@ -308,6 +308,76 @@ def test_a_fork_has_no_pipeline_and_harms_nobody(tmp_path: Path) -> None:
     assert (finished.returncode, finished.stderr) == (0, "")
 
 
+FORK_DURING_OPEN = """
+import os, threading, warnings
+from jobs import *
+from test_native_lifecycle import descriptors
+
+warnings.simplefilter("ignore", DeprecationWarning)  # a fork of several threads is the point
+ended = False
+
+def open_and_close():
+    while not ended:
+        Pipeline(16, 1 << 20).close()
+
+thread = threading.Thread(target=open_and_close)
+thread.start()
+kept = 0
+for _ in range(100):
+    child = os.fork()
+    if child == 0:
+        os._exit(sum("io_uring" in name or "eventfd" in name for name in descriptors()))
+    kept += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+ended = True
+thread.join()
+assert kept == 0, f"children kept {kept} descriptors"
+"""
+
+FORK_DURING_CLOSE = """
+import os, threading, warnings
+from jobs import *
+from test_native_lifecycle import rings
+
+warnings.simplefilter("ignore", DeprecationWarning)  # a fork of several threads is the point
+lost = 0
+for _ in range(20):
+    pipeline = Pipeline(2, 4096)
+    thread = threading.Thread(target=pipeline.close)
+    thread.start()
+    while rings():  # the native thread closes it; the closing thread needs the GIL, and has it seldom
+        spun = sum(range(20_000))
+    mine = [os.open("/dev/null", os.O_RDONLY) for _ in range(4)]  # one has the ring's number
+    child = os.fork()
+    if child == 0:
+        open_ones = [fd for fd in mine if os.path.lexists(f"/proc/self/fd/{fd}")]
+        os._exit(len(mine) - len(open_ones))
+    lost += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    thread.join()
+    for fd in mine:
+        os.close(fd)
+assert lost == 0, f"forked children lost {lost} descriptors that were not the pipeline's"
+"""
+
+
+@pytest.mark.parametrize("script", [FORK_DURING_OPEN, FORK_DURING_CLOSE], ids=["open", "close"])
+def test_a_fork_beside_open_or_close_neither_keeps_nor_loses_a_descriptor(script: str) -> None:
+    finished = in_a_process_of_its_own(script)
+    assert (finished.returncode, finished.stderr) == (0, "")
+
+
+def test_close_unpins_the_slots_while_another_descriptor_of_the_ring_is_open() -> None:
+    others, pinned_before = ring_descriptors(), status_bytes("VmPin")
+    pipeline = Pipeline(16, 1 << 20)
+    assert status_bytes("VmPin") - pinned_before == 16 << 20
+    (own,) = ring_descriptors() - others
+    kept = os.dup(own)  # as a child has one that was forked behind the back of every handler
+    try:
+        pipeline.close()
+        until(lambda: status_bytes("VmPin") == pinned_before)
+    finally:
+        os.close(kept)
+
+
 MEMLOCK = """
 import errno, os, resource, sys
 from jobs import *
