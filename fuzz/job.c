@@ -351,7 +351,7 @@ static void run(trial *t, input *in)
     }
     current = t, script = *in, completed_count = refusal_count = 0;
     memset(arrived_count, 0, sizeof arrived_count);
-    REQUIRE(eng_submit(pipeline, &t->job) == 0);
+    REQUIRE(eng_submit(pipeline, &t->job, 0) == 0);
     /* A job that has failed, or that names more files than there can be, does not want them any more. */
     const int attached = eng_attach(pipeline, &t->job, FDS);
     REQUIRE(attached == 0 || attached == -ESRCH);
@@ -360,9 +360,8 @@ static void run(trial *t, input *in)
     REQUIRE(eng_wait(pipeline, &t->job, ENG_DONE, HANG_NS) == 1);
     check_end(&t->job, valid, aborted);
     if (broken) {
-        eng_stop(pipeline);
-        eng_close(pipeline);
-        pipeline = NULL, broken = 0;
+        eng_free(&pipeline);
+        broken = 0;
     }
 }
 

@@ -26,7 +26,7 @@
  * in the list exactly the descriptors that it has inherited, and no mapping that a fork would copy. */
 
 static pthread_mutex_t fork_mutex = PTHREAD_MUTEX_INITIALIZER;
-static eng_pipeline *pipelines; /* all that are open, linked by `next_pipeline`; guarded by fork_mutex */
+static eng_pipeline *pipelines; /* all, from eng_open to eng_free, linked by `next_pipeline`; guarded by fork_mutex */
 
 static void before_fork(void)
 {
@@ -76,11 +76,16 @@ static int list_pipeline(eng_pipeline *p)
     return result;
 }
 
-/* Take a pipeline off the list, and close its last descriptor. */
-static void unlist_pipeline(eng_pipeline *p)
+static void close_wake_fd(eng_pipeline *p)
 {
     pthread_mutex_lock(&fork_mutex);
     close_descriptor(&p->wake_fd);
+    pthread_mutex_unlock(&fork_mutex);
+}
+
+static void unlist_pipeline(eng_pipeline *p)
+{
+    pthread_mutex_lock(&fork_mutex);
     for (eng_pipeline **at = &pipelines; *at != NULL; at = &(*at)->next_pipeline)
         if (*at == p) {
             *at = p->next_pipeline;
@@ -99,10 +104,13 @@ static void accept_inbox(eng_pipeline *p)
         pipeline_accept(p, i);
 }
 
+/* The mutex is held, so that the thread does not close the descriptor meanwhile. */
 static void wake(eng_pipeline *p)
 {
     const uint64_t one = 1;
-    /* The flag first: whoever is woken empties the descriptor and then looks at the flag. */
+    if (p->state == SERVICE_CLOSED)
+        return;
+    /* The flag first: the thread empties the descriptor and then looks at the flag. */
     __atomic_store_n(&p->dirty, 1, __ATOMIC_RELEASE);
     if (write(p->wake_fd, &one, sizeof one) != sizeof one)
         abort(); /* an eventfd takes 2^64 - 2 wakes before it refuses one */
@@ -216,52 +224,62 @@ static void step_back(void)
         pthread_setschedparam(pthread_self(), SCHED_BATCH, &parameters);
 }
 
-static void *run(void *argument)
+static int is_closing(const eng_pipeline *p)
 {
-    eng_pipeline *p = argument;
-    step_back();
-    const int result = open_way(p);
-    pthread_mutex_lock(&p->mutex);
-    p->opened = result < 0 ? result : 1;
-    pthread_cond_broadcast(&p->changed);
-    pthread_mutex_unlock(&p->mutex);
+    return __atomic_load_n(&p->state, __ATOMIC_ACQUIRE) == SERVICE_CLOSING;
+}
 
-    while (result == 0) {
-        /* Read before the inbox is: what was attached before the close is then seen to be. */
-        const int stopping = __atomic_load_n(&p->stopping, __ATOMIC_ACQUIRE);
+/* The mutex is held. */
+static void enter_state(eng_pipeline *p, enum service_state state)
+{
+    __atomic_store_n(&p->state, state, __ATOMIC_RELEASE);
+    pthread_cond_broadcast(&p->changed);
+}
+
+/* Work until the pipeline is closing and every job has ended. */
+static void serve(eng_pipeline *p)
+{
+    for (;;) {
+        /* Read before the inbox is: no job is submitted once this is true, and one that is attached counts as such. */
+        const int closing = is_closing(p);
         accept_inbox(p);
-        if (stopping)
+        if (closing)
             pipeline_cancel_unattached(p);
         const uint32_t begun = pipeline_fill(p);
         const int idle = begun == 0 && pipeline_verify(p) == 0;
         if (p->moving_count > 0)
             pipeline_reap(p, idle);
-        else if (idle && p->queue_count == 0 && stopping)
+        else if (idle && p->queue_count == 0 && closing)
             break;
-        else if (idle && !__atomic_load_n(&p->stopping, __ATOMIC_ACQUIRE))
+        else if (idle && !is_closing(p))
             sleep_until_woken(p); /* not if a close has come since: its wake may be read already */
+    }
+}
+
+static void *run(void *argument)
+{
+    eng_pipeline *p = argument;
+    step_back();
+    const int result = open_way(p);
+    if (result == 0) {
+        pthread_mutex_lock(&p->mutex);
+        enter_state(p, SERVICE_OPEN);
+        pthread_mutex_unlock(&p->mutex);
+        serve(p);
     }
     unmap_slots(p); /* here, where it is known whether a broken ring has used them */
     close_ring(p);
     if (p->posix != NULL)
         posix_close(p->posix);
+    pthread_mutex_lock(&p->mutex);
+    close_wake_fd(p);
+    p->open_error = result;
+    enter_state(p, SERVICE_CLOSED);
+    pthread_mutex_unlock(&p->mutex);
     return NULL;
 }
 
 /* ---- called by others ---- */
-
-static void release(eng_pipeline *p)
-{
-    unmap_slots(p);
-    unlist_pipeline(p);
-    pthread_cond_destroy(&p->changed);
-    pthread_mutex_destroy(&p->mutex);
-    free(p->free_slots);
-    free(p->unverified.slots);
-    free(p->waiting.slots);
-    free(p->slots);
-    free(p);
-}
 
 static int start_thread(eng_pipeline *p)
 {
@@ -277,14 +295,14 @@ static int start_thread(eng_pipeline *p)
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (result != 0)
         return -result;
+    p->has_thread = 1;
     pthread_setname_np(p->thread, "engine-io");
     pthread_mutex_lock(&p->mutex);
-    while (p->opened == 0)
+    while (p->state == SERVICE_OPENING)
         pthread_cond_wait(&p->changed, &p->mutex);
+    const int error = p->open_error;
     pthread_mutex_unlock(&p->mutex);
-    if (p->opened < 0)
-        pthread_join(p->thread, NULL);
-    return p->opened < 0 ? p->opened : 0;
+    return error;
 }
 
 static int allocate_slots(eng_pipeline *p)
@@ -323,47 +341,80 @@ int eng_open(eng_config *config, eng_pipeline **pipeline)
         result = start_thread(p);
     config->refused = result < 0 ? p->config.refused : ENG_REFUSED_NOTHING;
     if (result < 0) {
-        release(p);
+        eng_free(&p);
         return result;
     }
     *pipeline = p;
     return 0;
 }
 
-void eng_stop(eng_pipeline *p)
+/* Wait for a change until a point of time of pipeline_now_ns: 0 if that has passed.  The mutex is held. */
+static int await_change(eng_pipeline *p, uint64_t until_ns)
 {
-    if (p->stopped)
-        return;
-    __atomic_store_n(&p->stopping, 1, __ATOMIC_RELEASE);
-    wake(p);
-    pthread_join(p->thread, NULL);
-    p->stopped = 1;
+    const struct timespec until = {(time_t)(until_ns / 1000000000u), (long)(until_ns % 1000000000u)};
+    return pthread_cond_timedwait(&p->changed, &p->mutex, &until) != ETIMEDOUT;
 }
 
-void eng_close(eng_pipeline *p)
+static uint64_t deadline_ns(uint64_t timeout_ns)
 {
-    release(p);
+    uint64_t until_ns;
+    const int is_endless = __builtin_add_overflow(pipeline_now_ns(), timeout_ns, &until_ns) || until_ns > INT64_MAX;
+    return is_endless ? INT64_MAX : until_ns;
 }
 
-int eng_submit(eng_pipeline *p, eng_job *job)
+static void abort_entry(entry *e, int32_t error)
 {
-    int result = -EBUSY;
+    e->abort_error = error;
+    e->aborted = 1;
+}
+
+int eng_close(eng_pipeline *p, int32_t error, uint64_t timeout_ns)
+{
+    const uint64_t until_ns = deadline_ns(timeout_ns);
+    if (p->forked)
+        return 1; /* the thread is another process's, and the mutex may have been locked at the fork */
     pthread_mutex_lock(&p->mutex);
-    for (uint32_t i = 0; i < ENG_JOBS_MAX && result != 0; i++) {
+    if (p->state == SERVICE_OPEN)
+        enter_state(p, SERVICE_CLOSING);
+    for (uint32_t i = 0; i < ENG_JOBS_MAX && error != 0; i++)
         if (p->entries[i].job != NULL)
-            continue;
-        job->submitted_ns = pipeline_now_ns();
-        p->entries[i].job = job;
-        p->entries[i].submitted = 1;
-        result = 0;
-    }
+            abort_entry(&p->entries[i], error);
+    wake(p);
+    while (p->state != SERVICE_CLOSED && await_change(p, until_ns))
+        ;
+    const int closed = p->state == SERVICE_CLOSED;
+    const int joins = closed && p->has_thread; /* one caller does, and the thread is at its last instructions */
+    if (joins)
+        p->has_thread = 0;
     pthread_mutex_unlock(&p->mutex);
-    if (result == 0)
-        wake(p);
-    return result;
+    if (joins)
+        pthread_join(p->thread, NULL);
+    return closed;
 }
 
-/* The entry of a job, or NULL if it has ended.  The mutex is held. */
+void eng_free(eng_pipeline **pipeline)
+{
+    eng_pipeline *p = *pipeline;
+    *pipeline = NULL;
+    if (p == NULL)
+        return;
+    if (!p->forked) {
+        if (p->has_thread)
+            eng_close(p, ECANCELED, UINT64_MAX);
+        unmap_slots(p); /* and the descriptor, where there never was a thread to do so */
+        close_wake_fd(p);
+        unlist_pipeline(p);
+        pthread_cond_destroy(&p->changed);
+        pthread_mutex_destroy(&p->mutex);
+    }
+    free(p->free_slots);
+    free(p->unverified.slots);
+    free(p->waiting.slots);
+    free(p->slots);
+    free(p);
+}
+
+/* The entry of a job, or NULL if it has ended; of NULL, one that is free.  The mutex is held. */
 static entry *find(eng_pipeline *p, const eng_job *job)
 {
     for (uint32_t i = 0; i < ENG_JOBS_MAX; i++)
@@ -372,34 +423,71 @@ static entry *find(eng_pipeline *p, const eng_job *job)
     return NULL;
 }
 
+/* One try to submit a job.  The mutex is held. */
+static int try_submit(eng_pipeline *p, eng_job *job)
+{
+    if (p->state != SERVICE_OPEN)
+        return -ESHUTDOWN;
+    if (eng_reached(job, ENG_DONE))
+        return -ECANCELED;
+    entry *e = find(p, NULL);
+    if (e == NULL)
+        return -EAGAIN;
+    job->submitted_ns = pipeline_now_ns();
+    e->job = job;
+    e->submitted = 1;
+    wake(p);
+    return 0;
+}
+
+int eng_submit(eng_pipeline *p, eng_job *job, uint64_t timeout_ns)
+{
+    const uint64_t until_ns = deadline_ns(timeout_ns);
+    int result;
+    pthread_mutex_lock(&p->mutex);
+    while ((result = try_submit(p, job)) == -EAGAIN && await_change(p, until_ns))
+        ;
+    pthread_mutex_unlock(&p->mutex);
+    return result;
+}
+
 int eng_attach(eng_pipeline *p, eng_job *job, const int32_t *fds)
 {
     pthread_mutex_lock(&p->mutex);
+    const int closed = p->state == SERVICE_CLOSED;
     entry *e = find(p, job);
     /* A job that failed its validation may name any number of files: it is never attached. */
     const int usable = e != NULL && job->file_count <= ENG_JOB_FILES_MAX;
     if (usable) {
         memcpy(e->fds, fds, job->file_count * sizeof *fds);
         e->attached = 1;
+        wake(p);
     }
     pthread_mutex_unlock(&p->mutex);
-    if (usable)
-        wake(p);
-    return usable ? 0 : -ESRCH;
+    return usable ? 0 : closed ? -ESHUTDOWN : -ESRCH;
 }
 
-int eng_abort(eng_pipeline *p, eng_job *job, int32_t error)
+/* End a job that no thread has seen.  The mutex is held. */
+static void abort_unsubmitted(eng_pipeline *p, eng_job *job, int32_t error)
+{
+    job->failure = ENG_ABORTED_FAILURE;
+    job->error = error;
+    job->failed_block = UINT32_MAX;
+    __atomic_fetch_or(&job->milestones, ENG_URGENT | ENG_ALL_STAGED | ENG_DONE, __ATOMIC_RELEASE);
+    pthread_cond_broadcast(&p->changed);
+}
+
+void eng_abort(eng_pipeline *p, eng_job *job, int32_t error)
 {
     pthread_mutex_lock(&p->mutex);
     entry *e = find(p, job);
     if (e != NULL) {
-        e->abort_error = error;
-        e->aborted = 1;
+        abort_entry(e, error);
+        wake(p);
+    } else if (job->submitted_ns == 0 && !eng_reached(job, ENG_DONE)) {
+        abort_unsubmitted(p, job, error);
     }
     pthread_mutex_unlock(&p->mutex);
-    if (e != NULL)
-        wake(p);
-    return e != NULL ? 0 : -ESRCH;
 }
 
 int eng_reached(const eng_job *job, uint32_t milestone)
@@ -409,16 +497,14 @@ int eng_reached(const eng_job *job, uint32_t milestone)
 
 int eng_wait(eng_pipeline *p, const eng_job *job, uint32_t milestone, uint64_t timeout_ns)
 {
+    const uint64_t until_ns = deadline_ns(timeout_ns);
+    int result;
     if (eng_reached(job, milestone))
         return 1;
-    if (timeout_ns == 0)
-        return 0;
-    const uint64_t until_ns = pipeline_now_ns() + timeout_ns;
-    const struct timespec until = {(time_t)(until_ns / 1000000000u), (long)(until_ns % 1000000000u)};
-    int timed_out = 0;
     pthread_mutex_lock(&p->mutex);
-    while (!eng_reached(job, milestone) && !timed_out)
-        timed_out = pthread_cond_timedwait(&p->changed, &p->mutex, &until) == ETIMEDOUT;
+    do {
+        result = eng_reached(job, milestone) ? 1 : p->state == SERVICE_CLOSED ? -ESHUTDOWN : 0;
+    } while (result == 0 && await_change(p, until_ns));
     pthread_mutex_unlock(&p->mutex);
-    return eng_reached(job, milestone);
+    return result;
 }
