@@ -404,6 +404,24 @@ def test_a_writer_between_the_two_looks_is_caught(open_pipeline: Callable[..., P
     assert_usable(pipeline, fd)
 
 
+@pytest.mark.every_backend
+def test_a_checked_job_is_not_staged_before_its_last_second_look(
+    open_pipeline: Callable[..., Pipeline], fd: int
+) -> None:
+    pipeline = open_pipeline(4)  # as many slots as blocks, so that all are taken and none is left for the second look
+    tensor, plan = noise(4 * SLOT_BYTES), whole(4 * SLOT_BYTES, SLOT_BYTES)
+    job = make_job(WRITE, plan, [plain(tensor)], checked=True)
+    pipeline.submit(job)
+    until(lambda: set(job.states()) == {BlockState.STAGED})
+    later = make_job(WRITE, plan, [plain(tensor)])
+    pipeline.submit(later)
+    assert pipeline.wait(later, Milestone.URGENT, HANG_NS), "what came of the last block is told by then"
+    assert not pipeline.wait(job, Milestone.STAGED, LOOK_NS)
+    tensor[-1] ^= 1
+    pipeline.attach(job, [fd])
+    assert finish(pipeline, job).failure == Failure(FailureKind.TORN, 0, 3)
+
+
 # -- abort ------------------------------------------------------------------------------------------------------------
 
 
