@@ -29,8 +29,17 @@ struct ring {
 };
 
 /* Names that liburing 2.1, which Ubuntu 22.04 has, does not know yet (linux/io_uring.h). */
+#ifndef IORING_SETUP_SUBMIT_ALL
+#define IORING_SETUP_SUBMIT_ALL (1U << 7)
+#endif
 #ifndef IORING_SETUP_COOP_TASKRUN
 #define IORING_SETUP_COOP_TASKRUN (1U << 8)
+#endif
+#ifndef IORING_SETUP_TASKRUN_FLAG
+#define IORING_SETUP_TASKRUN_FLAG (1U << 9)
+#endif
+#ifndef IORING_SQ_TASKRUN
+#define IORING_SQ_TASKRUN (1U << 2)
 #endif
 #ifndef IORING_SETUP_SINGLE_ISSUER
 #define IORING_SETUP_SINGLE_ISSUER (1U << 12)
@@ -40,10 +49,13 @@ struct ring {
 #endif
 
 /* From the most wanted to what every kernel since 5.1 takes.  SINGLE_ISSUER and DEFER_TASKRUN came with 6.0 and
- * 6.1, COOP_TASKRUN with 5.19, CQSIZE with 5.5. */
+ * 6.1, COOP_TASKRUN and TASKRUN_FLAG with 5.19, SUBMIT_ALL with 5.18, CQSIZE with 5.5. */
+enum { COOPERATIVE = IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG };
 static const uint32_t SETUP_FLAGS[] = {
-    IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_COOP_TASKRUN | IORING_SETUP_CQSIZE,
-    IORING_SETUP_COOP_TASKRUN | IORING_SETUP_CQSIZE,
+    IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | COOPERATIVE | IORING_SETUP_SUBMIT_ALL
+        | IORING_SETUP_CQSIZE,
+    COOPERATIVE | IORING_SETUP_SUBMIT_ALL | IORING_SETUP_CQSIZE,
+    IORING_SETUP_SUBMIT_ALL | IORING_SETUP_CQSIZE,
     IORING_SETUP_CQSIZE,
     0,
 };
@@ -123,9 +135,13 @@ static void arm_wake(ring *ring)
     ring->wake_armed = 1;
 }
 
-/* Run what DEFER_TASKRUN has deferred, so that completions show (io_uring_enter(2), IORING_ENTER_GETEVENTS). */
+/* Run what DEFER_TASKRUN has deferred, so that completions show (io_uring_enter(2), IORING_ENTER_GETEVENTS).  The kernel
+ * flags it (IORING_SETUP_TASKRUN_FLAG), and liburing's submission runs it in the same call; only what has come since, and
+ * all with liburing 2.1, takes a call of its own. */
 static int get_events(const ring *ring)
 {
+    if (!(__atomic_load_n(ring->uring.sq.kflags, __ATOMIC_RELAXED) & IORING_SQ_TASKRUN))
+        return 0;
     const long result = syscall(__NR_io_uring_enter, ring->uring.ring_fd, 0, 0, IORING_ENTER_GETEVENTS, NULL, 0);
     return result < 0 ? -errno : 0;
 }

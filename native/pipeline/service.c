@@ -18,6 +18,9 @@
 
 #include "pipeline/pipeline.h"
 
+/* Of x86-64, and of aarch64 with pages of 4 KiB. */
+static const size_t HUGE_PAGE_BYTES = 2 << 20;
+
 /* ---- forks ----
  *
  * A forked child has none of the threads.  A ring that it inherits keeps the slots' memory pinned for as long as the
@@ -163,12 +166,27 @@ static int open_way(eng_pipeline *p)
     return open_ring(p);
 }
 
+/* Map memory that begins where a huge page may: kernels align only some mappings by themselves, or none. */
+static uint8_t *map_aligned(size_t nbytes)
+{
+    const size_t page_bytes = (size_t)sysconf(_SC_PAGESIZE), whole_bytes = (nbytes + page_bytes - 1) & -page_bytes;
+    const int protection = PROT_READ | PROT_WRITE, flags = MAP_PRIVATE | MAP_ANONYMOUS;
+    uint8_t *mapped = mmap(NULL, whole_bytes + HUGE_PAGE_BYTES, protection, flags, -1, 0);
+    if (mapped == MAP_FAILED)
+        return MAP_FAILED;
+    const size_t before_bytes = -(uintptr_t)mapped % HUGE_PAGE_BYTES;
+    if (before_bytes > 0)
+        munmap(mapped, before_bytes);
+    munmap(mapped + before_bytes + whole_bytes, HUGE_PAGE_BYTES - before_bytes);
+    return mapped + before_bytes;
+}
+
 /* All slots, free. */
 static int map_slots(eng_pipeline *p)
 {
     const size_t nbytes = (size_t)p->config.slot_count * p->config.slot_bytes;
     pthread_mutex_lock(&fork_mutex);
-    p->memory = mmap(NULL, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    p->memory = map_aligned(nbytes);
     if (p->memory != MAP_FAILED) /* a fork must not copy slots that the kernel is writing from */
         madvise(p->memory, nbytes, MADV_DONTFORK);
     pthread_mutex_unlock(&fork_mutex);

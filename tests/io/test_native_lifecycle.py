@@ -87,6 +87,18 @@ def test_a_pipeline_does_not_keep_a_job_that_is_done(
 
 
 @pytest.mark.every_backend
+@pytest.mark.parametrize("slot_count", [1, 16, 17])
+def test_slots_begin_where_a_huge_page_may(rung: Backend, slot_count: int) -> None:
+    before = slots()
+    pipelines = [Pipeline(slot_count, 1 << 20, rung) for _ in range(2)]
+    found = slots() - before
+    assert found and not [start for start in found if start % (2 << 20)]
+    for pipeline in pipelines:
+        pipeline.close()
+    assert slots() == before
+
+
+@pytest.mark.every_backend
 def test_memory_does_not_grow_with_saves(open_pipeline: Callable[..., Pipeline], fd: int) -> None:
     slot_bytes = 64 << 10
     pipeline = open_pipeline(4, slot_bytes)
