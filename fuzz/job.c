@@ -239,10 +239,10 @@ static int is_ours(const trial *t)
 
 /* ---- the table ---- */
 
-static int set_file(void *context, uint32_t file, int32_t fd)
+static int set_files(void *context, uint32_t first, const int32_t *fds, uint32_t count)
 {
-    (void)context, (void)fd;
-    return file < ENG_JOBS_MAX * ENG_JOB_FILES_MAX ? 0 : -EINVAL;
+    (void)context, (void)fds;
+    return first + count <= ENG_JOBS_MAX * ENG_JOB_FILES_MAX ? 0 : -EINVAL;
 }
 
 /* What reached the table whole from a block's start, as the checksums that it could have: more than one only where
@@ -341,7 +341,7 @@ static void check_end(const eng_job *job, int valid, int aborted)
 static void run(trial *t, input *in)
 {
     static const int32_t FDS[ENG_JOB_FILES_MAX];
-    static const eng_io_table TABLE = {NULL, set_file, start, reap};
+    static const eng_io_table TABLE = {NULL, set_files, start, reap};
     const int valid = job_is_valid(&t->job, SLOT_BYTES), aborted = below(in, 16) == 15;
     if (valid && !is_ours(t))
         return;

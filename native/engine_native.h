@@ -134,7 +134,7 @@ typedef struct {
 typedef struct {
     uint32_t slot;            /* comes back in the completion; at most one operation a slot is under way */
     uint32_t direction;
-    uint32_t file;            /* index given to set_file */
+    uint32_t file;            /* index given to set_files */
     uint32_t nbytes;
     uint64_t file_offset;
     uint8_t *address;
@@ -147,7 +147,8 @@ typedef struct {
 
 typedef struct {
     void *context;
-    int (*set_file)(void *context, uint32_t file, int32_t fd);      /* fd -1 takes the file out again */
+    /* Give `count` files from `first` on their descriptors; -1 takes a file out again. */
+    int (*set_files)(void *context, uint32_t first, const int32_t *fds, uint32_t count);
     int (*start)(void *context, const eng_io *io);                  /* queue one operation */
     /* Hand over what is queued; with wait, block until something completes or the pipeline is woken.  Returns
      * how many completions were stored, or a negative errno. */

@@ -73,11 +73,11 @@ static void *work(void *argument)
 
 /* ---- the table ---- */
 
-static int posix_set_file(void *context, uint32_t file, int32_t fd)
+static int posix_set_files(void *context, uint32_t first, const int32_t *fds, uint32_t count)
 {
     posix *posix = context;
     pthread_mutex_lock(&posix->mutex);
-    posix->fds[file] = fd;
+    memcpy(&posix->fds[first], fds, count * sizeof *fds);
     pthread_mutex_unlock(&posix->mutex);
     return 0;
 }
@@ -154,7 +154,7 @@ int posix_open(const eng_config *config, int wake_fd, posix **opened, eng_io_tab
         return result;
     }
     *opened = posix;
-    *table = (eng_io_table){posix, posix_set_file, posix_start, posix_reap};
+    *table = (eng_io_table){posix, posix_set_files, posix_start, posix_reap};
     return 0;
 }
 

@@ -90,14 +90,19 @@ static int register_slots(ring *ring, const eng_config *config, uint8_t *slots)
     return result;
 }
 
-static int ring_set_file(void *context, uint32_t file, int32_t fd)
+static int ring_set_files(void *context, uint32_t first, const int32_t *fds, uint32_t count)
 {
     ring *ring = context;
-    ring->fds[file] = fd;
-    if (!ring->registered)
-        return 0;
-    int result = io_uring_register_files_update(&ring->uring, file, &fd, 1);
-    return result < 0 ? result : 0;
+    memcpy(&ring->fds[first], fds, count * sizeof *fds);
+    int done = ring->registered ? 0 : (int)count;
+    while (done < (int)count) { /* once, but where a file is refused: then the next call says why */
+        const uint32_t next = first + (uint32_t)done;
+        const int result = io_uring_register_files_update(&ring->uring, next, &ring->fds[next], count - (uint32_t)done);
+        if (result <= 0)
+            return result < 0 ? result : -EIO;
+        done += result;
+    }
+    return 0;
 }
 
 static int ring_start(void *context, const eng_io *io)
@@ -207,7 +212,7 @@ int ring_open(eng_config *config, int wake_fd, ring **opened, eng_io_table *tabl
     ring->registered = config->way == ENG_RING_REGISTERED;
     memset(ring->fds, -1, sizeof ring->fds); /* -1 is an empty place (io_uring_register(2)) */
     *opened = ring;
-    *table = (eng_io_table){ring, ring_set_file, ring_start, ring_reap};
+    *table = (eng_io_table){ring, ring_set_files, ring_start, ring_reap};
     return 0;
 }
 

@@ -157,9 +157,10 @@ static void settle(eng_pipeline *p, uint32_t entry_index)
     for (uint32_t i = 0; i < job->block_count && !e->failed; i++)
         if (job->states[i] != ENG_WRITTEN)
             fail(p, entry_index, ENG_INVALID_FAILURE, EINVAL, i);
-    if (e->has_files)
-        for (uint32_t i = 0; i < job->file_count; i++)
-            p->io.set_file(p->io.context, entry_index * ENG_JOB_FILES_MAX + i, -1);
+    if (e->has_files) {
+        memset(e->fds, -1, sizeof e->fds);
+        p->io.set_files(p->io.context, entry_index * ENG_JOB_FILES_MAX, e->fds, job->file_count);
+    }
     take_out(p->queue, &p->queue_count, entry_index);
     job->done_ns = pipeline_now_ns();
     pthread_mutex_lock(&p->mutex);
@@ -405,16 +406,15 @@ static int attach_files(eng_pipeline *p, uint32_t entry_index)
     if (e->failed || e->has_files)
         return 1;
     e->has_files = 1;
-    for (uint32_t i = 0; i < e->job->file_count; i++) {
-        const int result = p->io.set_file(p->io.context, entry_index * ENG_JOB_FILES_MAX + i, e->fds[i]);
-        if (result == -EOPNOTSUPP || result == -ENXIO) { /* it is no ring any more (io_uring_register(2), ERRORS) */
-            break_down(p, -result);
-            return 0;
-        }
-        if (result < 0) {
-            fail(p, entry_index, ENG_IO_FAILURE, -result, UINT32_MAX);
-            return 1;
-        }
+    const uint32_t first = entry_index * ENG_JOB_FILES_MAX;
+    const int result = p->io.set_files(p->io.context, first, e->fds, e->job->file_count);
+    if (result == -EOPNOTSUPP || result == -ENXIO) { /* it is no ring any more (io_uring_register(2), ERRORS) */
+        break_down(p, -result);
+        return 0;
+    }
+    if (result < 0) {
+        fail(p, entry_index, ENG_IO_FAILURE, -result, UINT32_MAX);
+        return 1;
     }
     for (uint32_t at = 0; at < p->waiting.count && !e->failed;) {
         const uint32_t index = p->waiting.slots[at];

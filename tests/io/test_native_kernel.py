@@ -102,3 +102,35 @@ pipeline.close()
 @pytest.mark.parametrize("backend", ["io_uring", "io_uring_plain"])
 def test_completions_that_come_with_an_error_are_not_lost(tmp_path: Path, backend: str, flags: str) -> None:
     check(BUSY, backend, str(tmp_path / "blocks"), flags)
+
+
+FILES = """
+import errno, os, sys
+from jobs import *
+from seccomp import REGISTER, supervise
+
+asked = 0
+
+def answer(_number, _arguments):
+    global asked
+    asked += 1
+    return 0
+
+supervise(answer, (REGISTER,))
+pipeline = Pipeline(4, SLOT_BYTES, "io_uring")
+files = [os.open(f"{sys.argv[1]}-{index}", os.O_RDWR | os.O_CREAT) for index in range(3)]
+tensors = [noise(SLOT_BYTES + index, index) for index in range(3)]
+plan = cut([[Extent(index, 0, 0, len(tensor))] for index, tensor in enumerate(tensors)], SLOT_BYTES)
+for _ in range(2):
+    before = asked
+    assert run(pipeline, make_job(WRITE, plan, [*map(plain, tensors)]), files).failure is None
+    assert asked - before == 2, asked - before  # given at once, and taken out at once
+assert [content(file, len(tensor)) for file, tensor in zip(files, tensors)] == [*map(bytes_of, tensors)]
+failure = run(pipeline, make_job(WRITE, plan, [*map(plain, tensors)]), [files[0], 1 << 20, files[2]]).failure
+assert failure.errno == errno.EBADF, failure
+assert_usable(pipeline, files[0])
+"""
+
+
+def test_all_files_of_a_job_are_registered_in_one_call(tmp_path: Path) -> None:
+    check(FILES, str(tmp_path / "blocks"))
