@@ -439,7 +439,7 @@ void pipeline_accept(eng_pipeline *p, uint32_t entry_index)
 
     if (submitted) {
         p->queue[p->queue_count++] = entry_index;
-        if (p->broken && service_mend(p) != 0)
+        if (p->broken && service_replace_ring(p) != 0)
             fail(p, entry_index, ENG_IO_FAILURE, p->broken, UINT32_MAX);
         else if (!job_is_valid(e->job, p->config.slot_bytes))
             fail(p, entry_index, ENG_INVALID_FAILURE, EINVAL, UINT32_MAX);

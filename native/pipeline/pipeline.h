@@ -91,7 +91,7 @@ void pipeline_accept(struct eng_pipeline *p, uint32_t entry_index);
 
 /* Replace a ring that broke, and its slots with it, which the kernel may still be moving.  Returns 0 or an errno.  In
  * service.c, which opens rings. */
-int service_mend(struct eng_pipeline *p);
+int service_replace_ring(struct eng_pipeline *p);
 
 /* Abort the jobs that have no files: the pipeline is closing, and they will never get any. */
 void pipeline_cancel_unattached(struct eng_pipeline *p);

@@ -217,10 +217,10 @@ static void unmap_slots(eng_pipeline *p)
     p->memory = MAP_FAILED;
 }
 
-int service_mend(eng_pipeline *p)
+int service_replace_ring(eng_pipeline *p)
 {
     if (p->config.io != NULL)
-        return p->broken; /* the table is the caller's, and so is mending it */
+        return p->broken; /* the table is the caller's to repair */
     unmap_slots(p);
     close_ring(p);
     int result = map_slots(p);
@@ -230,11 +230,11 @@ int service_mend(eng_pipeline *p)
     return p->broken;
 }
 
-/* A thread that wakes takes the CPU of the one that woke it if it has slept for long: a caller of eng_submit would be
- * held up until some of the arena has been staged.  Under SCHED_BATCH it waits for its turn (sched(7)).  In a training on
- * every core checkpoint() took 0.6 ms in some runs and 2 to 5 in others, and with this 0.6.  Where it is refused all
- * goes on without, and whoever has chosen another policy keeps it. */
-static void step_back(void)
+/* A thread that wakes after a long sleep takes the CPU of the thread that woke it: a caller of eng_submit is held up until
+ * some of the arena is staged.  Under SCHED_BATCH the woken thread waits for its turn (sched(7)).  In a training on every
+ * core checkpoint() took 0.6 ms in some runs and 2 to 5 ms in others; with SCHED_BATCH it takes 0.6 ms.  Where the
+ * kernel refuses the policy the thread goes on without it, and a policy that the user has chosen stays. */
+static void lower_priority(void)
 {
     struct sched_param parameters;
     int policy;
@@ -277,7 +277,7 @@ static void serve(eng_pipeline *p)
 static void *run(void *argument)
 {
     eng_pipeline *p = argument;
-    step_back();
+    lower_priority();
     const int result = open_way(p);
     if (result == 0) {
         pthread_mutex_lock(&p->mutex);

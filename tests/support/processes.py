@@ -92,11 +92,11 @@ def is_inaccessible(address: int) -> bool:
 
 
 def in_a_process_of_its_own(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a script with the same Python, where it may fork, drop its rights or crash: then stderr has every stack."""
+    """Run a script with the same Python, where it may fork, drop its rights or crash."""
     paths = os.pathsep.join(sys.path)
     return subprocess.run(
         [sys.executable, "-c", script, *arguments],
-        env={**os.environ, "PYTHONPATH": paths, "PYTHONFAULTHANDLER": "1"},
+        env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
         timeout=HANG_NS / 1e9,
