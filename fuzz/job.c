@@ -251,10 +251,10 @@ static int is_ours(const trial *t)
 
 /* ---- the table ---- */
 
-static int set_file(void *context, int32_t place, int32_t fd)
+static int set_files(void *context, uint32_t first, const int32_t *fds, uint32_t count)
 {
-    (void)context, (void)fd;
-    return place >= 0 && place < ENG_JOBS_MAX * ENG_JOB_PLACES ? 0 : -EINVAL;
+    (void)context, (void)fds;
+    return first + count <= ENG_JOBS_MAX * ENG_JOB_PLACES ? 0 : -EINVAL;
 }
 
 /* What reached the table whole from a block's start, as the checksums that it could have: more than one only where
@@ -354,7 +354,7 @@ static void check_end(const eng_job *job, int valid, int aborted)
 static void run(trial *t, input *in)
 {
     static const int32_t FDS[FILES_MAX];
-    static const eng_io_table TABLE = {NULL, set_file, start, reap};
+    static const eng_io_table TABLE = {NULL, set_files, start, reap};
     const int valid = job_is_valid(&t->job, SLOT_BYTES), aborted = below(in, 16) == 15;
     if (valid && !is_ours(t))
         return;
@@ -364,8 +364,8 @@ static void run(trial *t, input *in)
     }
     current = t, script = *in, completed_count = refusal_count = 0;
     memset(arrived_count, 0, sizeof arrived_count);
-    REQUIRE(eng_submit(pipeline, &t->job) == 0);
-    /* A job that has failed does not want them any more. */
+    REQUIRE(eng_submit(pipeline, &t->job, 0) == 0);
+    /* A job that has failed does not take them. */
     const int attached = eng_attach(pipeline, &t->job, FDS, t->known, t->is_known);
     REQUIRE(attached == 0 || attached == -ESRCH);
     if (aborted)
@@ -373,9 +373,8 @@ static void run(trial *t, input *in)
     REQUIRE(eng_wait(pipeline, &t->job, ENG_DONE, HANG_NS) == 1);
     check_end(&t->job, valid, aborted);
     if (broken) {
-        eng_stop(pipeline);
-        eng_close(pipeline);
-        pipeline = NULL, broken = 0;
+        eng_free(&pipeline);
+        broken = 0;
     }
 }
 

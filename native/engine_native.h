@@ -8,9 +8,9 @@
  * A write copies each block's extents from their sources into a slot, hashing them on the way, and writes the slot at
  * the block's file offset.  A read does the reverse, and lets no block out of its slot that does not verify.
  *
- * Threads.  eng_submit, eng_attach, eng_abort and eng_wait may be called from any thread.  eng_open, eng_stop and
- * eng_close are called in this order and from one thread at a time, eng_stop once or more, and no other call may be
- * under way during eng_close.  Only the pipeline's own thread touches the ring (IORING_SETUP_SINGLE_ISSUER demands it).
+ * Threads.  Between eng_open and eng_free every function may be called from any thread, also beside and after
+ * eng_close; eng_free is called once, with no other call under way.  Only the pipeline's own thread touches the ring
+ * (IORING_SETUP_SINGLE_ISSUER demands it).
  *
  * Ownership.  The caller owns the eng_job and everything it points to, and keeps all of it, the sources' memory
  * and the file descriptors unchanged and alive until ENG_DONE has been reached.  The pipeline owns the slots.
@@ -145,7 +145,7 @@ typedef struct {
     uint32_t slot;            /* comes back in the completion; at most one operation a slot is under way */
     uint32_t direction;
     int32_t fd;
-    int32_t place;            /* of the file, as given to set_file, or ENG_NO_PLACE */
+    int32_t place;            /* of the file, as given to set_files, or ENG_NO_PLACE */
     uint32_t nbytes;
     uint64_t file_offset;
     uint8_t *address;
@@ -158,7 +158,8 @@ typedef struct {
 
 typedef struct {
     void *context;
-    int (*set_file)(void *context, int32_t place, int32_t fd);      /* fd -1 takes the file out again; may be NULL */
+    /* Put `count` files into the places from `first` on; -1 takes a file out again.  May be NULL. */
+    int (*set_files)(void *context, uint32_t first, const int32_t *fds, uint32_t count);
     int (*start)(void *context, const eng_io *io);                  /* queue one operation */
     /* Hand over what is queued; with wait, block until something completes or the pipeline is woken.  Returns
      * how many completions were stored, or a negative errno. */
@@ -178,29 +179,31 @@ typedef struct eng_pipeline eng_pipeline;
 /* Map the slots, start the thread, set up the way.  Blocks until the thread runs or has failed. */
 int eng_open(eng_config *config, eng_pipeline **pipeline);
 
-/* Drain every job and stop the thread.  Blocks.  A job that was never attached is aborted with ECANCELED.  Others may
- * be waiting meanwhile, and all they wait for is reached; nothing may be submitted any more. */
-void eng_stop(eng_pipeline *pipeline);
+/* Take no job any more, end all that are there, and stop the thread, which gives back slots and descriptors.  Jobs are
+ * drained if `error` is 0, but for those without files, which are aborted with ECANCELED; otherwise all are aborted
+ * with `error`.  Returns 1 when that is done, 0 if timeout_ns passed first: it goes on all the same, and may be waited
+ * for with another call.  In a forked child it does nothing and returns 1. */
+int eng_close(eng_pipeline *pipeline, int32_t error, uint64_t timeout_ns);
 
-/* Free everything, after eng_stop, when no other call is under way. */
-void eng_close(eng_pipeline *pipeline);
+/* Close, aborting with ECANCELED, free the pipeline, and set the pointer to NULL.  Of NULL: nothing. */
+void eng_free(eng_pipeline **pipeline);
 
-/* In a forked child only: close the child's copies of the descriptors.  The thread does not exist there, and
- * the slots were never mapped there. */
-void eng_abandon(eng_pipeline *pipeline);
+/* Queue a job.  Staging of a write begins at once; nothing is written or read before eng_attach.  Returns 0, -EAGAIN if
+ * there was no room for timeout_ns, -ECANCELED if the job was aborted before, or -ESHUTDOWN. */
+int eng_submit(eng_pipeline *pipeline, eng_job *job, uint64_t timeout_ns);
 
-/* Queue a job.  Staging of a write begins at once; nothing is written or read before eng_attach. */
-int eng_submit(eng_pipeline *pipeline, eng_job *job);
 
 /* Give a job its `file_count` files.  A write may be told what they hold already: `known` has one hash a block, good
  * where `is_known` is not 0.  A block whose hash equals the known one is ENG_WRITTEN without I/O, and counted in
- * skipped_bytes.  Both may be NULL.  All three arrays are the job's until ENG_DONE. */
+ * skipped_bytes.  Both may be NULL.  All three arrays are the job's until ENG_DONE.  Returns 0, -ESRCH if the job has
+ * ended, or -ESHUTDOWN. */
 int eng_attach(eng_pipeline *pipeline, eng_job *job, const int32_t *fds, const eng_hash *known, const uint8_t *is_known);
 
-/* Fail a job that has not been attached, or has: what is in flight is drained. */
-int eng_abort(eng_pipeline *pipeline, eng_job *job, int32_t error);
+/* Fail a job: what is in flight is drained, and then it is done.  One that was never submitted is done at once, and is
+ * not taken any more; one that is done stays as it is. */
+void eng_abort(eng_pipeline *pipeline, eng_job *job, int32_t error);
 
-/* Wait until a milestone is reached: 1 if it is, 0 if timeout_ns passed first.  0 ns only looks. */
+/* Wait until a milestone is reached: 1 if it is, 0 if timeout_ns passed first, or -ESHUTDOWN if it never will be. */
 int eng_wait(eng_pipeline *pipeline, const eng_job *job, uint32_t milestone, uint64_t timeout_ns);
 
 /* Whether a milestone has been reached.  Touches the job only. */

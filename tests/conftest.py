@@ -28,6 +28,9 @@ from engine.io.pipeline import Pipeline
 from engine.options import Backend
 from engine.store.filesystem import Filesystem
 
+# A process that a test starts prints every stack when it crashes, as pytest does.
+os.environ["PYTHONFAULTHANDLER"] = "1"
+
 settings.register_profile("engine", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("engine")
 

@@ -2,11 +2,15 @@
 
 Theory of operation.  A `Pipeline` is one native thread with one way of moving blocks, an io_uring or threads; a `Job`
 is one save or restore handed to it.  The job's arrays live in Python-owned memory that the pipeline reads and writes,
-so a Job is kept alive by its Pipeline until it is done, whatever its owner does.  Every call that waits releases the
-GIL and comes back every `WAIT_SLICE_NS`, so that Ctrl-C works.
+so a Job and the owners of its sources are kept alive until it is done (`_Held`), whatever becomes of the Job's owner or
+of the Pipeline.  A Pipeline that nobody closes is stopped when it is collected, or at exit.  Every call that waits
+releases the GIL and comes back every `WAIT_SLICE_NS`, so that Ctrl-C works.
+
+Every decision about a pipeline's life is made in C under its mutex: whether it is closed, whether a job is submitted or
+was aborted before.  So there is nothing here that an interrupt or another thread could leave half done.
 
 A fork has neither the thread nor the slots: a Pipeline touched in a forked child raises `ForkedError`, and the
-child's copies of its descriptors are closed at the fork.
+child's copies of its descriptors are closed at the fork (native/pipeline/service.c).
 
 Called by `watch`, `backend`, `writer`, `reader` and `engine`.
 """
@@ -15,11 +19,8 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
-import time
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -28,8 +29,8 @@ from engine.io.binding import WAIT_SLICE_NS, ffi, lib
 from engine.io.job import Job, Milestone
 from engine.options import Backend
 
-# How long to sleep between looks at something that ends within milliseconds.
-_BUSY_PAUSE_S = 0.001
+# As a timeout in ns.
+_FOREVER = 2**64 - 1
 
 _CLOSED = "the Engine has been closed; open a new one"
 
@@ -60,6 +61,51 @@ class OpenError(Exception):
         self.errno = error
 
 
+class _Held:
+    """All that a native thread may touch, and what holds the thread itself.
+
+    It lives in `_running` until the thread has stopped, whatever becomes of the Pipeline.  The C struct is freed with
+    `cell`, that is, when no thread is in a method of the Pipeline any more.
+    """
+
+    def __init__(self, io_table: Any) -> None:
+        self.cell = ffi.gc(ffi.new("eng_pipeline **"), lib.eng_free)
+        self._io_table = io_table
+        self._jobs: set[Job] = set()
+        _running.add(self)
+
+    def keep(self, job: Job) -> None:
+        """Keep a job until it is done.  Those that nobody has waited for go here."""
+        for kept in tuple(self._jobs):
+            if kept.reached(Milestone.DONE):
+                self.drop(kept)
+        self._jobs.add(job)
+
+    def drop(self, job: Job) -> None:
+        """Let go of a job that the thread does not have, or has no more."""
+        self._jobs.discard(job)
+        job.release()
+
+    def release(self) -> None:
+        """Let go of everything, once the thread has stopped."""
+        for job in tuple(self._jobs):
+            self.drop(job)
+        _running.discard(self)
+
+
+_running: set[_Held] = set()
+
+
+def _stop(held: _Held) -> None:
+    """End a Pipeline that was collected, or that is there at exit: its jobs are aborted, unless it is closed already.
+
+    One call into C, which no Ctrl-C interrupts.  In a forked child it does nothing.
+    """
+    if held.cell[0]:
+        lib.eng_close(held.cell[0], errno.ECANCELED, _FOREVER)
+    held.release()
+
+
 class Pipeline:
     """One native thread, and `slot_count` staging slots of `slot_bytes` each.
 
@@ -79,88 +125,92 @@ class Pipeline:
         config = ffi.new("eng_config *", {"slot_count": slot_count, "slot_bytes": slot_bytes, "way": _WAYS[backend]})
         if io_table is not None:
             config.io = io_table
-        opened = ffi.new("eng_pipeline **")
-        result = lib.eng_open(config, opened)
+        self._held = _Held(io_table)
+        weakref.finalize(self, _stop, self._held)  # before there is something to stop: Ctrl-C may come at any line
+        result = lib.eng_open(config, self._held.cell)
         if result < 0:
             raise OpenError(Refused(config.refused), -result)
-        self._io_table = io_table
-        self._pipeline = opened[0]
         self.pid = os.getpid()
-        self._live: set[Job] = set()
-        # Who is inside a call, so that close() does not free the pipeline under another thread.  A set of tokens and
-        # not a count: taking one out twice, after an interrupt, does no harm.
-        self._users: set[object] = set()
-        self._lock = threading.RLock()
-        self._closing = False
         self.slot_bytes = slot_bytes
         self.backend = backend
-        _open_pipelines.add(self)
 
     def submit(self, job: Job) -> None:
-        """Queue a job; staging begins at once.  Blocks only while `JOBS_MAX` jobs are under way."""
-        with self._in_use() as pipeline:
-            if self._closing:
-                raise ClosedError(_CLOSED)
-            self._live.add(job)
-            while (result := lib.eng_submit(pipeline, job.c_job)) == -errno.EBUSY:
-                time.sleep(_BUSY_PAUSE_S)
-            assert result == 0, f"eng_submit refused a job: {os.strerror(-result)}"
+        """Queue a job; staging begins at once.  Blocks only while `JOBS_MAX` jobs are under way.
+
+        A job that was aborted before is not begun: it is done, and its failure says so.
+
+        Raises:
+            ClosedError: `close` was called, perhaps while this waited.
+        """
+        self.check_owner()
+        self._held.keep(job)
+        while (result := lib.eng_submit(self._c_pipeline, job.c_job, WAIT_SLICE_NS)) == -errno.EAGAIN:
+            self.check_owner()
+        if result == -errno.ESHUTDOWN:
+            self._held.drop(job)
+            raise ClosedError(_CLOSED)
+        if result not in (0, -errno.ECANCELED):
+            raise RuntimeError(f"eng_submit refused a job: {os.strerror(-result)}")
 
     def attach(self, job: Job, descriptors: Sequence[int], known: Sequence[bytes | None] | None = None) -> None:
-        """Give a job its files.  A job that has failed meanwhile does not want them any more.
+        """Give a job its files.  A job that has failed meanwhile does not take them.
 
         Args:
             job: submitted.
             descriptors: its files, open.
             known: of a write, the hash of what the file holds already at each block, or None.  A block with that hash
                 is not written.
+
+        Raises:
+            ClosedError: `close` has ended the job.
         """
         attachment = job.attachment(descriptors, known)
-        with self._in_use() as pipeline:
-            result = lib.eng_attach(pipeline, job.c_job, *attachment)
-        assert result in (0, -errno.ESRCH), os.strerror(-result)
+        self.check_owner()
+        result = lib.eng_attach(self._c_pipeline, job.c_job, *attachment)
+        if result == -errno.ESHUTDOWN:
+            raise ClosedError(_CLOSED)
+        if result not in (0, -errno.ESRCH):
+            raise RuntimeError(f"eng_attach refused a job's files: {os.strerror(-result)}")
 
     def abort(self, job: Job, error: int) -> None:
         """Fail a job with an errno; what is in flight is drained, and then it is done.
 
         A job that was never submitted is done at once, and one that is done already stays as it is.
         """
-        if job.c_job.submitted_ns == 0:
-            job.c_job.failure, job.c_job.error = lib.ENG_ABORTED_FAILURE, error
-            job.c_job.milestones = Milestone.URGENT | Milestone.STAGED | Milestone.DONE
-            return
-        with self._in_use() as pipeline:
-            result = lib.eng_abort(pipeline, job.c_job, error)
-        assert result in (0, -errno.ESRCH), os.strerror(-result)
+        self.check_owner()
+        lib.eng_abort(self._c_pipeline, job.c_job, error)
 
     def wait(self, job: Job, milestone: Milestone, timeout_ns: int | None = None) -> bool:
-        """Block until a milestone is reached, without the GIL.  False if `timeout_ns` passed first."""
+        """Block until a milestone is reached, without the GIL.  False if `timeout_ns` passed first.
+
+        Raises:
+            ClosedError: the pipeline has been closed, and the job was never submitted.
+        """
         left = timeout_ns
         while not job.reached(milestone):
+            self.check_owner()
             slice_ns = WAIT_SLICE_NS if left is None else max(0, min(left, WAIT_SLICE_NS))
-            with self._in_use() as pipeline:
-                reached = lib.eng_wait(pipeline, job.c_job, milestone, slice_ns)
-            if left is not None and not reached:
+            result = lib.eng_wait(self._c_pipeline, job.c_job, milestone, slice_ns)
+            if result == -errno.ESHUTDOWN:
+                raise ClosedError(_CLOSED)
+            if left is not None and result == 0:
                 left -= slice_ns
                 if left <= 0:
                     return False
         if milestone == Milestone.DONE:
-            self._live.discard(job)
-            job.release()
+            self._held.drop(job)
         return True
 
     def close(self) -> None:
-        """Drain every job, other threads' too, and stop the thread.  Blocks.  May be called again."""
+        """Drain every job, other threads' too, and stop the thread.  Blocks.
+
+        May be called again, from several threads, and from a signal handler that interrupts it: each call returns when
+        the thread has stopped.  After Ctrl-C the pipeline goes on closing by itself.
+        """
         self.check_owner()
-        if self._pipeline is None:
-            return
-        self._closing = True
-        lib.eng_stop(self._pipeline)  # all that others wait for is reached
-        with self._lock:
-            pipeline, self._pipeline = self._pipeline, None
-        while self._users:
-            time.sleep(_BUSY_PAUSE_S)
-        lib.eng_close(pipeline)
+        while not lib.eng_close(self._c_pipeline, 0, WAIT_SLICE_NS):
+            pass
+        self._held.release()
 
     @property
     def is_forked(self) -> bool:
@@ -180,32 +230,6 @@ class Pipeline:
                 "open an Engine of its own after the fork, or use the 'spawn' start method"
             )
 
-    @contextmanager
-    def _in_use(self) -> Iterator[Any]:
-        """The C pipeline, which lives until this is left."""
-        self.check_owner()
-        user = object()
-        try:
-            with self._lock:
-                if self._pipeline is None:
-                    raise ClosedError(_CLOSED)
-                self._users.add(user)
-            yield self._pipeline
-        finally:
-            self._users.discard(user)
-
-    def _abandon(self) -> None:
-        if self._pipeline is not None:
-            lib.eng_abandon(self._pipeline)
-
-
-# Weak: a Pipeline is its Engine's, and is only told of forks while it lives.
-_open_pipelines: weakref.WeakSet[Pipeline] = weakref.WeakSet()
-
-
-def _abandon_all() -> None:
-    for pipeline in tuple(_open_pipelines):
-        pipeline._abandon()
-
-
-os.register_at_fork(after_in_child=_abandon_all)
+    @property
+    def _c_pipeline(self) -> Any:
+        return self._held.cell[0]

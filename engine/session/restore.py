@@ -50,7 +50,7 @@ def restore(reader: Reader, arena: Arena, step: int | None, select: Select) -> R
         if selection.is_all:
             arena.check_options(options)
         arena.mark_torn()  # until everything that belongs together is there, whatever interrupts it
-        nbytes = reader.read(checkpoint, targets, pack_sources(arena.sources), arena, whole=selection.is_all)
+        nbytes = reader.read(checkpoint, targets, pack_sources(arena.sources), arena.memory, whole=selection.is_all)
         if selection.is_all:
             arena.restored(options)
         else:

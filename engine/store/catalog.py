@@ -118,6 +118,7 @@ class Catalog(Directory):
         self._load_facts = facts or StepFacts
         self._facts: dict[int, StepFacts] = {}
         self._make_directories()
+        self._closing = threading.RLock()  # a signal handler may close in the middle of close
         self._lock: int | None = take_lock(filesystem, self._private, self.root)
         try:
             self._steps = self._recover()
@@ -343,9 +344,10 @@ class Catalog(Directory):
 
     def close(self) -> None:
         """Give the directory back."""
-        if self._lock is not None:
-            self.filesystem.close(self._lock)
-            self._lock = None
+        with self._closing:  # or two threads close the descriptor, and the second one another owner's
+            if self._lock is not None:
+                self.filesystem.close(self._lock)
+                self._lock = None
 
     # -- how: opening -----------------------------------------------------------------------------------------
 

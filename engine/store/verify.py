@@ -20,7 +20,7 @@ from engine.io.pipeline import Pipeline
 from engine.store.directory import Directory, OpenedStep
 from engine.store.reader import Checkpoint, Reader, chunk_at, demand_damage, drive, explain, read_job
 
-# In the place of a descriptor: the file is not there (engine_native.h, set_file).
+# In the place of a descriptor: the file is not there (engine_native.h, set_files).
 _NO_FILE = -1
 
 

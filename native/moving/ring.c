@@ -28,8 +28,17 @@ struct ring {
 };
 
 /* Names that liburing 2.1, which Ubuntu 22.04 has, does not know yet (linux/io_uring.h). */
+#ifndef IORING_SETUP_SUBMIT_ALL
+#define IORING_SETUP_SUBMIT_ALL (1U << 7)
+#endif
 #ifndef IORING_SETUP_COOP_TASKRUN
 #define IORING_SETUP_COOP_TASKRUN (1U << 8)
+#endif
+#ifndef IORING_SETUP_TASKRUN_FLAG
+#define IORING_SETUP_TASKRUN_FLAG (1U << 9)
+#endif
+#ifndef IORING_SQ_TASKRUN
+#define IORING_SQ_TASKRUN (1U << 2)
 #endif
 #ifndef IORING_SETUP_SINGLE_ISSUER
 #define IORING_SETUP_SINGLE_ISSUER (1U << 12)
@@ -39,10 +48,13 @@ struct ring {
 #endif
 
 /* From the most wanted to what every kernel since 5.1 takes.  SINGLE_ISSUER and DEFER_TASKRUN came with 6.0 and
- * 6.1, COOP_TASKRUN with 5.19, CQSIZE with 5.5. */
+ * 6.1, COOP_TASKRUN and TASKRUN_FLAG with 5.19, SUBMIT_ALL with 5.18, CQSIZE with 5.5. */
+enum { COOPERATIVE = IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG };
 static const uint32_t SETUP_FLAGS[] = {
-    IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_COOP_TASKRUN | IORING_SETUP_CQSIZE,
-    IORING_SETUP_COOP_TASKRUN | IORING_SETUP_CQSIZE,
+    IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | COOPERATIVE | IORING_SETUP_SUBMIT_ALL
+        | IORING_SETUP_CQSIZE,
+    COOPERATIVE | IORING_SETUP_SUBMIT_ALL | IORING_SETUP_CQSIZE,
+    IORING_SETUP_SUBMIT_ALL | IORING_SETUP_CQSIZE,
     IORING_SETUP_CQSIZE,
     0,
 };
@@ -77,11 +89,16 @@ static int register_slots(ring *ring, const eng_config *config, uint8_t *slots)
     return result;
 }
 
-static int ring_set_file(void *context, int32_t place, int32_t fd)
+static int ring_set_files(void *context, uint32_t first, const int32_t *fds, uint32_t count)
 {
     ring *ring = context;
-    int result = io_uring_register_files_update(&ring->uring, (unsigned)place, &fd, 1);
-    return result < 0 ? result : 0;
+    for (uint32_t done = 0; done < count;) { /* once, but where a file is refused: then the next call says why */
+        const int result = io_uring_register_files_update(&ring->uring, first + done, fds + done, count - done);
+        if (result <= 0)
+            return result < 0 ? result : -EIO;
+        done += (uint32_t)result;
+    }
+    return 0;
 }
 
 static int ring_start(void *context, const eng_io *io)
@@ -120,9 +137,13 @@ static void arm_wake(ring *ring)
     ring->wake_armed = 1;
 }
 
-/* Run what DEFER_TASKRUN has deferred, so that completions show (io_uring_enter(2), IORING_ENTER_GETEVENTS). */
+/* Run what DEFER_TASKRUN has deferred, so that completions show (io_uring_enter(2), IORING_ENTER_GETEVENTS).  The kernel
+ * flags it (IORING_SETUP_TASKRUN_FLAG), and liburing's submission runs it in the same call; only what has come since, and
+ * all with liburing 2.1, takes a call of its own. */
 static int get_events(const ring *ring)
 {
+    if (!(__atomic_load_n(ring->uring.sq.kflags, __ATOMIC_RELAXED) & IORING_SQ_TASKRUN))
+        return 0;
     const long result = syscall(__NR_io_uring_enter, ring->uring.ring_fd, 0, 0, IORING_ENTER_GETEVENTS, NULL, 0);
     return result < 0 ? -errno : 0;
 }
@@ -159,9 +180,10 @@ static int ring_reap(void *context, eng_completion *completions, uint32_t capaci
     return count > 0 || result >= 0 ? (int)count : result;
 }
 
-/* Register the slots, and places for the first files of every job. */
-static int register_all(ring *ring, eng_config *config, uint8_t *slots)
+int ring_register(ring *ring, eng_config *config, uint8_t *slots)
 {
+    if (!ring->registered)
+        return 0;
     config->refused = ENG_REFUSED_BUFFERS;
     int result = register_slots(ring, config, slots);
     if (result < 0)
@@ -173,13 +195,13 @@ static int register_all(ring *ring, eng_config *config, uint8_t *slots)
     return result < 0 ? result : 0;
 }
 
-int ring_open(eng_config *config, uint8_t *slots, int wake_fd, ring **opened, eng_io_table *table)
+int ring_open(eng_config *config, int wake_fd, ring **opened, eng_io_table *table)
 {
     ring *ring = calloc(1, sizeof *ring);
     if (ring == NULL)
         return -ENOMEM;
     config->refused = ENG_REFUSED_RING;
-    int result = setup(ring, config);
+    const int result = setup(ring, config);
     if (result < 0) {
         free(ring);
         return result;
@@ -187,20 +209,23 @@ int ring_open(eng_config *config, uint8_t *slots, int wake_fd, ring **opened, en
     io_uring_ring_dontfork(&ring->uring);
     ring->wake_fd = wake_fd;
     ring->registered = config->way == ENG_RING_REGISTERED;
-    if (ring->registered)
-        result = register_all(ring, config, slots);
-    if (result < 0) {
-        ring_close(ring);
-        return result;
-    }
     *opened = ring;
-    *table = (eng_io_table){ring, ring->registered ? ring_set_file : NULL, ring_start, ring_reap};
+    *table = (eng_io_table){ring, ring->registered ? ring_set_files : NULL, ring_start, ring_reap};
     return 0;
+}
+
+void ring_unregister(ring *ring)
+{
+    if (!ring->registered)
+        return;
+    /* Where either was never registered this is ENXIO, which is as good. */
+    io_uring_unregister_buffers(&ring->uring);
+    io_uring_unregister_files(&ring->uring);
 }
 
 void ring_close(ring *ring)
 {
-    io_uring_queue_exit(&ring->uring); /* unregisters buffers and files */
+    io_uring_queue_exit(&ring->uring);
     free(ring);
 }
 

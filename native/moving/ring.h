@@ -11,9 +11,17 @@
 
 typedef struct ring ring;
 
-/* Set up a ring over `slot_count` slots of config->slot_bytes each, at `slots`, registered if config->way says so.
- * Records in `config` what the kernel refused.  `wake_fd` is an eventfd: when it becomes readable, reap() returns. */
-int ring_open(eng_config *config, uint8_t *slots, int wake_fd, ring **ring, eng_io_table *table);
+/* Set up a ring.  Records in `config` what the kernel refused.  `wake_fd` is an eventfd: when it becomes readable, reap()
+ * returns. */
+int ring_open(eng_config *config, int wake_fd, ring **ring, eng_io_table *table);
+
+/* Register the `slot_count` slots of config->slot_bytes each, and a table of files, if config->way says so.  Records in
+ * `config` what the kernel refused. */
+int ring_register(ring *ring, eng_config *config, uint8_t *slots);
+
+/* Give back what was registered, now and not when the last descriptor of the ring is closed: a forked child may have
+ * one.  Only where nothing is under way. */
+void ring_unregister(ring *ring);
 
 void ring_close(ring *ring);
 

@@ -75,14 +75,16 @@ static void append(slot_list *list, uint32_t index)
     list->slots[list->count++] = index;
 }
 
-/* Take out a slot that is in the list. */
-static void take_out(slot_list *list, uint32_t index)
+/* Remove an index from a list of `*count` and keep the order of the rest. */
+static void take_out(uint32_t *indices, uint32_t *count, uint32_t index)
 {
     uint32_t at = 0;
-    while (list->slots[at] != index)
+    while (at < *count && indices[at] != index)
         at++;
-    list->count--;
-    memmove(&list->slots[at], &list->slots[at + 1], (list->count - at) * sizeof *list->slots);
+    if (at == *count)
+        abort(); /* the list and the states disagree: our own bookkeeping is wrong, and memory is next */
+    (*count)--;
+    memmove(&indices[at], &indices[at + 1], (*count - at) * sizeof *indices);
 }
 
 static void await_files(eng_pipeline *p, uint32_t index)
@@ -108,9 +110,9 @@ static uint32_t take_slot(eng_pipeline *p, uint32_t entry_index, uint32_t block)
 static void free_slot(eng_pipeline *p, uint32_t index)
 {
     if (p->slots[index].state == SLOT_STAGED)
-        take_out(&p->waiting, index);
+        take_out(p->waiting.slots, &p->waiting.count, index);
     if (p->slots[index].state == SLOT_MOVED)
-        take_out(&p->unverified, index);
+        take_out(p->unverified.slots, &p->unverified.count, index);
     p->entries[p->slots[index].entry].slot_count--;
     p->slots[index].state = SLOT_FREE;
     p->free_slots[p->free_count++] = index;
@@ -124,16 +126,18 @@ static int32_t place_of(uint32_t entry_index, uint32_t file)
     return file < ENG_JOB_PLACES ? (int32_t)(entry_index * ENG_JOB_PLACES + file) : ENG_NO_PLACE;
 }
 
-/* Put a job's files into their places, or take them out again.  Returns the first refusal, or 0. */
+/* Put a job's files into their places, or take them out again.  Returns 0, or the refusal. */
 static int set_files(const eng_pipeline *p, uint32_t entry_index, int is_there)
 {
     const entry *e = &p->entries[entry_index];
-    int first = 0;
-    for (uint32_t i = 0; i < e->job->file_count && i < ENG_JOB_PLACES && p->io.set_file != NULL; i++) {
-        const int result = p->io.set_file(p->io.context, place_of(entry_index, i), is_there ? e->fds[i] : -1);
-        first = first < 0 ? first : result;
-    }
-    return first;
+    const uint32_t count = e->job->file_count < ENG_JOB_PLACES ? e->job->file_count : ENG_JOB_PLACES;
+    int32_t fds[ENG_JOB_PLACES];
+
+    if (p->io.set_files == NULL)
+        return 0;
+    for (uint32_t i = 0; i < count; i++)
+        fds[i] = is_there ? e->fds[i] : -1;
+    return p->io.set_files(p->io.context, entry_index * ENG_JOB_PLACES, fds, count);
 }
 
 /* ---- failure and completion of a job ---- */
@@ -183,11 +187,7 @@ static void settle(eng_pipeline *p, uint32_t entry_index)
             fail(p, entry_index, ENG_INVALID_FAILURE, EINVAL, i);
     if (e->has_files)
         set_files(p, entry_index, 0);
-    uint32_t at = 0;
-    while (p->queue[at] != entry_index)
-        at++;
-    p->queue_count--;
-    memmove(&p->queue[at], &p->queue[at + 1], (p->queue_count - at) * sizeof *p->queue);
+    take_out(p->queue, &p->queue_count, entry_index);
     job->done_ns = pipeline_now_ns();
     pthread_mutex_lock(&p->mutex);
     memset(e, 0, sizeof *e);
@@ -247,7 +247,7 @@ static void begin_io(eng_pipeline *p, uint32_t index)
         return;
     }
     if (s->state == SLOT_STAGED)
-        take_out(&p->waiting, index);
+        take_out(p->waiting.slots, &p->waiting.count, index);
     start_io(p, index);
 }
 
@@ -482,7 +482,7 @@ void pipeline_accept(eng_pipeline *p, uint32_t entry_index)
 
     if (submitted) {
         p->queue[p->queue_count++] = entry_index;
-        if (p->broken && service_mend(p) != 0)
+        if (p->broken && service_replace_ring(p) != 0)
             fail(p, entry_index, ENG_IO_FAILURE, p->broken, UINT32_MAX);
         else if (!job_is_valid(e->job, p->config.slot_bytes))
             fail(p, entry_index, ENG_INVALID_FAILURE, EINVAL, UINT32_MAX);

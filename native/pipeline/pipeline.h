@@ -5,8 +5,8 @@
  * service.c is the thread itself and the functions of engine_native.h, which other threads call; they reach the
  * machine through the inbox half of an entry and nothing else.
  *
- * Locks.  `mutex` guards the inbox half of every entry, and the broadcast of milestones.  All else belongs to the
- * thread, or is a single word written atomically (a job's states and milestones, `dirty`, `stopping`).
+ * Locks.  `mutex` guards the inbox half of every entry, changes of `state`, and the broadcast of both and of milestones.  All else belongs to the
+ * thread, or is a single word written atomically (a job's states and milestones, `dirty`, `state`).
  */
 #ifndef PIPELINE_H
 #define PIPELINE_H
@@ -50,6 +50,10 @@ typedef struct {
     uint32_t slot_count;      /* slots this job holds */
 } entry;
 
+/* A pipeline's life.  It goes forward only; from OPENING it goes straight to CLOSED if the kernel refuses something.
+ * In CLOSED the thread has let go of everything but the struct itself. */
+enum service_state { SERVICE_OPENING, SERVICE_OPEN, SERVICE_CLOSING, SERVICE_CLOSED };
+
 struct eng_pipeline {
     eng_config config;
     eng_io_table io;
@@ -71,12 +75,14 @@ struct eng_pipeline {
     pthread_t thread;
     pthread_mutex_t mutex;
     pthread_cond_t changed;
-    int wake_fd;
-    int ring_fd;
+    eng_pipeline *next_pipeline; /* this and the next three: see "forks" in service.c */
+    int wake_fd;              /* -1: closed */
+    int ring_fd;              /* the same */
+    int forked;               /* this process is a fork of the one that opened the pipeline */
     int dirty;                /* something is in the inbox */
-    int stopping;
-    int stopped;              /* the thread has been joined */
-    int opened;               /* 0 until the thread has tried to set up, then 1 or -errno */
+    enum service_state state; /* changed with the mutex held */
+    int open_error;           /* why the thread could not set up, a negative errno; good once it is closed */
+    int has_thread;           /* to be joined */
 };
 
 /* CLOCK_MONOTONIC in nanoseconds. */
@@ -87,7 +93,7 @@ void pipeline_accept(struct eng_pipeline *p, uint32_t entry_index);
 
 /* Replace a ring that broke, and its slots with it, which the kernel may still be moving.  Returns 0 or an errno.  In
  * service.c, which opens rings. */
-int service_mend(struct eng_pipeline *p);
+int service_replace_ring(struct eng_pipeline *p);
 
 /* Abort the jobs that have no files: the pipeline is closing, and they will never get any. */
 void pipeline_cancel_unattached(struct eng_pipeline *p);

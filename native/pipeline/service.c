@@ -18,6 +18,85 @@
 
 #include "pipeline/pipeline.h"
 
+/* Of x86-64, and of aarch64 with pages of 4 KiB. */
+static const size_t HUGE_PAGE_BYTES = 2 << 20;
+
+/* ---- forks ----
+ *
+ * A forked child has none of the threads.  A ring that it inherits keeps the slots' memory pinned for as long as the
+ * child lives, so the child closes its copies of all our descriptors at the fork.  `fork_mutex` is held across a fork,
+ * and by every pipeline while a descriptor or a mapping is made and noted, or forgotten and closed.  So a child finds
+ * in the list exactly the descriptors that it has inherited, and no mapping that a fork would copy. */
+
+static pthread_mutex_t fork_mutex = PTHREAD_MUTEX_INITIALIZER;
+static eng_pipeline *pipelines; /* all, from eng_open to eng_free, linked by `next_pipeline`; guarded by fork_mutex */
+
+static void before_fork(void)
+{
+    pthread_mutex_lock(&fork_mutex);
+}
+
+static void after_fork(void)
+{
+    pthread_mutex_unlock(&fork_mutex);
+}
+
+static void close_descriptor(int *descriptor)
+{
+    if (*descriptor >= 0)
+        close(*descriptor);
+    *descriptor = -1;
+}
+
+static void after_fork_in_child(void)
+{
+    for (eng_pipeline *p = pipelines; p != NULL; p = p->next_pipeline) {
+        close_descriptor(&p->ring_fd);
+        close_descriptor(&p->wake_fd);
+        p->forked = 1;
+    }
+    pipelines = NULL;
+    pthread_mutex_unlock(&fork_mutex);
+}
+
+/* When the module is loaded, and not in the first eng_open: a fork may be under way in another thread then, and that
+ * fork would run none of these.  (Python forks under its import lock.) */
+__attribute__((constructor)) static void watch_forks(void)
+{
+    if (pthread_atfork(before_fork, after_fork, after_fork_in_child) != 0)
+        abort(); /* a dozen bytes were not to be had */
+}
+
+/* Put a pipeline on the list, with its first descriptor.  Returns 0 or a negative errno. */
+static int list_pipeline(eng_pipeline *p)
+{
+    pthread_mutex_lock(&fork_mutex);
+    p->next_pipeline = pipelines;
+    pipelines = p;
+    p->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    const int result = p->wake_fd < 0 ? -errno : 0;
+    pthread_mutex_unlock(&fork_mutex);
+    return result;
+}
+
+static void close_wake_fd(eng_pipeline *p)
+{
+    pthread_mutex_lock(&fork_mutex);
+    close_descriptor(&p->wake_fd);
+    pthread_mutex_unlock(&fork_mutex);
+}
+
+static void unlist_pipeline(eng_pipeline *p)
+{
+    pthread_mutex_lock(&fork_mutex);
+    for (eng_pipeline **at = &pipelines; *at != NULL; at = &(*at)->next_pipeline)
+        if (*at == p) {
+            *at = p->next_pipeline;
+            break;
+        }
+    pthread_mutex_unlock(&fork_mutex);
+}
+
 /* ---- the thread ---- */
 
 static void accept_inbox(eng_pipeline *p)
@@ -28,10 +107,13 @@ static void accept_inbox(eng_pipeline *p)
         pipeline_accept(p, i);
 }
 
+/* The mutex is held, so that the thread does not close the descriptor meanwhile. */
 static void wake(eng_pipeline *p)
 {
     const uint64_t one = 1;
-    /* The flag first: whoever is woken empties the descriptor and then looks at the flag. */
+    if (p->state == SERVICE_CLOSED)
+        return;
+    /* The flag first: the thread empties the descriptor and then looks at the flag. */
     __atomic_store_n(&p->dirty, 1, __ATOMIC_RELEASE);
     if (write(p->wake_fd, &one, sizeof one) != sizeof one)
         abort(); /* an eventfd takes 2^64 - 2 wakes before it refuses one */
@@ -46,6 +128,33 @@ static void sleep_until_woken(eng_pipeline *p)
         abort();
 }
 
+static void close_ring(eng_pipeline *p)
+{
+    if (p->ring == NULL)
+        return;
+    if (!p->broken)
+        ring_unregister(p->ring);
+    pthread_mutex_lock(&fork_mutex);
+    p->ring_fd = -1;
+    ring_close(p->ring);
+    pthread_mutex_unlock(&fork_mutex);
+    p->ring = NULL;
+}
+
+static int open_ring(eng_pipeline *p)
+{
+    pthread_mutex_lock(&fork_mutex);
+    int result = ring_open(&p->config, p->wake_fd, &p->ring, &p->io);
+    if (result == 0)
+        p->ring_fd = ring_fd(p->ring);
+    pthread_mutex_unlock(&fork_mutex);
+    if (result == 0)
+        result = ring_register(p->ring, &p->config, p->memory);
+    if (result < 0)
+        close_ring(p);
+    return result;
+}
+
 static int open_way(eng_pipeline *p)
 {
     if (p->config.io != NULL) {
@@ -54,59 +163,66 @@ static int open_way(eng_pipeline *p)
     }
     if (p->config.way == ENG_THREADS)
         return posix_open(&p->config, p->wake_fd, &p->posix, &p->io);
-    const int result = ring_open(&p->config, p->memory, p->wake_fd, &p->ring, &p->io);
-    if (result == 0)
-        p->ring_fd = ring_fd(p->ring);
-    return result;
+    return open_ring(p);
+}
+
+/* Map memory that begins where a huge page may: kernels align only some mappings by themselves, or none. */
+static uint8_t *map_aligned(size_t nbytes)
+{
+    const size_t page_bytes = (size_t)sysconf(_SC_PAGESIZE), whole_bytes = (nbytes + page_bytes - 1) & -page_bytes;
+    const int protection = PROT_READ | PROT_WRITE, flags = MAP_PRIVATE | MAP_ANONYMOUS;
+    uint8_t *mapped = mmap(NULL, whole_bytes + HUGE_PAGE_BYTES, protection, flags, -1, 0);
+    if (mapped == MAP_FAILED)
+        return MAP_FAILED;
+    const size_t before_bytes = -(uintptr_t)mapped % HUGE_PAGE_BYTES;
+    if (before_bytes > 0)
+        munmap(mapped, before_bytes);
+    munmap(mapped + before_bytes + whole_bytes, HUGE_PAGE_BYTES - before_bytes);
+    return mapped + before_bytes;
 }
 
 /* All slots, free. */
 static int map_slots(eng_pipeline *p)
 {
     const size_t nbytes = (size_t)p->config.slot_count * p->config.slot_bytes;
-    p->memory = mmap(NULL, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    pthread_mutex_lock(&fork_mutex);
+    p->memory = map_aligned(nbytes);
+    if (p->memory != MAP_FAILED) /* a fork must not copy slots that the kernel is writing from */
+        madvise(p->memory, nbytes, MADV_DONTFORK);
+    pthread_mutex_unlock(&fork_mutex);
     if (p->memory == MAP_FAILED)
         return -ENOMEM;
-    /* Huge pages make pinning and copying cheaper where the host gives them; a fork must not copy slots that
-     * the kernel is writing from. */
-    madvise(p->memory, nbytes, MADV_HUGEPAGE);
-    madvise(p->memory, nbytes, MADV_DONTFORK);
+    madvise(p->memory, nbytes, MADV_HUGEPAGE); /* pinning and copying are cheaper, where the host has them */
     memset(p->slots, 0, p->config.slot_count * sizeof *p->slots);
     for (p->free_count = 0; p->free_count < p->config.slot_count; p->free_count++)
         p->free_slots[p->free_count] = p->config.slot_count - 1 - p->free_count;
     return 0;
 }
 
+/* Give the slots' memory back, and their addresses unless the kernel may still use those.
+ *
+ * A ring that broke may have reads under way.  Memory that it has pinned stays the kernel's until they end; but a read
+ * that it has not begun, or that goes through the page cache, would write to the next mapping at the same address.  So
+ * after a break the addresses stay reserved, and nothing can be mapped there again. */
 static void unmap_slots(eng_pipeline *p)
 {
-    if (p->memory != MAP_FAILED)
-        munmap(p->memory, (size_t)p->config.slot_count * p->config.slot_bytes);
-    p->memory = MAP_FAILED;
-}
-
-/* Give the memory of slots back but not its addresses, which are never used again.  What a ring has pinned stays the
- * kernel's until it is done; a read that it has yet to begin, or that goes through the page cache, finds nothing to write
- * to, where otherwise it would find what was mapped next. */
-static void abandon_slots(eng_pipeline *p)
-{
+    if (p->memory == MAP_FAILED)
+        return;
     const size_t nbytes = (size_t)p->config.slot_count * p->config.slot_bytes;
-    /* Where this fails they stay as they are, which does as well. */
-    mmap(p->memory, nbytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    const int used = p->ring != NULL || p->config.io != NULL;
+    if (p->broken && used) /* where this fails the slots stay mapped, which protects as well */
+        mmap(p->memory, nbytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    else
+        munmap(p->memory, nbytes);
     p->memory = MAP_FAILED;
 }
 
-int service_mend(eng_pipeline *p)
+int service_replace_ring(eng_pipeline *p)
 {
     if (p->config.io != NULL)
-        return p->broken; /* the table is the caller's, and so is mending it */
-    if (p->ring != NULL) {
-        p->ring_fd = -1;
-        abandon_slots(p);
-        ring_close(p->ring);
-        p->ring = NULL;
-    } else {
-        unmap_slots(p); /* an attempt to mend has failed, and no ring has seen these */
-    }
+        return p->broken; /* the table is the caller's to repair */
+    unmap_slots(p);
+    close_ring(p);
     int result = map_slots(p);
     if (result == 0)
         result = open_way(p);
@@ -114,11 +230,11 @@ int service_mend(eng_pipeline *p)
     return p->broken;
 }
 
-/* A thread that wakes takes the CPU of the one that woke it if it has slept for long: a caller of eng_submit would be
- * held up until some of the arena has been staged.  Under SCHED_BATCH it waits for its turn (sched(7)).  In a training on
- * every core checkpoint() took 0.6 ms in some runs and 2 to 5 in others, and with this 0.6.  Where it is refused all
- * goes on without, and whoever has chosen another policy keeps it. */
-static void step_back(void)
+/* A thread that wakes after a long sleep takes the CPU of the thread that woke it: a caller of eng_submit is held up until
+ * some of the arena is staged.  Under SCHED_BATCH the woken thread waits for its turn (sched(7)).  In a training on every
+ * core checkpoint() took 0.6 ms in some runs and 2 to 5 ms in others; with SCHED_BATCH it takes 0.6 ms.  Where the
+ * kernel refuses the policy the thread goes on without it, and a policy that the user has chosen stays. */
+static void lower_priority(void)
 {
     struct sched_param parameters;
     int policy;
@@ -126,53 +242,62 @@ static void step_back(void)
         pthread_setschedparam(pthread_self(), SCHED_BATCH, &parameters);
 }
 
-static void *run(void *argument)
+static int is_closing(const eng_pipeline *p)
 {
-    eng_pipeline *p = argument;
-    step_back();
-    const int result = open_way(p);
-    pthread_mutex_lock(&p->mutex);
-    p->opened = result < 0 ? result : 1;
-    pthread_cond_broadcast(&p->changed);
-    pthread_mutex_unlock(&p->mutex);
+    return __atomic_load_n(&p->state, __ATOMIC_ACQUIRE) == SERVICE_CLOSING;
+}
 
-    while (result == 0) {
-        /* Read before the inbox is: what was attached before the close is then seen to be. */
-        const int stopping = __atomic_load_n(&p->stopping, __ATOMIC_ACQUIRE);
+/* The mutex is held. */
+static void enter_state(eng_pipeline *p, enum service_state state)
+{
+    __atomic_store_n(&p->state, state, __ATOMIC_RELEASE);
+    pthread_cond_broadcast(&p->changed);
+}
+
+/* Work until the pipeline is closing and every job has ended. */
+static void serve(eng_pipeline *p)
+{
+    for (;;) {
+        /* Read before the inbox is: no job is submitted once this is true, and one that is attached counts as such. */
+        const int closing = is_closing(p);
         accept_inbox(p);
-        if (stopping)
+        if (closing)
             pipeline_cancel_unattached(p);
         const uint32_t begun = pipeline_fill(p);
         const int idle = begun == 0 && pipeline_verify(p) == 0;
         if (p->moving_count > 0)
             pipeline_reap(p, idle);
-        else if (idle && p->queue_count == 0 && stopping)
+        else if (idle && p->queue_count == 0 && closing)
             break;
-        else if (idle && !__atomic_load_n(&p->stopping, __ATOMIC_ACQUIRE))
+        else if (idle && !is_closing(p))
             sleep_until_woken(p); /* not if a close has come since: its wake may be read already */
     }
-    if (p->ring != NULL)
-        ring_close(p->ring);
+}
+
+static void *run(void *argument)
+{
+    eng_pipeline *p = argument;
+    lower_priority();
+    const int result = open_way(p);
+    if (result == 0) {
+        pthread_mutex_lock(&p->mutex);
+        enter_state(p, SERVICE_OPEN);
+        pthread_mutex_unlock(&p->mutex);
+        serve(p);
+    }
+    unmap_slots(p); /* here, where it is known whether a broken ring has used them */
+    close_ring(p);
     if (p->posix != NULL)
         posix_close(p->posix);
+    pthread_mutex_lock(&p->mutex);
+    close_wake_fd(p);
+    p->open_error = result;
+    enter_state(p, SERVICE_CLOSED);
+    pthread_mutex_unlock(&p->mutex);
     return NULL;
 }
 
 /* ---- called by others ---- */
-
-static void release(eng_pipeline *p)
-{
-    unmap_slots(p);
-    if (p->wake_fd >= 0)
-        close(p->wake_fd);
-    pthread_cond_destroy(&p->changed);
-    pthread_mutex_destroy(&p->mutex);
-    free(p->free_slots);
-    free(p->unverified.slots);
-    free(p->waiting.slots);
-    free(p->slots);
-    free(p);
-}
 
 static int start_thread(eng_pipeline *p)
 {
@@ -188,14 +313,14 @@ static int start_thread(eng_pipeline *p)
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (result != 0)
         return -result;
+    p->has_thread = 1;
     pthread_setname_np(p->thread, "engine-io");
     pthread_mutex_lock(&p->mutex);
-    while (p->opened == 0)
+    while (p->state == SERVICE_OPENING)
         pthread_cond_wait(&p->changed, &p->mutex);
+    const int error = p->open_error;
     pthread_mutex_unlock(&p->mutex);
-    if (p->opened < 0)
-        pthread_join(p->thread, NULL);
-    return p->opened < 0 ? p->opened : 0;
+    return error;
 }
 
 static int allocate_slots(eng_pipeline *p)
@@ -218,71 +343,96 @@ int eng_open(eng_config *config, eng_pipeline **pipeline)
         return -ENOMEM;
     p->config = *config;
     p->memory = MAP_FAILED;
-    p->ring_fd = -1;
+    p->ring_fd = p->wake_fd = -1;
     pthread_mutex_init(&p->mutex, NULL);
     pthread_condattr_t monotonic;
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
     pthread_cond_init(&p->changed, &monotonic);
     pthread_condattr_destroy(&monotonic);
-    p->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    int result = p->wake_fd < 0 ? -errno : allocate_slots(p);
+    int result = list_pipeline(p);
+    if (result == 0)
+        result = allocate_slots(p);
     if (result == 0)
         result = map_slots(p);
     if (result == 0)
         result = start_thread(p);
     config->refused = result < 0 ? p->config.refused : ENG_REFUSED_NOTHING;
     if (result < 0) {
-        release(p);
+        eng_free(&p);
         return result;
     }
     *pipeline = p;
     return 0;
 }
 
-void eng_stop(eng_pipeline *p)
+/* Wait for a change until a point of time of pipeline_now_ns: 0 if that has passed.  The mutex is held. */
+static int await_change(eng_pipeline *p, uint64_t until_ns)
 {
-    if (p->stopped)
-        return;
-    __atomic_store_n(&p->stopping, 1, __ATOMIC_RELEASE);
-    wake(p);
-    pthread_join(p->thread, NULL);
-    p->stopped = 1;
+    const struct timespec until = {(time_t)(until_ns / 1000000000u), (long)(until_ns % 1000000000u)};
+    return pthread_cond_timedwait(&p->changed, &p->mutex, &until) != ETIMEDOUT;
 }
 
-void eng_close(eng_pipeline *p)
+static uint64_t deadline_ns(uint64_t timeout_ns)
 {
-    release(p);
+    uint64_t until_ns;
+    const int is_endless = __builtin_add_overflow(pipeline_now_ns(), timeout_ns, &until_ns) || until_ns > INT64_MAX;
+    return is_endless ? INT64_MAX : until_ns;
 }
 
-void eng_abandon(eng_pipeline *p)
+static void abort_entry(entry *e, int32_t error)
 {
-    if (p->ring_fd >= 0)
-        close(p->ring_fd);
-    if (p->wake_fd >= 0)
-        close(p->wake_fd);
-    p->ring_fd = p->wake_fd = -1; /* a fork of the child comes here again, and the numbers are others' by then */
+    e->abort_error = error;
+    e->aborted = 1;
 }
 
-int eng_submit(eng_pipeline *p, eng_job *job)
+int eng_close(eng_pipeline *p, int32_t error, uint64_t timeout_ns)
 {
-    int result = -EBUSY;
+    const uint64_t until_ns = deadline_ns(timeout_ns);
+    if (p->forked)
+        return 1; /* the thread is another process's, and the mutex may have been locked at the fork */
     pthread_mutex_lock(&p->mutex);
-    for (uint32_t i = 0; i < ENG_JOBS_MAX && result != 0; i++) {
+    if (p->state == SERVICE_OPEN)
+        enter_state(p, SERVICE_CLOSING);
+    for (uint32_t i = 0; i < ENG_JOBS_MAX && error != 0; i++)
         if (p->entries[i].job != NULL)
-            continue;
-        job->submitted_ns = pipeline_now_ns();
-        p->entries[i].job = job;
-        p->entries[i].submitted = 1;
-        result = 0;
-    }
+            abort_entry(&p->entries[i], error);
+    wake(p);
+    while (p->state != SERVICE_CLOSED && await_change(p, until_ns))
+        ;
+    const int closed = p->state == SERVICE_CLOSED;
+    const int joins = closed && p->has_thread; /* one caller does, and the thread is at its last instructions */
+    if (joins)
+        p->has_thread = 0;
     pthread_mutex_unlock(&p->mutex);
-    if (result == 0)
-        wake(p);
-    return result;
+    if (joins)
+        pthread_join(p->thread, NULL);
+    return closed;
 }
 
-/* The entry of a job, or NULL if it has ended.  The mutex is held. */
+void eng_free(eng_pipeline **pipeline)
+{
+    eng_pipeline *p = *pipeline;
+    *pipeline = NULL;
+    if (p == NULL)
+        return;
+    if (!p->forked) {
+        if (p->has_thread)
+            eng_close(p, ECANCELED, UINT64_MAX);
+        unmap_slots(p); /* and the descriptor, where there never was a thread to do so */
+        close_wake_fd(p);
+        unlist_pipeline(p);
+        pthread_cond_destroy(&p->changed);
+        pthread_mutex_destroy(&p->mutex);
+    }
+    free(p->free_slots);
+    free(p->unverified.slots);
+    free(p->waiting.slots);
+    free(p->slots);
+    free(p);
+}
+
+/* The entry of a job, or NULL if it has ended; of NULL, one that is free.  The mutex is held. */
 static entry *find(eng_pipeline *p, const eng_job *job)
 {
     for (uint32_t i = 0; i < ENG_JOBS_MAX; i++)
@@ -291,34 +441,71 @@ static entry *find(eng_pipeline *p, const eng_job *job)
     return NULL;
 }
 
+/* One try to submit a job.  The mutex is held. */
+static int try_submit(eng_pipeline *p, eng_job *job)
+{
+    if (p->state != SERVICE_OPEN)
+        return -ESHUTDOWN;
+    if (eng_reached(job, ENG_DONE))
+        return -ECANCELED;
+    entry *e = find(p, NULL);
+    if (e == NULL)
+        return -EAGAIN;
+    job->submitted_ns = pipeline_now_ns();
+    e->job = job;
+    e->submitted = 1;
+    wake(p);
+    return 0;
+}
+
+int eng_submit(eng_pipeline *p, eng_job *job, uint64_t timeout_ns)
+{
+    const uint64_t until_ns = deadline_ns(timeout_ns);
+    int result;
+    pthread_mutex_lock(&p->mutex);
+    while ((result = try_submit(p, job)) == -EAGAIN && await_change(p, until_ns))
+        ;
+    pthread_mutex_unlock(&p->mutex);
+    return result;
+}
+
 int eng_attach(eng_pipeline *p, eng_job *job, const int32_t *fds, const eng_hash *known, const uint8_t *is_known)
 {
     pthread_mutex_lock(&p->mutex);
+    const int closed = p->state == SERVICE_CLOSED;
     entry *e = find(p, job);
     if (e != NULL) {
         e->fds = fds;
         e->known = known;
         e->is_known = is_known;
         e->attached = 1;
+        wake(p);
     }
     pthread_mutex_unlock(&p->mutex);
-    if (e != NULL)
-        wake(p);
-    return e != NULL ? 0 : -ESRCH;
+    return e != NULL ? 0 : closed ? -ESHUTDOWN : -ESRCH;
 }
 
-int eng_abort(eng_pipeline *p, eng_job *job, int32_t error)
+/* End a job that no thread has seen.  The mutex is held. */
+static void abort_unsubmitted(eng_pipeline *p, eng_job *job, int32_t error)
+{
+    job->failure = ENG_ABORTED_FAILURE;
+    job->error = error;
+    job->failed_block = UINT32_MAX;
+    __atomic_fetch_or(&job->milestones, ENG_URGENT | ENG_ALL_STAGED | ENG_DONE, __ATOMIC_RELEASE);
+    pthread_cond_broadcast(&p->changed);
+}
+
+void eng_abort(eng_pipeline *p, eng_job *job, int32_t error)
 {
     pthread_mutex_lock(&p->mutex);
     entry *e = find(p, job);
     if (e != NULL) {
-        e->abort_error = error;
-        e->aborted = 1;
+        abort_entry(e, error);
+        wake(p);
+    } else if (job->submitted_ns == 0 && !eng_reached(job, ENG_DONE)) {
+        abort_unsubmitted(p, job, error);
     }
     pthread_mutex_unlock(&p->mutex);
-    if (e != NULL)
-        wake(p);
-    return e != NULL ? 0 : -ESRCH;
 }
 
 int eng_reached(const eng_job *job, uint32_t milestone)
@@ -328,16 +515,14 @@ int eng_reached(const eng_job *job, uint32_t milestone)
 
 int eng_wait(eng_pipeline *p, const eng_job *job, uint32_t milestone, uint64_t timeout_ns)
 {
+    const uint64_t until_ns = deadline_ns(timeout_ns);
+    int result;
     if (eng_reached(job, milestone))
         return 1;
-    if (timeout_ns == 0)
-        return 0;
-    const uint64_t until_ns = pipeline_now_ns() + timeout_ns;
-    const struct timespec until = {(time_t)(until_ns / 1000000000u), (long)(until_ns % 1000000000u)};
-    int timed_out = 0;
     pthread_mutex_lock(&p->mutex);
-    while (!eng_reached(job, milestone) && !timed_out)
-        timed_out = pthread_cond_timedwait(&p->changed, &p->mutex, &until) == ETIMEDOUT;
+    do {
+        result = eng_reached(job, milestone) ? 1 : p->state == SERVICE_CLOSED ? -ESHUTDOWN : 0;
+    } while (result == 0 && await_change(p, until_ns));
     pthread_mutex_unlock(&p->mutex);
-    return eng_reached(job, milestone);
+    return result;
 }

@@ -396,6 +396,24 @@ def test_a_writer_between_the_two_looks_is_caught(open_pipeline: Callable[..., P
     assert_usable(pipeline, fd)
 
 
+@pytest.mark.every_backend
+def test_a_checked_job_is_not_staged_before_its_last_second_look(
+    open_pipeline: Callable[..., Pipeline], fd: int
+) -> None:
+    pipeline = open_pipeline(4)  # as many slots as blocks, so that all are taken and none is left for the second look
+    tensor, plan = noise(4 * SLOT_BYTES), whole(4 * SLOT_BYTES, SLOT_BYTES)
+    job = make_job(WRITE, plan, [plain(tensor)], checked=True)
+    pipeline.submit(job)
+    until(lambda: set(job.states()) == {BlockState.STAGED})
+    later = make_job(WRITE, plan, [plain(tensor)])
+    pipeline.submit(later)
+    assert pipeline.wait(later, Milestone.URGENT, HANG_NS), "what came of the last block is told by then"
+    assert not pipeline.wait(job, Milestone.STAGED, LOOK_NS)
+    tensor[-1] ^= 1
+    pipeline.attach(job, [fd])
+    assert finish(pipeline, job).failure == Failure(FailureKind.TORN, 0, 3)
+
+
 # -- abort ------------------------------------------------------------------------------------------------------------
 
 
@@ -409,6 +427,36 @@ def test_abort_before_the_files_are_there(stage: Stage, direction: Direction) ->
     assert BlockState.WRITTEN not in job.states()
     stage.pipeline.attach(job, [stage.fd])  # too late, and no error: it is what a writer does that lost the race
     assert_usable(stage.pipeline, stage.fd)
+
+
+def test_a_job_aborted_before_it_is_submitted_is_not_begun(stage: Stage) -> None:
+    job = make_job(WRITE, whole(9 * SLOT_BYTES, SLOT_BYTES), [plain(noise(9 * SLOT_BYTES))])
+    stage.pipeline.abort(job, errno.EINTR)
+    assert finish(stage.pipeline, job).failure == Failure(FailureKind.ABORTED, errno.EINTR, None)
+    stage.pipeline.submit(job)
+    assert_usable(stage.pipeline, stage.fd)
+    assert set(job.states()) == {BlockState.PENDING}
+    assert job.failure == Failure(FailureKind.ABORTED, errno.EINTR, None)
+
+
+@pytest.mark.every_backend
+def test_a_job_aborted_while_it_waits_for_a_place_is_not_begun(open_pipeline: Callable[..., Pipeline], fd: int) -> None:
+    pipeline, plan = open_pipeline(2), whole(SLOT_BYTES, SLOT_BYTES)
+    jobs = [make_job(WRITE, plan, [plain(noise(SLOT_BYTES, seed))]) for seed in range(JOBS_MAX + 1)]
+    for job in jobs[:-1]:
+        pipeline.submit(job)
+    thread = threading.Thread(target=pipeline.submit, args=(jobs[-1],))
+    thread.start()
+    thread.join(0.05)
+    assert thread.is_alive(), "there is no place for it"
+    pipeline.abort(jobs[-1], errno.ECANCELED)
+    assert finish(pipeline, jobs[-1]).failure == Failure(FailureKind.ABORTED, errno.ECANCELED, None)
+    for job in jobs[:-1]:
+        pipeline.abort(job, errno.ECANCELED)
+    thread.join(HANG_NS / 1e9)
+    assert not thread.is_alive()
+    assert_usable(pipeline, fd)
+    assert set(jobs[-1].states()) == {BlockState.PENDING}
 
 
 @pytest.mark.every_backend

@@ -201,7 +201,7 @@ def test_no_job_harms_the_pipeline(stage: Stage, direction: Direction, drawn: li
         edited(path, value)(c_job)
     stage.pipeline.submit(job)
     descriptors = ffi.new("int32_t[]", [stage.fd] * ROOM)
-    lib.eng_attach(stage.pipeline._pipeline, c_job, descriptors, ffi.NULL, ffi.NULL)
+    lib.eng_attach(stage.pipeline._c_pipeline, c_job, descriptors, ffi.NULL, ffi.NULL)
     finish(stage.pipeline, job)
     if job.failure is None:
         assert set(ffi.buffer(c_job.states, c_job.block_count)[:]) == {BlockState.WRITTEN}

@@ -7,8 +7,6 @@ import gc
 import os
 import resource
 import signal
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 from jobs import (
-    HANG_NS,
     SLOT_BYTES,
     WRITE,
     bytes_of,
@@ -30,48 +27,21 @@ from jobs import (
     until,
     whole,
 )
+from processes import (
+    descriptors,
+    in_a_process_of_its_own,
+    is_inaccessible,
+    native_threads,
+    ring_descriptors,
+    rings,
+    slots,
+    status_bytes,
+)
 
 from engine.io.job import BlockState, Direction, Failure, FailureKind
 from engine.io.pipeline import OpenError, Pipeline, Refused
 from engine.options import Backend
 from engine.store.filesystem import Filesystem
-
-
-def rings() -> int:
-    """How many io_uring descriptors this process has."""
-    return descriptors().count("anon_inode:[io_uring]")
-
-
-def descriptors() -> list[str]:
-    """What the descriptors of this process are."""
-    found = []
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            found.append(os.readlink(f"/proc/self/fd/{name}"))
-        except FileNotFoundError:  # the one that listed them
-            continue
-    return sorted(found)
-
-
-def native_threads() -> list[Path]:
-    """The pipelines' threads, as directories of proc(5).
-
-    The kernel's workers for a ring are threads of ours that come and go, and for a moment bear their maker's name.
-    """
-    found = []
-    for task in Path("/proc/self/task").iterdir():
-        with suppress(FileNotFoundError, ProcessLookupError):
-            if (task / "comm").read_text().strip() == "engine-io":
-                found.append(task)
-    return found
-
-
-def status_bytes(field: str) -> int:
-    """A line of /proc/self/status that is in kB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) << 10
-    raise AssertionError(field)
 
 
 def test_one_ring_and_one_thread_and_nothing_is_left(tmp_path: Path) -> None:
@@ -115,6 +85,18 @@ def test_a_pipeline_does_not_keep_a_job_that_is_done(
     del job
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.every_backend
+@pytest.mark.parametrize("slot_count", [1, 16, 17])
+def test_slots_begin_where_a_huge_page_may(rung: Backend, slot_count: int) -> None:
+    before = slots()
+    pipelines = [Pipeline(slot_count, 1 << 20, rung) for _ in range(2)]
+    found = slots() - before
+    assert found and not [start for start in found if start % (2 << 20)]
+    for pipeline in pipelines:
+        pipeline.close()
+    assert slots() == before
 
 
 @pytest.mark.every_backend
@@ -213,18 +195,6 @@ def test_no_descriptors_is_a_platform_error() -> None:
     until(lambda: len(native_threads()) == threads)
 
 
-def in_a_process_of_its_own(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a script with the same Python, where it may fork, drop its rights or crash."""
-    paths = os.pathsep.join(sys.path)
-    return subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=HANG_NS / 1e9,
-    )
-
-
 FORK = """
 import os, sys, warnings
 from jobs import *
@@ -309,6 +279,76 @@ def test_a_fork_has_no_pipeline_and_harms_nobody(tmp_path: Path) -> None:
     assert (finished.returncode, finished.stderr) == (0, "")
 
 
+FORK_DURING_OPEN = """
+import os, threading, warnings
+from jobs import *
+from processes import descriptors
+
+warnings.simplefilter("ignore", DeprecationWarning)  # a fork of several threads is the point
+ended = False
+
+def open_and_close():
+    while not ended:
+        Pipeline(16, 1 << 20).close()
+
+thread = threading.Thread(target=open_and_close)
+thread.start()
+kept = 0
+for _ in range(100):
+    child = os.fork()
+    if child == 0:
+        os._exit(sum("io_uring" in name or "eventfd" in name for name in descriptors()))
+    kept += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+ended = True
+thread.join()
+assert kept == 0, f"children kept {kept} descriptors"
+"""
+
+FORK_DURING_CLOSE = """
+import os, threading, warnings
+from jobs import *
+from processes import rings
+
+warnings.simplefilter("ignore", DeprecationWarning)  # a fork of several threads is the point
+lost = 0
+for _ in range(20):
+    pipeline = Pipeline(2, 4096)
+    thread = threading.Thread(target=pipeline.close)
+    thread.start()
+    while rings():  # the native thread closes it; the closing thread needs the GIL, and has it seldom
+        spun = sum(range(20_000))
+    mine = [os.open("/dev/null", os.O_RDONLY) for _ in range(4)]  # one has the ring's number
+    child = os.fork()
+    if child == 0:
+        open_ones = [fd for fd in mine if os.path.lexists(f"/proc/self/fd/{fd}")]
+        os._exit(len(mine) - len(open_ones))
+    lost += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    thread.join()
+    for fd in mine:
+        os.close(fd)
+assert lost == 0, f"forked children lost {lost} descriptors that were not the pipeline's"
+"""
+
+
+@pytest.mark.parametrize("script", [FORK_DURING_OPEN, FORK_DURING_CLOSE], ids=["open", "close"])
+def test_a_fork_beside_open_or_close_neither_keeps_nor_loses_a_descriptor(script: str) -> None:
+    finished = in_a_process_of_its_own(script)
+    assert (finished.returncode, finished.stderr) == (0, "")
+
+
+def test_close_unpins_the_slots_while_another_descriptor_of_the_ring_is_open() -> None:
+    others, pinned_before = ring_descriptors(), status_bytes("VmPin")
+    pipeline = Pipeline(16, 1 << 20)
+    assert status_bytes("VmPin") - pinned_before == 16 << 20
+    (own,) = ring_descriptors() - others
+    kept = os.dup(own)  # as a child has one that was forked behind the back of every handler
+    try:
+        pipeline.close()
+        until(lambda: status_bytes("VmPin") == pinned_before)
+    finally:
+        os.close(kept)
+
+
 MEMLOCK = """
 import errno, os, resource, sys
 from jobs import *
@@ -365,31 +405,24 @@ def test_a_completion_that_nobody_asked_for_ends_the_process(tmp_path: Path, slo
     assert in_a_process_of_its_own(STRAY, str(tmp_path / "blocks"), slot).returncode == -signal.SIGABRT
 
 
-def ring_descriptors() -> set[int]:
-    """The numbers of this process's rings."""
-    names = [int(name) for name in os.listdir("/proc/self/fd")]
-    links = {name: f"/proc/self/fd/{name}" for name in names}
-    return {name for name, link in links.items() if os.path.lexists(link) and "io_uring" in os.readlink(link)}
+def break_ring(others: set[int]) -> None:
+    """Put /dev/null in the place of the one ring that is not among `others`: the kernel takes nothing from it then."""
+    null = os.open("/dev/null", os.O_RDWR)
+    (own,) = ring_descriptors() - others
+    os.dup2(null, own, inheritable=False)
+    os.close(null)
 
 
-def slots() -> set[int]:
-    """Where staging slots are mapped: memory without a name that no fork gets (proc_pid_smaps(5))."""
-    found: set[int] = set()
-    for words in map(str.split, Path("/proc/self/smaps").read_text().splitlines()):
-        if not words[0].endswith(":"):
-            start, is_anonymous = int(words[0].split("-")[0], 16), len(words) == 5
-        elif words[0] == "VmFlags:" and "dc" in words and is_anonymous:
-            found.add(start)
-    return found
-
-
-def is_inaccessible(address: int) -> bool:
-    """Whether an address is mapped for nobody to use (proc_pid_maps(5))."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        start, end = (int(number, 16) for number in line.split()[0].split("-"))
-        if start <= address < end:
-            return line.split()[1] == "---p"
-    return False
+@pytest.mark.parametrize("backend", ["io_uring", "io_uring_plain"])
+def test_slots_of_a_broken_ring_are_not_mapped_again_after_close(fd: int, backend: Backend) -> None:
+    others, slots_before = ring_descriptors(), slots()
+    pipeline = Pipeline(2, SLOT_BYTES, backend)
+    (slots_start,) = slots() - slots_before
+    break_ring(others)
+    job = make_job(WRITE, whole(9 * SLOT_BYTES, SLOT_BYTES), [plain(noise(9 * SLOT_BYTES))])
+    assert run(pipeline, job, [fd]).failure is not None
+    pipeline.close()
+    assert is_inaccessible(slots_start), "a late read may land in other memory"
 
 
 @pytest.mark.parametrize("backend", ["io_uring", "io_uring_plain"])
@@ -401,10 +434,7 @@ def test_a_broken_ring_is_replaced_for_the_next_job(fd: int, direction: Directio
     written = run(pipeline, make_job(WRITE, plan, [plain(tensor)]), [fd])
     for _ in range(3):
         (broken,) = slots() - slots_before
-        null = os.open("/dev/null", os.O_RDWR)
-        (own,) = ring_descriptors() - others
-        os.dup2(null, own)  # from here on the kernel takes nothing from it
-        os.close(null)
+        break_ring(others)
         target = torch.zeros_like(tensor)
         source = tensor if direction == WRITE else target
         jobs = [make_job(direction, plan, [plain(source)], checksums=written.checksums()) for _ in range(2)]

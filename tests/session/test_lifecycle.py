@@ -24,6 +24,7 @@ from disk import FailingFilesystem, GatedFilesystem, stored
 
 import engine
 from engine.io.binding import JOBS_MAX
+from engine.io.pipeline import Pipeline
 from engine.store.filesystem import Filesystem
 
 SMALL: dict[str, Any] = {"staging_bytes": 1 << 20, "block_bytes": 64 << 10}
@@ -156,6 +157,46 @@ def test_a_closed_engine_says_so(tmp_path: Path) -> None:
     for call in (*calls, eng.load, eng.verify, eng.steps):
         with pytest.raises(engine.ClosedError, match="has been closed"):
             call()
+
+
+class Buffer(bytearray):
+    """Memory that a weak reference can watch."""
+
+
+def test_a_restore_interrupted_twice_keeps_the_memory_that_it_reads_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first interrupt comes in the restore, the second in its cleanup: the native job is left under way."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    buffer = Buffer(4000)
+    memory, tensors = weakref.ref(buffer), {"a": torch.frombuffer(buffer, dtype=torch.float32)}
+    del buffer
+    with engine.Engine(tmp_path, **SMALL) as eng:
+        arena = engine.Arena.wrap(tensors)
+        eng.checkpoint(arena).result()
+        with monkeypatch.context() as patched:
+            patched.setattr(Pipeline, "attach", interrupt)
+            patched.setattr(Pipeline, "abort", interrupt)
+            with contextlib.suppress(KeyboardInterrupt):
+                eng.restore(arena)
+        tensors["a"].data = torch.zeros(1000)
+        arena.refresh()
+        gc.collect()
+        assert memory() is not None, "the native thread reads into memory that is free"
+    gc.collect()
+    assert memory() is None
+
+
+@pytest.mark.every_backend
+def test_two_threads_may_close_an_engine(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(20):
+            eng = engine.Engine(tmp_path, **SMALL)
+            for closing in [pool.submit(eng.close) for _ in range(2)]:
+                closing.result(timeout=60)
 
 
 @pytest.mark.every_backend

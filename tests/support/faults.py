@@ -106,12 +106,12 @@ class FaultTable:
         self._completed: list[tuple[int, int]] = []
         # cffi's callbacks live as long as their objects do, so a table must be kept as long as its pipeline.
         self._callbacks = (
-            self._callback("int(void *, int32_t, int32_t)", self._set_file),
+            self._callback("int(void *, uint32_t, int32_t *, uint32_t)", self._set_files),
             self._callback("int(void *, eng_io *)", self._start),
             self._callback("int(void *, eng_completion *, uint32_t, uint32_t)", self._reap),
         )
-        set_file, start, reap = self._callbacks
-        self.c_table = ffi.new("eng_io_table *", {"set_file": set_file, "start": start, "reap": reap})
+        set_files, start, reap = self._callbacks
+        self.c_table = ffi.new("eng_io_table *", {"set_files": set_files, "start": start, "reap": reap})
 
     def arm(self, script: Mapping[int, Fault], always: Fault | None = None, order: random.Random | None = None) -> None:
         """From now on: what goes wrong, counted from here, and in what order completions come, if in a random one.
@@ -147,14 +147,16 @@ class FaultTable:
 
         return ffi.callback(signature, function, error=-errno.EBADMSG, onerror=keep)
 
-    def _set_file(self, _context: Any, place: int, fd: int) -> int:
-        if self.set_file_error and fd >= 0:
+    def _set_files(self, _context: Any, first: int, fds: Any, count: int) -> int:
+        given = list(enumerate(ffi.unpack(fds, count), first))
+        if self.set_file_error and any(fd >= 0 for _, fd in given):
             return -self.set_file_error
-        if fd >= 0:
-            assert place not in self.files, "a file is given twice"
-            self.files[place] = fd
-        else:
-            self.files.pop(place, None)
+        for place, fd in given:
+            if fd >= 0:
+                assert place not in self.files, "a file is given twice"
+                self.files[place] = fd
+            else:
+                self.files.pop(place, None)
         return 0
 
     def _start(self, _context: Any, io: Any) -> int:

@@ -3,20 +3,31 @@
 Theory of operation.  A filter is a program of the classic Berkeley packet filter that looks at the number of each
 system call (seccomp(2), SECCOMP_SET_MODE_FILTER).  It can never be taken off again, so it belongs in a process of its
 own; threads that are started later have it too, those that run already do not.
+
+`refuse` answers always the same.  `supervise` asks a function each time (seccomp_unotify(2)), so that a call may be
+refused once, late, or only in some state.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import platform
 import struct
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from queue import SimpleQueue
 
 # Of io_uring_setup, io_uring_enter and io_uring_register: the same on every architecture (asm-generic/unistd.h).
 SETUP, ENTER, REGISTER = 425, 426, 427
 IO_URING = (SETUP, ENTER, REGISTER)
+_SECCOMP = 277 if platform.machine() == "aarch64" else 317
 
 # linux/prctl.h, linux/seccomp.h and linux/bpf_common.h
-_PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 38, 22, 2
-_RET_ALLOW, _RET_ERRNO = 0x7FFF0000, 0x00050000
+_PR_SET_NO_NEW_PRIVS, _SET_MODE_FILTER, _FLAG_NEW_LISTENER = 38, 1, 1 << 3
+_RET_ALLOW, _RET_ERRNO, _RET_USER_NOTIF = 0x7FFF0000, 0x00050000, 0x7FC00000
+_NOTIF_RECV, _NOTIF_SEND, _NOTICE_BYTES, _REPLY_CONTINUE = 0xC0502100, 0xC0182101, 80, 1
 _LOAD_WORD, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
 _NUMBER_OFFSET = 0  # of `nr` in struct seccomp_data
 
@@ -29,25 +40,52 @@ class _Program(ctypes.Structure):
 
 def refuse(error: int, numbers: tuple[int, ...] = IO_URING) -> None:
     """Answer these system calls with an errno from now on."""
+    _install(numbers, _RET_ERRNO | error, 0)
+
+
+def supervise(answer: Callable[[int, list[int]], int], numbers: tuple[int, ...] = IO_URING) -> None:
+    """Ask a function about each of these system calls, of this thread and of those that it starts from now on.
+
+    The function gets its number and arguments, in a thread of its own, and returns an errno, or 0 to let it go on.
+    """
+    listening: SimpleQueue[int] = SimpleQueue()
+    threading.Thread(target=_answer, args=(listening, answer), daemon=True).start()
+    listening.put(_install(numbers, _RET_USER_NOTIF, _FLAG_NEW_LISTENER))
+
+
+def _answer(listening: SimpleQueue[int], answer: Callable[[int, list[int]], int]) -> None:
+    listener = listening.get()
+    while True:
+        with suppress(FileNotFoundError):  # the call was interrupted, and is made again
+            notice = bytearray(_NOTICE_BYTES)
+            fcntl.ioctl(listener, _NOTIF_RECV, notice)
+            cookie, number, *arguments = struct.unpack("=Q8xi12x6Q", notice)
+            error = answer(number, arguments)
+            reply = struct.pack("=QqiI", cookie, 0, -error, 0 if error else _REPLY_CONTINUE)
+            fcntl.ioctl(listener, _NOTIF_SEND, bytearray(reply))
+
+
+def _install(numbers: tuple[int, ...], verdict: int, flags: int) -> int:
+    """Load a filter for this thread.  Returns what seccomp(2) does."""
 
     def instruction(code: int, operand: int, if_true: int = 0, if_false: int = 0) -> bytes:
         return struct.pack("=HBBI", code, if_true, if_false, operand)
 
-    # Each comparison jumps over those that follow, and over the permission, to the refusal.
+    # Each comparison jumps over those that follow, and over the permission, to the verdict.
     comparisons = [instruction(_JUMP_IF_EQUAL, number, len(numbers) - index) for index, number in enumerate(numbers)]
     program = b"".join(
         [
             instruction(_LOAD_WORD, _NUMBER_OFFSET),
             *comparisons,
             instruction(_RETURN, _RET_ALLOW),
-            instruction(_RETURN, _RET_ERRNO | error),
+            instruction(_RETURN, verdict),
         ]
     )
     libc = ctypes.CDLL(None, use_errno=True)
     filtered = _Program(len(program) // 8, program)
-    for arguments in (
-        (_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0),
-        (_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(filtered)),
-    ):
-        if libc.prctl(*arguments) != 0:
-            raise OSError(ctypes.get_errno(), "prctl")
+    result: int = libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    if result == 0:
+        result = libc.syscall(_SECCOMP, _SET_MODE_FILTER, flags, ctypes.byref(filtered))
+    if result < 0:
+        raise OSError(ctypes.get_errno(), "seccomp")
+    return result
