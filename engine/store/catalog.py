@@ -33,13 +33,12 @@ import os
 import re
 import stat
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from engine.errors import CorruptError, EngineWarning, NoSpaceError, StepError, StorageError
+from engine.errors import CorruptError, NoSpaceError, StepError, StorageError, warn
 from engine.format.manifest import MANIFEST_NAME, Manifest
 from engine.store.directory import PRIVATE_NAME, Directory, OpenedStep, committed_steps, step_name
 from engine.store.filesystem import Filesystem
@@ -406,14 +405,14 @@ class Catalog(Directory):
                 stored = decode_rule(self.filesystem.read_file(path, RETENTION_BYTES_MAX))
             except CorruptError as error:
                 if explicit is None:
-                    _warn(f"{path}: {error}; every checkpoint is kept until an Engine is opened with a rule")
+                    warn(f"{path}: {error}; every checkpoint is kept until an Engine is opened with a rule")
         if explicit is None and (is_stored or self._steps):
             return stored or KEEP_ALL
         rule = explicit or Retention()
         if rule != stored:
             surplus = to_retire(rule, self._steps, self._facts_of)
             if surplus:
-                _warn(
+                warn(
                     f"{rule} keeps fewer checkpoints of {self.root} than are there: once the next save is durable, "
                     f"{len(surplus)} of {len(self._steps)} are retired; open it with another rule to keep them"
                 )
@@ -433,7 +432,7 @@ class Catalog(Directory):
                 raise
             with suppress(StorageError):
                 self.filesystem.unlink(new)
-            _warn(f"{rule} could not be stored with the run, and is forgotten when this Engine is closed: {error}")
+            warn(f"{rule} could not be stored with the run, and is forgotten when this Engine is closed: {error}")
 
     # -- how: moving ------------------------------------------------------------------------------------------
 
@@ -520,10 +519,6 @@ class Catalog(Directory):
         """Make renames to spare durable: the target directory first, so that a crash never loses both names."""
         self._sync(self._spares.path)
         self._sync(self.root)
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, EngineWarning, stacklevel=2)
 
 
 _open_catalogs: weakref.WeakSet[Catalog] = weakref.WeakSet()

@@ -19,11 +19,10 @@ from __future__ import annotations
 import errno
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from engine.errors import CheckpointError, EngineWarning, StorageError
+from engine.errors import CheckpointError, StorageError, warn
 from engine.format.manifest import MANIFEST_NAME, Manifest
 from engine.store.directory import OpenedStep
 from engine.store.filesystem import Filesystem
@@ -129,9 +128,10 @@ class Spares:
     def move_files(self, spare: str, partial: str, wanted: Sequence[str]) -> frozenset[str]:
         """Move the wanted files of a spare into a partial, and delete its others; returns the names of those moved."""
         reused = set()
+        failed: list[StorageError] = []
         for name in self._filesystem.list_directory(spare):
             source, target = os.path.join(spare, name), os.path.join(partial, name)
-            with passing_over():  # then the spare cannot be deleted either, and `release` passes over it
+            with passing_over(failed):
                 if name not in wanted:
                     self.unlink(source)
                     continue
@@ -142,6 +142,9 @@ class Spares:
                     reused.add(name)
                 else:
                     self.unlink(target)
+        if failed:
+            self._stuck.add(spare)
+            warn(f"{failed[0]}; {spare} stays, and is not used")
         return frozenset(reused)
 
     def release(self, step: int) -> None:
@@ -152,8 +155,10 @@ class Spares:
             try:
                 self._filesystem.remove_directory(path)
             except StorageError as error:
+                if error.errno == errno.ENOTEMPTY:
+                    return  # the save failed before all had left it: the next one takes it, if it is not stuck
                 self._stuck.add(path)
-                warnings.warn(f"{error}; {path} stays, and is not used", EngineWarning, stacklevel=3)
+                warn(f"{error}; {path} stays, and is not used")
 
     def forget_taken(self, step: int) -> None:
         """A save that had taken a spare has failed, and what it left must stay as it is."""
@@ -180,10 +185,9 @@ class Spares:
         """Do something to one of several directories; whether it may be done.  If not, that is told the first time."""
         with passing_over() as failed:
             act(path)
-        for error in failed:
-            if path not in self._stuck:
-                self._stuck.add(path)
-                warnings.warn(f"{error}; {path} is passed over", EngineWarning, stacklevel=3)
+        if failed and path not in self._stuck:
+            self._stuck.add(path)
+            warn(f"{failed[0]}; {path} is passed over")
         return not failed
 
     def remove(self, path: str) -> None:
@@ -216,9 +220,9 @@ class Spares:
 
 
 @contextmanager
-def passing_over() -> Iterator[list[StorageError]]:
+def passing_over(failed: list[StorageError] | None = None) -> Iterator[list[StorageError]]:
     """Swallow the refusal to move or delete one thing; the list then holds it."""
-    failed: list[StorageError] = []
+    failed = [] if failed is None else failed
     try:
         yield failed
     except StorageError as error:

@@ -1268,6 +1268,16 @@ class Directory(RuleBasedStateMachine):
         self.attempt(lambda: self.catalog.set_aside(step))
         self.committed = set(self.catalog.steps())
 
+    @precondition(lambda self: self.committed - self.pins.keys())
+    @rule(data=st.data())
+    def delete(self, data: st.DataObject) -> None:
+        step = data.draw(st.sampled_from(sorted(self.committed - self.pins.keys())))
+        before = self.committed
+        succeeded = self.attempt(lambda: self.catalog.delete(step))
+        self.committed = set(self.catalog.steps())
+        assert before - {step} <= self.committed <= before
+        assert not succeeded or step not in self.committed
+
     @rule()
     def reopen(self) -> None:
         """As after a kill: what was partial is spare."""

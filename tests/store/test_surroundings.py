@@ -23,6 +23,7 @@ from disk import FailingFilesystem
 from volumes import XFS_BYTES_MIN, as_root, volume
 
 import engine
+from engine.store.directory import OpenedStep
 from engine.store.filesystem import Filesystem
 
 SMALL: dict[str, Any] = {"staging_bytes": 8 << 20, "block_bytes": 1 << 20, "max_async": 1}
@@ -244,3 +245,21 @@ def test_a_clock_before_1970_stops_no_save(tmp_path: Path) -> None:
         with mock.patch.object(time, "time_ns", lambda: -5):
             save(eng, arena_of(100), 1)
         assert holds(eng, 1) and eng.verify(1) == ()
+
+
+def test_a_step_retired_while_it_is_verified_is_retired_and_not_damaged(tmp_path: Path) -> None:
+    arena = arena_of(100)
+    with opened(tmp_path, keep=1) as eng:
+        save(eng, arena, 1)
+        manifest = OpenedStep.manifest
+
+        def late(step: OpenedStep) -> Any:
+            mock.patch.stopall()  # a recycled save reads a manifest too
+            for number in (2, 3, 4):
+                save(eng, arena, number)
+            return manifest(step)
+
+        mock.patch.object(OpenedStep, "manifest", late).start()
+        with engine.open(tmp_path) as run, pytest.raises(engine.errors.RetiredError, match=r"step 1 .* was retired"):
+            run.verify(1)
+        assert eng.steps() == [4] and eng.verify(4) == ()
