@@ -42,6 +42,7 @@ ON_A_HOST = """
 import errno, os, resource, sys, warnings
 import torch
 import engine, seccomp
+from engine import Arena, Engine, probe  # imported now: an ordinary user may have no right to read the modules
 from disk import same, stored
 
 directory = sys.argv[1]

@@ -287,7 +287,7 @@ def one_block(direction: Direction, file_offset: int) -> Job:
     extents = pack_extents([0], [0], [SLOT_BYTES], [0])
     blocks = pack_blocks([(file_offset, SLOT_BYTES, 0, 0, 1)])
     sources = pack_sources([plain(tensor)])
-    return Job(direction, 0, sources, extents, blocks, pack_order([0]), 1, checksums=[0], owners=tensor)
+    return Job(direction, sources, extents, blocks, pack_order([0]), 1, checksums=[bytes(16)], owners=tensor)
 
 
 def test_an_errno_of_the_kernel_is_kept_by_every_way_of_moving_blocks(stage: Stage) -> None:
