@@ -37,8 +37,9 @@ from engine.errors import (
     StepError,
     UsageError,
 )
+from engine.format.checks import BLOCK_BYTES_MAX
 from engine.format.layout import Layout
-from engine.format.manifest import BLOCK_BYTES_MAX, STEP_MAX
+from engine.format.manifest import STEP_MAX
 from engine.format.plan import ALIGNMENT, chunk_size
 from engine.format.values import encode as encode_extra
 from engine.format.values import encode_options
@@ -179,9 +180,10 @@ class Engine:
             if not self._in_flight.admit(ticket, wait=on_busy == "wait"):
                 return self._refuse(step, on_busy)
             arena.refresh()
+            options = arena.options()
             meta = {
                 "aliases": dict(arena.aliases),
-                "options": encode_options(arena.options()),
+                "optimizers": {"": encode_options(options)} if options else {},
                 "extra": encode_extra(extra),
             }
             packed, sources = self._pack(arena, chunk_count, chunk_bytes)

@@ -442,7 +442,9 @@ def _make_tensor(record: SegmentRecord) -> Tensor:
 
 def _options(manifest: Manifest) -> dict[str, Any]:
     """What the optimizer kept besides tensors, in the shape that `Arena.options` gives it."""
-    options = decode_extra(manifest.options, "options")
+    if "" not in manifest.optimizers:
+        return {}
+    options = decode_extra(manifest.optimizers[""], "options")
     shape = {"param_groups": list, "state": dict, "absent": list}
     if not isinstance(options, dict) or (options and {k: type(v) for k, v in options.items()} != shape):
         raise CorruptError("the manifest's options are not an optimizer's")

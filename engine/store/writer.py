@@ -30,6 +30,7 @@ from engine.errors import BusyError, StorageError, TornSnapshot
 from engine.format.layout import Layout, align_up
 from engine.format.manifest import (
     FORMAT,
+    READER,
     VERSION,
     FileRecord,
     Manifest,
@@ -330,7 +331,7 @@ class Writer:
 
         Args:
             save: started.
-            meta: ``aliases``, ``options`` and ``extra`` of the manifest.
+            meta: ``aliases``, ``optimizers`` and ``extra`` of the manifest.
             done: called before the Future resolves, so that who waits for it finds the place free.
         """
         try:
@@ -389,6 +390,7 @@ class Writer:
         return Manifest(
             format=FORMAT,
             version=VERSION,
+            min_reader=READER,
             step=save.step,
             checkpoint_id=save.checkpoint_id,
             created_ns=time.time_ns(),
