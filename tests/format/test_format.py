@@ -20,14 +20,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 import xxhash
 from disk import same
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import engine
+from engine.format.layout import TensorSpec, lay_out, model_index
+from engine.format.manifest import (
+    FORMAT,
+    READER,
+    VERSION,
+    ChunkRecord,
+    FileRecord,
+    Manifest,
+    Part,
+    digest_of,
+    encode,
+    encode_part,
+    part_name,
+    segment_records,
+)
 
 PAGE = (Path(__file__).parents[2] / "docs/format.md").read_text(encoding="utf-8")
 ROLES = ("model", "buffer", "optimizer", "grad")
@@ -318,6 +335,37 @@ def test_every_rule_holds_for_a_training(tmp_path: Path, block_bytes: int, chunk
     assert set(options) == {"param_groups", "state", "absent"} and options["param_groups"][0]["lr"] == 0.25
     assert options["param_groups"][0]["params"] == [name for name, _ in model.named_parameters()]
     assert options["absent"] == []
+
+
+def test_every_rule_holds_for_several_files_optimizers_and_ranks(tmp_path: Path) -> None:
+    """A model cut into files and two optimizers, each file written by a rank of its own."""
+    path = tmp_path / "step-00000005"
+    path.mkdir()
+    owners = [("w.1", "model", ""), ("w\n2", "model", ""), ("m", "optimizer", "gen"), ("n", "optimizer", "")]
+    layout = lay_out([TensorSpec(name, "float32", (5,), role, "w", owner) for name, role, owner in owners], None, 20)
+    content = {segment.name: bytes([index]) * 20 for index, segment in enumerate(layout.segments)}
+    files, parts = [], []
+    for index, (name, nbytes, header) in enumerate(layout.files):
+        segments = tuple(row for row in segment_records(layout) if row.file == index)
+        raw = header + b"".join(content[row.name] for row in segments)
+        (path / name).write_bytes(raw)
+        files.append(FileRecord(name, nbytes, len(header)))
+        chunk = ChunkRecord(0, 0, 0, nbytes, ("w",), tuple(map(xxhash.xxh3_128_hexdigest, (raw[:4096], raw[4096:]))))
+        rows = tuple(msgspec.structs.replace(row, file=0) for row in segments)
+        part = bytes(encode_part(Part(index, (files[-1],), (chunk,), rows, {})))
+        (path / part_name(index)).write_bytes(part)
+        parts.append(digest_of(part_name(index), part))
+        assert set(load_file(path / name)) == {row.name for row in segments}
+    (path / INDEX).write_bytes(model_index(layout) or b"")
+    fields = (FORMAT, VERSION, READER, 5, "0" * 32, 0, 4096, tuple(files), (), (), {}, {}, None)
+    head = Manifest(*fields, parts=tuple(parts))
+    (path / "manifest.json").write_bytes(encode(head))
+    reader = Reader(path)
+    assert {name: stored.content for name, stored in reader.tensors.items()} == content
+    assert [file.name for file in files] == [
+        *("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+        *("optimizer-gen.safetensors", "optimizer.safetensors"),
+    ]
 
 
 def test_no_tensors_are_an_empty_model_file(tmp_path: Path) -> None:
