@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from enum import Enum
@@ -103,6 +104,9 @@ class Engine(Reading):
         chunk_bytes: int | None = None,
         snapshot: Snapshot | None = None,
         on_busy: OnBusy = "wait",
+        metrics: Mapping[str, float] | None = None,
+        tag: str | None = None,
+        files: Mapping[str, bytes] | None = None,
     ) -> Save:
         """Make an arena durable while training goes on.
 
@@ -120,13 +124,17 @@ class Engine(Reading):
                 that default, and hashes the arena a second time: a writer in between fails the save.
             on_busy: with `max_async` saves in flight ``"wait"`` for one to end, ``"raise"`` BusyError, or
                 ``"skip"``: the Save returned has failed with BusyError and nothing was done.
+            metrics: numbers by name, for listings and for ``Retention(best=...)``.
+            tag: a label; a checkpoint that has one is never retired, only deleted by `delete`.
+            files: small files to lie beside the tensors, such as a model's config.json: plain names to bytes.
 
         Raises:
             ArenaError: a tensor of the arena cannot be stored, or a restore of it has failed half-way.
             ArgumentError, ExtraError, StepError, BusyError, ClosedError: see the messages.
         """
         self._check_usable()
-        return self._checkpointer.begin(arena, Request(step, extra, chunk_count, chunk_bytes, snapshot, on_busy))
+        request = Request(step, extra, chunk_count, chunk_bytes, snapshot, on_busy, metrics or {}, tag, files or {})
+        return self._checkpointer.begin(arena, request)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until every save that is in flight now has ended; False if `timeout` seconds passed first.

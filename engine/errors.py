@@ -134,6 +134,10 @@ class CorruptError(CheckpointError):
     """A checkpoint is not what was written: a checksum, a length or the manifest is wrong."""
 
 
+class NewerFormatError(CheckpointError):
+    """A checkpoint was written for a later engine than this one.  It is whole, and stays as it is."""
+
+
 class StorageError(EngineError, OSError):
     """The operating system refused an operation on a file.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 from engine.errors import ArgumentError
-from engine.format.manifest import BLOCK_BYTES_MAX
+from engine.format.checks import BLOCK_BYTES_MAX
 from engine.format.plan import ALIGNMENT, CHUNK_BYTES_DEFAULT
 
 # Ways to move blocks, best first: `io.backend` describes them.

@@ -1,4 +1,4 @@
-"""Any bytes are a manifest that holds together, or CorruptError, within 64 bytes of memory for each of them.
+"""Any bytes are a manifest that holds together, or CorruptError or NewerFormatError, within 64 bytes of memory a byte.
 
 What `decode` returns encodes and decodes to itself, has a geometry that partitions its files into blocks with one
 checksum each, and names no file outside its directory.
@@ -14,8 +14,8 @@ import os
 from hypothesis import given
 from strategies import nearly_valid, sealed
 
-from engine.errors import CorruptError
-from engine.format.manifest import Manifest, block_checksums, decode, encode
+from engine.errors import CorruptError, NewerFormatError
+from engine.format.manifest import Manifest, Summary, block_checksums, decode, decode_summary, encode
 from fuzz.limits import allocating_at_most
 
 # An empty object is 3 bytes of JSON with its comma, and 64 of memory and 8 in its list; one that holds something is 7
@@ -44,9 +44,11 @@ def check(raw: bytes) -> None:
     with allocating_at_most(BYTES_PER_BYTE * len(raw)):
         try:
             manifest = decode(raw)
-        except CorruptError:
+        except (CorruptError, NewerFormatError):
             return
     assert decode(encode(manifest)) == manifest
+    summary = decode_summary(raw)
+    assert all(getattr(summary, name) == getattr(manifest, name) for name in Summary.__struct_fields__)
     check_geometry(manifest)
     for file in manifest.files:
         assert os.path.normpath(file.name) == os.path.basename(file.name) == file.name and "\0" not in file.name

@@ -3,12 +3,15 @@
 Theory of operation.  A `TensorSpec` says what a tensor is; `lay_out` decides where it goes, twice over:
 
 * in the **arena**, where each segment starts on a multiple of `ARENA_ALIGNMENT` bytes, and
-* in a **safetensors file** chosen by role, where segments are packed without holes, because the format
+* in a **safetensors file** chosen by role and optimizer, where segments are packed without holes, because the format
   forbids holes (safetensors `Metadata::validate`), and the data start on a `HEADER_ALIGNMENT` boundary.
 
 The order is the same in both, so that a long run of the arena is a long run of the file.  Within a file
 the largest element size comes first, so every tensor in the file is aligned to its own element size
 without padding; then module buffers (which change in forward and so are staged first) come together.
+
+A model may be cut into several files, as Hugging Face does: `model-00001-of-00003.safetensors` and so on, with an index
+that says which tensor is in which file.
 
 Rules: no torch, no I/O, integers of any size, the same input always gives the same bytes.  Called by
 `arena` with what it gathered, and by `manifest` for the dtype table.
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -36,11 +40,18 @@ HEADER_BYTES_MAX = 100_000_000
 
 
 class DType(NamedTuple):
-    """How one torch dtype is stored: its safetensors code, element size, and trailing components."""
+    """How one torch dtype is stored: its safetensors code, element size, and the shape in the header."""
 
     code: str
     itemsize: int
     components: int  # 2 where safetensors lacks the complex type: stored as (..., 2) real numbers
+    packed: int = 1  # numbers in one of torch's elements: the header counts them in the last dimension
+
+    def header_shape(self, shape: Sequence[int]) -> list[int]:
+        """The shape that the header says."""
+        if self.components > 1:
+            return [*shape, self.components]
+        return [*shape[:-1], self.packed * math.prod(shape[-1:])] if self.packed > 1 else [*shape]
 
 
 # Every dtype the engine stores, by torch's name.  Codes are safetensors' (`Dtype` in tensor.rs).
@@ -62,29 +73,41 @@ DTYPES: Mapping[str, DType] = {
     "float8_e5m2": DType("F8_E5M2", 1, 1),
     "float8_e4m3fnuz": DType("F8_E4M3FNUZ", 1, 1),
     "float8_e5m2fnuz": DType("F8_E5M2FNUZ", 1, 1),
+    "float8_e8m0fnu": DType("F8_E8M0", 1, 1),
+    "float4_e2m1fn_x2": DType("F4", 1, 1, packed=2),
     "int8": DType("I8", 1, 1),
     "uint8": DType("U8", 1, 1),
     "bool": DType("BOOL", 1, 1),
 }
 
-# Which file a role is stored in.  `grad` shares the optimizer's: both are of no use to inference.
-FILES: Mapping[str, str] = {
-    "model": "model.safetensors",
-    "buffer": "model.safetensors",
-    "optimizer": "optimizer.safetensors",
-    "grad": "optimizer.safetensors",
-}
-ROLES = tuple(FILES)
+# Which kind of file a role is stored in.  `grad` shares the optimizer's: both are of no use to inference.
+FILE_STEMS: Mapping[str, str] = {"model": "model", "buffer": "model", "optimizer": "optimizer", "grad": "optimizer"}
+ROLES = tuple(FILE_STEMS)
+
+_MODEL_FILE = "model.safetensors"
+
+# The index that Hugging Face's loaders read where a model is in several files.
+INDEX_NAME = "model.safetensors.index.json"
+
+# An optimizer's name is part of its file's name, which has at most 100 characters before the suffix.
+OPTIMIZER_NAME = re.compile("[a-z0-9-]{0,64}")
 
 
 class TensorSpec(NamedTuple):
-    """What a tensor is, before it has a place.  `dtype` is torch's name, e.g. ``"float32"``."""
+    """What a tensor is, before it has a place.  `dtype` is torch's name, e.g. ``"float32"``.
+
+    `optimizer` is the name of the optimizer that owns it, "" for the only one.  A shard of a larger tensor also has the
+    shape of the whole and its own place in it; both are empty for a whole tensor.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     role: str
     layer: str
+    optimizer: str = ""
+    global_shape: tuple[int, ...] = ()
+    global_offset: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -100,6 +123,9 @@ class Segment(NamedTuple):
     shape: tuple[int, ...]
     role: str
     layer: str
+    optimizer: str
+    global_shape: tuple[int, ...]
+    global_offset: tuple[int, ...]
     arena_offset: int
     file_index: int
     file_offset: int
@@ -127,13 +153,17 @@ def align_up(value: int, alignment: int) -> int:
     return -(-value // alignment) * alignment
 
 
-def lay_out(specs: Iterable[TensorSpec], aliases: Mapping[str, str] | None = None) -> Layout:
+def lay_out(
+    specs: Iterable[TensorSpec], aliases: Mapping[str, str] | None = None, model_file_bytes_max: int | None = None
+) -> Layout:
     """Give every tensor its place.
 
     Args:
         specs: the tensors, in the order in which their owner knows them; names are unique.
         aliases: other names of the same tensors (tied weights), alias to stored name.  They are kept in
             the header's metadata as `safetensors.torch.save_model` does, so its `load_model` finds them.
+        model_file_bytes_max: cut the model between tensors into files of at most so many bytes of tensors; a larger
+            tensor has a file of its own.
 
     Raises:
         ArenaError: a name twice or not storable, an unknown dtype or role, or a header over 100 MB.
@@ -144,9 +174,11 @@ def lay_out(specs: Iterable[TensorSpec], aliases: Mapping[str, str] | None = Non
         _check_name(alias)
     groups: dict[str, list[TensorSpec]] = {}
     for spec in ordered:
-        groups.setdefault(FILES[spec.role], []).append(spec)
+        groups.setdefault(_file_name(spec), []).append(spec)
     if not groups:
-        groups[FILES["model"]] = []
+        groups[_MODEL_FILE] = []
+    if model_file_bytes_max is not None and _MODEL_FILE in groups:
+        groups = _cut_model(groups.pop(_MODEL_FILE), model_file_bytes_max) | groups
 
     segments: list[Segment] = []
     files: list[FileLayout] = []
@@ -166,19 +198,21 @@ def lay_out(specs: Iterable[TensorSpec], aliases: Mapping[str, str] | None = Non
 def encode_header(members: Sequence[TensorSpec], aliases: Mapping[str, str]) -> bytes:
     """The safetensors header of tensors packed in this order, padded so that data start on a page.
 
-    The format: 8 bytes of little-endian length, then JSON, which may end in spaces.
+    The format: 8 bytes of little-endian length, then JSON, which may end in spaces.  Older transformers refuse a
+    file whose metadata has no "format".
     """
-    table: dict[str, object] = {}
     names = {spec.name for spec in members}
     metadata = {alias: name for alias, name in aliases.items() if name in names}
-    if metadata:
-        table["__metadata__"] = metadata
+    table: dict[str, object] = {"__metadata__": {**metadata, "format": "pt"}}
     end = 0
     for spec in members:
         stored = DTYPES[spec.dtype]
-        shape = [*spec.shape, stored.components] if stored.components > 1 else [*spec.shape]
         start, end = end, end + spec.nbytes
-        table[spec.name] = {"dtype": stored.code, "shape": shape, "data_offsets": [start, end]}
+        table[spec.name] = {
+            "dtype": stored.code,
+            "shape": stored.header_shape(spec.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     padded = align_up(8 + len(text), HEADER_ALIGNMENT) - 8
     if padded > HEADER_BYTES_MAX:
@@ -189,6 +223,37 @@ def encode_header(members: Sequence[TensorSpec], aliases: Mapping[str, str]) -> 
     return struct.pack("<Q", padded) + text.ljust(padded)
 
 
+def model_index(layout: Layout) -> bytes | None:
+    """The content of `INDEX_NAME`; None where the model is in one file, or is shards, which its readers do not know."""
+    weights = [segment for segment in layout.segments if FILE_STEMS[segment.role] == "model"]
+    weight_map = {segment.name: layout.files[segment.file_index].name for segment in weights}
+    if len(set(weight_map.values())) < 2 or any(segment.global_shape for segment in weights):
+        return None
+    index = {"metadata": {"total_size": sum(segment.nbytes for segment in weights)}, "weight_map": weight_map}
+    return json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+
+
+def _file_name(spec: TensorSpec) -> str:
+    stem = FILE_STEMS[spec.role]
+    return f"{stem}-{spec.optimizer}.safetensors" if spec.optimizer and stem != "model" else f"{stem}.safetensors"
+
+
+def _cut_model(members: Sequence[TensorSpec], bytes_max: int) -> dict[str, list[TensorSpec]]:
+    """The model's tensors by their file, named as Hugging Face names them."""
+    shards: list[list[TensorSpec]] = [[]]
+    shard_bytes = 0
+    for spec in members:
+        if shards[-1] and shard_bytes + spec.nbytes > bytes_max:
+            shards.append([])
+            shard_bytes = 0
+        shards[-1].append(spec)
+        shard_bytes += spec.nbytes
+    if len(shards) == 1:
+        return {_MODEL_FILE: shards[0]}
+    count = len(shards)
+    return {f"model-{number:05d}-of-{count:05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
+
+
 def _file_order(spec: TensorSpec) -> tuple[str, int, int]:
     """Model file first, then by falling element size, then by role; sorted() keeps the rest as given."""
     dtype = DTYPES.get(spec.dtype)
@@ -196,11 +261,11 @@ def _file_order(spec: TensorSpec) -> tuple[str, int, int]:
         raise ArenaError(
             f"tensor {spec.name!r} has dtype {spec.dtype}, which safetensors cannot hold; convert it first"
         )
-    if spec.role not in FILES:
+    if spec.role not in FILE_STEMS:
         raise ArenaError(f"tensor {spec.name!r} has role {spec.role!r}; roles are {', '.join(ROLES)}")
     # Element sizes are powers of two, so falling order keeps every offset a multiple of its own element size,
     # and no block boundary (a multiple of 4096) ever cuts an element.
-    return FILES[spec.role], -dtype.itemsize, ROLES.index(spec.role)
+    return _file_name(spec), -dtype.itemsize, ROLES.index(spec.role)
 
 
 def _check_specs(specs: Sequence[TensorSpec]) -> None:
@@ -211,9 +276,21 @@ def _check_specs(specs: Sequence[TensorSpec]) -> None:
         _check_name(spec.name)
         if any(extent < 0 for extent in spec.shape):
             raise ArenaError(f"tensor {spec.name!r} has a negative dimension in {spec.shape}")
+        if not OPTIMIZER_NAME.fullmatch(spec.optimizer):
+            raise ArenaError(
+                f"an optimizer cannot be called {spec.optimizer!r}: its name is part of a file's name; use at most 64 "
+                "of a to z, 0 to 9 and -"
+            )
+        assert len(spec.global_shape) == len(spec.global_offset) in (0, len(spec.shape)), spec
         seen.add(spec.name)
 
 
 def _check_name(name: str) -> None:
-    if name == "__metadata__" or not name.isprintable():
-        raise ArenaError(f"a tensor cannot be called {name!r}: safetensors keeps or cannot show that name")
+    if name == "__metadata__":
+        raise ArenaError(
+            f"a tensor cannot be called {name!r}: safetensors keeps that name for itself; rename the tensor"
+        )
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ArenaError(f"a tensor cannot be called {name!r}: that is no valid Unicode; rename the tensor") from None

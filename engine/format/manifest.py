@@ -6,13 +6,15 @@ files and their lengths, the chunks with a checksum for every block, every tenso
 
     {"sha256":"<64 hex digits>","body":{...}}
 
-whose digest covers the very bytes of the body, so nothing depends on how JSON may be reformatted.
+whose digest covers the very bytes of the body, so nothing depends on how JSON may be reformatted.  Where several ranks
+write one checkpoint, each writes its chunks and segments to a part, `manifest-00003.json` of rank 3, in the same
+envelope; `manifest.json` then holds the digest of every part.
 
-Bytes read from disk are hostile until proven otherwise.  `decode` first checks the digest, then lets msgspec
-check every type, then `_validate` checks every number against every other: after that a reader may trust that
-chunks partition files, blocks partition chunks, and segments partition the data without holes, all within
-63-bit offsets.  Nothing is allocated in proportion to a number in the manifest before that number has been
-checked against the manifest's own length.
+Bytes read from disk are hostile until they are checked.  `decode` checks the digest, msgspec checks every type, and
+`checks` compares every number with every other.  Nothing is allocated in proportion to a number in the manifest before
+that number has been checked against the manifest's own length.
+
+A reader ignores fields that it does not know, and refuses a manifest whose `min_reader` is above `READER`.
 
 Called by `arena` (rows), `commit` (through `writer`), `catalog` and `reader`.
 """
@@ -22,53 +24,47 @@ from __future__ import annotations
 import hashlib
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import pairwise
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
-from engine.errors import ArgumentError, CorruptError
-from engine.format.layout import DTYPES, HEADER_ALIGNMENT, ROLES, Layout
-from engine.format.plan import ALIGNMENT, Chunk, Plan, PlannedFile, ceil_div, plan_geometry
+from engine.errors import ArgumentError, CorruptError, NewerFormatError
+from engine.format.checks import MANIFEST_NAME as MANIFEST_NAME
+from engine.format.checks import STEP_MAX as STEP_MAX
+from engine.format.checks import check_head, check_part_rank, check_parts, check_whole, require
+from engine.format.layout import Layout
+from engine.format.plan import Chunk, Plan, PlannedFile, plan_geometry
 
-MANIFEST_NAME = "manifest.json"
 FORMAT = "engine.checkpoint"
 VERSION = 1
+
+# What this engine reads: the `min_reader` of a manifest says what it takes.
+READER = 1
 
 # 100,000 tensors make about 15 MB, so this is room for some seven million.  More is not a manifest.
 MANIFEST_BYTES_MAX = 1 << 30
 
-# One job of the pipeline has room for so many (ENG_JOB_FILES_MAX in engine_native.h).
-FILES_MAX = 8
-
-# A block must fit a staging slot of whoever restores; the native pipeline counts a block's bytes in 32 bits.
-BLOCK_BYTES_MAX = 1 << 30
-
-# Steps are stored as JSON integers, and other languages read those as signed 64-bit.
-STEP_MAX = (1 << 63) - 1
-
-# Offsets are signed 64-bit in the kernel (lseek(2)), and are rounded up to a block.
-FILE_BYTES_MAX = (1 << 63) - 1 - BLOCK_BYTES_MAX
-
 # Tensors named in an error before the rest are counted.
 _NAMES_SHOWN = 4
 
-_FILE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,99}\.safetensors")
 _PREFIX = re.compile(rb'\{"sha256":"([0-9a-f]{64})","body":')
 _SUFFIX = b"}\n"
-_HEX = re.compile("[0-9a-f]*")
 _DIGEST_CHARS = 64  # of SHA-256, in hexadecimal
-_HASH_CHARS = 32  # of XXH3-128, in hexadecimal
 _ENCODER = msgspec.json.Encoder()
 # Rows made and encoded in two calls into C: half a millisecond, after which the training's thread may have Python.
 _ROWS_AT_ONCE = 1000
 # The columns of `SegmentRecord`, of a layout's segment.
-_row = attrgetter("name", "dtype", "shape", "role", "layer", "file_index", "file_offset", "nbytes")
+_row = attrgetter(
+    *("name", "dtype", "shape", "role", "layer", "file_index", "file_offset", "nbytes", "global_shape", "global_offset")
+)
+
+_Record = TypeVar("_Record")
 
 
-class ChunkRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ChunkRecord(msgspec.Struct, frozen=True):
     """One chunk: its place, the layers it holds a part of, and the XXH3-128 of every block in hex."""
 
     file: int
@@ -79,7 +75,7 @@ class ChunkRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     checksums: tuple[str, ...]
 
 
-class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class FileRecord(msgspec.Struct, frozen=True):
     """One data file: its name, its exact length, and how much of it is the safetensors header."""
 
     name: str
@@ -87,8 +83,19 @@ class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     header_bytes: int
 
 
-class SegmentRecord(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
-    """One tensor and its place: an array in JSON, as there may be a hundred thousand; no cycle can go through one."""
+class DigestedFile(msgspec.Struct, frozen=True):
+    """A file of which the manifest knows the content by its SHA-256: a user's file, or a rank's part."""
+
+    name: str
+    nbytes: int
+    sha256: str
+
+
+class SegmentRecord(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One tensor and its place: an array in JSON, as there may be a hundred thousand; no cycle can go through one.
+
+    A shard also has the shape of the whole tensor and its own place in it; both are empty where the segment is whole.
+    """
 
     name: str
     dtype: str
@@ -98,6 +105,8 @@ class SegmentRecord(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
     file: int
     offset: int
     nbytes: int
+    global_shape: tuple[int, ...] = ()
+    global_offset: tuple[int, ...] = ()
 
 
 # The segments of a manifest, encoded already.
@@ -109,13 +118,45 @@ class _Head(msgspec.Struct, frozen=True):
 
     format: str
     version: int
+    min_reader: int
 
 
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Everything a reader must know.  `options` and `extra` are in the form of `engine.format.values`."""
+class Part(msgspec.Struct, frozen=True):
+    """What one rank has written: its chunks and segments.  `file` counts in its own `files`."""
+
+    rank: int
+    files: tuple[FileRecord, ...]
+    chunks: tuple[ChunkRecord, ...]
+    segments: tuple[SegmentRecord, ...]
+    aliases: dict[str, str]
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """What a listing and a retention rule ask of a checkpoint."""
+
+    step: int
+    checkpoint_id: str
+    created_ns: int
+    files: tuple[FileRecord, ...]
+    metrics: dict[str, float | None] = {}
+    tag: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all data files together."""
+        return sum(file.nbytes for file in self.files)
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """Everything a reader must know.
+
+    `optimizers` has, by its name, what an optimizer keeps besides tensors; the only optimizer may be called "".  Its
+    values and `extra` are in the form of `engine.format.values`.  A metric that is not finite is None.
+    """
 
     format: str
     version: int
+    min_reader: int
     step: int
     checkpoint_id: str
     created_ns: int
@@ -124,8 +165,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     chunks: tuple[ChunkRecord, ...]
     segments: tuple[SegmentRecord, ...]
     aliases: dict[str, str]
-    options: Any
+    optimizers: dict[str, Any]
     extra: Any
+    metrics: dict[str, float | None] = {}
+    tag: str | None = None
+    user_files: tuple[DigestedFile, ...] = ()
+    parts: tuple[DigestedFile, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -187,6 +232,28 @@ def chunk_records(plan: Plan, layers: Sequence[tuple[str, ...]], checksums: Sequ
     )
 
 
+def known_hashes(plan: Plan, manifest: Manifest, names: Collection[str]) -> list[bytes | None]:
+    """For each block of a plan, the hash that a manifest records of the same place, where there is one.
+
+    Args:
+        plan: what is to be written.
+        manifest: of the checkpoint whose files are written over.
+        names: those of its files that are there.
+    """
+    recorded: dict[tuple[str, int], tuple[int, str]] = {}
+    for chunk in manifest.chunks:
+        name = manifest.files[chunk.file].name
+        if name not in names:
+            continue
+        for start, text in zip(range(0, chunk.nbytes, manifest.block_bytes), chunk.checksums, strict=True):
+            recorded[name, chunk.offset + start] = min(manifest.block_bytes, chunk.nbytes - start), text
+    known: list[bytes | None] = []
+    for block in plan.blocks:
+        nbytes, text = recorded.get((plan.files[block.file_index].name, block.file_offset), (0, ""))
+        known.append(bytes.fromhex(text) if nbytes == block.nbytes else None)
+    return known
+
+
 def encode(manifest: Manifest, rows: Rows | None = None) -> bytearray:
     """The bytes of `manifest.json`, made in one piece of memory: there may be megabytes of them.
 
@@ -197,12 +264,107 @@ def encode(manifest: Manifest, rows: Rows | None = None) -> bytearray:
     Raises:
         ArgumentError: there are more of them than a reader would take; only `extra` can make so many.
     """
+    return _seal(manifest, rows)
+
+
+def encode_part(part: Part, rows: Rows | None = None) -> bytearray:
+    """The bytes of a rank's part; as `encode`."""
+    return _seal(part, rows)
+
+
+def part_name(rank: int) -> str:
+    """The name of a rank's part."""
+    return f"manifest-{rank:05d}.json"
+
+
+def digest_of(name: str, raw: bytes | bytearray) -> DigestedFile:
+    """The record of a file with this content."""
+    return DigestedFile(name, len(raw), hashlib.sha256(raw).hexdigest())
+
+
+def decode(raw: bytes, read_part: Callable[[DigestedFile], bytes] | None = None) -> Manifest:
+    """The manifest in these bytes, its parts merged into it.
+
+    Args:
+        raw: the bytes of `manifest.json`.
+        read_part: returns the bytes of a part's file, at most one more than its record says.
+
+    Raises:
+        CorruptError: a digest, a type or a number is wrong; the message says which.
+        NewerFormatError: the checkpoint is for a later engine.
+    """
+    manifest = _open(raw, MANIFEST_NAME, Manifest)
+    check_head(manifest)
+    check_parts(manifest)
+    if manifest.parts:
+        if read_part is None:
+            raise CorruptError(f"manifest.json has {len(manifest.parts)} parts, and no part is read here")
+        manifest = merge_parts(manifest, [decode_part(read_part(record), record) for record in manifest.parts])
+    check_whole(manifest)
+    return manifest
+
+
+def decode_part(raw: bytes, record: DigestedFile) -> Part:
+    """The part in these bytes, which the manifest records.
+
+    Raises:
+        CorruptError: they are not what was recorded.
+    """
+    if (len(raw), hashlib.sha256(raw).hexdigest()) != (record.nbytes, record.sha256):
+        raise CorruptError(f"{record.name} is not the part that manifest.json records")
+    part = _open(raw, record.name, Part)
+    check_part_rank(record.name, part.rank)
+    return part
+
+
+def decode_summary(raw: bytes) -> Summary:
+    """What a listing asks of the manifest in these bytes.  Checks the digest, and makes no chunk and no segment.
+
+    Raises:
+        CorruptError, NewerFormatError: as `decode`.
+    """
+    summary = _open(raw, MANIFEST_NAME, Summary)
+    check_head(summary)
+    return summary
+
+
+def merge_parts(manifest: Manifest, parts: Sequence[Part]) -> Manifest:
+    """A manifest with the chunks, segments and aliases of its parts, in order of file and offset.
+
+    Raises:
+        CorruptError: a part names a file that the manifest lacks, or parts contradict each other.
+    """
+    places = {file: index for index, file in enumerate(manifest.files)}
+    chunks: list[ChunkRecord] = []
+    segments: list[SegmentRecord] = []
+    aliases: dict[str, str] = {}
+    for part in parts:
+        require(all(file in places for file in part.files), f"the part of rank {part.rank} has another file")
+        index = [places[file] for file in part.files]
+        rows: tuple[ChunkRecord | SegmentRecord, ...] = (*part.chunks, *part.segments)
+        in_range = all(0 <= row.file < len(index) for row in rows)
+        require(in_range, f"the part of rank {part.rank} has a row of no file")
+        chunks += [msgspec.structs.replace(chunk, file=index[chunk.file]) for chunk in part.chunks]
+        segments += [msgspec.structs.replace(segment, file=index[segment.file]) for segment in part.segments]
+        agree = all(aliases.get(alias, name) == name for alias, name in part.aliases.items())
+        require(agree, f"the part of rank {part.rank} has another name for an alias")
+        aliases |= part.aliases
+    return msgspec.structs.replace(
+        manifest,
+        chunks=tuple(sorted(chunks, key=lambda chunk: (chunk.file, chunk.offset))),
+        segments=tuple(sorted(segments, key=lambda segment: (segment.file, segment.offset, segment.nbytes))),
+        aliases=aliases,
+    )
+
+
+def _seal(record: Manifest | Part, rows: Rows | None) -> bytearray:
+    """A record in its envelope."""
     start, between = b'{"sha256":"', b'","body":'
     raw = bytearray(start + bytes(_DIGEST_CHARS) + between)
     body_start = len(raw)
-    assert rows is None or not manifest.segments, "a manifest has its segments, or is given their rows"
-    segments = Rows(_ENCODER.encode(manifest.segments)) if rows is None else rows
-    _ENCODER.encode_into(msgspec.structs.replace(manifest, segments=segments), raw, body_start)
+    assert rows is None or not record.segments, "a record has its segments, or is given their rows"
+    segments = Rows(_ENCODER.encode(record.segments)) if rows is None else rows
+    _ENCODER.encode_into(msgspec.structs.replace(record, segments=segments), raw, body_start)
     body_bytes = len(raw) - body_start
     if body_bytes > MANIFEST_BYTES_MAX // 2:  # half, so that no reader's limit is ever near
         raise ArgumentError(f"the manifest would have {body_bytes} bytes; store less in `extra`")
@@ -213,113 +375,23 @@ def encode(manifest: Manifest, rows: Rows | None = None) -> bytearray:
     return raw
 
 
-def decode(raw: bytes) -> Manifest:
-    """The manifest in these bytes.
-
-    Raises:
-        CorruptError: the digest, a type or a number is wrong; the message says which.
-    """
+def _open(raw: bytes, name: str, record: type[_Record]) -> _Record:
+    """The record in an envelope whose digest is right; `name` is for messages."""
     prefix = _PREFIX.match(raw)
     if prefix is None or not raw.endswith(_SUFFIX):
-        raise CorruptError("manifest.json does not have the form of a manifest")
+        raise CorruptError(f"{name} does not have the form of a manifest")
     body = memoryview(raw)[prefix.end() : -len(_SUFFIX)]
     if hashlib.sha256(body).hexdigest().encode() != prefix.group(1):
-        raise CorruptError("manifest.json does not match its own sha256")
+        raise CorruptError(f"{name} does not match its own sha256")
     try:
-        head = msgspec.json.decode(body, type=_Head)  # first: a later version may have other fields
-        _require(head.format == FORMAT, f"format is {head.format!r}, not {FORMAT!r}")
-        _require(head.version == VERSION, f"version is {head.version}; this engine reads {VERSION}")
-        manifest = msgspec.json.decode(body, type=Manifest)
+        if record is not Part:  # first: the fields of a later format may have other types
+            head = msgspec.json.decode(body, type=_Head)
+            require(head.format == FORMAT, f"format is {head.format!r}, not {FORMAT!r}")
+            if head.min_reader > READER:
+                raise NewerFormatError(
+                    f"{name} is of format version {head.version} and needs a reader of version {head.min_reader}, and "
+                    f"this engine reads {READER}; upgrade the engine"
+                )
+        return msgspec.json.decode(body, type=record)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise CorruptError(f"manifest.json cannot be decoded: {error}") from None
-    _validate(manifest)
-    return manifest
-
-
-def _inconsistent(what: str) -> CorruptError:
-    return CorruptError(f"manifest.json is inconsistent: {what}")
-
-
-def _require(truth: bool, what: str) -> None:
-    if not truth:
-        raise _inconsistent(what)
-
-
-def _validate(manifest: Manifest) -> None:
-    _require(0 <= manifest.step <= STEP_MAX, f"step is {manifest.step}")
-    _require(0 <= manifest.created_ns < 1 << 63, f"created_ns is {manifest.created_ns}")
-    _require(re.fullmatch("[0-9a-f]{32}", manifest.checkpoint_id) is not None, "checkpoint_id is not 32 hex digits")
-    aligned = 0 < manifest.block_bytes <= BLOCK_BYTES_MAX and manifest.block_bytes % ALIGNMENT == 0
-    _require(aligned, f"block_bytes is {manifest.block_bytes}")
-    _validate_files(manifest)
-    _validate_chunks(manifest)
-    _validate_segments(manifest)
-
-
-def _validate_files(manifest: Manifest) -> None:
-    _require(1 <= len(manifest.files) <= FILES_MAX, f"there are {len(manifest.files)} files")
-    _require(len({file.name for file in manifest.files}) == len(manifest.files), "a file is listed twice")
-    for file in manifest.files:
-        _require(_FILE_NAME.fullmatch(file.name) is not None, f"{file.name!r} cannot be a data file's name")
-        fits = 0 < file.header_bytes <= file.nbytes <= FILE_BYTES_MAX and file.header_bytes % HEADER_ALIGNMENT == 0
-        _require(fits, f"{file.name} has {file.nbytes} bytes, of which {file.header_bytes} header")
-
-
-def _validate_chunks(manifest: Manifest) -> None:
-    position = (0, 0, 0)  # the file, index and offset that the next chunk must have
-    for chunk in manifest.chunks:
-        where = f"chunk {chunk.index} of file {chunk.file}"
-        _require((chunk.file, chunk.index, chunk.offset) == position, f"{where} at {chunk.offset} does not follow")
-        file_bytes = manifest.files[chunk.file].nbytes
-        end = chunk.offset + chunk.nbytes
-        _require(chunk.nbytes > 0 and end <= file_bytes, f"{where} does not lie in its file")
-        _require(end == file_bytes or end % ALIGNMENT == 0, f"{where} ends unaligned")
-        count = ceil_div(chunk.nbytes, manifest.block_bytes)
-        _require(len(chunk.checksums) == count, f"{where} has {len(chunk.checksums)} checksums for {count} blocks")
-        # All at once, as there may be a hundred thousand; one by one only to name the one that is wrong.
-        if set(map(len, chunk.checksums)) != {_HASH_CHARS} or _HEX.fullmatch("".join(chunk.checksums)) is None:
-            wrong = next(text for text in chunk.checksums if len(text) != _HASH_CHARS or _HEX.fullmatch(text) is None)
-            raise _inconsistent(f"{where} has checksum {wrong!r}")
-        position = (chunk.file + 1, 0, 0) if end == file_bytes else (chunk.file, chunk.index + 1, end)
-        _require(position[0] < len(manifest.files) or chunk is manifest.chunks[-1], f"{where} is not the last")
-    _require(position == (len(manifest.files), 0, 0), "the chunks do not cover the files")
-
-
-def _validate_segments(manifest: Manifest) -> None:
-    ends = [file.header_bytes for file in manifest.files]
-    names: set[str] = set()
-    for segment in manifest.segments:
-        wrong = _wrong_segment(segment, names, ends)
-        if wrong is not None:
-            raise _inconsistent(f"tensor {segment.name!r} {wrong}")
-        names.add(segment.name)
-        ends[segment.file] += segment.nbytes
-    for file, end in zip(manifest.files, ends, strict=True):
-        _require(end == file.nbytes, f"the tensors of {file.name} end at {end}, the file at {file.nbytes}")
-    for alias, name in manifest.aliases.items():
-        _require(alias not in names and name in names, f"alias {alias!r} of {name!r} does not fit")
-
-
-def _wrong_segment(segment: SegmentRecord, names: Set[str], ends: Sequence[int]) -> str | None:
-    """What is wrong with a segment that follows these, if anything; there may be a hundred thousand."""
-    if segment.name in names:
-        return "is listed twice"
-    if segment.dtype not in DTYPES or segment.role not in ROLES:
-        return f"is {segment.dtype}, {segment.role}"
-    if not 0 <= segment.file < len(ends):
-        return f"is in file {segment.file}"
-    if _nbytes(segment) != segment.nbytes:
-        return f"of shape {segment.shape} has {segment.nbytes} bytes"
-    if segment.offset != ends[segment.file]:
-        return f"at {segment.offset} leaves a hole or overlaps"
-    return None
-
-
-def _nbytes(segment: SegmentRecord) -> int | None:
-    """Bytes of a segment by dtype and shape, or None once the product leaves what a file can hold."""
-    nbytes = DTYPES[segment.dtype].itemsize
-    for extent in segment.shape:
-        if not 0 <= extent < 1 << 63:  # beyond what a tensor can have, also where another dimension is 0
-            return None
-        nbytes = min(nbytes * extent, FILE_BYTES_MAX + 1)
-    return nbytes if nbytes <= FILE_BYTES_MAX else None
+        raise CorruptError(f"{name} cannot be decoded: {error}") from None

@@ -11,14 +11,17 @@ still reads the arena is made to fail; one that is staged goes on.  Either way n
 from __future__ import annotations
 
 import logging
+import math
 import time
 import weakref
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-from engine.errors import ArenaError, BusyError, StepError, warn
+from engine.errors import ArenaError, ArgumentError, BusyError, StepError, warn
+from engine.format.checks import is_user_name
 from engine.format.layout import Layout
 from engine.format.manifest import STEP_MAX
 from engine.format.plan import chunk_size
@@ -53,6 +56,9 @@ class Request:
     chunk_bytes: int | None = None
     snapshot: Snapshot | None = None
     on_busy: OnBusy = "wait"
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    tag: str | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.step is not None:
@@ -64,6 +70,17 @@ class Request:
         if self.snapshot is not None:
             check_choice("snapshot", self.snapshot, Snapshot)
         check_choice("on_busy", self.on_busy, OnBusy)
+        for name, value in self.metrics.items():
+            if not isinstance(name, str) or isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ArgumentError(f"metrics has {name!r}: {value!r}; it must map names to numbers: pass .item()")
+        if self.tag is not None and (not isinstance(self.tag, str) or not self.tag.isprintable()):
+            raise ArgumentError(f"tag is {self.tag!r}; it must be printable text, or None")
+        for name, content in self.files.items():
+            if not isinstance(name, str) or not is_user_name(name) or not isinstance(content, bytes):
+                raise ArgumentError(
+                    f"files has {name!r}; it must map plain names (letters, digits, '.', '_', '-') to bytes, and none "
+                    "that the engine gives"
+                )
 
     def is_lazy(self, arena: Arena) -> bool:
         """Whether the call returns while staging goes on."""
@@ -126,8 +143,11 @@ class Checkpointer:
             sources,
             owners=arena.memory,
             aliases=dict(arena.aliases),
-            options=encode_options(arena.options()),
+            optimizers={"": encode_options(options)} if (options := arena.options()) else {},
             extra=encode(request.extra),
+            metrics={name: value if math.isfinite(value) else None for name, value in request.metrics.items()},
+            tag=request.tag,
+            user_files=request.files,
         )
 
     def _pack(self, arena: Arena, chunk_count: int | None, chunk_bytes: int | None) -> tuple[PackedPlan, Packed]:

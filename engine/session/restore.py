@@ -45,7 +45,7 @@ def restore(reader: Reader, arena: Arena, step: int | None, select: Select) -> R
 
     def fill(checkpoint: Checkpoint) -> RestoreInfo:
         manifest = checkpoint.manifest
-        extra, options = decode(manifest.extra), decode_options(manifest.options)
+        extra, options = decode(manifest.extra), _options(manifest)
         targets = _match(arena, manifest, selection)
         if selection.is_all:
             arena.check_options(options)
@@ -70,7 +70,9 @@ def load(reader: Reader, step: int | None, select: Select) -> Tensors:
     def fill(checkpoint: Checkpoint) -> tuple[int, Tensors]:
         manifest = checkpoint.manifest
         decode(manifest.extra)  # a manifest is sound as a whole, or the checkpoint is damaged
-        absent = set(decode_options(manifest.options).get("absent", ()))
+        absent = {
+            name for options in manifest.optimizers.values() for name in decode_options(options).get("absent", ())
+        }
         aliases = {alias: name for alias, name in manifest.aliases.items() if selection.has_alias(alias)}
         needed = set(aliases.values())
         stored: Tensors = {}
@@ -90,6 +92,21 @@ def load(reader: Reader, step: int | None, select: Select) -> Tensors:
     if not tensors and not selection.is_all:
         raise ArgumentError(f"select={select!r} matches no tensor of step {loaded}")
     return tensors
+
+
+def _options(manifest: Manifest) -> dict[str, Any]:
+    """What the only optimizer kept besides tensors; {} where there was none.
+
+    Raises:
+        MismatchError: there are several optimizers, which an arena cannot hold.
+    """
+    named = sorted(name for name in manifest.optimizers if name)
+    if named:
+        raise MismatchError(
+            f"step {manifest.step} has the optimizers {', '.join(named)}, and an arena holds one without a name; "
+            "load() reads their tensors"
+        )
+    return decode_options(manifest.optimizers[""]) if "" in manifest.optimizers else {}
 
 
 def _info(checkpoint: Checkpoint, extra: Any, nbytes: int) -> RestoreInfo:

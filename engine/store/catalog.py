@@ -38,7 +38,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from engine.errors import CorruptError, NoSpaceError, StepError, StorageError, warn
+from engine.errors import CheckpointError, CorruptError, NoSpaceError, StepError, StorageError, warn
 from engine.format.manifest import MANIFEST_NAME, Manifest
 from engine.store.directory import PRIVATE_NAME, Directory, OpenedStep, committed_steps, step_name
 from engine.store.filesystem import Filesystem
@@ -83,7 +83,7 @@ class Catalog(Directory):
         filesystem: how to reach it.
         spare_max: how many spare directories to keep; more are deleted.
         retention: which checkpoints are kept; None for the rule that is stored with the run.
-        facts: what a committed step's manifest says of tag and metrics; None where no manifest has any.
+        facts: what is known of a committed step; by default what its manifest says.
 
     Attributes:
         retention: the rule in effect.
@@ -114,7 +114,7 @@ class Catalog(Directory):
         self._in_flight: set[int] = set()  # steps begun, and neither published nor discarded
         self._fresh_paths: dict[int, str] = {}  # partials of another name than their step gives them
         self._pins: set[tuple[int, object]] = set()  # one for each reader
-        self._load_facts = facts or StepFacts
+        self._load_facts = facts or self._read_facts
         self._facts: dict[int, StepFacts] = {}
         self._make_directories()
         self._closing = threading.RLock()  # a signal handler may close in the middle of close
@@ -481,6 +481,17 @@ class Catalog(Directory):
                 return None
             self._facts[step] = found
         return self._facts[step]
+
+    def _read_facts(self, step: int) -> StepFacts | None:
+        """What a step's manifest says of tag and metrics: nothing where it is damaged, None where it cannot be read."""
+        try:
+            with super().opened(step) as opened:
+                found = opened.summary()
+        except CheckpointError:
+            return StepFacts(step)
+        except StorageError:
+            return None
+        return StepFacts(step, found.tag, {name: x for name, x in found.metrics.items() if x is not None})
 
     def _sync(self, path: str) -> None:
         """Sync a directory; once that has failed, no rename can be relied on until the next open."""

@@ -15,13 +15,12 @@ A failure before the rename leaves no `step-N`.  Called by `writer`, on the engi
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from engine.errors import CorruptError
-from engine.format.manifest import MANIFEST_NAME
+from engine.format.manifest import MANIFEST_NAME, DigestedFile, digest_of
 from engine.store.catalog import Catalog
 from engine.store.filesystem import Filesystem
 
@@ -34,23 +33,20 @@ class WrittenFile(NamedTuple):
     nbytes: int
 
 
-class Part(NamedTuple):
-    """One writer's part of the manifest, sealed: its file's name, its length and its SHA-256."""
-
-    name: str
-    nbytes: int
-    digest: bytes
-
-
 def seal(
-    filesystem: Filesystem, partial: str, files: Sequence[WrittenFile], part: tuple[str, bytes] | None = None
-) -> Part | None:
+    filesystem: Filesystem,
+    partial: str,
+    files: Sequence[WrittenFile],
+    small_files: Mapping[str, bytes],
+    part: tuple[str, bytes | bytearray] | None = None,
+) -> DigestedFile | None:
     """Make one writer's files durable under the partial name.  Blocks.
 
     Args:
         filesystem: how to reach them.
         partial: the directory that they are in.
-        files: this writer's.
+        files: this writer's data files, written.
+        small_files: this writer's other files, by name, to be written here.
         part: the name and the content of its part of the manifest; None for a single writer.
 
     Raises:
@@ -60,15 +56,17 @@ def seal(
         filesystem.truncate(file.descriptor, file.nbytes, file.path)
     for file in files:
         filesystem.sync_file(file.descriptor, file.path)
+    for name, content in small_files.items():
+        filesystem.write_new_file(os.path.join(partial, name), content)
     if part is None:
         return None  # `publish` syncs the directory
-    name, content = part
-    filesystem.write_new_file(os.path.join(partial, name), content)
+    name, raw = part
+    filesystem.write_new_file(os.path.join(partial, name), raw)
     filesystem.sync_directory(partial)
-    return Part(name, len(content), hashlib.sha256(content).digest())
+    return digest_of(name, raw)
 
 
-def publish(catalog: Catalog, step: int, manifest: bytes | bytearray, parts: Sequence[Part] = ()) -> str:
+def publish(catalog: Catalog, step: int, manifest: bytes | bytearray, parts: Sequence[DigestedFile] = ()) -> str:
     """Make a checkpoint visible that every writer has sealed; return its path.  Blocks.
 
     Raises:
@@ -80,8 +78,7 @@ def publish(catalog: Catalog, step: int, manifest: bytes | bytearray, parts: Seq
     catalog.check_place()  # the descriptors lead to what was locked, and names may not any more
     for part in parts:
         path = os.path.join(partial, part.name)
-        content = filesystem.read_file(path, part.nbytes)
-        if len(content) != part.nbytes or hashlib.sha256(content).digest() != part.digest:
+        if digest_of(part.name, filesystem.read_file(path, part.nbytes)) != part:
             raise CorruptError(f"{path} is not what its writer has sealed; save again")
     filesystem.write_new_file(os.path.join(partial, MANIFEST_NAME), manifest)
     filesystem.sync_directory(partial)
@@ -92,6 +89,7 @@ def commit(
     catalog: Catalog,
     step: int,
     files: Sequence[WrittenFile],
+    small_files: Mapping[str, bytes],
     manifest: bytes | bytearray,
     await_turn: Callable[[], None],
 ) -> str:
@@ -99,6 +97,6 @@ def commit(
 
     `await_turn` is called in between: steps become visible in order, and seal at the same time.
     """
-    seal(catalog.filesystem, catalog.partial_path(step), files)
+    seal(catalog.filesystem, catalog.partial_path(step), files, small_files)
     await_turn()
     return publish(catalog, step, manifest)

@@ -28,7 +28,15 @@ from engine.errors import (
     RetiredError,
     StorageError,
 )
-from engine.format.manifest import MANIFEST_BYTES_MAX, MANIFEST_NAME, STEP_MAX, Manifest, decode
+from engine.format.manifest import (
+    MANIFEST_BYTES_MAX,
+    MANIFEST_NAME,
+    STEP_MAX,
+    Manifest,
+    Summary,
+    decode,
+    decode_summary,
+)
 from engine.store.filesystem import Filesystem
 
 PRIVATE_NAME = ".engine"
@@ -71,10 +79,26 @@ class OpenedStep:
         """
         path = os.path.join(self.path, MANIFEST_NAME)
         raw = self._filesystem.read_file(path, MANIFEST_BYTES_MAX, directory=self._descriptor)
-        manifest = decode(raw)
+        manifest = decode(raw, lambda part: self.read_small(part.name, part.nbytes + 1))
         if manifest.step != self.step:
             raise CorruptError(f"{path} is the manifest of step {manifest.step}")
         return manifest, len(raw)
+
+    def summary(self) -> Summary:
+        """What a listing asks of the manifest; raises as `manifest`."""
+        path = os.path.join(self.path, MANIFEST_NAME)
+        summary = decode_summary(self._filesystem.read_file(path, MANIFEST_BYTES_MAX, directory=self._descriptor))
+        if summary.step != self.step:
+            raise CorruptError(f"{path} is the manifest of step {summary.step}")
+        return summary
+
+    def read_small(self, name: str, bytes_max: int) -> bytes:
+        """A small file of the step, whole.
+
+        Raises:
+            CorruptError: it is missing, no regular file, or longer than `bytes_max`.
+        """
+        return self._filesystem.read_file(os.path.join(self.path, name), bytes_max, directory=self._descriptor)
 
     def open_file(self, name: str, direct: bool) -> int:
         """Open a data file of the step to read blocks; the caller closes the descriptor.

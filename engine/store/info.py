@@ -5,7 +5,10 @@ Theory of operation.  Plain values, which `Writer`, `Reader` and `Verifier` retu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
+
+from engine.format.manifest import Manifest, Summary
 
 
 class CheckpointInfo(NamedTuple):
@@ -15,9 +18,22 @@ class CheckpointInfo(NamedTuple):
         step, checkpoint_id: which; the id is 32 random hexadecimal digits.
         path: its directory.
         nbytes: bytes of its data files.
+        created_ns: when it was saved, in ns since 1970 by the clock of the host.
+        metrics: as given to `checkpoint()`; a value that is not finite is None.
+        tag: as given to `checkpoint()`.
     """
 
     step: int
     checkpoint_id: str
     path: str
     nbytes: int
+    created_ns: int
+    metrics: Mapping[str, float | None]
+    tag: str | None
+
+
+def info_of(found: Manifest | Summary, path: str) -> CheckpointInfo:
+    """The public part of a manifest, of the checkpoint in this directory."""
+    return CheckpointInfo(
+        found.step, found.checkpoint_id, path, found.nbytes, found.created_ns, found.metrics, found.tag
+    )

@@ -25,7 +25,7 @@ from engine.io.job import Direction, Failure, FailureKind, Job, Milestone
 from engine.io.packing import Packed, pack_blocks, pack_extents, pack_order
 from engine.io.pipeline import Pipeline
 from engine.store.directory import Directory, OpenedStep
-from engine.store.info import CheckpointInfo
+from engine.store.info import CheckpointInfo, info_of
 
 # Slots of a pipeline opened for a checkpoint whose blocks do not fit the engine's: one is read, the other is copied
 # out.
@@ -124,9 +124,14 @@ class Reader:
 
     def info(self, step: int | None) -> CheckpointInfo:
         """What is known of a checkpoint without its tensors; raises as `manifest`."""
-        manifest = self.manifest(step)
-        path = self._directory.path(manifest.step)
-        return CheckpointInfo(manifest.step, manifest.checkpoint_id, path, manifest.nbytes)
+        for candidate in self.candidates(step):
+            try:
+                with self._directory.opened(candidate) as opened:
+                    return info_of(opened.summary(), opened.path)
+            except NotFoundError:
+                if step is not None:
+                    raise
+        raise self.nothing()
 
     def nothing(self) -> NotFoundError:
         """The error that says that there is no checkpoint."""

@@ -50,7 +50,7 @@ class Store:
             if degraded is not None:
                 warn(degraded)  # which may raise, if the user wants it so
             undo.pop_all()
-        self.writer = Writer(self.catalog, self.pipeline)
+        self.writer = Writer(self.catalog, self.pipeline, options.rewrite_all)
         self.reader = Reader(self.catalog, lambda: self.pipeline)
         self.verifier = Verifier(self.catalog, self.reader)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from engine.errors import CorruptError, NotFoundError, StorageError
-from engine.format.manifest import MANIFEST_NAME, Manifest, affected, block_checksums
+from engine.format.manifest import MANIFEST_NAME, Manifest, affected, block_checksums, digest_of
 from engine.format.plan import Block, ExtentColumns
 from engine.format.values import decode, decode_options
 from engine.io.job import BlockState, Failure, Job
@@ -76,7 +76,8 @@ class Verifier:
         try:
             manifest, manifest_bytes = opened.manifest()
             decode(manifest.extra)
-            decode_options(manifest.options)
+            for options in manifest.optimizers.values():
+                decode_options(options)
         except (CorruptError, StorageError) as error:
             demand_damage(error)
             return (Damage(os.path.join(opened.path, MANIFEST_NAME), None, None, "everything", str(error)),)
@@ -97,6 +98,7 @@ class Verifier:
                     demand_damage(error)
                     names = affected(manifest.segments, index, 0, file.nbytes)
                     yield Damage(os.path.join(opened.path, file.name), None, None, names, str(error))
+            yield from _verify_user_files(opened, manifest)
             yield from self._verify_blocks(Checkpoint(opened.step, manifest, manifest_bytes, opened.path, descriptors))
         finally:
             self._reader.close_files([d for d in descriptors if d != _NO_FILE])
@@ -109,6 +111,17 @@ class Verifier:
             for chunk, start, end in zip(plan.chunks, plan.block_starts, plan.block_starts[1:], strict=False):
                 if found.descriptors[chunk.file_index] != _NO_FILE:
                     yield from _verify_chunk(pipeline, found, plan.blocks[start:end], checksums[start:end])
+
+
+def _verify_user_files(opened: OpenedStep, manifest: Manifest) -> Iterator[Damage]:
+    for record in manifest.user_files:
+        path = os.path.join(opened.path, record.name)
+        try:
+            if digest_of(record.name, opened.read_small(record.name, record.nbytes)) != record:
+                raise CorruptError(f"{path} is not the file that was saved: its sha256 differs")
+        except (CorruptError, StorageError) as error:
+            demand_damage(error)
+            yield Damage(path, None, None, "no tensor", str(error))
 
 
 def _verify_chunk(

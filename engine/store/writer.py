@@ -22,9 +22,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from engine.errors import StorageError, TornSnapshot
-from engine.format.layout import Layout, align_up
+from engine.format.layout import INDEX_NAME, Layout, align_up, model_index
 from engine.format.manifest import (
     FORMAT,
+    READER,
     VERSION,
     FileRecord,
     Manifest,
@@ -32,7 +33,9 @@ from engine.format.manifest import (
     affected,
     chunk_layers,
     chunk_records,
+    digest_of,
     encode,
+    known_hashes,
     segment_records,
 )
 from engine.format.plan import ALIGNMENT, Extents, Plan, Source, block_rows, extent_columns, make_plan
@@ -42,10 +45,7 @@ from engine.io.packing import Packed, address_of, pack_blocks, pack_extents, pac
 from engine.io.pipeline import Pipeline
 from engine.store.catalog import Catalog
 from engine.store.commit import WrittenFile, commit
-from engine.store.info import CheckpointInfo
-
-# The options of no optimizer, encoded.
-NO_OPTIONS: Json = {"dict": []}
+from engine.store.info import CheckpointInfo, info_of
 
 
 @dataclass(slots=True)
@@ -81,15 +81,19 @@ class Content:
         packed: the plan.
         sources: where the plan's sources are now, the headers first (`pack_all_sources`).
         owners: keeps the sources' memory alive.
-        aliases, options, extra: of the manifest, encoded.
+        aliases, optimizers, extra, metrics, tag: of the manifest, encoded.
+        user_files: small files that are written beside the tensors, by name.
     """
 
     packed: PackedPlan
     sources: Packed
     owners: object
     aliases: Mapping[str, str] = field(default_factory=dict)
-    options: Json = field(default_factory=lambda: NO_OPTIONS)
+    optimizers: Mapping[str, Json] = field(default_factory=dict)
     extra: Json = None
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+    tag: str | None = None
+    user_files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def pack_plan(
@@ -195,11 +199,13 @@ class Writer:
     Args:
         catalog: the directory.
         pipeline: the native thread.
+        rewrite_all: write every block, even one that a recycled file holds already.
     """
 
-    def __init__(self, catalog: Catalog, pipeline: Pipeline) -> None:
+    def __init__(self, catalog: Catalog, pipeline: Pipeline, rewrite_all: bool) -> None:
         self._catalog = catalog
         self._pipeline = pipeline
+        self._rewrite_all = rewrite_all
 
     def prepare(self, step: int, content: Content, checked: bool) -> Write:
         """Make a save that `start` will begin.  Nothing has happened yet."""
@@ -232,23 +238,22 @@ class Writer:
             TornSnapshot, StorageError, ...: it has failed, and what it wrote has been deleted.
         """
         try:
-            path = self._write_and_commit(write, await_turn)
+            return self._write_and_commit(write, await_turn)
         except BaseException:
             with suppress(Exception):
                 self._catalog.discard(write.step)
             raise
         finally:
             write.let_go()
-        nbytes = sum(file.nbytes for file in write.packed.plan.files)
-        return CheckpointInfo(write.step, write.checkpoint_id, path, nbytes)
 
-    def _write_and_commit(self, write: Write, await_turn: Callable[[], None]) -> str:
-        job, packed = write.job, write.packed
+    def _write_and_commit(self, write: Write, await_turn: Callable[[], None]) -> CheckpointInfo:
+        job, packed, content = write.job, write.packed, write.content
+        assert content is not None, "finished twice"
         files: list[WrittenFile] = []
         try:
             try:
-                self._make_files(write.step, packed.plan, files)
-                self._pipeline.attach(job, [file.descriptor for file in files])
+                known = self._make_files(write.step, packed.plan, files)
+                self._pipeline.attach(job, [file.descriptor for file in files], known)
                 self._pipeline.wait(job, Milestone.STAGED)
                 _ = packed.layers  # made now: the caller goes on, and the device writes
             except BaseException as error:
@@ -258,13 +263,19 @@ class Writer:
                 self._pipeline.wait(job, Milestone.DONE)
             if job.failure is not None:
                 raise _explain(job.failure, packed, files, self._catalog.partial_path(write.step))
-            manifest = encode(_manifest(write), packed.rows)
-            return commit(self._catalog, write.step, files, manifest, await_turn)
+            manifest = _manifest(write, content)
+            small_files = dict(content.user_files)
+            if (index := model_index(packed.layout)) is not None:
+                small_files[INDEX_NAME] = index
+            raw = encode(manifest, packed.rows)
+            path = commit(self._catalog, write.step, files, small_files, raw, await_turn)
+            return info_of(manifest, path)
         finally:
             for file in files:
                 self._catalog.filesystem.close(file.descriptor)
 
-    def _make_files(self, step: int, plan: Plan, files: list[WrittenFile]) -> None:
+    def _make_files(self, step: int, plan: Plan, files: list[WrittenFile]) -> list[bytes | None] | None:
+        """Begin a step, and open and reserve its files; returns what is known of their blocks."""
         filesystem = self._catalog.filesystem
         self._catalog.check_room(sum(align_up(file.nbytes, ALIGNMENT) for file in plan.files))
         begun = self._catalog.begin(step, [file.name for file in plan.files])
@@ -273,6 +284,9 @@ class Writer:
             descriptor = filesystem.open_for_blocks(path, write=True, direct=self._pipeline.direct)
             files.append(WrittenFile(descriptor, path, file.nbytes))
             self._allocate(files[-1])
+        if begun.recycled is None or self._rewrite_all:
+            return None
+        return known_hashes(plan, begun.recycled, begun.reused)
 
     def _allocate(self, file: WrittenFile) -> None:
         """Reserve a file's blocks; where there is no room, once more without the checkpoints that no rule keeps."""
@@ -285,14 +299,14 @@ class Writer:
             self._catalog.filesystem.allocate(file.descriptor, nbytes, file.path)
 
 
-def _manifest(write: Write) -> Manifest:
+def _manifest(write: Write, content: Content) -> Manifest:
     if set(write.job.states()) != {BlockState.WRITTEN}:  # ours to prevent, and never to be committed
         raise RuntimeError(f"step {write.step} has blocks that were not written, and no failure; report this as a bug")
-    packed, content = write.packed, write.content
-    assert content is not None, "finished twice"
+    packed = write.packed
     return Manifest(
         format=FORMAT,
         version=VERSION,
+        min_reader=READER,
         step=write.step,
         checkpoint_id=write.checkpoint_id,
         created_ns=max(0, time.time_ns()),  # a clock may be wrong
@@ -301,8 +315,11 @@ def _manifest(write: Write) -> Manifest:
         chunks=chunk_records(packed.plan, packed.layers, write.job.checksums()),
         segments=(),  # `encode` is given their rows
         aliases=dict(content.aliases),
-        options=content.options,
+        optimizers=dict(content.optimizers),
         extra=content.extra,
+        metrics=dict(content.metrics),
+        tag=content.tag,
+        user_files=tuple(digest_of(name, raw) for name, raw in content.user_files.items()),
     )
 
 

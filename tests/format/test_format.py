@@ -20,22 +20,43 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 import xxhash
 from disk import same
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import engine
+from engine.format.layout import TensorSpec, lay_out, model_index
+from engine.format.manifest import (
+    FORMAT,
+    READER,
+    VERSION,
+    ChunkRecord,
+    FileRecord,
+    Manifest,
+    Part,
+    digest_of,
+    encode,
+    encode_part,
+    part_name,
+    segment_records,
+)
 
 PAGE = (Path(__file__).parents[2] / "docs/format.md").read_text(encoding="utf-8")
 ROLES = ("model", "buffer", "optimizer", "grad")
 FIELDS = {
-    "body": "format version step checkpoint_id created_ns block_bytes files chunks segments aliases options extra",
+    "body": "format version min_reader step checkpoint_id created_ns block_bytes files chunks segments aliases "
+    "optimizers extra metrics tag user_files parts",
+    "part": "rank files chunks segments aliases",
     "file": "name nbytes header_bytes",
     "chunk": "file index offset nbytes layers checksums",
+    "digested": "name nbytes sha256",
 }
+INDEX = "model.safetensors.index.json"
 CUTS = [(4096, 4096), (4096, 12288), (12288, 4096), (8192, 20480), (1 << 20, 64 << 20)]  # block_bytes, chunk_bytes
 
 
@@ -45,13 +66,23 @@ def fenced(language: str) -> str:
     return text
 
 
-def dtype_table() -> dict[str, tuple[str, int, int]]:
-    """The page's table of dtypes: code, how many last components the header adds, element size."""
-    rows = re.findall(r"^\| `(\w+)` \| `(\w+)`(, with a last dimension of 2)? \| (\d+) \|$", PAGE, re.MULTILINE)
-    return {dtype: (code, 2 if complexes else 0, int(size)) for dtype, code, complexes, size in rows}
+def dtype_table() -> dict[str, tuple[str, str, int]]:
+    """The page's table of dtypes: code, what the header does to the shape, element size."""
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)`(?:, with (.*?))? \| (\d+) \|$", PAGE, re.MULTILINE)
+    return {dtype: (code, shape, int(size)) for dtype, code, shape, size in rows}
 
 
 DTYPES = dtype_table()
+
+
+def header_shape(dtype: str, shape: list[int]) -> list[int]:
+    """The shape in the header of a tensor of this one."""
+    if DTYPES[dtype][1] == "a last dimension of 2":
+        return [*shape, 2]
+    if DTYPES[dtype][1] == "the last dimension doubled":
+        return [*shape[:-1], 2 * shape[-1]] if shape else [2]
+    assert DTYPES[dtype][1] == ""
+    return shape
 
 
 class Stored(NamedTuple):
@@ -72,21 +103,30 @@ class Reader:
         self.body = self.read_manifest((path / "manifest.json").read_bytes())
         assert path.name == f"step-{self.body['step']:08d}"
         self.contents = [(path / file["name"]).read_bytes() for file in self.body["files"]]
-        assert {entry.name for entry in path.iterdir()} == {"manifest.json", *(f["name"] for f in self.body["files"])}
         self.check_files()
+        self.check_digested(path)
+        self.merge_parts(path)
         self.check_chunks()
         self.tensors = self.read_segments()
+        self.check_shards()
+        names = ["manifest.json", *(row["name"] for key in ("files", "parts", "user_files") for row in self.body[key])]
+        assert sorted(entry.name for entry in path.iterdir()) == sorted([*names, *self.check_index(path)])
         for index in range(len(self.contents)):
             self.check_header(index)
 
     @staticmethod
-    def read_manifest(raw: bytes) -> dict[str, Any]:
+    def read_envelope(raw: bytes) -> dict[str, Any]:
         assert raw[:11] == b'{"sha256":"' and raw[75:84] == b'","body":' and raw[-2:] == b"}\n"
         assert raw.count(b"\n") == 1 and len(raw) <= 2**30
         assert hashlib.sha256(raw[84:-2]).hexdigest() == raw[11:75].decode()
         body: dict[str, Any] = json.loads(raw)["body"]
-        assert body == json.loads(raw[84:-2]) and list(body) == FIELDS["body"].split()
-        assert (body["format"], body["version"]) == ("engine.checkpoint", 1)
+        assert body == json.loads(raw[84:-2])
+        return body
+
+    def read_manifest(self, raw: bytes) -> dict[str, Any]:
+        body = self.read_envelope(raw)
+        assert list(body) == FIELDS["body"].split()
+        assert (body["format"], body["version"], body["min_reader"]) == ("engine.checkpoint", 1, 1)
         assert 0 <= body["step"] < 2**63 and re.fullmatch("[0-9a-f]{32}", body["checkpoint_id"])
         assert 4096 <= body["block_bytes"] <= 2**30 and body["block_bytes"] % 4096 == 0
         return body
@@ -97,6 +137,53 @@ class Reader:
             assert list(file) == FIELDS["file"].split()
             assert re.fullmatch(r"[a-z0-9][a-z0-9-]{0,99}\.safetensors", file["name"])
             assert file["nbytes"] == len(content) and file["header_bytes"] % 4096 == 0 < file["header_bytes"]
+
+    def check_digested(self, path: Path) -> None:
+        for row in (*self.body["user_files"], *self.body["parts"]):
+            content = (path / row["name"]).read_bytes()
+            assert list(row) == FIELDS["digested"].split() and row["nbytes"] == len(content)
+            assert row["sha256"] == hashlib.sha256(content).hexdigest()
+        assert all(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", row["name"]) for row in self.body["user_files"])
+        assert all(re.fullmatch(r"manifest-[0-9]{5}\.json", row["name"]) for row in self.body["parts"])
+
+    def merge_parts(self, path: Path) -> None:
+        if not self.body["parts"]:
+            return
+        assert (self.body["chunks"], self.body["segments"], self.body["aliases"]) == ([], [], {})
+        for row in self.body["parts"]:
+            part = self.read_envelope((path / row["name"]).read_bytes())
+            assert list(part) == FIELDS["part"].split() and row["name"] == f"manifest-{part['rank']:05d}.json"
+            places = [self.body["files"].index(file) for file in part["files"]]
+            self.body["chunks"] += [{**chunk, "file": places[chunk["file"]]} for chunk in part["chunks"]]
+            self.body["segments"] += [[*segment[:5], places[segment[5]], *segment[6:]] for segment in part["segments"]]
+            self.body["aliases"].update(part["aliases"])
+        self.body["chunks"].sort(key=lambda chunk: (chunk["file"], chunk["offset"]))
+        self.body["segments"].sort(key=lambda segment: segment[5:8])
+
+    def check_index(self, path: Path) -> list[str]:
+        model = [row for row in self.body["segments"] if row[3] in ("model", "buffer")]
+        if len({row[5] for row in model}) < 2 or any(row[8] for row in model):
+            return []
+        assert json.loads((path / INDEX).read_bytes()) == {
+            "metadata": {"total_size": sum(row[7] for row in model)},
+            "weight_map": {row[0]: self.body["files"][row[5]]["name"] for row in model},
+        }
+        return [INDEX]
+
+    def check_shards(self) -> None:
+        shards: dict[str, list[Any]] = {}
+        for row in self.body["segments"]:
+            if row[8]:
+                shards.setdefault(row[0], []).append(row)
+        for rows in shards.values():
+            whole = rows[0][8]
+            assert len({(row[1], row[3], *row[8]) for row in rows}) == 1 and len({row[5] for row in rows}) == len(rows)
+            covered = np.zeros(whole, dtype=int)
+            for _, _, shape, _, _, _, _, _, _, offset in rows:
+                assert len(shape) == len(whole) == len(offset)
+                assert all(at >= 0 and at + size <= of for at, size, of in zip(offset, shape, whole, strict=True))
+                covered[tuple(slice(at, at + size) for at, size in zip(offset, shape, strict=True))] += 1
+            assert (covered == 1).all()
 
     def check_chunks(self) -> None:
         ends = [0] * len(self.contents)
@@ -117,22 +204,24 @@ class Reader:
 
     def layers_between(self, file: int, start: int, end: int) -> list[str]:
         rows = [s for s in self.body["segments"] if s[5] == file and s[7] and s[6] < end and s[6] + s[7] > start]
-        return list(dict.fromkeys(layer for _, _, _, _, layer, _, _, _ in rows))
+        return list(dict.fromkeys(row[4] for row in rows))
 
     def read_segments(self) -> dict[str, Stored]:
         ends = [file["header_bytes"] for file in self.body["files"]]
-        tensors = {}
-        for name, dtype, shape, role, layer, file, offset, nbytes in self.body["segments"]:
+        tensors: dict[str, Stored] = {}
+        for name, dtype, shape, role, layer, file, offset, nbytes, global_shape, global_offset in self.body["segments"]:
             size = DTYPES[dtype][2]
             assert nbytes == math.prod(shape) * size and offset == ends[file] and offset % size == 0
-            assert self.body["files"][file]["name"] == (
-                "model.safetensors" if role in ("model", "buffer") else "optimizer.safetensors"
-            )
+            pattern = {"model": r"(-\d{5}-of-\d{5})?", "optimizer": "(-[a-z0-9-]{1,64})?"}
+            stem = "model" if role in ("model", "buffer") else "optimizer"
+            assert re.fullmatch(rf"{stem}{pattern[stem]}\.safetensors", self.body["files"][file]["name"])
             ends[file] += nbytes
-            assert name not in tensors
-            tensors[name] = Stored(dtype, tuple(shape), role, layer, self.contents[file][offset : offset + nbytes])
+            key = name + "".join(f"@{at}" for at in global_offset)
+            assert key not in tensors and (global_shape or name not in tensors)
+            tensors[key] = Stored(dtype, tuple(shape), role, layer, self.contents[file][offset : offset + nbytes])
         assert ends == [len(content) for content in self.contents]
-        assert all(name not in tensors and stored in tensors for name, stored in self.body["aliases"].items())
+        names = {row[0] for row in self.body["segments"]}
+        assert all(name not in names and stored in names for name, stored in self.body["aliases"].items())
         return tensors
 
     def check_header(self, file: int) -> None:
@@ -144,12 +233,11 @@ class Reader:
         assert text.rstrip(" ").endswith("}")
         rows = [row for row in self.body["segments"] if row[5] == file]
         aliases = {alias: name for alias, name in self.body["aliases"].items() if name in {row[0] for row in rows}}
-        assert table.pop("__metadata__", {}) == aliases and ("__metadata__" in text) == bool(aliases)
+        assert next(iter(table)) == "__metadata__" and table.pop("__metadata__") == {**aliases, "format": "pt"}
         assert list(table) == [row[0] for row in rows]
-        for name, dtype, shape, _, _, _, offset, nbytes in rows:
-            code, components, _ = DTYPES[dtype]
+        for name, dtype, shape, _, _, _, offset, nbytes, _, _ in rows:
             start = offset - 8 - length
-            wanted = {"dtype": code, "shape": [*shape, components] if components else shape}
+            wanted = {"dtype": DTYPES[dtype][0], "shape": header_shape(dtype, shape)}
             assert table[name] == {**wanted, "data_offsets": [start, start + nbytes]}
         order = [(-DTYPES[row[1]][2], ROLES.index(row[3])) for row in rows]
         assert order == sorted(order)
@@ -242,10 +330,42 @@ def test_every_rule_holds_for_a_training(tmp_path: Path, block_bytes: int, chunk
         },
     }
     assert reader.body["aliases"] == {"head.weight": "embed.weight"}
-    options = decode(reader.body["options"])
+    assert list(reader.body["optimizers"]) == [""]
+    options = decode(reader.body["optimizers"][""])
     assert set(options) == {"param_groups", "state", "absent"} and options["param_groups"][0]["lr"] == 0.25
     assert options["param_groups"][0]["params"] == [name for name, _ in model.named_parameters()]
     assert options["absent"] == []
+
+
+def test_every_rule_holds_for_several_files_optimizers_and_ranks(tmp_path: Path) -> None:
+    """A model cut into files and two optimizers, each file written by a rank of its own."""
+    path = tmp_path / "step-00000005"
+    path.mkdir()
+    owners = [("w.1", "model", ""), ("w\n2", "model", ""), ("m", "optimizer", "gen"), ("n", "optimizer", "")]
+    layout = lay_out([TensorSpec(name, "float32", (5,), role, "w", owner) for name, role, owner in owners], None, 20)
+    content = {segment.name: bytes([index]) * 20 for index, segment in enumerate(layout.segments)}
+    files, parts = [], []
+    for index, (name, nbytes, header) in enumerate(layout.files):
+        segments = tuple(row for row in segment_records(layout) if row.file == index)
+        raw = header + b"".join(content[row.name] for row in segments)
+        (path / name).write_bytes(raw)
+        files.append(FileRecord(name, nbytes, len(header)))
+        chunk = ChunkRecord(0, 0, 0, nbytes, ("w",), tuple(map(xxhash.xxh3_128_hexdigest, (raw[:4096], raw[4096:]))))
+        rows = tuple(msgspec.structs.replace(row, file=0) for row in segments)
+        part = bytes(encode_part(Part(index, (files[-1],), (chunk,), rows, {})))
+        (path / part_name(index)).write_bytes(part)
+        parts.append(digest_of(part_name(index), part))
+        assert set(load_file(path / name)) == {row.name for row in segments}
+    (path / INDEX).write_bytes(model_index(layout) or b"")
+    fields = (FORMAT, VERSION, READER, 5, "0" * 32, 0, 4096, tuple(files), (), (), {}, {}, None)
+    head = Manifest(*fields, parts=tuple(parts))
+    (path / "manifest.json").write_bytes(encode(head))
+    reader = Reader(path)
+    assert {name: stored.content for name, stored in reader.tensors.items()} == content
+    assert [file.name for file in files] == [
+        *("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+        *("optimizer-gen.safetensors", "optimizer.safetensors"),
+    ]
 
 
 def test_no_tensors_are_an_empty_model_file(tmp_path: Path) -> None:
@@ -262,7 +382,7 @@ def test_momentum_that_does_not_exist_is_absent_and_zero(tmp_path: Path) -> None
         info = eng.checkpoint(arena).result()
         assert set(eng.load()) == {"weight", "bias"}
     reader = Reader(Path(info.path))
-    absent = decode(reader.body["options"])["absent"]
+    absent = decode(reader.body["optimizers"][""])["absent"]
     assert sorted(absent) == ["optimizer.bias.momentum_buffer", "optimizer.weight.momentum_buffer"]
     assert not any(any(reader.tensors[name].content) for name in absent)
 
@@ -278,7 +398,7 @@ def test_encoded_values_are_as_the_table_says(tmp_path: Path) -> None:
     with engine.Engine(tmp_path, staging_bytes=8192, block_bytes=4096) as eng:
         info = eng.checkpoint(engine.Arena.wrap({}), extra=extra).result()
     body = Reader(Path(info.path)).body
-    assert decode(body["options"]) == {}
+    assert body["optimizers"] == {}
     decoded = decode(body["extra"])
     dtype, shape, content = decoded.pop("tensor")
     assert (dtype, shape, content) == ("int16", [2, 3], raw_bytes(extra.pop("tensor")))

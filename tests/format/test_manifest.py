@@ -1,7 +1,7 @@
 """The manifest: what is encoded comes back, and nothing that contradicts itself gets past `decode`.
 
 Theory of operation.  Damage comes in two kinds.  A flipped bit is caught by the digest.  Whoever can also sign, by
-mistake or on purpose, is caught by the rules of `_validate`: here `signed` makes the bytes of a manifest out of any
+mistake or on purpose, is caught by the rules of `checks`: here `signed` makes the bytes of a manifest out of any
 body at all, so that only those rules stand between a number and the reader that would trust it.
 """
 
@@ -10,32 +10,46 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import tracemalloc
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from strategies import ANY_SHAPES, JSON, manifests, plan_of, planned
+from strategies import ANY_SHAPES, JSON, SMALL_SHAPES, manifests, plan_of, planned
 
-from engine.errors import CorruptError
+from engine.errors import CorruptError, NewerFormatError
+from engine.format.checks import SPLIT_DIMS_MAX
 from engine.format.layout import HEADER_ALIGNMENT, Layout, TensorSpec, lay_out
 from engine.format.manifest import (
     _ROWS_AT_ONCE,
     FORMAT,
+    READER,
     VERSION,
+    ChunkRecord,
     FileRecord,
     Manifest,
+    Part,
     SegmentRecord,
+    Summary,
     affected,
     block_checksums,
     chunk_layers,
     chunk_records,
     decode,
+    decode_part,
+    decode_summary,
+    digest_of,
     encode,
+    encode_part,
     encode_rows,
+    known_hashes,
+    part_name,
     segment_records,
 )
 from engine.format.plan import ceil_div, plan_geometry
@@ -65,6 +79,7 @@ def example() -> Manifest:
     return Manifest(
         format=FORMAT,
         version=VERSION,
+        min_reader=READER,
         step=7,
         checkpoint_id="0123456789abcdef" * 2,
         created_ns=1_700_000_000_000_000_000,
@@ -73,8 +88,11 @@ def example() -> Manifest:
         chunks=chunk_records(plan, chunk_layers(plan, layout), checksums),
         segments=segments,
         aliases={"head.weight": "a.weight"},
-        options={},
+        optimizers={"": {"dict": []}},
         extra={"dict": []},
+        metrics={"val_loss": 0.5, "steps": 3.0, "diverged": None},
+        tag="before-lr-drop",
+        user_files=(digest_of("config.json", b"{}"),),
     )
 
 
@@ -115,7 +133,11 @@ def test_a_manifest_is_the_json_that_it_says_it_is(manifest: Manifest) -> None:
 
 @given(manifests())
 def test_what_a_reader_asks_of_it(manifest: Manifest) -> None:
-    decoded = decode(encode(manifest))
+    raw = encode(manifest)
+    decoded, summary = decode(raw), decode_summary(raw)
+    for field in Summary.__struct_fields__:
+        assert getattr(summary, field) == getattr(manifest, field)
+    assert summary.nbytes == manifest.nbytes
     geometry = decoded.geometry(decoded.chunks)
     assert geometry == plan_geometry(geometry.files, geometry.chunks, manifest.block_bytes)
     checksums = [text for chunk in manifest.chunks for text in chunk.checksums]
@@ -236,7 +258,6 @@ NUMBERS: list[Path] = [
     ("segments", -1, 5),
     ("segments", -1, 6),
     ("segments", -1, 7),
-    ("version",),
 ]
 
 
@@ -270,6 +291,10 @@ def test_a_wrong_number_is_refused(path: Path) -> None:
         (("segments", 0, 1), ["float31", "", "torch.float32", "complex31"]),
         (("segments", 0, 3), ["", "models"]),
         (("segments", 0, 0), ["b.mask"]),
+        (("metrics", "val_loss"), ["0.5", [], True]),
+        (("tag",), [7, ["x"]]),
+        (("user_files", 0, "nbytes"), [-1, 2**63, 10**30]),
+        (("user_files", 0, "sha256"), ["", "0" * 63, "0" * 65, "A" * 64, "0" * 64 + "\n"]),
         (("aliases",), [{"a.weight": "a.weight"}, {"a.bias": "a.weight"}, {"head": "nothing"}, {"head": ""}]),
     ],
     ids=lambda value: str(value) if isinstance(value, tuple) else "",
@@ -318,11 +343,11 @@ STRUCTURES: dict[str, Callable[[dict[str, Any]], object]] = {
     "segments swapped": lambda body: swap(body["segments"], 0, 1),
     "segments that overlap": lambda body: body["segments"][1].__setitem__(6, body["segments"][1][6] - 4),
     "a field missing": lambda body: body.pop("extra"),
-    "a field more": lambda body: body.update(more=1),
-    "a field of a chunk more": lambda body: body["chunks"][0].update(more=1),
     "a field of a file missing": lambda body: body["files"][0].pop("nbytes"),
-    "a column missing": lambda body: body["segments"][0].pop(),
-    "a column more": lambda body: body["segments"][0].append(1),
+    "a column missing": lambda body: body["segments"][0].__delitem__(slice(7, None)),
+    "a user file twice": lambda body: body["user_files"].append(body["user_files"][0]),
+    "half a shard": lambda body: body["segments"][0].__setitem__(8, body["segments"][0][2]),
+    "a shard without its shape": lambda body: body["segments"][0].__setitem__(9, [0] * len(body["segments"][0][2])),
     "another type": lambda body: body.update(step="7"),
     "a fraction": lambda body: body.update(step=7.5),
     "no number": lambda body: body.update(step=None),
@@ -445,13 +470,280 @@ def paths_of(value: Any, prefix: Path = ()) -> list[Path]:
 def test_any_value_anywhere_is_read_or_refused(path: Path, value: object) -> None:
     try:
         manifest = decode(changed(path, value))
-    except CorruptError:
+    except (CorruptError, NewerFormatError):
         return
     # Whatever was let through cannot lead a reader astray.
     geometry, right = manifest.geometry(manifest.chunks), EXAMPLE.geometry(EXAMPLE.chunks)
     assert (geometry.blocks, manifest.nbytes) == (right.blocks, EXAMPLE.nbytes)
     assert len(block_checksums(manifest.chunks)) == len(geometry.blocks)
     assert decode(encode(manifest)) == manifest
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "..",
+        "a/b",
+        ".config",
+        "-x",
+        "a" * 101,
+        "manifest.json",
+        "manifest-00001.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "config.json\n",
+        "a\0",
+    ],
+)
+def test_a_user_file_that_could_lead_elsewhere_is_refused(name: str) -> None:
+    with pytest.raises(CorruptError, match="cannot be a user file's name"):
+        decode(changed(("user_files", 0, "name"), name))
+
+
+# -- other versions ---------------------------------------------------------------------------------------------------
+
+ADDITIONS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "a field": lambda body: body.update(more={"any": ["thing"]}),
+    "a field of a file": lambda body: body["files"][0].update(more=1),
+    "a field of a chunk": lambda body: body["chunks"][0].update(more=1),
+    "a column": lambda body: body["segments"][0].append("more"),
+    "a field of a user file": lambda body: body["user_files"][0].update(more=1),
+    "a later version": lambda body: body.update(version=2),
+}
+
+
+@pytest.mark.parametrize("name", ADDITIONS)
+def test_what_a_reader_does_not_know_is_ignored(name: str) -> None:
+    raw = restructured(ADDITIONS[name])
+    assert msgspec.structs.replace(decode(raw), version=VERSION) == EXAMPLE
+    assert decode_summary(raw).step == EXAMPLE.step
+
+
+@pytest.mark.parametrize("field", ["metrics", "tag", "user_files", "parts"])
+def test_fields_that_may_be_absent(field: str) -> None:
+    decoded = decode(restructured(lambda body: body.pop(field)))
+    assert not getattr(decoded, field)
+
+
+@pytest.mark.parametrize("read", [decode, decode_summary])
+def test_a_manifest_for_a_later_reader_is_refused_and_not_called_damaged(read: Callable[[bytes], object]) -> None:
+    """Also where its other fields are not what they are today."""
+
+    def edit(body: dict[str, Any]) -> None:
+        body.update(version=3, min_reader=READER + 1, step="seven", chunks={})
+
+    with pytest.raises(NewerFormatError, match=r"version 3 and needs a reader of version 2, .* reads 1; upgrade"):
+        read(restructured(edit))
+
+
+# -- shards -----------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def cut_boxes(draw: st.DrawFn) -> tuple[tuple[int, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]]:
+    """A box, and boxes that partition it: (offset, shape) each.  Cut at random, again and again."""
+    whole = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)))
+    boxes = [((0,) * len(whole), whole)]
+    for _ in range(draw(st.integers(0, 5))):
+        offset, shape = boxes.pop(draw(st.integers(0, len(boxes) - 1)))
+        dim = draw(st.integers(0, len(whole) - 1))
+        at = draw(st.integers(0, shape[dim]))
+        for start, extent in ((0, at), (at, shape[dim] - at)):
+            moved = tuple(place + (start if d == dim else 0) for d, place in enumerate(offset))
+            boxes.append((moved, tuple(extent if d == dim else size for d, size in enumerate(shape))))
+    return whole, boxes
+
+
+def points(offset: tuple[int, ...], shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Every element of a box."""
+    return product(*(range(start, start + extent) for start, extent in zip(offset, shape, strict=True)))
+
+
+def sharded(whole: tuple[int, ...], boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> Manifest:
+    """A manifest of one tensor whose shards lie in a file each."""
+    files, chunks, segments = [], [], []
+    for index, (offset, shape) in enumerate(boxes):
+        nbytes = 4 * math.prod(shape)
+        files.append(FileRecord(f"model-{index}.safetensors", 4096 + nbytes, 4096))
+        checksums = ("0" * 32,) * (1 if nbytes == 0 else 2)
+        chunks.append(ChunkRecord(index, 0, 0, 4096 + nbytes, ("w",), checksums))
+        segments.append(SegmentRecord("w", "float32", shape, "model", "w", index, 4096, nbytes, whole, offset))
+    rows = {"files": tuple(files), "chunks": tuple(chunks), "segments": tuple(segments)}
+    return msgspec.structs.replace(EXAMPLE, **rows, aliases={})
+
+
+@given(cut_boxes())
+def test_shards_that_partition_their_tensor_come_back(
+    drawn: tuple[tuple[int, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]],
+) -> None:
+    manifest = sharded(*drawn)
+    assert decode(encode(manifest)) == manifest
+
+
+@given(cut_boxes(), st.data())
+def test_shards_that_do_not_partition_their_tensor_are_refused(
+    drawn: tuple[tuple[int, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]], data: st.DataObject
+) -> None:
+    """One moved, grown, shrunk, gone or there twice: whatever then covers some element not exactly once."""
+    whole, boxes = drawn
+    index = data.draw(st.integers(0, len(boxes) - 1))
+    (offset, shape), dim = boxes[index], data.draw(st.integers(0, len(whole) - 1))
+    by = data.draw(st.sampled_from([-1, 1]))
+    edits = {
+        "moved": [(tuple(place + by * (d == dim) for d, place in enumerate(offset)), shape)],
+        "resized": [(offset, tuple(max(0, size + by * (d == dim)) for d, size in enumerate(shape)))],
+        "gone": [],
+        "twice": [(offset, shape)] * 2,
+    }
+    boxes[index : index + 1] = edits[data.draw(st.sampled_from(sorted(edits)))]
+    assume(boxes)
+    covered = Counter(point for box in boxes for point in points(*box))
+    assume(covered != Counter(points((0,) * len(whole), whole)))
+    with pytest.raises(CorruptError, match="'w'"):
+        decode(encode(sharded(whole, boxes)))
+
+
+def test_a_name_is_a_tensor_or_shards() -> None:
+    manifest = sharded((4,), [((0,), (2,)), ((2,), (2,))])
+    first, second = manifest.segments
+    changes: dict[str, tuple[SegmentRecord, SegmentRecord]] = {
+        "listed twice": (first, msgspec.structs.replace(second, global_shape=(), global_offset=())),
+        "several dtypes": (first, msgspec.structs.replace(second, dtype="int32")),
+        "global shapes": (first, msgspec.structs.replace(second, global_shape=(5,))),
+        "several .* roles": (first, msgspec.structs.replace(second, role="buffer")),
+    }
+    for told, segments in changes.items():
+        with pytest.raises(CorruptError, match=told):
+            decode(encode(msgspec.structs.replace(manifest, segments=segments)))
+    swapped = (msgspec.structs.replace(first, global_shape=(), global_offset=()), second)
+    with pytest.raises(CorruptError, match="listed twice"):
+        decode(encode(msgspec.structs.replace(manifest, segments=swapped)))
+
+
+def test_a_tensor_cut_in_too_many_dimensions_is_refused() -> None:
+    whole = (2,) * (SPLIT_DIMS_MAX + 1)
+    boxes = [(offset, (1,) * len(whole)) for offset in product((0, 1), repeat=len(whole))]
+    with pytest.raises(CorruptError, match="cut in 5 dimensions"):
+        decode(encode(sharded(whole, boxes)))
+    assert decode(encode(sharded(whole[1:], [(offset[1:], shape[1:]) for offset, shape in boxes[: 2**SPLIT_DIMS_MAX]])))
+
+
+# -- parts of several ranks -------------------------------------------------------------------------------------------
+
+
+def in_parts(manifest: Manifest, owners: list[int]) -> tuple[Manifest, dict[str, bytes]]:
+    """A manifest whose chunks and segments are written by ranks, the owner of each chunk given: and the parts' bytes.
+
+    A segment is its file's last owner's; aliases are everybody's.
+    """
+    owned = list(zip(manifest.chunks, owners, strict=True))
+    parts: dict[str, bytes] = {}
+    for rank in sorted(set(owners)):
+        chunks = [chunk for chunk, owner in owned if owner == rank]
+        mine = sorted({chunk.file for chunk in chunks}, reverse=True)  # in an order of its own
+        last = {chunk.file: owner for chunk, owner in owned}
+        segments = [segment for segment in manifest.segments if last[segment.file] == rank]
+        part = Part(
+            rank,
+            tuple(manifest.files[index] for index in mine),
+            tuple(msgspec.structs.replace(chunk, file=mine.index(chunk.file)) for chunk in chunks),
+            tuple(msgspec.structs.replace(segment, file=mine.index(segment.file)) for segment in segments),
+            manifest.aliases,
+        )
+        parts[part_name(rank)] = bytes(encode_part(part))
+    records = tuple(digest_of(name, raw) for name, raw in parts.items())
+    return msgspec.structs.replace(manifest, chunks=(), segments=(), aliases={}, parts=records), parts
+
+
+@given(manifests(), st.data())
+def test_parts_are_merged_to_the_whole(manifest: Manifest, data: st.DataObject) -> None:
+    owners = data.draw(st.lists(st.integers(0, 3), min_size=len(manifest.chunks), max_size=len(manifest.chunks)))
+    head, parts = in_parts(manifest, owners)
+    raw = bytes(encode(head))
+    merged = decode(raw, lambda record: parts[record.name])
+    assert msgspec.structs.replace(merged, parts=()) == manifest
+    assert decode_summary(raw).nbytes == manifest.nbytes
+    with pytest.raises(CorruptError, match="parts, and no part is read"):
+        decode(raw)
+
+
+OWNERS = [index % 3 for index in range(len(EXAMPLE.chunks))]
+
+
+def test_a_part_that_is_not_the_recorded_one_is_refused() -> None:
+    head, parts = in_parts(EXAMPLE, OWNERS)
+    raw = bytes(encode(head))
+    for name in parts:
+        for damaged in (parts[name][:-1], parts[name] + b"x", parts[name].replace(b"float32", b"float64"), b""):
+            if damaged != parts[name]:
+                with pytest.raises(CorruptError, match=f"{name} is not the part"):
+                    decode(raw, lambda record, name=name, damaged=damaged: {**parts, name: damaged}[record.name])
+
+
+def with_part(edit: Callable[[Part], Part]) -> None:
+    """Decode the example in parts, that of rank 1 changed and recorded as it is then."""
+    head, parts = in_parts(EXAMPLE, OWNERS)
+    parts[part_name(1)] = bytes(encode_part(edit(decode_part(parts[part_name(1)], head.parts[1]))))
+    head = msgspec.structs.replace(head, parts=tuple(digest_of(name, raw) for name, raw in parts.items()))
+    decode(bytes(encode(head)), lambda record: parts[record.name])
+
+
+def test_parts_that_do_not_make_a_whole_are_refused() -> None:
+    with_part(lambda part: part)
+    replace = msgspec.structs.replace
+    other = FileRecord("other.safetensors", 4096, 4096)
+    edits: dict[str, Callable[[Part], Part]] = {
+        "says it is the part of rank 2": lambda part: replace(part, rank=2),
+        "rank 1 has another file": lambda part: replace(part, files=(*part.files, other)),
+        "rank 1 has a row of no file": lambda part: replace(
+            part, chunks=(replace(part.chunks[0], file=len(part.files)), *part.chunks[1:])
+        ),
+        "has another name for an alias": lambda part: replace(part, aliases={"head.weight": "a.bias"}),
+        "do not cover": lambda part: replace(part, chunks=part.chunks[:-1]),
+        "at .* does not follow": lambda part: replace(part, chunks=(*part.chunks, part.chunks[0])),
+    }
+    for told, edit in edits.items():
+        with pytest.raises(CorruptError, match=told):
+            with_part(edit)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "manifest-1.json", "manifest-000001.json", "../manifest-00001.json"])
+def test_a_part_of_another_name_is_never_read(name: str) -> None:
+    head, _ = in_parts(EXAMPLE, OWNERS)
+    head = msgspec.structs.replace(head, parts=(msgspec.structs.replace(head.parts[0], name=name),))
+    with pytest.raises(CorruptError, match="cannot be a part's name"):
+        decode(bytes(encode(head)), lambda record: pytest.fail("it was read"))
+
+
+def test_a_manifest_with_parts_has_no_rows_of_its_own() -> None:
+    head, parts = in_parts(EXAMPLE, OWNERS)
+    for rows in ({"chunks": EXAMPLE.chunks}, {"segments": EXAMPLE.segments}, {"aliases": EXAMPLE.aliases}):
+        with pytest.raises(CorruptError, match="it has parts, and"):
+            decode(bytes(encode(msgspec.structs.replace(head, **rows))), lambda record: parts[record.name])
+
+
+# -- known blocks -----------------------------------------------------------------------------------------------------
+
+
+@given(manifests(), planned(SMALL_SHAPES), st.data())
+def test_known_hashes_are_of_the_same_place_and_length(
+    manifest: Manifest, drawn: tuple[Layout, list[tuple[int, int]], int, int], data: st.DataObject
+) -> None:
+    """Of a plan of the same tensors or of others."""
+    same = data.draw(st.booleans())
+    plan = manifest.geometry(manifest.chunks) if same else plan_of(*drawn)
+    there = data.draw(st.sets(st.sampled_from([file.name for file in manifest.files])))
+    expected = {}
+    recorded = manifest.geometry(manifest.chunks)
+    for block, checksum in zip(recorded.blocks, block_checksums(manifest.chunks), strict=True):
+        expected[recorded.files[block.file_index].name, block.file_offset, block.nbytes] = checksum
+    known = known_hashes(plan, manifest, there)
+    for block, hash_ in zip(plan.blocks, known, strict=True):
+        name = plan.files[block.file_index].name
+        right = expected.get((name, block.file_offset, block.nbytes)) if name in there else None
+        assert hash_ == right
+    assert not same or there != {file.name for file in manifest.files} or None not in known
 
 
 # -- what the errors and the status are made of -----------------------------------------------------------------------

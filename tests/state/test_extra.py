@@ -134,7 +134,7 @@ def test_integers_beyond_the_limit_on_decimal_digits() -> None:
 def test_tensors_of_every_dtype(name: str) -> None:
     dtype = getattr(torch, name)
     for shape in [(), (0,), (3, 0, 2), (2, 3)]:
-        tensor = torch.ones(shape).to(dtype)
+        tensor = torch.ones((*shape, DTYPES[name].itemsize), dtype=torch.uint8).view(dtype).view(shape)
         restored = decode(encode(tensor))
         assert exactly(restored) == exactly(tensor)
         assert isinstance(restored, torch.Tensor) and restored.untyped_storage().resizable()

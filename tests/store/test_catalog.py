@@ -34,6 +34,7 @@ from engine.format.layout import lay_out
 from engine.format.manifest import (
     FORMAT,
     MANIFEST_NAME,
+    READER,
     VERSION,
     FileRecord,
     Manifest,
@@ -909,15 +910,16 @@ def stored(catalog: Catalog) -> tuple[Manifest, Path]:
     manifest = Manifest(
         format=FORMAT,
         version=VERSION,
+        min_reader=READER,
         step=1,
         checkpoint_id="0" * 32,
         created_ns=0,
         block_bytes=ALIGNMENT,
         files=tuple(FileRecord(*file) for file in plan.files),
-        chunks=chunk_records(plan, chunk_layers(plan, layout), [0]),
+        chunks=chunk_records(plan, chunk_layers(plan, layout), [bytes(16)]),
         segments=(),
         aliases={},
-        options={},
+        optimizers={},
         extra=None,
     )
     save(catalog, 1)

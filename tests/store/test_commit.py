@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from engine.errors import CorruptError, StorageError
+from engine.format.manifest import DigestedFile
 from engine.store.catalog import Catalog
-from engine.store.commit import Part, WrittenFile, publish, seal
+from engine.store.commit import WrittenFile, publish, seal
 from engine.store.filesystem import Filesystem
 
 RANKS = range(3)
@@ -49,22 +50,21 @@ def catalog(tmp_path: Path, filesystem: Recorded) -> Iterator[Catalog]:
     opened.close()
 
 
-def seal_as(filesystem: Filesystem, partial: str, rank: int) -> Part:
+def seal_as(filesystem: Filesystem, partial: str, rank: int) -> DigestedFile:
     """Write and seal what a rank has."""
     path = os.path.join(partial, f"model-{rank}.safetensors")
     descriptor = filesystem.open_for_blocks(path, write=True, direct=False)
     os.pwrite(descriptor, bytes([rank]) * 200, 0)
-    part = seal(
-        filesystem, partial, [WrittenFile(descriptor, path, 100)], (f"manifest-{rank:05d}.json", b"part" * rank)
-    )
+    file = WrittenFile(descriptor, path, 100)
+    part = seal(filesystem, partial, [file], {}, (f"manifest-{rank:05d}.json", b"part" * rank))
     filesystem.close(descriptor)
     assert part is not None
     return part
 
 
-def seal_all(filesystem: Filesystem, partial: str) -> list[Part]:
+def seal_all(filesystem: Filesystem, partial: str) -> list[DigestedFile]:
     """All ranks, each in a thread of its own."""
-    parts: dict[int, Part] = {}
+    parts: dict[int, DigestedFile] = {}
     threads = [
         threading.Thread(target=lambda rank=rank: parts.update({rank: seal_as(filesystem, partial, rank)}))
         for rank in RANKS

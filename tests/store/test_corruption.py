@@ -617,7 +617,9 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
     "the manifest": lambda body: rows(body, "files", name=MANIFEST),
     "a file twice": lambda body: rows(body, "files", name=OPTIMIZER),
     "a long name": lambda body: rows(body, "files", name="a" * 200 + ".safetensors"),
-    "nine files": lambda body: body.update(files=body["files"] * 5),
+    "files that no chunk lies in": lambda body: body["files"].extend(
+        {**body["files"][0], "name": f"more-{index}.safetensors"} for index in range(9)
+    ),
     "a file of 2^63": lambda body: rows(body, "files", nbytes=1 << 63),
     "a file of 2^62": lambda body: rows(body, "files", nbytes=1 << 62),
     "a header beyond its file": lambda body: rows(body, "files", header_bytes=1 << 40),
@@ -638,11 +640,9 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
     "step -1": lambda body: body.update(step=-1),
     "step 2^63": lambda body: body.update(step=1 << 63),
     "a step of 5000 digits": lambda body: body.update(step=float("1e308")),
-    "version 2": lambda body: body.update(version=2),
     "another format": lambda body: body.update(format="pickle"),
     "an alias of nothing": lambda body: body.update(aliases={"a": "b"}),
     "an alias that hides": lambda body: body.update(aliases={body["segments"][0][0]: body["segments"][1][0]}),
-    "an unknown field": lambda body: body.update(more=1),
 }
 
 
@@ -674,7 +674,7 @@ def test_a_hostile_manifest_is_refused_by_the_engine_too(sound: Sound, copy: Pat
 def test_options_of_the_right_names_and_the_wrong_types_are_damage(
     sound: Sound, copy: Path, options: dict[str, Any]
 ) -> None:
-    body = sound.body | {"options": options}
+    body = sound.body | {"optimizers": {"": options}}
     (copy / NEW / MANIFEST).write_bytes(sealed(json.dumps(body).encode()))
     ruined(copy, sound, "options are not an optimizer's")
 
@@ -756,7 +756,7 @@ def test_a_step_that_no_manifest_can_have_is_no_checkpoint(copy: Path) -> None:
             eng.checkpoint(arena)
 
 
-@pytest.mark.parametrize("alias", ["\ud800", "a\nb", "__metadata__"])
+@pytest.mark.parametrize("alias", ["\ud800", "__metadata__"])
 def test_another_name_of_a_tensor_must_be_one_that_a_header_can_hold(alias: str) -> None:
     with pytest.raises(ArenaError, match="cannot be called"):
         lay_out([TensorSpec("a", "float32", (1,), "model", "")], {alias: "a"})

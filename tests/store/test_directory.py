@@ -19,6 +19,7 @@ from engine.format.layout import lay_out
 from engine.format.manifest import (
     FORMAT,
     MANIFEST_NAME,
+    READER,
     VERSION,
     FileRecord,
     Manifest,
@@ -42,6 +43,7 @@ def manifest_of(step: int) -> bytes:
     manifest = Manifest(
         format=FORMAT,
         version=VERSION,
+        min_reader=READER,
         step=step,
         checkpoint_id=f"{step:032x}",
         created_ns=0,
@@ -50,7 +52,7 @@ def manifest_of(step: int) -> bytes:
         chunks=chunk_records(plan, chunk_layers(plan, layout), [bytes(16)]),
         segments=(),
         aliases={},
-        options={},
+        optimizers={},
         extra=None,
     )
     return bytes(encode(manifest))

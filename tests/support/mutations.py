@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 from unittest import mock
@@ -103,7 +103,12 @@ def commit_in(order: str) -> Callable[..., str]:
     """`commit` with its lines in this order; C5 and C7 go with C6, and R1 retires everything."""
 
     def commit(
-        catalog: Catalog, step: int, files: Sequence[WrittenFile], manifest: bytes, await_turn: Callable[[], None]
+        catalog: Catalog,
+        step: int,
+        files: Sequence[WrittenFile],
+        small_files: Mapping[str, bytes],
+        manifest: bytes,
+        await_turn: Callable[[], None],
     ) -> str:
         filesystem = catalog.filesystem
         where = catalog.partial_path(step)

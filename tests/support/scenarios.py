@@ -16,7 +16,7 @@ import functools
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -29,9 +29,10 @@ from torch import nn
 
 import engine
 from engine.errors import CorruptError, StorageError
+from engine.format.manifest import DigestedFile
 from engine.session.save import Save
 from engine.store.catalog import Catalog
-from engine.store.commit import Part, WrittenFile, publish, seal
+from engine.store.commit import WrittenFile, publish, seal
 
 # The payload that `recover` saves; no scenario has so many.
 _RECOVERY_PAYLOAD = 1 << 10
@@ -218,17 +219,18 @@ def _commit_by_ranks(
     catalog: Catalog,
     step: int,
     files: Sequence[WrittenFile],
+    small_files: Mapping[str, bytes],
     manifest: bytes | bytearray,
     await_turn: Callable[[], None],
 ) -> str:
     """`commit` with several writers, each in a thread with a file and a part of its own."""
     partial = catalog.partial_path(step)
-    parts: dict[int, Part | None] = {}
+    parts: dict[int, DigestedFile | None] = {}
     turns = _Turns(world, len(RANKS))
 
     def act(rank: int) -> None:
         part = part_name(rank), part_content(rank)
-        parts[rank] = seal(catalog.filesystem, partial, files[rank : rank + 1], part)
+        parts[rank] = seal(catalog.filesystem, partial, files[rank : rank + 1], {}, part)
 
     threads = [threading.Thread(target=turns.run, args=(rank, functools.partial(act, rank))) for rank in RANKS]
     world.hook = turns.hook

@@ -15,11 +15,24 @@ import msgspec
 from hypothesis import strategies as st
 
 from engine.format.layout import ARENA_ALIGNMENT, DTYPES, ROLES, Layout, TensorSpec, align_up, lay_out
-from engine.format.manifest import FORMAT, VERSION, FileRecord, Manifest, chunk_layers, chunk_records, segment_records
+from engine.format.manifest import (
+    FORMAT,
+    READER,
+    VERSION,
+    DigestedFile,
+    FileRecord,
+    Manifest,
+    chunk_layers,
+    chunk_records,
+    digest_of,
+    segment_records,
+)
 from engine.format.plan import ALIGNMENT, Plan, file_runs, make_plan
 
-# Any name that layout takes: `_check_specs` refuses these two kinds.
-NAMES = st.text(max_size=12).filter(lambda name: name.isprintable() and name != "__metadata__")
+# Any name that layout takes: all text that UTF-8 can hold, but for one word.
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(lambda name: name != "__metadata__")
+
+OPTIMIZERS = st.sampled_from(["", "", "generator", "2-b"])
 
 # Around every boundary that the code rounds to, and past 32 and 40 bits.
 EDGES = [0, 1, *(edge + step for edge in (ARENA_ALIGNMENT, ALIGNMENT) for step in (-1, 0, 1))]
@@ -45,6 +58,7 @@ def specs(
             tuple(draw(shapes)),
             draw(st.sampled_from(ROLES)),
             name.rpartition(".")[0],
+            draw(OPTIMIZERS),
         )
         for name in drawn
     ]
@@ -91,6 +105,13 @@ JSON = st.recursive(
 HASHES = st.binary(min_size=16, max_size=16)
 
 
+def user_files() -> st.SearchStrategy[tuple[DigestedFile, ...]]:
+    """Files beside the data files."""
+    names = st.sampled_from(["config.json", "tokenizer.model", "A_b-c.0", "vocab.txt"])
+    file = st.builds(digest_of, names, st.binary(max_size=3))
+    return st.lists(file, max_size=2, unique_by=lambda one: one.name).map(tuple)
+
+
 @st.composite
 def manifests(draw: st.DrawFn) -> Manifest:
     """The record of any plan, as `writer` makes it."""
@@ -104,6 +125,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
     return Manifest(
         format=FORMAT,
         version=VERSION,
+        min_reader=READER,
         step=draw(st.sampled_from([0, 1, 2**63 - 1])),
         checkpoint_id=f"{draw(st.integers(0, 2**128 - 1)):032x}",
         created_ns=draw(st.integers(0, 2**63 - 1)),
@@ -112,8 +134,11 @@ def manifests(draw: st.DrawFn) -> Manifest:
         chunks=chunk_records(plan, chunk_layers(plan, layout), checksums),
         segments=segments,
         aliases=aliases,
-        options=draw(JSON),
+        optimizers=draw(st.dictionaries(OPTIMIZERS, JSON, max_size=2)),
         extra=draw(JSON),
+        metrics=draw(st.dictionaries(st.sampled_from("ab"), st.sampled_from([None, 0.0, -1.5, 5e-324, 1e308]))),
+        tag=draw(st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=4)),
+        user_files=draw(user_files()),
     )
 
 
