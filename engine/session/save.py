@@ -105,7 +105,8 @@ class Save(Future[CheckpointInfo]):
         ``held_ns``: inside `checkpoint()`.  ``staged_ns``: from the call until the arena could change again.
         ``written_ns``: from the call until the last block was written.  ``durable_ns``: from the call until committed.
         ``copying_ns``: of the native thread, on copying and hashing.
-        ``io_bytes``, ``retry_count``: bytes written, operations tried again.
+        ``io_bytes``, ``skipped_bytes``, ``retry_count``: bytes written, bytes that the recycled files held already,
+        operations tried again.
         """
         if self._write is None:
             return {}
@@ -117,6 +118,7 @@ class Save(Future[CheckpointInfo]):
             "durable_ns": self._durable_ns,
             "copying_ns": counters["copying_ns"],
             "io_bytes": counters["io_bytes"],
+            "skipped_bytes": counters["skipped_bytes"],
             "retry_count": counters["retry_count"],
         }
 

@@ -43,14 +43,15 @@ def prose(path: Path) -> str:
 
 
 def test_the_examples_of_the_readme_run(tmp_path: Path) -> None:
-    saving, reading, probing = examples()
+    saving, opening, reading, probing = examples()
     outputs = [
         subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True).stdout
-        for code in (saving, saving, reading, probing)  # the second time it resumes
+        for code in (saving, saving, opening, reading, probing)  # the second time it resumes
     ]
     assert "CheckpointInfo(step=19" in outputs[0] and "CheckpointInfo(step=39" in outputs[1]
-    assert "'weight': (256, 256)" in outputs[2]
-    assert f"{tmp_path}: io_uring" in outputs[3]
+    assert "[34, 39]" in outputs[2]
+    assert "'weight': (256, 256)" in outputs[3]
+    assert f"{tmp_path}: io_uring" in outputs[4]
     assert sorted(path.name for path in (tmp_path / "runs/first").glob("step-*")) == ["step-00000034", "step-00000039"]
 
 

@@ -1,0 +1,122 @@
+"""Metrics, tags and small files of a checkpoint, the rules that use them, and blocks that are not written twice."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import engine
+
+SMALL: dict[str, Any] = {"staging_bytes": 1 << 20, "block_bytes": 64 << 10}
+
+
+def arena(elements: int = 1000) -> tuple[engine.Arena, torch.Tensor]:
+    tensor = torch.arange(elements, dtype=torch.float32)
+    return engine.Arena.wrap({"a": tensor}), tensor
+
+
+def test_metrics_tag_and_files_are_read_back(tmp_path: Path) -> None:
+    held, _ = arena()
+    metrics = {"loss": 2.5, "bad": math.nan, "epoch": 3}
+    with engine.Engine(tmp_path, **SMALL) as eng:
+        saved = eng.checkpoint(
+            held, step=1, metrics=metrics, tag="before the drop", files={"config.json": b"{}"}
+        ).result()
+        assert saved == eng.info(1) == engine.open(tmp_path).info()
+        assert saved.metrics == {"loss": 2.5, "bad": None, "epoch": 3} and saved.tag == "before the drop"
+        assert (Path(saved.path) / "config.json").read_bytes() == b"{}"
+        assert eng.verify() == ()
+        (Path(saved.path) / "config.json").write_bytes(b"[]")
+        [damage] = eng.verify()
+        assert damage.path.endswith("config.json") and "sha256 differs" in damage.reason
+        assert eng.restore(held).step == 1, "a user's file is not needed to restore"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"metrics": {"loss": torch.ones(1)}}, r"metrics has 'loss'.*\.item\(\)"),
+        ({"metrics": {1: 2.0}}, "metrics has 1"),
+        ({"tag": "a\nb"}, "tag is"),
+        ({"tag": 5}, "tag is 5"),
+        ({"files": {"../x": b""}}, r"files has '\.\./x'"),
+        ({"files": {"manifest.json": b""}}, "files has 'manifest.json'"),
+        ({"files": {"model.safetensors": b""}}, "files has 'model.safetensors'"),
+        ({"files": {"a": "text"}}, "files has 'a'"),
+    ],
+)
+def test_values_that_cannot_be_stored_are_refused(tmp_path: Path, wrong: dict[str, Any], words: str) -> None:
+    held, _ = arena()
+    with engine.Engine(tmp_path, **SMALL) as eng:
+        with pytest.raises(engine.ArgumentError, match=words):
+            eng.checkpoint(held, **wrong)
+        assert eng.checkpoint(held).result().step == 0
+
+
+def test_a_rule_keeps_the_newest_every_nth_the_best_and_the_tagged(tmp_path: Path) -> None:
+    held, _ = arena()
+    rule = engine.Retention(last=1, every=5, best=("loss", "min", 2))
+    losses = [9, 8, 1, 7, 6, 5, 2, 4, 3, 9, 9, 9]
+    with engine.Engine(tmp_path, retention=rule, **SMALL) as eng:
+        for step, loss in enumerate(losses):
+            eng.checkpoint(held, step=step, metrics={"loss": loss}, tag="mine" if step == 3 else None).result()
+        assert eng.steps() == [0, 2, 3, 5, 6, 10, 11]
+    with engine.Engine(tmp_path, **SMALL) as eng:  # the facts are read from the manifests now
+        assert eng.retention == rule
+        eng.checkpoint(held, step=12, metrics={"loss": 0}).result()
+        assert eng.steps() == [0, 2, 3, 5, 10, 12]
+        eng.delete(3)
+        assert eng.steps() == [0, 2, 5, 10, 12]
+
+
+def test_opening_by_a_default_never_retires_what_another_rule_kept(tmp_path: Path) -> None:
+    held, _ = arena()
+    with engine.Engine(tmp_path, keep=None, **SMALL) as eng:
+        for step in range(10):
+            eng.checkpoint(held, step=step).result()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine.checkpoint(held, tmp_path, step=10).result()
+    assert engine.open(tmp_path).steps() == list(range(11))
+
+
+def test_an_unchanged_block_of_a_recycled_file_is_not_written(tmp_path: Path) -> None:
+    held, tensor = arena(200_000)  # 13 blocks of 64 KiB, the last one short
+    with engine.Engine(tmp_path, keep=1, max_async=1, **SMALL) as eng:
+        for step in range(6):
+            tensor[0] = step
+            save = eng.checkpoint(held, step=step)
+            save.result()
+            stats = save.stats()
+            assert eng.verify() == () and torch.equal(eng.load()["a"], tensor)
+            if step < 2:
+                assert stats["skipped_bytes"] == 0, "nothing to recycle whose content is known"
+            else:
+                assert stats["io_bytes"] == 64 << 10 and stats["skipped_bytes"] > 700_000
+    with engine.Engine(tmp_path, keep=1, max_async=1, **SMALL) as eng:
+        save = eng.checkpoint(held, step=6)
+        save.result()
+        assert save.stats()["skipped_bytes"] == 0, "what a spare that was found at open holds is not believed"
+        assert eng.verify() == ()
+
+
+def test_rewrite_all_writes_every_block(tmp_path: Path) -> None:
+    held, _ = arena(200_000)
+    with engine.Engine(tmp_path, keep=1, max_async=1, rewrite_all=True, **SMALL) as eng:
+        for step in range(5):
+            save = eng.checkpoint(held, step=step)
+            save.result()
+            assert save.stats()["skipped_bytes"] == 0 and save.stats()["io_bytes"] > 800_000
+
+
+def test_wait_sees_every_save_to_its_end(tmp_path: Path) -> None:
+    held, _ = arena()
+    with engine.Engine(tmp_path, **SMALL) as eng:
+        saves = [eng.checkpoint(held) for _ in range(2)]
+        assert eng.wait() and all(save.done() for save in saves)
+        assert eng.wait(0)
