@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, get_args
 
 from engine.errors import MEDIA_ERRORS, PlatformError, StorageError, remedy_for
-from engine.format.plan import Source
-from engine.io.binding import ALIGNMENT, JOB_PLACES, JOBS_MAX, NATIVE_PATH, direct_alignment
+from engine.format.plan import ALIGNMENT, Source
+from engine.io.binding import JOB_PLACES, JOBS_MAX, NATIVE_PATH, direct_alignment
 from engine.io.job import Direction, FailureKind, Job, Milestone
 from engine.io.packing import address_of, pack_blocks, pack_extents, pack_order, pack_sources
 from engine.io.pipeline import OpenError, Pipeline, Refused

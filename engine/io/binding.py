@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sys
 
+from engine.format.plan import ALIGNMENT
+
 try:
     from engine._native import ffi as ffi
     from engine._native import lib as lib
@@ -26,7 +28,12 @@ NATIVE_PATH = str(sys.modules["engine._native"].__file__)
 JOBS_MAX: int = lib.ENG_JOBS_MAX
 JOB_PLACES: int = lib.ENG_JOB_PLACES
 DIMS_MAX: int = lib.ENG_DIMS_MAX
-ALIGNMENT: int = lib.ENG_ALIGNMENT
+
+if lib.ENG_ALIGNMENT != ALIGNMENT:
+    raise ImportError(
+        f"the compiled module engine._native is of another version: it aligns blocks to {lib.ENG_ALIGNMENT} bytes, and "
+        f"this one to {ALIGNMENT}; build it again with 'pip install .'"
+    )
 
 
 def block_checksum(block: bytes | bytearray | memoryview) -> bytes:

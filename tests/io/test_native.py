@@ -47,8 +47,8 @@ from jobs import (
     whole,
 )
 
-from engine.format.plan import Extent, align_up
-from engine.io.binding import ALIGNMENT, DIMS_MAX, JOBS_MAX, block_checksum
+from engine.format.plan import ALIGNMENT, Extent, align_up
+from engine.io.binding import DIMS_MAX, JOBS_MAX, block_checksum
 from engine.io.job import BlockState, Direction, Failure, FailureKind, Job, Milestone
 from engine.io.pipeline import Pipeline
 from engine.store.filesystem import Filesystem

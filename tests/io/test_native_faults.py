@@ -36,8 +36,7 @@ from jobs import (
     whole,
 )
 
-from engine.format.plan import align_up
-from engine.io.binding import ALIGNMENT
+from engine.format.plan import ALIGNMENT, align_up
 from engine.io.job import BlockState, Direction, Failure, FailureKind, Job
 from engine.io.packing import pack_blocks, pack_extents, pack_order, pack_sources
 from engine.io.pipeline import Pipeline

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from engine._native import ffi, lib
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jobs import (
@@ -28,8 +27,8 @@ from jobs import (
     whole,
 )
 
-from engine.format.plan import Extent
-from engine.io.binding import ALIGNMENT
+from engine._native import ffi, lib
+from engine.format.plan import ALIGNMENT, Extent
 from engine.io.job import BlockState, Direction, Failure, FailureKind, Job
 
 # Rows that `loosened` arrays have, so that a wrong count of them stays in memory that is ours.

@@ -34,8 +34,8 @@ from jobs import (
 )
 
 from engine.format.layout import align_up
-from engine.format.plan import Extent
-from engine.io.binding import ALIGNMENT, JOB_PLACES
+from engine.format.plan import ALIGNMENT, Extent
+from engine.io.binding import JOB_PLACES
 from engine.io.job import BlockState, Failure, FailureKind, Job, Milestone
 from engine.io.pipeline import Pipeline
 

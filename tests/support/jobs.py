@@ -14,6 +14,7 @@ import torch
 import xxhash
 
 from engine.format.plan import (
+    ALIGNMENT,
     Chunk,
     Extent,
     Extents,
@@ -26,7 +27,6 @@ from engine.format.plan import (
     merge_runs,
     plan_geometry,
 )
-from engine.io.binding import ALIGNMENT
 from engine.io.job import Direction, Job, Milestone
 from engine.io.packing import pack_blocks, pack_extents, pack_order, pack_sources
 from engine.io.pipeline import Pipeline
