@@ -4,13 +4,14 @@ Theory of operation.  A checkpoint is written by one writer or by several, each 
 directory.  When a writer's blocks have all been written and every completion read, it calls `seal`: its files become
 durable under the partial name.  When all have sealed, one of them, the owner of the lock, calls `publish`: the
 checkpoint becomes visible, and from its return on a power cut cannot take it away (docs/durability.md, C1 to C7).  A
-single writer calls `commit`, which is both.
+single writer calls `commit`, which is both, through the owner of the directory.
 
 With several writers each writes a part of the manifest.  `publish` reads every part again and compares its digest with
 the one that its writer has told.  The order of the lines is the product; the mutation table in docs/durability.md says
 which test sees each of them dropped or swapped.
 
-A failure before the rename leaves no `step-N`.  Called by `writer`, on the engine's commit threads.
+A failure before the rename leaves no `step-N`.  `seal` and `publish` are called by `owner`, and `commit` by
+`writer`, on the engine's commit threads.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import NamedTuple
 
 from engine.errors import CorruptError
 from engine.format.manifest import MANIFEST_NAME, DigestedFile, digest_of
+from engine.store.access import WriteAccess
 from engine.store.catalog import Catalog
 from engine.store.filesystem import Filesystem
 
@@ -86,9 +88,8 @@ def publish(catalog: Catalog, step: int, manifest: bytes | bytearray, parts: Seq
 
 
 def commit(
-    catalog: Catalog,
+    access: WriteAccess,
     step: int,
-    files: Sequence[WrittenFile],
     small_files: Mapping[str, bytes],
     manifest: bytes | bytearray,
     await_turn: Callable[[], None],
@@ -97,6 +98,6 @@ def commit(
 
     `await_turn` is called in between: steps become visible in order, and seal at the same time.
     """
-    seal(catalog.filesystem, catalog.partial_path(step), files, small_files)
+    access.seal_save(step, small_files)
     await_turn()
-    return publish(catalog, step, manifest)
+    return access.publish_save(step, manifest)

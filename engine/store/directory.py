@@ -37,6 +37,7 @@ from engine.format.manifest import (
     decode,
     decode_summary,
 )
+from engine.store.access import OpenFile
 from engine.store.filesystem import Filesystem
 
 PRIVATE_NAME = ".engine"
@@ -70,6 +71,7 @@ class OpenedStep:
         self.path = path
         self._filesystem = filesystem
         self._descriptor = descriptor
+        self._files: list[int] = []
 
     def manifest(self) -> tuple[Manifest, int]:
         """The manifest and its length in bytes.
@@ -100,14 +102,16 @@ class OpenedStep:
         """
         return self._filesystem.read_file(os.path.join(self.path, name), bytes_max, directory=self._descriptor)
 
-    def open_file(self, name: str, direct: bool) -> int:
-        """Open a data file of the step to read blocks; the caller closes the descriptor.
+    def open_file(self, name: str, direct: bool) -> OpenFile:
+        """Open a data file of the step to read blocks; it stays open as long as the step.
 
         Raises:
             CorruptError: it is missing, or no regular file.
         """
         path = os.path.join(self.path, name)
-        return self._filesystem.open_for_blocks(path, write=False, direct=direct, directory=self._descriptor)
+        descriptor = self._filesystem.open_for_blocks(path, write=False, direct=direct, directory=self._descriptor)
+        self._files.append(descriptor)
+        return OpenFile(descriptor, self._filesystem.size(descriptor, path))
 
     def is_in_place(self) -> bool:
         """Whether the step's name still leads to this directory: if not, the step was retired since it was opened."""
@@ -115,6 +119,11 @@ class OpenedStep:
             return self._filesystem.is_at(self._descriptor, self.path)
         except StorageError:
             return False
+
+    def close(self) -> None:
+        """Close the directory and the files; for whoever has opened it."""
+        for descriptor in (*self._files, self._descriptor):
+            self._filesystem.close(descriptor)
 
 
 class Directory:
@@ -146,11 +155,6 @@ class Directory:
         """Where a committed step lies."""
         return os.path.join(self.root, step_name(step))
 
-    def manifest(self, step: int) -> tuple[Manifest, int]:
-        """The manifest of a committed step, and its length in bytes; raises as `OpenedStep.manifest`."""
-        with self.opened(step) as opened:
-            return opened.manifest()
-
     @contextmanager
     def opened(self, step: int) -> Iterator[OpenedStep]:
         """Open a committed step for as long as it is read.
@@ -174,7 +178,7 @@ class Directory:
                 f"{_listed(self._list_steps())}"
             ) from error
         finally:
-            self.filesystem.close(descriptor)
+            opened.close()
 
     def _not_found(self, step: int, known: Collection[int]) -> CheckpointError:
         return NotFoundError(f"{self.root} holds no step {step}; committed steps: {_listed(known)}")

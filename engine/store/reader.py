@@ -24,7 +24,7 @@ from engine.io.backend import open_like
 from engine.io.job import Direction, Failure, FailureKind, Job, Milestone
 from engine.io.packing import Packed, pack_blocks, pack_extents, pack_order
 from engine.io.pipeline import Pipeline
-from engine.store.directory import Directory, OpenedStep
+from engine.store.access import Opened, OpenFile, ReadAccess
 from engine.store.info import CheckpointInfo, info_of
 
 # Slots of a pipeline opened for a checkpoint whose blocks do not fit the engine's: one is read, the other is copied
@@ -63,14 +63,14 @@ class Reader:
     """Reads the checkpoints of a directory.
 
     Args:
-        directory: which; a `Catalog` keeps the step that is read from being retired.
+        directory: which; its owner keeps the step that is read from being retired.
         pipeline: gives the native thread that reads.
 
     Attributes:
         damaged: steps that this reader has found damaged; training may take their numbers when it comes past them.
     """
 
-    def __init__(self, directory: Directory, pipeline: Callable[[], Pipeline]) -> None:
+    def __init__(self, directory: ReadAccess, pipeline: Callable[[], Pipeline]) -> None:
         self._directory = directory
         self._pipeline = pipeline
         self.damaged: set[int] = set()
@@ -85,8 +85,8 @@ class Reader:
         passed_over: list[PassedOver] = []
         for candidate in self.candidates(step):
             try:
-                with self._directory.opened(candidate) as opened, self._open(opened) as checkpoint:
-                    return use(checkpoint), tuple(passed_over)
+                with self._directory.opened(candidate) as opened:
+                    return use(self._open(opened)), tuple(passed_over)
             except NotFoundError:
                 if step is not None:
                     raise
@@ -116,7 +116,8 @@ class Reader:
         """
         for candidate in self.candidates(step):
             try:
-                return self._directory.manifest(candidate)[0]
+                with self._directory.opened(candidate) as opened:
+                    return opened.manifest()[0]
             except NotFoundError:
                 if step is not None:
                     raise
@@ -195,8 +196,8 @@ class Reader:
             with closing(open_like(ours, _LARGE_SLOT_COUNT, slot_bytes)) as pipeline:
                 yield pipeline
 
-    def open_file(self, opened: OpenedStep, manifest: Manifest, index: int) -> int:
-        """A descriptor of a data file, to read; CorruptError if it is missing, or no regular file."""
+    def open_file(self, opened: Opened, manifest: Manifest, index: int) -> OpenFile:
+        """A data file, to read; CorruptError if it is missing, or no regular file."""
         file = manifest.files[index]
         try:
             return opened.open_file(file.name, self._pipeline().direct)
@@ -204,11 +205,10 @@ class Reader:
             names = affected(manifest.segments, index, 0, file.nbytes)
             raise CorruptError(f"{error}; affected: {names}") from None
 
-    def wrong_length(self, manifest: Manifest, path: str, index: int, descriptor: int) -> WrongLength | None:
+    def wrong_length(self, manifest: Manifest, path: str, index: int, nbytes: int) -> WrongLength | None:
         """How the length of a file differs from what the manifest says, if it does."""
         file = manifest.files[index]
         file_path = os.path.join(path, file.name)
-        nbytes = self._directory.filesystem.size(descriptor, file_path)
         if nbytes == file.nbytes:
             return None
         reason = f"{file_path} has {nbytes} bytes, and its manifest says {file.nbytes}"
@@ -218,25 +218,17 @@ class Reader:
         names = affected(manifest.segments, index, nbytes, file.nbytes - nbytes)
         return WrongLength(chunk, nbytes, names, f"{reason}; it ends in chunk {chunk}; affected: {names}")
 
-    def close_files(self, descriptors: Sequence[int]) -> None:
-        """Close what `open_file` gave."""
-        for descriptor in descriptors:
-            self._directory.filesystem.close(descriptor)
-
-    @contextmanager
-    def _open(self, opened: OpenedStep) -> Iterator[Checkpoint]:
+    def _open(self, opened: Opened) -> Checkpoint:
         """A step's files, open and of the length that the manifest says, before anything is allocated."""
         manifest, manifest_bytes = opened.manifest()
         descriptors: list[int] = []
-        try:
-            for index in range(len(manifest.files)):
-                descriptors.append(self.open_file(opened, manifest, index))
-                wrong = self.wrong_length(manifest, opened.path, index, descriptors[index])
-                if wrong is not None:
-                    raise CorruptError(wrong.reason)
-            yield Checkpoint(opened.step, manifest, manifest_bytes, opened.path, descriptors)
-        finally:
-            self.close_files(descriptors)
+        for index in range(len(manifest.files)):
+            file = self.open_file(opened, manifest, index)
+            wrong = self.wrong_length(manifest, opened.path, index, file.nbytes)
+            if wrong is not None:
+                raise CorruptError(wrong.reason)
+            descriptors.append(file.descriptor)
+        return Checkpoint(opened.step, manifest, manifest_bytes, opened.path, descriptors)
 
 
 class WrongLength(NamedTuple):

@@ -1,20 +1,22 @@
 """Store: one directory of checkpoints, and the native thread that moves their blocks.
 
-Theory of operation.  A `Store` owns the directory (through its lock), one native pipeline and its slots, and hands
-them to `Writer`, `Reader` and `Verifier`.  It knows bytes and steps, and neither tensors nor training: it runs
-without torch.
+Theory of operation.  A `Store` has the directory's owner, who holds its lock, and one native pipeline with its slots,
+and hands them to `Writer`, `Reader` and `Verifier`.  It knows bytes and steps, and neither tensors nor training: it
+runs without torch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 
 from engine.errors import warn
 from engine.io.backend import Probe, degradation, open_pipeline
 from engine.io.pipeline import Pipeline
 from engine.options import Options
-from engine.store.catalog import Catalog
+from engine.store.access import WriteAccess
 from engine.store.filesystem import Filesystem
+from engine.store.owner import Owner
 from engine.store.reader import Reader
 from engine.store.retention import Retention
 from engine.store.verify import Verifier
@@ -29,6 +31,7 @@ class Store:
         options: how blocks are moved.
         retention: which checkpoints are kept, or None for the rule that is stored with the run.
         filesystem: how to reach the directory.
+        own: takes the directory, and is given it with the file system, the number of spares and the rule.
 
     Raises:
         LockedError: another Engine has the directory.
@@ -36,9 +39,16 @@ class Store:
         StorageError: the directory cannot be made, read or synced.
     """
 
-    def __init__(self, directory: str, options: Options, retention: Retention | None, filesystem: Filesystem) -> None:
+    def __init__(
+        self,
+        directory: str,
+        options: Options,
+        retention: Retention | None,
+        filesystem: Filesystem,
+        own: Callable[[str, Filesystem, int, Retention | None], WriteAccess] = Owner,
+    ) -> None:
         with ExitStack() as undo:
-            self.catalog = Catalog(directory, filesystem, options.max_async, retention)
+            self.catalog = own(directory, filesystem, options.max_async, retention)
             undo.callback(self.catalog.close)
             self.pipeline: Pipeline
             self.probe: Probe

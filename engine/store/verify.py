@@ -17,7 +17,7 @@ from engine.format.values import decode, decode_options
 from engine.io.job import BlockState, Failure, Job
 from engine.io.packing import pack_sources
 from engine.io.pipeline import Pipeline
-from engine.store.directory import Directory, OpenedStep
+from engine.store.access import Opened, ReadAccess
 from engine.store.reader import Checkpoint, Reader, chunk_at, demand_damage, drive, explain, read_job
 
 # In the place of a descriptor: the file is not there (engine_native.h, set_files).
@@ -49,7 +49,7 @@ class Verifier:
         reader: reads its blocks.
     """
 
-    def __init__(self, directory: Directory, reader: Reader) -> None:
+    def __init__(self, directory: ReadAccess, reader: Reader) -> None:
         self._directory = directory
         self._reader = reader
 
@@ -71,7 +71,7 @@ class Verifier:
                 return (Damage(path, None, None, "everything", str(error)),)
         raise self._reader.nothing()
 
-    def _verify(self, opened: OpenedStep) -> tuple[Damage, ...]:
+    def _verify(self, opened: Opened) -> tuple[Damage, ...]:
         """Everything wrong with a step."""
         try:
             manifest, manifest_bytes = opened.manifest()
@@ -83,25 +83,23 @@ class Verifier:
             return (Damage(os.path.join(opened.path, MANIFEST_NAME), None, None, "everything", str(error)),)
         return tuple(self._verify_files(opened, manifest, manifest_bytes))
 
-    def _verify_files(self, opened: OpenedStep, manifest: Manifest, manifest_bytes: int) -> Iterator[Damage]:
+    def _verify_files(self, opened: Opened, manifest: Manifest, manifest_bytes: int) -> Iterator[Damage]:
         """Everything wrong with the data files.  One of a wrong length is read all the same."""
         descriptors: list[int] = []
-        try:
-            for index, file in enumerate(manifest.files):
-                descriptors.append(_NO_FILE)
-                try:
-                    descriptors[index] = self._reader.open_file(opened, manifest, index)
-                    wrong = self._reader.wrong_length(manifest, opened.path, index, descriptors[index])
-                    if wrong is not None:
-                        yield Damage(os.path.join(opened.path, file.name), *wrong)
-                except (CorruptError, StorageError) as error:
-                    demand_damage(error)
-                    names = affected(manifest.segments, index, 0, file.nbytes)
-                    yield Damage(os.path.join(opened.path, file.name), None, None, names, str(error))
-            yield from _verify_user_files(opened, manifest)
-            yield from self._verify_blocks(Checkpoint(opened.step, manifest, manifest_bytes, opened.path, descriptors))
-        finally:
-            self._reader.close_files([d for d in descriptors if d != _NO_FILE])
+        for index, file in enumerate(manifest.files):
+            descriptors.append(_NO_FILE)
+            try:
+                opened_file = self._reader.open_file(opened, manifest, index)
+                descriptors[index] = opened_file.descriptor
+                wrong = self._reader.wrong_length(manifest, opened.path, index, opened_file.nbytes)
+                if wrong is not None:
+                    yield Damage(os.path.join(opened.path, file.name), *wrong)
+            except (CorruptError, StorageError) as error:
+                demand_damage(error)
+                names = affected(manifest.segments, index, 0, file.nbytes)
+                yield Damage(os.path.join(opened.path, file.name), None, None, names, str(error))
+        yield from _verify_user_files(opened, manifest)
+        yield from self._verify_blocks(Checkpoint(opened.step, manifest, manifest_bytes, opened.path, descriptors))
 
     def _verify_blocks(self, found: Checkpoint) -> Iterator[Damage]:
         """Everything wrong with the blocks of the files that are there."""
@@ -113,7 +111,7 @@ class Verifier:
                     yield from _verify_chunk(pipeline, found, plan.blocks[start:end], checksums[start:end])
 
 
-def _verify_user_files(opened: OpenedStep, manifest: Manifest) -> Iterator[Damage]:
+def _verify_user_files(opened: Opened, manifest: Manifest) -> Iterator[Damage]:
     for record in manifest.user_files:
         path = os.path.join(opened.path, record.name)
         try:

@@ -1,13 +1,14 @@
 """Writer: one save, from memory to a committed checkpoint.
 
 Theory of operation.  What a checkpoint holds is gathered once into a `Content` and handed down.  `Writer.start` hands
-the native pipeline a job over it, and staging starts at once.  `Writer.finish` runs on a commit thread: it makes the
-files while staging is under way, gives them to the job, waits for the last completion, and commits.  No Python thread
-touches a byte of the sources.
+the native pipeline a job over it, and staging starts at once.  `Writer.finish` runs on a commit thread: it has the
+directory's owner make the files while staging is under way, gives them to the job, waits for the last completion, and
+commits.  No Python thread touches a byte of the sources.
 
-A failure at any point drains the job before its descriptors are closed, deletes what was written, and is raised.
+A failure at any point drains the job, then has the owner close its files and delete what was written, and is raised.
 
-Rules: no torch.  Sources are addresses, and `Content.owners` keeps their memory alive.
+Rules: no torch.  The directory is reached through `access` alone; its owner may be another process.  Sources are
+addresses, and `Content.owners` keeps their memory alive.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from engine.errors import StorageError, TornSnapshot
-from engine.format.layout import INDEX_NAME, Layout, align_up, model_index
+from engine.format.layout import INDEX_NAME, Layout, model_index
 from engine.format.manifest import (
     FORMAT,
     READER,
@@ -38,13 +39,13 @@ from engine.format.manifest import (
     known_hashes,
     segment_records,
 )
-from engine.format.plan import ALIGNMENT, Extents, Plan, Source, block_rows, extent_columns, make_plan
+from engine.format.plan import Extents, Plan, Source, block_rows, extent_columns, make_plan
 from engine.format.values import Json
 from engine.io.job import BlockState, Direction, Failure, FailureKind, Job, Milestone
 from engine.io.packing import Packed, address_of, pack_blocks, pack_extents, pack_order, pack_sources
 from engine.io.pipeline import Pipeline
-from engine.store.catalog import Catalog
-from engine.store.commit import WrittenFile, commit
+from engine.store.access import BegunSave, NewFile, WriteAccess
+from engine.store.commit import commit
 from engine.store.info import CheckpointInfo, info_of
 
 
@@ -197,13 +198,13 @@ class Writer:
     """Runs saves: `prepare` and `start` in the caller, `finish` on a commit thread.
 
     Args:
-        catalog: the directory.
+        access: the directory.
         pipeline: the native thread.
         rewrite_all: write every block, even one that a recycled file holds already.
     """
 
-    def __init__(self, catalog: Catalog, pipeline: Pipeline, rewrite_all: bool) -> None:
-        self._catalog = catalog
+    def __init__(self, access: WriteAccess, pipeline: Pipeline, rewrite_all: bool) -> None:
+        self._access = access
         self._pipeline = pipeline
         self._rewrite_all = rewrite_all
 
@@ -225,7 +226,7 @@ class Writer:
         """End a prepared or started save that no commit thread will finish, and return its error.  Blocks."""
         self._pipeline.abort(write.job, errno.ECANCELED)
         self._pipeline.wait(write.job, Milestone.DONE)
-        return StorageError(errno.ECANCELED, "write", self._catalog.partial_path(write.step))
+        return StorageError(errno.ECANCELED, "write", self._access.path(write.step))
 
     def finish(self, write: Write, await_turn: Callable[[], None]) -> CheckpointInfo:
         """See a started save through to its commit.  Blocks.
@@ -241,7 +242,7 @@ class Writer:
             return self._write_and_commit(write, await_turn)
         except BaseException:
             with suppress(Exception):
-                self._catalog.discard(write.step)
+                self._access.discard_save(write.step)
             raise
         finally:
             write.let_go()
@@ -249,54 +250,31 @@ class Writer:
     def _write_and_commit(self, write: Write, await_turn: Callable[[], None]) -> CheckpointInfo:
         job, packed, content = write.job, write.packed, write.content
         assert content is not None, "finished twice"
-        files: list[WrittenFile] = []
+        files = [NewFile(file.name, file.nbytes) for file in packed.plan.files]
         try:
-            try:
-                known = self._make_files(write.step, packed.plan, files)
-                self._pipeline.attach(job, [file.descriptor for file in files], known)
-                self._pipeline.wait(job, Milestone.STAGED)
-                _ = packed.layers  # made now: the caller goes on, and the device writes
-            except BaseException as error:
-                self._pipeline.abort(job, getattr(error, "errno", None) or errno.ECANCELED)
-                raise
-            finally:
-                self._pipeline.wait(job, Milestone.DONE)
-            if job.failure is not None:
-                raise _explain(job.failure, packed, files, self._catalog.partial_path(write.step))
-            manifest = _manifest(write, content)
-            small_files = dict(content.user_files)
-            if (index := model_index(packed.layout)) is not None:
-                small_files[INDEX_NAME] = index
-            raw = encode(manifest, packed.rows)
-            path = commit(self._catalog, write.step, files, small_files, raw, await_turn)
-            return info_of(manifest, path)
+            begun = self._access.begin_save(write.step, files, self._pipeline.direct)
+            self._pipeline.attach(job, begun.descriptors, self._known(packed.plan, begun))
+            self._pipeline.wait(job, Milestone.STAGED)
+            _ = packed.layers  # made now: the caller goes on, and the device writes
+        except BaseException as error:
+            self._pipeline.abort(job, getattr(error, "errno", None) or errno.ECANCELED)
+            raise
         finally:
-            for file in files:
-                self._catalog.filesystem.close(file.descriptor)
+            self._pipeline.wait(job, Milestone.DONE)
+        if job.failure is not None:
+            raise _explain(job.failure, packed, begun.path)
+        manifest = _manifest(write, content)
+        small_files = dict(content.user_files)
+        if (index := model_index(packed.layout)) is not None:
+            small_files[INDEX_NAME] = index
+        path = commit(self._access, write.step, small_files, encode(manifest, packed.rows), await_turn)
+        return info_of(manifest, path)
 
-    def _make_files(self, step: int, plan: Plan, files: list[WrittenFile]) -> list[bytes | None] | None:
-        """Begin a step, and open and reserve its files; returns what is known of their blocks."""
-        filesystem = self._catalog.filesystem
-        self._catalog.check_room(sum(align_up(file.nbytes, ALIGNMENT) for file in plan.files))
-        begun = self._catalog.begin(step, [file.name for file in plan.files])
-        for file in plan.files:
-            path = os.path.join(begun.path, file.name)
-            descriptor = filesystem.open_for_blocks(path, write=True, direct=self._pipeline.direct)
-            files.append(WrittenFile(descriptor, path, file.nbytes))
-            self._allocate(files[-1])
+    def _known(self, plan: Plan, begun: BegunSave) -> list[bytes | None] | None:
+        """What is known of the blocks that the files hold already."""
         if begun.recycled is None or self._rewrite_all:
             return None
         return known_hashes(plan, begun.recycled, begun.reused)
-
-    def _allocate(self, file: WrittenFile) -> None:
-        """Reserve a file's blocks; where there is no room, once more without the checkpoints that no rule keeps."""
-        nbytes = align_up(file.nbytes, ALIGNMENT)
-        try:
-            self._catalog.filesystem.allocate(file.descriptor, nbytes, file.path)
-        except StorageError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._catalog.free_surplus():
-                raise
-            self._catalog.filesystem.allocate(file.descriptor, nbytes, file.path)
 
 
 def _manifest(write: Write, content: Content) -> Manifest:
@@ -323,10 +301,10 @@ def _manifest(write: Write, content: Content) -> Manifest:
     )
 
 
-def _explain(failure: Failure, packed: PackedPlan, files: Sequence[WrittenFile], partial: str) -> Exception:
+def _explain(failure: Failure, packed: PackedPlan, partial: str) -> Exception:
     """The native failure as an error with its remedy; `partial` is the directory of the files."""
     block = None if failure.block is None else packed.plan.blocks[failure.block]
-    path = files[block.file_index].path if block is not None and files else partial
+    path = partial if block is None else os.path.join(partial, packed.plan.files[block.file_index].name)
     offset = None if block is None else block.file_offset
     if failure.kind == FailureKind.TORN and block is not None:
         names = affected(segment_records(packed.layout), block.file_index, block.file_offset, block.nbytes)

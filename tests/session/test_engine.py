@@ -536,10 +536,10 @@ def test_a_restore_finds_the_newest_while_saves_retire_what_it_listed(tmp_path: 
 
 def test_a_host_that_is_out_of_descriptors_does_not_pass_over_the_newest(tmp_path: Path) -> None:
     class OutOfDescriptors(FailingFilesystem):
-        def open_for_blocks(self, path: str, write: bool, direct: bool) -> int:
+        def open_for_blocks(self, path: str, write: bool, direct: bool, directory: int | None = None) -> int:
             if not write and self.operation == "open":
                 raise engine.StorageError(24, "open", path)
-            return super().open_for_blocks(path, write, direct)
+            return super().open_for_blocks(path, write, direct, directory)
 
     filesystem = OutOfDescriptors()
     arena = engine.Arena.wrap({"a": torch.zeros(10)})

@@ -149,7 +149,8 @@ if os.getuid() == 0:
     os.setgid(65534)
     os.setuid(65534)
 run = Directory(sys.argv[1], Filesystem())
-print(run.steps(), run.manifest(1)[0].step)
+with run.opened(1) as opened:
+    print(run.steps(), opened.manifest()[0].step)
 """
 
 

@@ -928,9 +928,14 @@ def stored(catalog: Catalog) -> tuple[Manifest, Path]:
     return manifest, path
 
 
+def read_manifest(catalog: Catalog, step: int) -> tuple[Manifest, int]:
+    with catalog.opened(step) as opened:
+        return opened.manifest()
+
+
 def test_a_manifest_is_read(catalog: Catalog, stored: tuple[Manifest, Path]) -> None:
     manifest, path = stored
-    assert catalog.manifest(1) == (manifest, path.stat().st_size)
+    assert read_manifest(catalog, 1) == (manifest, path.stat().st_size)
 
 
 def damage(path: Path) -> dict[str, Callable[[], object]]:
@@ -951,14 +956,14 @@ def damage(path: Path) -> dict[str, Callable[[], object]]:
 def test_no_manifest_is_an_error_of_the_disk(catalog: Catalog, stored: tuple[Manifest, Path], how: str) -> None:
     damage(stored[1])[how]()
     with pytest.raises((CorruptError, StorageError)):
-        catalog.manifest(1)
+        read_manifest(catalog, 1)
 
 
 def test_a_manifest_of_another_step_is_refused(catalog: Catalog, stored: tuple[Manifest, Path]) -> None:
     save(catalog, 2)
     Path(catalog.path(2), MANIFEST_NAME).write_bytes(stored[1].read_bytes())
     with pytest.raises(CorruptError, match="manifest of step 1"):
-        catalog.manifest(2)
+        read_manifest(catalog, 2)
 
 
 # -- opening ----------------------------------------------------------------------------------------------------------

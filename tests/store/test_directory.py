@@ -89,9 +89,8 @@ def test_a_run_is_read_beside_its_writer_and_steps_are_listed_afresh(catalog: Ca
         with directory.opened(step) as opened:
             manifest, nbytes = opened.manifest()
             assert manifest.step == step and nbytes == len(manifest_of(step))
-            descriptor = opened.open_file(DATA_NAME, direct=False)
-            assert os.pread(descriptor, 100, 0) == str(step).encode() * 4
-            os.close(descriptor)
+            descriptor, length = opened.open_file(DATA_NAME, direct=False)
+            assert os.pread(descriptor, length + 1, 0) == str(step).encode() * 4
     with pytest.raises(NotFoundError, match="holds no step 1; committed steps: 2"), directory.opened(1):
         raise AssertionError
 
@@ -109,7 +108,8 @@ def test_a_copy_without_the_private_directory_is_a_run(tmp_path: Path) -> None:
     (tmp_path / "step-00000003").mkdir()
     (tmp_path / "step-00000003" / MANIFEST_NAME).write_bytes(manifest_of(3))
     directory = Directory(str(tmp_path), Filesystem())
-    assert directory.steps() == [3] and directory.manifest(3)[0].step == 3
+    with directory.opened(3) as opened:
+        assert directory.steps() == [3] and opened.manifest()[0].step == 3
     assert os.listdir(tmp_path) == ["step-00000003"]
 
 
@@ -120,7 +120,8 @@ def test_a_run_is_read_on_a_read_only_mount() -> None:
         catalog.close()
         subprocess.run([*as_root(), "mount", "-o", "remount,ro", str(mounted)], check=True)
         directory = Directory(str(mounted / "run"), Filesystem())
-        assert directory.steps() == [1] and directory.manifest(1)[0].step == 1
+        with directory.opened(1) as opened:
+            assert directory.steps() == [1] and opened.manifest()[0].step == 1
 
 
 def test_a_step_retired_while_it_is_read_is_named_and_gives_no_later_bytes(catalog: Catalog, root: Path) -> None:
@@ -131,7 +132,7 @@ def test_a_step_retired_while_it_is_read_is_named_and_gives_no_later_bytes(catal
     with told, directory.opened(1) as opened:
         for step in (2, 3, 4):
             if step == 3:  # not recycled yet
-                descriptor = opened.open_file(DATA_NAME, direct=False)
+                descriptor = os.open(DATA_NAME, os.O_RDONLY, dir_fd=opened._descriptor)
                 assert os.pread(descriptor, 100, 0) == b"1111"
                 os.close(descriptor)
                 assert opened.manifest()[0].step == 1 and not opened.is_in_place()
@@ -146,11 +147,12 @@ def test_a_step_retired_while_it_is_read_is_named_and_gives_no_later_bytes(catal
 def test_a_file_that_a_reader_has_open_is_not_overwritten(catalog: Catalog, root: Path) -> None:
     save(catalog, 1)
     with Directory(str(root), Filesystem()).opened(1) as opened:
-        descriptor = opened.open_file(DATA_NAME, direct=False)
+        descriptor = opened.open_file(DATA_NAME, direct=False).descriptor
         for step in (2, 3, 4):
             save(catalog, step)
         assert os.pread(descriptor, 100, 0) == b"1111"
-        os.close(descriptor)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)  # closed with the step
 
 
 def test_damage_is_no_retirement(catalog: Catalog, root: Path) -> None:

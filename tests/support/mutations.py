@@ -28,7 +28,7 @@ from engine.errors import StorageError
 from engine.format.manifest import MANIFEST_NAME
 from engine.store import writer
 from engine.store.catalog import Catalog
-from engine.store.commit import WrittenFile
+from engine.store.owner import Owner
 
 
 class Drop(NamedTuple):
@@ -103,14 +103,13 @@ def commit_in(order: str) -> Callable[..., str]:
     """`commit` with its lines in this order; C5 and C7 go with C6, and R1 retires everything."""
 
     def commit(
-        catalog: Catalog,
+        catalog: Owner,
         step: int,
-        files: Sequence[WrittenFile],
         small_files: Mapping[str, bytes],
         manifest: bytes,
         await_turn: Callable[[], None],
     ) -> str:
-        filesystem = catalog.filesystem
+        filesystem, files = catalog.filesystem, catalog.files(step)
         where = catalog.partial_path(step)
         for line in order.split():
             paths = [os.path.join(where, os.path.basename(file.path)) for file in files]
@@ -130,6 +129,7 @@ def commit_in(order: str) -> Callable[..., str]:
             else:
                 assert line == "R1", line
                 catalog._retire(catalog.steps())
+        catalog._close_files(step)
         return where
 
     return commit

@@ -16,7 +16,7 @@ import functools
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -31,8 +31,8 @@ import engine
 from engine.errors import CorruptError, StorageError
 from engine.format.manifest import DigestedFile
 from engine.session.save import Save
-from engine.store.catalog import Catalog
-from engine.store.commit import WrittenFile, publish, seal
+from engine.store.commit import publish, seal
+from engine.store.owner import Owner
 
 # The payload that `recover` saves; no scenario has so many.
 _RECOVERY_PAYLOAD = 1 << 10
@@ -216,15 +216,14 @@ class _Turns:
 
 def _commit_by_ranks(
     world: World,
-    catalog: Catalog,
+    catalog: Owner,
     step: int,
-    files: Sequence[WrittenFile],
     small_files: Mapping[str, bytes],
     manifest: bytes | bytearray,
     await_turn: Callable[[], None],
 ) -> str:
     """`commit` with several writers, each in a thread with a file and a part of its own."""
-    partial = catalog.partial_path(step)
+    partial, files = catalog.partial_path(step), catalog.files(step)
     parts: dict[int, DigestedFile | None] = {}
     turns = _Turns(world, len(RANKS))
 
@@ -240,7 +239,9 @@ def _commit_by_ranks(
         thread.join()
     world.hook = turns.before
     await_turn()
-    return publish(catalog, step, manifest, [part for rank in RANKS if (part := parts[rank]) is not None])
+    path = publish(catalog, step, manifest, [part for rank in RANKS if (part := parts[rank]) is not None])
+    catalog._close_files(step)
+    return path
 
 
 def several_writers(world: World) -> None:
