@@ -248,8 +248,8 @@ class Writer:
             write.let_go()
 
     def _write_and_commit(self, write: Write, await_turn: Callable[[], None]) -> CheckpointInfo:
-        job, packed, content = write.job, write.packed, write.content
-        assert content is not None, "finished twice"
+        # The content is in no variable here: the traceback of a failure would keep the sources' memory alive.
+        job, packed = write.job, write.packed
         files = [NewFile(file.name, file.nbytes) for file in packed.plan.files]
         try:
             begun = self._access.begin_save(write.step, files, self._pipeline.direct)
@@ -263,10 +263,7 @@ class Writer:
             self._pipeline.wait(job, Milestone.DONE)
         if job.failure is not None:
             raise _explain(job.failure, packed, begun.path)
-        manifest = _manifest(write, content)
-        small_files = dict(content.user_files)
-        if (index := model_index(packed.layout)) is not None:
-            small_files[INDEX_NAME] = index
+        manifest, small_files = _records(write)
         path = commit(self._access, write.step, small_files, encode(manifest, packed.rows), await_turn)
         return info_of(manifest, path)
 
@@ -275,6 +272,16 @@ class Writer:
         if begun.recycled is None or self._rewrite_all:
             return None
         return known_hashes(plan, begun.recycled, begun.reused)
+
+
+def _records(write: Write) -> tuple[Manifest, Mapping[str, bytes]]:
+    """The manifest of a save that is written, and its small files."""
+    content = write.content
+    assert content is not None, "finished twice"
+    small_files = dict(content.user_files)
+    if (index := model_index(write.packed.layout)) is not None:
+        small_files[INDEX_NAME] = index
+    return _manifest(write, content), small_files
 
 
 def _manifest(write: Write, content: Content) -> Manifest:
