@@ -358,7 +358,9 @@ def _flight(rounds: Rounds, scales: Scales) -> None:
     with ExitStack() as stack:
         turns: dict[tuple[str, str], Turn] = {}
         for count in scales.flights:
-            eng = stack.enter_context(engine.Engine(rounds.directory / f"flight-{count}", max_async=count))
+            eng = stack.enter_context(
+                engine.Engine(rounds.directory / f"flight-{count}", max_async=count, rewrite_all=True)
+            )
             turn = _flight_turn(eng, state.arena, scales.flight_saves)
             turn()  # there is something to recycle
             turns[Ours.name, f"max_async={count}"] = turn

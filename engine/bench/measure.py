@@ -168,9 +168,10 @@ def settle(directory: Path) -> None:
 
 
 def timed_save(saver: Saver) -> dict[str, float]:
-    """One save, its times in seconds; then the oldest is deleted."""
+    """One save of a state that has changed, its times in seconds; then the oldest is deleted."""
     step = saver.steps[-1] + 1 if saver.steps else 1
     saver.path(step)
+    saver.state.change()
     cpu_ns, began_ns = cpu_time_ns(), time.perf_counter_ns()
     pending = saver.save(step)
     held_ns = time.perf_counter_ns()

@@ -19,6 +19,10 @@ import engine
 PATTERN_COUNT = 1 << 24  # 64 MiB of float32: more than any cache that a drive or a host would find it again in
 
 
+# Elements of float32 in a page.
+PAGE_COUNT = 1024
+
+
 @dataclass(frozen=True, slots=True)
 class State:
     """What a subject saves: ours the arena, the others the tensors.  Either may be left out where nobody asks."""
@@ -26,6 +30,16 @@ class State:
     nbytes: int
     tensors: Mapping[str, Tensor]
     arena: engine.Arena | None
+
+    def change(self) -> None:
+        """Add 1 to an element of every page, so that no block holds what it held: as a step of training does.
+
+        Without it the engine would find most blocks in the files that it recycles, and not write them.
+        """
+        held = [*self.tensors.values(), *(self.arena.state_dict().values() if self.arena is not None else ())]
+        with torch.no_grad():
+            for tensor in held:
+                tensor.view(-1)[::PAGE_COUNT].add_(1)
 
     @property
     def tensor_count(self) -> int:
