@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.errors import CorruptError
+from engine.errors import CorruptError, PlatformError
 from engine.format import values
 from engine.format.layout import DTYPES
 from engine.format.manifest import SegmentRecord
@@ -50,8 +50,9 @@ def make_tensor(record: SegmentRecord) -> Tensor:
 
     Raises:
         CorruptError: no tensor can have its shape.
+        PlatformError: this torch does not know its dtype.
     """
-    dtype = getattr(torch, record.dtype)
+    dtype = _dtype(record.dtype, f"tensor {record.name!r}")
     if record.nbytes >= _PAGES_BYTES_MIN:
         return torch.frombuffer(allocate_pages(record.nbytes), dtype=dtype).view(record.shape)
     try:
@@ -66,6 +67,14 @@ def make_tensor(record: SegmentRecord) -> Tensor:
 def dtype_name(dtype: torch.dtype) -> str:
     """Torch's name of a dtype, as `layout.DTYPES` has it."""
     return str(dtype).removeprefix("torch.")
+
+
+def _dtype(name: str, holder: str) -> torch.dtype:
+    """Torch's dtype of this name, which `layout.DTYPES` has; older releases lack the newest of them."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise PlatformError(f"{holder} is of {name}, which torch {torch.__version__} lacks", "use a later torch")
+    return dtype
 
 
 def _adapt(value: object) -> TensorValue | Refused | None:
@@ -94,4 +103,4 @@ def _make(value: TensorValue) -> Tensor:
     data = value.data()
     flat = torch.empty(len(data), dtype=torch.uint8, device="cpu")
     ctypes.memmove(flat.data_ptr(), bytes(data), len(data))
-    return flat.view(getattr(torch, value.dtype)).view(value.shape)
+    return flat.view(_dtype(value.dtype, "a tensor of the checkpoint")).view(value.shape)

@@ -489,7 +489,8 @@ class Catalog(Directory):
                 found = opened.summary()
         except CheckpointError:
             return StepFacts(step)
-        except StorageError:
+        except StorageError as error:
+            warn(f"step {step} is kept, since its tag and metrics cannot be read: {error}")
             return None
         return StepFacts(step, found.tag, {name: x for name, x in found.metrics.items() if x is not None})
 

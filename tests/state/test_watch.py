@@ -271,10 +271,10 @@ def test_requires_grad_matters_of_params_only() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3), (1,) * 20])
 def test_every_dtype_and_shape_can_be_watched(dtype: str, shape: tuple[int, ...]) -> None:
-    tensor = torch.zeros(shape, dtype=getattr(torch, dtype))
+    tensor = torch.empty(shape, dtype=getattr(torch, dtype))
     watch = TensorWatch([tensor], [])
     assert watch.unchanged()
-    tensor.data = torch.zeros((*shape, 1), dtype=tensor.dtype)
+    tensor.data = torch.empty((*shape, 1), dtype=tensor.dtype)
     assert not watch.unchanged()
 
 

@@ -574,8 +574,8 @@ class Closing(Filesystem):
         self.data: set[int] = set()
         self.closed: list[int] = []
 
-    def open_for_blocks(self, path: str, write: bool, direct: bool) -> int:
-        descriptor = super().open_for_blocks(path, write, direct)
+    def open_for_blocks(self, path: str, write: bool, direct: bool, directory: int | None = None) -> int:
+        descriptor = super().open_for_blocks(path, write, direct, directory)
         self.data.add(descriptor)
         return descriptor
 
@@ -600,8 +600,8 @@ def test_a_save_that_fails_with_writes_under_way_closes_no_file_under_them(
         it.hold()
         attach = Pipeline.attach
 
-        def failing(pipeline: Pipeline, job: Job, descriptors: Sequence[int]) -> None:
-            attach(pipeline, job, descriptors)
+        def failing(pipeline: Pipeline, job: Job, descriptors: Sequence[int], known: Any = None) -> None:
+            attach(pipeline, job, descriptors, known)
             it.wait_started()
             raise error
 
@@ -628,8 +628,8 @@ def test_a_restore_that_is_interrupted_with_reads_under_way_closes_no_file_under
         filesystem.closed.clear()
         attach = Pipeline.attach
 
-        def interrupted(pipeline: Pipeline, job: Job, descriptors: Sequence[int]) -> None:
-            attach(pipeline, job, descriptors)
+        def interrupted(pipeline: Pipeline, job: Job, descriptors: Sequence[int], known: Any = None) -> None:
+            attach(pipeline, job, descriptors, known)
             it.wait_started()
             raise KeyboardInterrupt
 
