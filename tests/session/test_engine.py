@@ -31,7 +31,7 @@ from engine.format.manifest import SegmentRecord
 from engine.session.select import Selection
 from engine.store import writer
 
-pytestmark = pytest.mark.every_backend
+pytestmark = [pytest.mark.every_backend, pytest.mark.remote_owner]
 
 SMALL: dict[str, Any] = {"staging_bytes": 1 << 20, "block_bytes": 64 << 10}
 
