@@ -4,6 +4,8 @@ Two cores shared with others make any deadline a coin toss, so there is none.  I
 each time, so that a change is judged by what it changes; at a desk they differ, and find more.
 
 A test marked `every_backend` runs once for each rung of the ladder (engine/backend.py): its Engines find no other.
+One marked `remote_owner` runs once more, on the first rung, with Engines whose directory another process owns
+(`remote`).
 What compares trainings bit by bit asks for `one_thread`.
 """
 
@@ -21,12 +23,18 @@ from faults import FaultTable
 from hypothesis import settings
 from jobs import SLOT_BYTES, Stage, until
 from leaks import held
+from remote import OwnerProcesses
 
 import engine
+import engine.engine as facade
 from engine.io import backend
 from engine.io.pipeline import Pipeline
 from engine.options import Backend
 from engine.store.filesystem import Filesystem
+from engine.store.store import Store
+
+# In the place of a rung: the first one, with the directory's owner in another process.
+REMOTE = "remote"
 
 # A process that a test starts prints every stack when it crashes, as pytest does.
 os.environ["PYTHONFAULTHANDLER"] = "1"
@@ -38,13 +46,32 @@ settings.load_profile("engine")
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run what is marked so over every rung."""
     if metafunc.definition.get_closest_marker("every_backend"):
-        metafunc.parametrize("rung", backend.LADDER, indirect=True)
+        remote = [REMOTE] if metafunc.definition.get_closest_marker("remote_owner") else []
+        metafunc.parametrize("rung", [*backend.LADDER, *remote], indirect=True)
+
+
+@pytest.fixture(scope="session")
+def all_owners() -> Iterator[OwnerProcesses]:
+    processes = OwnerProcesses()
+    yield processes
+    processes.close()
+
+
+@pytest.fixture
+def owners(all_owners: OwnerProcesses, monkeypatch: pytest.MonkeyPatch) -> Iterator[OwnerProcesses]:
+    """Gives every Engine of the test an owner in another process, and lets none outlive the test."""
+    monkeypatch.setattr(facade, "Store", functools.partial(Store, own=all_owners.own))
+    yield all_owners
+    all_owners.end_owners()
 
 
 @pytest.fixture(autouse=True)
 def rung(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The one backend that ``"auto"`` finds; without the mark it finds what the host has."""
     only: str = getattr(request, "param", backend.LADDER[0])
+    if only == REMOTE:
+        request.getfixturevalue("owners")
+        return backend.LADDER[0]
     if only != backend.LADDER[0]:
         monkeypatch.setattr(backend, "LADDER", (only,))
         _check_rung(only)

@@ -18,6 +18,7 @@ import numpy
 import pytest
 import torch
 from disk import FAILURES, FailingFilesystem, GatedFilesystem, names, same, stored
+from hooked import HookedFilesystem
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -29,9 +30,8 @@ from engine.format.layout import DTYPES
 from engine.format.manifest import SegmentRecord
 from engine.session.select import Selection
 from engine.store import writer
-from engine.store.filesystem import Filesystem
 
-pytestmark = pytest.mark.every_backend
+pytestmark = [pytest.mark.every_backend, pytest.mark.remote_owner]
 
 SMALL: dict[str, Any] = {"staging_bytes": 1 << 20, "block_bytes": 64 << 10}
 
@@ -535,21 +535,22 @@ def test_a_restore_finds_the_newest_while_saves_retire_what_it_listed(tmp_path: 
 
 
 def test_a_host_that_is_out_of_descriptors_does_not_pass_over_the_newest(tmp_path: Path) -> None:
-    class OutOfDescriptors(FailingFilesystem):
-        def open_for_blocks(self, path: str, write: bool, direct: bool, directory: int | None = None) -> int:
-            if not write and self.operation == "open":
+    class OutOfDescriptors(HookedFilesystem):
+        is_out = False
+
+        def before(self, operation: str, path: str, target: str = "") -> None:
+            if self.is_out and operation == "open_to_read":
                 raise engine.StorageError(24, "open", path)
-            return super().open_for_blocks(path, write, direct, directory)
 
     filesystem = OutOfDescriptors()
     arena = engine.Arena.wrap({"a": torch.zeros(10)})
     with engine.Engine(tmp_path, filesystem=filesystem, **SMALL) as eng:
         for step in range(2):
             eng.checkpoint(arena, step=step).result()
-        filesystem.fail_next("open", 24)
+        filesystem.is_out = True
         with pytest.raises(engine.StorageError, match="Too many open files"):
             eng.restore(arena)
-        filesystem.fail_next("none", 0)
+        filesystem.is_out = False
         assert eng.restore(arena).step == 1
 
 
@@ -869,12 +870,11 @@ def test_no_save_begins_while_a_rollback_goes_on(tmp_path: Path) -> None:
     """Its step would be checked against steps that are about to go."""
     gate, retiring = threading.Event(), threading.Event()
 
-    class SlowRetirement(Filesystem):
-        def rename(self, source: str, target: str) -> None:
-            if Path(target).parent.name == "spare":
+    class SlowRetirement(HookedFilesystem):
+        def before(self, operation: str, path: str, target: str = "") -> None:
+            if operation == "rename" and Path(target).parent.name == "spare":
                 retiring.set()
                 assert gate.wait(60)
-            super().rename(source, target)
 
     arena = engine.Arena.wrap({"a": torch.zeros(10)})
     with engine.Engine(tmp_path, filesystem=SlowRetirement(), keep=None, **SMALL) as eng:

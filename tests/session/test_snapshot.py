@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import engine
 
-pytestmark = pytest.mark.every_backend
+pytestmark = [pytest.mark.every_backend, pytest.mark.remote_owner]
 
 BLOCK_BYTES = 64 << 10
 TINY: dict[str, Any] = {"staging_bytes": 2 * BLOCK_BYTES, "block_bytes": BLOCK_BYTES}

@@ -12,13 +12,13 @@ import threading
 from pathlib import Path
 
 import torch
+from hooked import HookedFilesystem
 from safetensors.torch import load_file
 
 from engine.errors import StorageError
-from engine.store.filesystem import Filesystem
 
 
-class GatedFilesystem(Filesystem):
+class GatedFilesystem(HookedFilesystem):
     """Saves wait in `allocate` until `gate` is set; restores are not held up.
 
     `gates` may hold another gate for the saves of one step, by the name of its directory.
@@ -28,14 +28,14 @@ class GatedFilesystem(Filesystem):
         self.gate = threading.Event()
         self.gates: dict[str, threading.Event] = {}
 
-    def allocate(self, descriptor: int, nbytes: int, path: str) -> None:
-        step_name = Path(path).parent.name.removesuffix(".partial")
-        assert self.gates.get(step_name, self.gate).wait(60), "a test forgot to open its gate"
-        super().allocate(descriptor, nbytes, path)
+    def before(self, operation: str, path: str, target: str = "") -> None:
+        if operation == "allocate":
+            step_name = Path(path).parent.name.removesuffix(".partial")
+            assert self.gates.get(step_name, self.gate).wait(60), "a test forgot to open its gate"
 
 
-class FailingFilesystem(Filesystem):
-    """Refuses the next call of the method named `operation` with `error`, once."""
+class FailingFilesystem(HookedFilesystem):
+    """Refuses the next operation of a name with an error, once; of directories a partial's, of renames a commit's."""
 
     def __init__(self) -> None:
         self.operation: str | None = None
@@ -45,45 +45,14 @@ class FailingFilesystem(Filesystem):
         """Arm it."""
         self.operation, self.error = operation, error
 
-    def _refuse(self, operation: str, path: str) -> None:
+    def before(self, operation: str, path: str, target: str = "") -> None:
+        if operation == "sync_directory" and not path.endswith(".partial"):
+            return
+        if operation == "rename" and (".engine" in target or not target.endswith(tuple("0123456789"))):
+            return
         if self.operation == operation:
             self.operation = None
             raise StorageError(self.error, operation, path)
-
-    def make_directory(self, path: str) -> None:
-        self._refuse("make_directory", path)
-        super().make_directory(path)
-
-    def open_for_blocks(self, path: str, write: bool, direct: bool, directory: int | None = None) -> int:
-        if write:
-            self._refuse("open_for_blocks", path)
-        return super().open_for_blocks(path, write, direct, directory)
-
-    def allocate(self, descriptor: int, nbytes: int, path: str) -> None:
-        self._refuse("allocate", path)
-        super().allocate(descriptor, nbytes, path)
-
-    def truncate(self, descriptor: int, nbytes: int, path: str) -> None:
-        self._refuse("truncate", path)
-        super().truncate(descriptor, nbytes, path)
-
-    def sync_file(self, descriptor: int, path: str) -> None:
-        self._refuse("sync_file", path)
-        super().sync_file(descriptor, path)
-
-    def write_new_file(self, path: str, content: bytes | bytearray) -> None:
-        self._refuse("write_new_file", path)
-        super().write_new_file(path, content)
-
-    def sync_directory(self, path: str) -> None:
-        if path.endswith(".partial"):
-            self._refuse("sync_directory", path)
-        super().sync_directory(path)
-
-    def rename(self, source: str, target: str) -> None:
-        if target.endswith(tuple("0123456789")) and ".engine" not in target:
-            self._refuse("rename", source)
-        super().rename(source, target)
 
 
 # Every operation of a save that FailingFilesystem can refuse before the commit point.

@@ -1,0 +1,53 @@
+"""A file system that asks before it acts, so that a test can hold an operation back or refuse it.
+
+Theory of operation.  `before` is called with what is about to happen, in the thread that does it.  It may block, and
+it may raise.  Where the owner of a directory is another process, `owner_process` has the question travel to the test.
+
+Rules: no torch; the owner's process imports this.
+"""
+
+from __future__ import annotations
+
+from engine.store.filesystem import Filesystem
+
+
+class HookedFilesystem(Filesystem):
+    """The real one, which asks `before` first.
+
+    Operations are named after their methods, but files that are opened to be read: those are ``"open_to_read"``.
+    """
+
+    def before(self, operation: str, path: str, target: str = "") -> None:
+        """Called before an operation; only a rename has a target."""
+
+    def make_directory(self, path: str) -> None:
+        self.before("make_directory", path)
+        super().make_directory(path)
+
+    def open_for_blocks(self, path: str, write: bool, direct: bool, directory: int | None = None) -> int:
+        self.before("open_for_blocks" if write else "open_to_read", path)
+        return super().open_for_blocks(path, write, direct, directory)
+
+    def allocate(self, descriptor: int, nbytes: int, path: str) -> None:
+        self.before("allocate", path)
+        super().allocate(descriptor, nbytes, path)
+
+    def truncate(self, descriptor: int, nbytes: int, path: str) -> None:
+        self.before("truncate", path)
+        super().truncate(descriptor, nbytes, path)
+
+    def sync_file(self, descriptor: int, path: str) -> None:
+        self.before("sync_file", path)
+        super().sync_file(descriptor, path)
+
+    def write_new_file(self, path: str, content: bytes | bytearray) -> None:
+        self.before("write_new_file", path)
+        super().write_new_file(path, content)
+
+    def sync_directory(self, path: str) -> None:
+        self.before("sync_directory", path)
+        super().sync_directory(path)
+
+    def rename(self, source: str, target: str) -> None:
+        self.before("rename", source, target)
+        super().rename(source, target)
