@@ -88,7 +88,7 @@ def on_a_host(directory: Path, change: str, options: str = "") -> list[str]:
     return result.stdout.splitlines()
 
 
-def test_this_host_has_the_best(tmp_path: Path) -> None:
+def test_this_host_has_the_best_backend(tmp_path: Path) -> None:
     """The other tests are worth little if the ring is not what they run on."""
     found = engine.probe(tmp_path, **SMALL)
     assert found == Probe(str(tmp_path), "io_uring", (Attempt("io_uring"),))
@@ -109,7 +109,7 @@ def test_a_probe_has_as_many_slots_as_an_engine(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", LADDER)
-def test_each_can_be_insisted_on(tmp_path: Path, name: Backend) -> None:
+def test_each_backend_can_be_insisted_on(tmp_path: Path, name: Backend) -> None:
     tensors = {"a": torch.rand(100_000)}
     with engine.Engine(tmp_path, backend=name, **SMALL) as eng:
         assert eng.backend == name
@@ -128,7 +128,7 @@ def test_blocks_larger_than_the_slots_are_read_the_same_way(tmp_path: Path, name
 
 
 @pytest.mark.parametrize("name", LADDER)
-def test_a_second_pipeline_goes_the_same_way_and_pins_nothing(name: Backend) -> None:
+def test_a_second_pipeline_uses_the_same_backend_and_pins_nothing(name: Backend) -> None:
     """It is opened for one restore: to register its slots would cost more, and may be beyond the memlock limit."""
     first = Pipeline(2, 4096, name)
     second = backend.open_like(first, 3, 8192)
@@ -151,7 +151,7 @@ def test_a_seccomp_filter_leaves_threads(tmp_path: Path, error: str) -> None:
     assert "seccomp" in warning and error in warning and "allows io_uring_setup" in warning
 
 
-def test_a_process_of_any_name_is_told_why(tmp_path: Path) -> None:
+def test_the_cause_is_found_for_any_process_name(tmp_path: Path) -> None:
     """The kernel tells of filters below the process's name, which is bytes (PR_SET_NAME)."""
     change = "import ctypes; ctypes.CDLL(None).prctl(15, bytes([0xFF, 0xC3])); seccomp.refuse(errno.ENOSYS)"
     used, _, warning = on_a_host(tmp_path, change)
@@ -208,7 +208,7 @@ def test_a_file_system_without_direct_io_or_nameless_files_is_left_clean(monkeyp
 
 @pytest.mark.parametrize("kind", ["ext4", "tmpfs"])
 @pytest.mark.filterwarnings("ignore:'buffered' is used")  # tmpfs has had O_DIRECT since Linux 6.6
-def test_a_full_disk_keeps_nobody_from_restoring(kind: str) -> None:
+def test_a_full_disk_does_not_prevent_restoring(kind: str) -> None:
     tensors = {"a": torch.rand(100_000)}
     with volume(kind, 32 << 20) as path:
         with engine.Engine(path / "run", **SMALL) as eng:
@@ -230,7 +230,7 @@ def refusal(refused: Refused, error: int) -> PlatformError:
 
 
 @pytest.mark.parametrize(("value", "whom"), [("2", "every process"), ("1", "kernel.io_uring_group")])
-def test_the_sysctl_is_told_from_a_filter(
+def test_the_sysctl_is_distinguished_from_a_filter(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, value: str, whom: str
 ) -> None:
     """The sysctl is the whole host's, so the file is one of ours; the errno is what the kernel gives (io_uring.c)."""
@@ -261,14 +261,14 @@ def test_every_cause_has_its_own_text(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("refused", [Refused.RING, Refused.BUFFERS])
-def test_a_limit_that_is_not_there_is_not_blamed(monkeypatch: pytest.MonkeyPatch, refused: Refused) -> None:
+def test_an_absent_limit_is_not_blamed(monkeypatch: pytest.MonkeyPatch, refused: Refused) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY,) * 2)
     error = refusal(refused, errno.ENOMEM)
     assert "RLIMIT" not in str(error) and "ENOMEM" in error.cause and "memory" in error.remedy
 
 
 @pytest.mark.parametrize("name", LADDER)
-def test_who_has_no_ring_is_told_nothing_of_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: Backend) -> None:
+def test_threads_do_not_mention_a_missing_ring(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: Backend) -> None:
     monkeypatch.setattr(Job, "failure", Failure(FailureKind.IO, errno.EPERM, 0))
     with pytest.raises(PlatformError, match="a write of one block is refused: EPERM") as caught:
         engine.Engine(tmp_path, backend=name, **SMALL)
@@ -276,7 +276,7 @@ def test_who_has_no_ring_is_told_nothing_of_it(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize("kind", [FailureKind.SHORT, FailureKind.CHECKSUM])
-def test_a_way_that_moves_other_bytes_is_refused(
+def test_a_backend_that_moves_wrong_bytes_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: FailureKind
 ) -> None:
     monkeypatch.setattr(Job, "failure", Failure(kind, 0, 0))
@@ -291,7 +291,7 @@ def test_a_disk_that_fails_refuses_no_backend(monkeypatch: pytest.MonkeyPatch, t
     assert engine.probe(tmp_path, **SMALL).backend == "io_uring"
 
 
-def test_an_engine_that_is_not_opened_gives_everything_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_refused_open_releases_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Not even who keeps the exception keeps the directory."""
     before = held()
     with warnings.catch_warnings():
@@ -320,7 +320,7 @@ def test_an_engine_that_is_not_opened_gives_everything_back(monkeypatch: pytest.
     assert warned.value and refused.value
 
 
-def test_a_backend_that_is_insisted_on_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_refused_backend_that_is_insisted_on_raises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     refuse(monkeypatch, {"io_uring": errno.EPERM})
     with pytest.raises(PlatformError, match=rf"backend 'io_uring' does not work in {tmp_path}: .*io_uring") as caught:
         engine.Engine(tmp_path, backend="io_uring", **SMALL)
@@ -357,7 +357,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, refused: dict[str, int]) -> None:
     monkeypatch.setattr(backend, "Pipeline", opened)
 
 
-def test_an_alignment_beyond_ours_is_no_direct_io(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_larger_alignment_rules_out_direct_io(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(backend, "direct_alignment", lambda descriptor: 65536)
     found = engine.probe(tmp_path, **SMALL)
     assert found.backend == "buffered"
@@ -482,7 +482,7 @@ def test_a_spare_with_another_name_is_no_room() -> None:
         eng.checkpoint(arena, step=3).result()
 
 
-def test_a_file_system_that_does_not_say_is_tried() -> None:
+def test_a_file_system_that_reports_no_free_space_is_tried() -> None:
     with volume("ramfs", 0) as path, warnings.catch_warnings():
         warnings.simplefilter("ignore", EngineWarning)
         assert Filesystem().free_bytes(str(path)) is None

@@ -60,9 +60,7 @@ SIZES = [1, 4095, 4096, 4097, 2 * SLOT_BYTES, 5 * SLOT_BYTES + 17, 40 * SLOT_BYT
 
 @pytest.mark.parametrize("slot_count", [1, 2, 5])
 @pytest.mark.parametrize("nbytes", SIZES)
-def test_bytes_go_to_disk_and_back(
-    open_pipeline: Callable[..., Pipeline], fd: int, nbytes: int, slot_count: int
-) -> None:
+def test_bytes_round_trip(open_pipeline: Callable[..., Pipeline], fd: int, nbytes: int, slot_count: int) -> None:
     pipeline = open_pipeline(slot_count)
     before, after, plan = noise(nbytes), torch.zeros(nbytes, dtype=torch.uint8), whole(nbytes, SLOT_BYTES)
     written = run(pipeline, make_job(WRITE, plan, [plain(before)]), [fd])
@@ -293,7 +291,7 @@ def test_the_pipeline_gives_the_checksums_of_the_stored_bytes(
 
 @pytest.mark.parametrize("extent_bytes", [1000, (64 << 10) + 37, 2 << 20])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_a_source_that_is_written_to_meanwhile_gets_the_checksum_of_what_was_copied(
+def test_a_source_changed_while_it_is_staged_gets_the_checksum_of_the_copied_bytes(
     open_pipeline: Callable[..., Pipeline], fd: int, extent_bytes: int, transposed: bool
 ) -> None:
     """Extents that are copied through the caches, and past them with a head and a tail and without, and strided."""
@@ -328,14 +326,14 @@ def test_a_source_that_is_written_to_meanwhile_gets_the_checksum_of_what_was_cop
 
 
 @given(st.binary(min_size=1, max_size=512), st.data())
-def test_a_block_with_other_bytes_does_not_verify(block: bytes, data: st.DataObject) -> None:
+def test_a_changed_block_does_not_verify(block: bytes, data: st.DataObject) -> None:
     checksum, changed = block_checksum(block), bytearray(block)
     changed[data.draw(st.integers(0, len(block) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     assert checksum == block_checksum(block)
     assert checksum != block_checksum(changed) and checksum != block_checksum(block[:-1])
 
 
-def test_blocks_that_changed_places_do_not_verify(stage: Stage) -> None:
+def test_swapped_blocks_do_not_verify(stage: Stage) -> None:
     tensor, plan = noise(2 * SLOT_BYTES), whole(2 * SLOT_BYTES, SLOT_BYTES)
     first, second = run(stage.pipeline, make_job(WRITE, plan, [plain(tensor)]), [stage.fd]).checksums()
     job = make_job(READ, plan, [plain(tensor.clone())], checksums=[second, first])
@@ -360,7 +358,7 @@ def test_a_corrupt_block_reaches_no_tensor(open_pipeline: Callable[..., Pipeline
     assert_usable(pipeline, fd)
 
 
-def test_corrupt_padding_is_not_the_blocks(stage: Stage) -> None:
+def test_corrupt_padding_does_not_fail_the_block(stage: Stage) -> None:
     before, after, plan = noise(100), torch.zeros(100, dtype=torch.uint8), whole(100, SLOT_BYTES)
     written = run(stage.pipeline, make_job(WRITE, plan, [plain(before)]), [stage.fd])
     rewrite(stage.fd, 100, b"\xff" * 100)
@@ -372,7 +370,7 @@ def test_corrupt_padding_is_not_the_blocks(stage: Stage) -> None:
 # -- a checked snapshot -----------------------------------------------------------------------------------------------
 
 
-def test_an_undisturbed_source_is_not_torn(stage: Stage) -> None:
+def test_an_unchanged_source_is_not_torn(stage: Stage) -> None:
     tensor, plan = noise(20 * SLOT_BYTES + 9), whole(20 * SLOT_BYTES + 9, SLOT_BYTES)
     job = run(stage.pipeline, make_job(WRITE, plan, [plain(tensor)], checked=True), [stage.fd])
     assert job.failure is None
@@ -382,7 +380,9 @@ def test_an_undisturbed_source_is_not_torn(stage: Stage) -> None:
 
 @pytest.mark.every_backend
 @pytest.mark.parametrize("block", [0, 1])
-def test_a_writer_between_the_two_looks_is_caught(open_pipeline: Callable[..., Pipeline], fd: int, block: int) -> None:
+def test_a_write_between_the_two_hashes_is_detected(
+    open_pipeline: Callable[..., Pipeline], fd: int, block: int
+) -> None:
     pipeline = open_pipeline(2)
     tensor, plan = noise(4 * SLOT_BYTES), whole(4 * SLOT_BYTES, SLOT_BYTES)
     job = make_job(WRITE, plan, [plain(tensor)], checked=True)
@@ -397,9 +397,7 @@ def test_a_writer_between_the_two_looks_is_caught(open_pipeline: Callable[..., P
 
 
 @pytest.mark.every_backend
-def test_a_checked_job_is_not_staged_before_its_last_second_look(
-    open_pipeline: Callable[..., Pipeline], fd: int
-) -> None:
+def test_a_checked_job_is_staged_after_its_last_second_hash(open_pipeline: Callable[..., Pipeline], fd: int) -> None:
     pipeline = open_pipeline(4)  # as many slots as blocks, so that all are taken and none is left for the second look
     tensor, plan = noise(4 * SLOT_BYTES), whole(4 * SLOT_BYTES, SLOT_BYTES)
     job = make_job(WRITE, plan, [plain(tensor)], checked=True)
@@ -418,7 +416,7 @@ def test_a_checked_job_is_not_staged_before_its_last_second_look(
 
 
 @pytest.mark.parametrize("direction", Direction)
-def test_abort_before_the_files_are_there(stage: Stage, direction: Direction) -> None:
+def test_abort_before_the_files_exist(stage: Stage, direction: Direction) -> None:
     tensor, plan = noise(9 * SLOT_BYTES), whole(9 * SLOT_BYTES, SLOT_BYTES)
     job = make_job(direction, plan, [plain(tensor)])
     stage.pipeline.submit(job)
@@ -440,7 +438,9 @@ def test_a_job_aborted_before_it_is_submitted_is_not_begun(stage: Stage) -> None
 
 
 @pytest.mark.every_backend
-def test_a_job_aborted_while_it_waits_for_a_place_is_not_begun(open_pipeline: Callable[..., Pipeline], fd: int) -> None:
+def test_a_job_aborted_while_it_waits_to_be_queued_is_not_begun(
+    open_pipeline: Callable[..., Pipeline], fd: int
+) -> None:
     pipeline, plan = open_pipeline(2), whole(SLOT_BYTES, SLOT_BYTES)
     jobs = [make_job(WRITE, plan, [plain(noise(SLOT_BYTES, seed))]) for seed in range(JOBS_MAX + 1)]
     for job in jobs[:-1]:
@@ -461,7 +461,7 @@ def test_a_job_aborted_while_it_waits_for_a_place_is_not_begun(open_pipeline: Ca
 
 @pytest.mark.every_backend
 @pytest.mark.parametrize("direction", Direction)
-def test_abort_drains_what_is_under_way(
+def test_abort_drains_operations_in_flight(
     open_pipeline: Callable[..., Pipeline], buffered_fd: int, direction: Direction
 ) -> None:
     gate = threading.Event()
@@ -494,7 +494,7 @@ def test_abort_after_the_end_changes_nothing(stage: Stage) -> None:
     assert job.failure is None
 
 
-def test_the_first_failure_is_the_one_that_is_told(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:
+def test_the_first_failure_is_reported(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:
     gate = threading.Event()
     table = FaultTable({1: not_started(errno.EIO)}, gate=gate)
     pipeline = open_pipeline(2, SLOT_BYTES, table)
@@ -580,7 +580,7 @@ def test_all_is_staged_before_all_is_written(open_pipeline: Callable[..., Pipeli
     assert content(buffered_fd, len(expected)) == expected
 
 
-def test_what_was_staged_before_the_files_were_there_is_written_in_order(
+def test_blocks_staged_before_the_files_exist_are_written_in_order(
     open_pipeline: Callable[..., Pipeline], buffered_fd: int
 ) -> None:
     """Whichever slots it came to lie in: the second job takes those first that the first has freed last."""
@@ -596,9 +596,7 @@ def test_what_was_staged_before_the_files_were_there_is_written_in_order(
         assert [operation.file_offset // SLOT_BYTES for operation in table.operations] == order
 
 
-def test_a_job_that_waits_for_its_files_keeps_no_other_from_starting(
-    open_pipeline: Callable[..., Pipeline], buffered_fd: int
-) -> None:
+def test_a_job_without_files_does_not_block_others(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:
     table = FaultTable()
     pipeline = open_pipeline(4, SLOT_BYTES, table)
     first, second = (make_job(WRITE, whole(2 * SLOT_BYTES, SLOT_BYTES), [plain(noise(2 * SLOT_BYTES))]) for _ in "ab")
@@ -634,7 +632,7 @@ def read_of(fd: int, block_count: int) -> tuple[Job, torch.Tensor, bytes]:
     return make_job(READ, plan, [plain(tensor)], checksums=checksums_of(plan, [stored])), tensor, stored
 
 
-def test_reads_leave_slots_to_work_on(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:
+def test_reads_leave_slots_for_staging(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:
     """64 MiB are under way at a time, however many slots there are."""
     gate = threading.Event()
     table = FaultTable(gate=gate)
@@ -650,7 +648,7 @@ def test_reads_leave_slots_to_work_on(open_pipeline: Callable[..., Pipeline], bu
     assert bytes_of(tensor) == stored
 
 
-def test_writes_under_way_keep_no_read_waiting(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:
+def test_reads_do_not_wait_for_writes_in_flight(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:
     gate = threading.Event()
     table = FaultTable(gate=gate)
     pipeline = open_pipeline(4, LARGE_SLOT_BYTES, table)
@@ -692,7 +690,7 @@ def test_the_device_is_given_its_next_blocks_before_the_last_are_verified(
     assert table.seen == [0, 0, 0, 0]  # two are under way at a time, and the last two when the first two had come
 
 
-def test_a_failed_job_holds_nobody_up(stage: Stage) -> None:
+def test_a_failed_job_does_not_delay_others(stage: Stage) -> None:
     job = make_job(WRITE, whole(9 * SLOT_BYTES, SLOT_BYTES), [plain(noise(9 * SLOT_BYTES))], urgent_count=9)
     stage.pipeline.submit(job)
     stage.pipeline.abort(job, errno.EIO)
@@ -727,7 +725,7 @@ def test_more_jobs_at_once_than_slots(
 
 
 @pytest.mark.every_backend
-def test_a_job_too_many_waits_for_a_place(open_pipeline: Callable[..., Pipeline], fd: int) -> None:
+def test_a_job_beyond_the_limit_waits(open_pipeline: Callable[..., Pipeline], fd: int) -> None:
     pipeline, plan = open_pipeline(2), whole(SLOT_BYTES, SLOT_BYTES)
     jobs = [make_job(WRITE, plan, [plain(noise(SLOT_BYTES, seed))]) for seed in range(JOBS_MAX + 1)]
     for job in jobs[:-1]:

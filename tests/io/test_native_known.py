@@ -102,7 +102,7 @@ def test_any_mixture_of_known_blocks(drawn: list[str], staged_first: bool) -> No
     assert written == {index for index, kind in enumerate(drawn) if kind != "right"}
 
 
-def test_a_block_that_was_begun_is_written_to_its_end(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:
+def test_a_block_that_was_begun_is_completed(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:
     """A short write is followed by the rest of the block, whatever the file is known to hold."""
     table = FaultTable()
     pipeline = open_pipeline(BLOCKS, SLOT_BYTES, table)
@@ -126,7 +126,7 @@ def test_a_failure_beside_skipped_blocks_fails_the_job(
     assert job.failure == Failure(FailureKind.IO, 5, 4)
 
 
-def test_a_source_that_tears_is_told_though_its_blocks_are_known(
+def test_a_torn_source_is_reported_even_if_its_blocks_are_known(
     open_pipeline: Callable[..., Pipeline], buffered_fd: int
 ) -> None:
     pipeline = open_pipeline(2, SLOT_BYTES, FaultTable())

@@ -121,7 +121,7 @@ def test_memory_does_not_grow_with_saves(open_pipeline: Callable[..., Pipeline],
 
 
 @pytest.mark.every_backend
-def test_native_threads_take_no_cpu_from_who_wakes_them(open_pipeline: Callable[..., Pipeline]) -> None:
+def test_native_threads_do_not_preempt_their_waker(open_pipeline: Callable[..., Pipeline]) -> None:
     open_pipeline(2)
     until(lambda: bool(native_threads()))
     assert {os.sched_getscheduler(int(task.name)) for task in native_threads()} == {os.SCHED_BATCH}
@@ -174,7 +174,7 @@ def test_close_gives_up_jobs_that_never_got_files(direction: Direction, rung: Ba
 
 
 @pytest.mark.parametrize(("slot_count", "slot_bytes"), [(0, 4096), (1, 0), (1, 4095), (1, 512), (40_000, 4096)])
-def test_sizes_that_make_no_pipeline(slot_count: int, slot_bytes: int) -> None:
+def test_invalid_sizes_are_refused(slot_count: int, slot_bytes: int) -> None:
     descriptors_before = descriptors()
     with pytest.raises(OpenError) as caught:
         Pipeline(slot_count, slot_bytes)
@@ -274,7 +274,7 @@ pipeline.close()
 """
 
 
-def test_a_fork_has_no_pipeline_and_harms_nobody(tmp_path: Path) -> None:
+def test_a_fork_has_no_pipeline_and_harms_neither_process(tmp_path: Path) -> None:
     finished = in_a_process_of_its_own(FORK, str(tmp_path / "blocks"))
     assert (finished.returncode, finished.stderr) == (0, "")
 
@@ -401,7 +401,7 @@ run(pipeline, make_job(Direction.WRITE, whole(1, 4096), [plain(noise(1))]), [fd]
 
 
 @pytest.mark.parametrize("slot", ["1", "2"])
-def test_a_completion_that_nobody_asked_for_ends_the_process(tmp_path: Path, slot: str) -> None:
+def test_an_unexpected_completion_aborts_the_process(tmp_path: Path, slot: str) -> None:
     assert in_a_process_of_its_own(STRAY, str(tmp_path / "blocks"), slot).returncode == -signal.SIGABRT
 
 

@@ -76,7 +76,7 @@ def test_every_file_opens_with_its_theory(path: Path) -> None:
     assert len(comment.splitlines()) >= 3, f"{relative(path)} opens with no comment of three lines or more"
 
 
-def test_no_file_knows_the_machine_it_was_written_on() -> None:
+def test_no_file_names_the_machine_it_was_written_on() -> None:
     home = re.compile(r"(?<![\w.$}/-])/(?:home|root|work|tmp)(?![\w-])")
     registry = re.compile(r"pypi\.org|pythonhosted\.org|pytorch\.org/whl|index[-_]url|find[-]links", re.IGNORECASE)
     for path in committed_files():

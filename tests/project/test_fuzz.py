@@ -36,7 +36,7 @@ def test_every_target_has_a_corpus() -> None:
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_the_corpus_holds(path: Path) -> None:
+def test_every_input_of_the_corpus_passes(path: Path) -> None:
     importlib.import_module(f"fuzz.{path.parent.name}").one_input(path.read_bytes())
 
 
@@ -45,7 +45,7 @@ def test_the_corpus_holds(path: Path) -> None:
     [(manifest.changed, 200), (extra.changed, 300), (header.laid_out, 100), (directory.changed, 40)],
     ids=TARGETS,
 )
-def test_examples_hold(invariant: Callable[[], None], count: int) -> None:
+def test_a_few_generated_inputs_pass(invariant: Callable[[], None], count: int) -> None:
     # Most examples of a manifest are large, and making a directory of files takes a while on two cores shared.
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
     settings(max_examples=count, suppress_health_check=checks)(invariant)()

@@ -86,7 +86,7 @@ def filler(directory: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("filesystem", [Filesystem, Unasked], ids=["asked", "unasked"])
-def test_a_full_disk_and_room_again(filesystem: type[Filesystem]) -> None:
+def test_saves_work_again_when_a_full_disk_has_room(filesystem: type[Filesystem]) -> None:
     with volume("ext4", VOLUME_BYTES) as disk:
         root = disk / "run"
         with engine.Engine(root, filesystem=filesystem(), **SMALL) as eng:
@@ -142,7 +142,7 @@ def test_a_file_system_that_the_kernel_makes_read_only() -> None:
 
 
 @pytest.mark.parametrize("how", ["removed", "moved", "replaced"])
-def test_a_directory_that_goes_under_a_running_engine(tmp_path: Path, how: str) -> None:
+def test_a_directory_removed_under_a_running_engine(tmp_path: Path, how: str) -> None:
     root = tmp_path / "run"
     with engine.Engine(root, **SMALL) as eng:
         save(eng, 1)
@@ -246,7 +246,7 @@ def test_a_directory_made_read_only() -> None:
     assert finished.returncode == 0, finished.stderr
 
 
-def test_a_second_process_is_told_who_has_the_directory(tmp_path: Path) -> None:
+def test_a_second_process_is_told_the_pid_of_the_holder(tmp_path: Path) -> None:
     with engine.Engine(tmp_path, **SMALL) as eng:
         finished = run("import sys, engine; engine.Engine(sys.argv[1])", str(tmp_path))
         assert f"LockedError: {tmp_path} is in use by another Engine (process {os.getpid()})" in finished.stderr

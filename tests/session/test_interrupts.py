@@ -74,7 +74,7 @@ def interrupted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Iterator[Ca
             it.engine.close()
 
 
-def test_a_save_that_is_staged_goes_on_when_its_caller_is_interrupted(
+def test_an_interrupt_after_staging_does_not_fail_the_save(
     interrupted: Callable[[int], Interrupted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     it = interrupted(10)  # fits the slots, so it is staged before it has its files
@@ -98,7 +98,7 @@ def test_a_save_that_is_staged_goes_on_when_its_caller_is_interrupted(
     assert saves[0].result(HANG_S).step == 1 and it.engine.steps() == [1, 2] and it.engine.load(1)["a"].eq(1).all()
 
 
-def test_a_save_that_is_not_staged_fails_when_its_caller_is_interrupted(
+def test_an_interrupt_before_staging_fails_the_save(
     interrupted: Callable[[int], Interrupted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     it = interrupted(10 * BLOCK_BYTES)
@@ -122,7 +122,7 @@ def test_a_save_that_is_not_staged_fails_when_its_caller_is_interrupted(
 
 
 @pytest.mark.parametrize("place", ["prepare", "hold", "submit"])
-def test_a_save_that_no_thread_has_taken_over_is_given_up_when_its_caller_is_interrupted(
+def test_an_interrupt_before_the_handover_abandons_the_save(
     interrupted: Callable[[int], Interrupted], monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     it = interrupted(10 * BLOCK_BYTES)

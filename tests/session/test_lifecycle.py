@@ -147,7 +147,7 @@ def test_close_and_context_manager_drain(tmp_path: Path) -> None:
     assert last.done() and last.result().step == 3
 
 
-def test_a_closed_engine_says_so(tmp_path: Path) -> None:
+def test_a_closed_engine_raises_closed_error(tmp_path: Path) -> None:
     eng = engine.Engine(tmp_path, **SMALL)
     arena = engine.Arena.wrap({"a": torch.zeros(10)})
     eng.close()
@@ -200,7 +200,7 @@ def test_two_threads_may_close_an_engine(tmp_path: Path) -> None:
 
 
 @pytest.mark.every_backend
-def test_an_engine_that_is_dropped_gives_everything_back(tmp_path: Path) -> None:
+def test_a_dropped_engine_releases_everything(tmp_path: Path) -> None:
     before = rings()
     eng = engine.Engine(tmp_path, **SMALL)
     eng.checkpoint(engine.Arena.wrap({"a": torch.zeros(10)})).result()
@@ -221,7 +221,7 @@ def inherited() -> set[str]:
 
 
 @pytest.mark.every_backend
-def test_no_descriptor_is_inherited_by_a_program_that_is_started(tmp_path: Path) -> None:
+def test_a_started_program_inherits_no_descriptor(tmp_path: Path) -> None:
     class Looking(Filesystem):
         """Looks while data files are open, those to write and those to read."""
 
@@ -250,7 +250,7 @@ def test_no_descriptor_is_inherited_by_a_program_that_is_started(tmp_path: Path)
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_place_is_free_when_its_save_has_ended(tmp_path: Path, fails: bool) -> None:
+def test_a_permit_is_free_when_its_save_has_ended(tmp_path: Path, fails: bool) -> None:
     """A callback runs on the commit thread at the very moment at which the Future resolves."""
     arena = engine.Arena.wrap({"a": torch.zeros(10)})
     next_saves: list[engine.Save] = []
@@ -277,7 +277,7 @@ def test_a_place_is_free_when_its_save_has_ended(tmp_path: Path, fails: bool) ->
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_save_that_has_ended_does_not_keep_the_memory(tmp_path: Path, fails: bool) -> None:
+def test_an_ended_save_does_not_keep_the_arena_alive(tmp_path: Path, fails: bool) -> None:
     """Saves may be kept for their results, one for each step of a training."""
     failing = FailingFilesystem()
     tensor = torch.zeros(1000)
@@ -340,7 +340,7 @@ def test_more_loads_at_once_than_the_pipeline_has_room_for(tmp_path: Path) -> No
 
 
 @pytest.mark.every_backend
-def test_close_lets_go_of_who_waits_for_a_place(tmp_path: Path) -> None:
+def test_close_wakes_callers_that_wait_for_a_permit(tmp_path: Path) -> None:
     gated = GatedFilesystem()
     arena = engine.Arena.wrap({"a": torch.zeros(10)})
     eng = engine.Engine(tmp_path, max_async=1, filesystem=gated, **SMALL)
@@ -434,13 +434,13 @@ def test_a_link_to_the_directory_is_the_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("block_bytes", [4096, 8192, 12288])
-def test_small_blocks_with_the_default_staging(tmp_path: Path, block_bytes: int) -> None:
+def test_small_blocks_work_with_the_default_staging(tmp_path: Path, block_bytes: int) -> None:
     with engine.Engine(tmp_path, block_bytes=block_bytes) as eng:
         eng.checkpoint(engine.Arena.wrap({"a": torch.ones(100_000)}), step=3).result()
         assert eng.load()["a"].eq(1).all()
 
 
-def test_a_save_does_not_wait_for_anothers_sync(tmp_path: Path) -> None:
+def test_a_save_is_staged_while_an_earlier_one_syncs(tmp_path: Path) -> None:
     syncing = threading.Event()
     release = threading.Event()
 
@@ -576,7 +576,7 @@ def test_default_engines_are_shared_by_directory(tmp_path: Path) -> None:
     assert result.returncode == 0
 
 
-def test_importing_elsewhere_is_one_clear_error() -> None:
+def test_importing_on_another_platform_is_one_clear_error() -> None:
     result = run_script(
         """
         import platform
@@ -601,7 +601,7 @@ def test_importing_without_the_compiled_module_says_how_to_build_it() -> None:
     assert "build it with 'pip install .'" in result.stderr
 
 
-def test_a_parent_that_cannot_be_read_does_not_keep_an_engine_out(tmp_path: Path) -> None:
+def test_an_engine_opens_below_an_unreadable_parent(tmp_path: Path) -> None:
     class Unreadable(Filesystem):
         def sync_directory(self, path: str) -> None:
             if Path(path) == tmp_path:

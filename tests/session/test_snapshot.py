@@ -236,7 +236,7 @@ def test_a_restore_waits_for_a_save_of_the_same_arena(held: Held) -> None:
     assert_stored(held.directory, 1, want)
 
 
-def test_what_is_dropped_in_the_middle_of_a_save_is_saved(held: Held) -> None:
+def test_a_tensor_dropped_during_a_save_is_saved(held: Held) -> None:
     model, optimizer = make_training()
     arena = engine.Arena.adopt(model, optimizer)
     want = copies(arena)
@@ -250,7 +250,7 @@ def test_what_is_dropped_in_the_middle_of_a_save_is_saved(held: Held) -> None:
     assert len(trash) == 50
 
 
-def test_tensors_shared_in_the_middle_of_a_save_are_saved(held: Held) -> None:
+def test_tensors_moved_to_shared_memory_during_a_save_are_saved(held: Held) -> None:
     model = make_training()[0]
     optimizer = torch.optim.SGD(model.parameters())  # without state of its own, which would keep the pages
     arena = engine.Arena.adopt(model, optimizer)
@@ -294,7 +294,7 @@ def test_an_arena_adopted_without_optimizer_has_no_fence_and_is_staged_eagerly(h
     calling.result().result()
 
 
-def test_lazy_leaves_the_waiting_to_the_caller(held: Held) -> None:
+def test_lazy_on_a_wrapped_arena_does_not_wait(held: Held) -> None:
     tensors = {"a": torch.zeros(100_000)}
     save = held.engine.checkpoint(engine.Arena.wrap(tensors), step=1, snapshot="lazy")
     assert not save.wait_staged(timeout=0.01)
@@ -305,7 +305,7 @@ def test_lazy_leaves_the_waiting_to_the_caller(held: Held) -> None:
     assert stored(held.directory, 1)["a"].eq(0).all()
 
 
-def test_memory_that_training_lets_go_of_is_kept_until_it_is_staged(held: Held) -> None:
+def test_memory_that_training_frees_is_kept_until_it_is_staged(held: Held) -> None:
     tensors = {"a": torch.zeros(100_000)}
     arena = engine.Arena.wrap(tensors)
     save = held.engine.checkpoint(arena, step=1, snapshot="lazy")
@@ -367,7 +367,7 @@ def test_checked_on_a_wrapped_arena_catches_a_racing_thread(tmp_path: Path) -> N
             writer.join()
 
 
-def test_a_failed_save_does_not_hold_the_step_back(held: Held) -> None:
+def test_a_failed_save_does_not_block_the_step(held: Held) -> None:
     model, optimizer = make_training()
     arena = engine.Arena.adopt(model, optimizer)
     save = held.engine.checkpoint(arena, step=1)

@@ -152,7 +152,7 @@ def test_a_tensor_is_taken_as_it_is_now_without_its_graph() -> None:
     assert restored["conjugate"].tolist() == [-1j]
 
 
-def test_what_training_really_stores() -> None:
+def test_values_of_real_trainings_round_trip() -> None:
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[2, 2, 5])
@@ -223,7 +223,7 @@ def test_keys_and_members_are_refused_by_path(value: object, path: str) -> None:
         encode(value)
 
 
-def test_the_caller_names_the_root() -> None:
+def test_the_root_of_a_path_is_named_by_the_caller() -> None:
     with pytest.raises(ExtraError, match=r"^options\[1\] is"):
         encode([1, object()], "options")
     with pytest.raises(CorruptError, match=r"^options\[1\] has the unknown tag"):
@@ -236,7 +236,7 @@ class Mode(str, enum.Enum):
     FAST = "fast"
 
 
-def test_options_hold_subclasses_as_what_they_equal() -> None:
+def test_options_store_subclasses_as_their_base_values() -> None:
     group = {"lr": numpy.float64(0.1), "mode": Mode.FAST, "count": Colour.RED, "size": (torch.Size([1, 2]),)}
     decoded = decode(json.loads(json.dumps(encode_options({"param_groups": [group], "state": {}}))))
     assert exactly(decoded) == exactly(

@@ -76,7 +76,7 @@ def seal_all(filesystem: Filesystem, partial: str) -> list[DigestedFile]:
     return [parts[rank] for rank in RANKS]
 
 
-def test_what_several_writers_have_sealed_is_published_whole(catalog: Catalog, filesystem: Recorded) -> None:
+def test_the_parts_of_several_writers_are_published_together(catalog: Catalog, filesystem: Recorded) -> None:
     partial = catalog.begin(7, []).path
     filesystem.done.clear()
     parts = seal_all(filesystem, partial)
@@ -103,7 +103,7 @@ def test_what_several_writers_have_sealed_is_published_whole(catalog: Catalog, f
     }
 
 
-def test_a_part_that_is_not_what_was_sealed_stops_the_publishing(catalog: Catalog) -> None:
+def test_a_changed_part_prevents_publishing(catalog: Catalog) -> None:
     partial = Path(catalog.begin(1, []).path)
     parts = seal_all(catalog.filesystem, str(partial))
     path = partial / parts[2].name
@@ -132,7 +132,7 @@ class Failing(Filesystem):
 
 
 @pytest.mark.parametrize("suffix", ["model-1.safetensors", "manifest-00001.json"])
-def test_a_writer_that_cannot_seal_has_no_part(catalog: Catalog, suffix: str) -> None:
+def test_a_failed_seal_leaves_no_part(catalog: Catalog, suffix: str) -> None:
     partial = catalog.begin(1, []).path
     with pytest.raises(StorageError, match="fsync"):
         seal_as(Failing(suffix), partial, 1)

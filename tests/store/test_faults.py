@@ -286,7 +286,7 @@ def check_goes_on(eng: engine.Engine, held_steps: Mapping[int, int], visible: se
 
 @by_errno
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_a_system_call_that_is_refused(prepared: Path, tmp_path: Path, name: str, error: int) -> None:
+def test_one_system_call_refused_during_a_save(prepared: Path, tmp_path: Path, name: str, error: int) -> None:
     scenario = SCENARIOS[name]
     count = sweep(prepared / scenario.directory, tmp_path, functools.partial(disturb, scenario), error, 1)
     assert count >= 10, "hardly anything was refused"
@@ -298,7 +298,9 @@ from_one_on = pytest.mark.parametrize("error", [errno.EIO, errno.EROFS], ids=err
 
 @from_one_on
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_every_system_call_is_refused_from_one_on(prepared: Path, tmp_path: Path, name: str, error: int) -> None:
+def test_every_system_call_refused_from_one_on_during_a_save(
+    prepared: Path, tmp_path: Path, name: str, error: int
+) -> None:
     scenario = SCENARIOS[name]
     sweep(prepared / scenario.directory, tmp_path, functools.partial(disturb, scenario), error, FOR_EVER)
 
@@ -343,13 +345,13 @@ def disturb_opening(root: Path, code: int, start: int, count: int) -> bool:
 
 @by_errno
 @pytest.mark.parametrize("directory", ["empty", "used"])
-def test_an_open_that_is_refused_a_call(prepared: Path, tmp_path: Path, directory: str, error: int) -> None:
+def test_a_system_call_refused_during_open(prepared: Path, tmp_path: Path, directory: str, error: int) -> None:
     assert sweep(prepared / directory, tmp_path, disturb_opening, error, 1) >= 10, "hardly anything was refused"
 
 
 @from_one_on
 @pytest.mark.parametrize("directory", ["empty", "used"])
-def test_an_open_that_is_refused_every_call_from_one_on(
+def test_every_system_call_refused_from_one_on_during_open(
     prepared: Path, tmp_path: Path, directory: str, error: int
 ) -> None:
     sweep(prepared / directory, tmp_path, disturb_opening, error, FOR_EVER)
@@ -462,7 +464,7 @@ def check_done(it: Blocks, act: str) -> None:
 @acts
 @pytest.mark.parametrize("error", LASTING, ids=errno.errorcode.__getitem__)
 @pytest.mark.parametrize("fault", [refused, not_started])
-def test_a_block_that_is_refused(
+def test_a_lasting_error_of_a_block(
     prepared: Path, tmp_path: Path, act: str, error: int, fault: Callable[[int], Fault]
 ) -> None:
     for number in NUMBERS:
@@ -476,7 +478,7 @@ def test_a_block_that_is_refused(
 
 @acts
 @pytest.mark.parametrize("error", PASSING, ids=errno.errorcode.__getitem__)
-def test_a_block_that_is_refused_in_passing(prepared: Path, tmp_path: Path, act: str, error: int) -> None:
+def test_a_transient_error_of_a_block(prepared: Path, tmp_path: Path, act: str, error: int) -> None:
     for number in NUMBERS:
         with blocks(prepared, tmp_path) as it:
             it.arm({number: refused(error)})
@@ -490,7 +492,7 @@ def test_a_block_that_is_refused_in_passing(prepared: Path, tmp_path: Path, act:
 
 @acts
 @pytest.mark.parametrize("error", PASSING, ids=errno.errorcode.__getitem__)
-def test_a_submission_that_is_refused(prepared: Path, tmp_path: Path, act: str, error: int) -> None:
+def test_a_refused_submission(prepared: Path, tmp_path: Path, act: str, error: int) -> None:
     """In passing it is made again; for ever, and every job fails until the Engine is opened again."""
     with blocks(prepared, tmp_path) as it:
         it.table.refuse([error] * (REFUSALS - 1))
@@ -506,7 +508,7 @@ def test_a_submission_that_is_refused(prepared: Path, tmp_path: Path, act: str, 
 
 
 @acts
-def test_a_block_of_no_bytes(prepared: Path, tmp_path: Path, act: str) -> None:
+def test_a_completion_of_no_bytes(prepared: Path, tmp_path: Path, act: str) -> None:
     for number in NUMBERS:
         with blocks(prepared, tmp_path) as it:
             first = it.arm({number: short(0)})
@@ -529,7 +531,7 @@ def test_a_corrupt_block_reaches_no_tensor(prepared: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("fault", [refused(errno.EIO), short(0), corrupting()], ids=lambda fault: fault.kind)
-def test_the_newest_is_passed_over_for_a_block(prepared: Path, tmp_path: Path, fault: Fault) -> None:
+def test_a_restore_passes_over_the_newest_for_a_bad_block(prepared: Path, tmp_path: Path, fault: Fault) -> None:
     for number in NUMBERS:
         with blocks(prepared, tmp_path) as it:
             it.arm({number: fault})
@@ -591,7 +593,7 @@ class Closing(Filesystem):
     [MemoryError("no room"), engine.StorageError(errno.EIO, "write", "here")],
     ids=lambda error: type(error).__name__,
 )
-def test_a_save_that_fails_with_writes_under_way_closes_no_file_under_them(
+def test_a_failed_save_closes_no_file_with_writes_in_flight(
     tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another file could get the number of a descriptor that is closed too early, and the writes with it."""
@@ -617,7 +619,7 @@ def test_a_save_that_fails_with_writes_under_way_closes_no_file_under_them(
         assert names(tmp_path) == ["step-00000001"]
 
 
-def test_a_restore_that_is_interrupted_with_reads_under_way_closes_no_file_under_them(
+def test_an_interrupted_restore_closes_no_file_with_reads_in_flight(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     filesystem = Closing()
@@ -646,7 +648,7 @@ def test_a_restore_that_is_interrupted_with_reads_under_way_closes_no_file_under
         assert stored(it.engine, 1) == content(3)
 
 
-def test_a_directory_is_locked_until_the_last_read_has_ended(tmp_path: Path) -> None:
+def test_the_lock_is_held_until_the_last_read_has_ended(tmp_path: Path) -> None:
     """Another Engine could write over the very files that are read: a step that is pinned is pinned in one Engine."""
     with ThreadPoolExecutor(2) as pool, gated(tmp_path) as it:
         it.gate.set()

@@ -91,7 +91,7 @@ DAMAGES = {name: damage for name, damage in vars(Damage).items() if not name.sta
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_seen(server: Server, tmp_path: Path, name: str) -> None:
+def test_the_kill_campaign_detects_damage(server: Server, tmp_path: Path, name: str) -> None:
     damage: Callable[[Damage], None] = DAMAGES[name]
     ordeal = Ordeal(server, tmp_path, "any", random.Random(0), Figures())
     ordeal.end()
@@ -100,7 +100,7 @@ def test_damage_is_seen(server: Server, tmp_path: Path, name: str) -> None:
         ordeal.look()
 
 
-def test_a_life_that_fails_is_seen(server: Server, tmp_path: Path) -> None:
+def test_the_kill_campaign_detects_a_failed_run(server: Server, tmp_path: Path) -> None:
     """The one that follows finds the newest step damaged, and passes over it."""
     ordeal = Ordeal(server, tmp_path, "any", random.Random(0), Figures())
     ordeal.end()
