@@ -1,13 +1,12 @@
-"""Whatever lies in a directory of checkpoints, an Engine on it works or refuses with an EngineError, and touches
-nothing outside it.
+"""For any content of a checkpoint directory, an Engine works or raises an EngineError, and touches nothing outside.
 
-A restore gives what was saved under that step, bit for bit, or refuses; so do `load` and `verify`, which finds damage
-wherever a restore does.  What it holds is bounded by what lies there, and none of it waits: not for a FIFO, nor for a
+A restore returns the state saved under that step, bit for bit, or raises.  So does `load`.  `verify` finds damage
+wherever a restore does.  Their memory is bounded by the size of the files, and none of them waits for a FIFO or a
 device.
 
 Every input is choices for hypothesis: a few changes to a directory with two checkpoints, a spare and a leftover.  Files
-are cut, flipped, swapped, deleted, made links to each other and to what lies outside, FIFOs, sockets, devices and
-directories; names of every kind appear; a manifest is rewritten by a hostile writer, with the right digest.
+are cut, flipped, swapped or deleted, and replaced by links to each other and to files outside, FIFOs, sockets, devices
+and directories.  Names of every kind appear.  A hostile writer rewrites a manifest with the right digest.
 """
 
 from __future__ import annotations

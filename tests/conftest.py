@@ -1,10 +1,10 @@
-"""What every test shares: how hypothesis looks for counterexamples, and over which backends a test runs.
+"""Shared by all tests: hypothesis profiles, the choice of backends, and fixtures.
 
-Two cores shared with others make any deadline a coin toss, so there is none.  In CI the examples are the same
-each time, so that a change is judged by what it changes; at a desk they differ, and find more.
+There is no deadline, because the two cores may be shared with other work.  In CI the examples are the same each time,
+so that a result depends on the change only.  Elsewhere they differ, and find more.
 
-A test marked `every_backend` runs once for each rung of the ladder (engine/backend.py): its Engines find no other.
-What compares trainings bit by bit asks for `one_thread`.
+A test marked `every_backend` runs once for each rung of the ladder (engine/io/backend.py): its Engines find only that
+one.  Tests that compare trainings bit by bit use `one_thread`.
 """
 
 from __future__ import annotations

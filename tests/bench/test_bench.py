@@ -1,7 +1,7 @@
-"""The benchmark: that a tiny run says all it should, and that what it says follows from the samples.
+"""The benchmark: a tiny run reports everything, and its reports follow from its samples.
 
-Nothing here depends on how long anything took.  The run is of a few megabytes, the engine and torch.save; the goals are
-computed from samples made up for the purpose, one of each met and missed.
+Nothing here depends on durations.  The run is of a few megabytes, the engine and torch.save.  The goals are computed
+from made-up samples, one met and one missed for each.
 """
 
 from __future__ import annotations

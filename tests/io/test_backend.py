@@ -1,8 +1,8 @@
-"""The ladder of backends: what is tried on which host, what is said of it, and that every rung saves and restores.
+"""The ladder of backends: the attempts and messages on each host, and that every rung saves and restores.
 
-The hosts are real where they can be made: a seccomp filter that refuses io_uring, a locked-memory limit of 8 MiB, a
-limit on open files, a file system without O_DIRECT, a full disk.  That the rungs do the same work is held by the
-tests marked `every_backend` in the other files.
+The hosts are real where possible: a seccomp filter that refuses io_uring, a locked-memory limit of 8 MiB, a limit on
+open files, a file system without O_DIRECT, a full disk.  The tests marked `every_backend` in the other files check
+that the rungs do the same work.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""The native pipeline, driven through `engine.io` directly: bytes there and back, whatever they are made of.
+"""The native pipeline, driven through `engine.io` directly: bytes of any layout round trip.
 
-Theory of operation.  What a job must do is what numpy does to the same bytes: a write is a tensor's bytes in row-major
-order, cut at block boundaries, a checksum is the XXH3-128 of the xxhash package, and a job that says it succeeded has
-moved every byte.
+Theory of operation.  numpy is the model of a job.  A write is the bytes of a tensor in row-major order, cut at block
+boundaries.  A checksum is the XXH3-128 of the xxhash package.  A successful job has moved every byte.
 
-A pipeline and its files are shared by the examples of one hypothesis test.  No test reads a clock; `HANG_NS` ends one
-that would never end.  The same is true of the other `test_native_*` files.
+The examples of one hypothesis test share a pipeline and its files.  No test reads a clock; `HANG_NS` ends a test that
+would hang.  The same holds for the other `test_native_*` files.
 """
 
 from __future__ import annotations

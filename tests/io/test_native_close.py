@@ -1,4 +1,4 @@
-"""The native pipeline is closed: beside every other call, by nobody, or in the middle of another close."""
+"""Closing the native pipeline: beside every other call, never, and in the middle of another close."""
 
 from __future__ import annotations
 

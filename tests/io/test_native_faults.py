@@ -1,7 +1,7 @@
-"""Faults of reads and writes, by a table in the place of the ring (`faults.FaultTable`).
+"""Faults of reads and writes, from a table that replaces the ring (`faults.FaultTable`).
 
-Every fault ends in a job that is done, in the right failure or in the right bytes, and in a pipeline that takes
-the next.
+Every fault ends in a job that is done, with the right failure or the right bytes, and in a pipeline that takes the next
+job.
 """
 
 from __future__ import annotations

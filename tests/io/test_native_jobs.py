@@ -1,4 +1,4 @@
-"""Jobs that contradict themselves are refused by native code, whatever is wrong with them, and harm nobody."""
+"""Native code refuses every job that contradicts itself, and the pipeline takes the next one."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What kernels say to the native pipeline, and this one seldom does: it knows no new flags, its ring is busy.
+"""Answers that other kernels give to the native pipeline: unknown flags, a busy ring.
 
-Each script runs in a process of its own, because limits and filters of system calls cannot be taken back.
+Each script runs in a process of its own, because limits and filters of system calls cannot be removed.
 """
 
 from __future__ import annotations

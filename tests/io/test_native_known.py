@@ -1,4 +1,4 @@
-"""Known blocks: a write skips the blocks that its files hold already; and jobs of many files.
+"""Known blocks: a write skips blocks that its files already hold.  Also jobs of many files.
 
 Theory of operation.  A `FaultTable` does the I/O and lists every operation, so a test sees which blocks were written.
 """

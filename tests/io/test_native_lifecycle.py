@@ -1,4 +1,4 @@
-"""The native pipeline opens and closes: one thread and one ring, nothing left behind, nothing harmed by a fork."""
+"""Opening and closing the native pipeline: one thread, one ring, no leftovers, and no harm from a fork."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What no linter checks of the sources, and what a release would suffer from.
+"""Properties of the sources that no linter checks and a release needs.
 
-Theory of operation.  Files are read as text; git says which are committed.  Nothing here imports the engine.  Length of
-functions, unsafe modules and imports between packages are rules of ruff, lizard and import-linter, in pyproject.toml
-and the Makefile.
+Theory of operation.  Files are read as text, and git says which are committed.  Nothing here imports the engine.
+Length of functions, unsafe modules and imports between packages are rules of ruff, lizard and import-linter, in
+pyproject.toml and the Makefile.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the documentation says: examples run, the sequence is what happens, links and citations lead somewhere."""
+"""The documentation is true: examples run, the sequence is the recorded one, links and citations have targets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The examples run, and the demonstration demonstrates."""
+"""The examples run, and the demonstration resumes to the same weights."""
 
 from __future__ import annotations
 

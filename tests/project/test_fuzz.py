@@ -1,6 +1,6 @@
-"""The fuzz targets' invariants, for the corpus that is kept and for a few hundred examples of each.
+"""The invariants of the fuzz targets, for the kept corpus and a few hundred examples each.
 
-The targets themselves, guided by coverage, are run by `make fuzz`; nothing here needs what that installs.
+`make fuzz` runs the targets themselves, guided by coverage.  Nothing here needs the packages that it installs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Faults of the host, done to the process, its limits and its file systems: nothing here is a stand-in.
+"""Real faults of the host: of the process, its limits and its file systems.
 
-Limits are set in processes of their own, which also become an ordinary user where only that makes a difference.  File
-systems are mounted by `volumes`.  The contract is that of `test_faults.py`.
+Limits are set in processes of their own, which become an ordinary user where root is not bound by the limit.  `volumes`
+mounts the file systems.  The contract is that of `test_faults.py`.
 """
 
 from __future__ import annotations

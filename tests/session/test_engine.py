@@ -1,4 +1,4 @@
-"""The engine end to end, on the real ring and the real file system: what is saved is what comes back."""
+"""The engine end to end, on the real ring and the real file system: a restore returns the saved state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ctrl-C at any moment of `checkpoint()` and `restore()`: nothing is torn, no place is lost, the engine goes on.
+"""Ctrl-C at any moment of `checkpoint()` and `restore()`: no torn snapshot, no lost permit, and the engine works on.
 
 First at the moments that make a difference, one by one; then at random ones.
 """

@@ -1,4 +1,4 @@
-"""An engine's life: open, lock, close, exit, fork; and what it uses while it lives."""
+"""The life of an engine: open, lock, close, exit, fork, and the resources that it uses."""
 
 from __future__ import annotations
 

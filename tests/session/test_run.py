@@ -1,4 +1,4 @@
-"""`engine.open`: reading a run without its lock, beside a training, where nothing may be written."""
+"""`engine.open`: reading a run without its lock, beside a training and on a read-only mount."""
 
 from __future__ import annotations
 

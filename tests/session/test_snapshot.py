@@ -1,7 +1,7 @@
-"""What reaches disk is the arena as it was when `checkpoint()` was called, whatever training does next.
+"""A checkpoint holds the arena as it was when `checkpoint()` was called, for every later change by training.
 
-Staging is stopped in the middle by holding back the save's files: with room for two blocks only, nothing more is
-staged until the gate opens.  So these tests do not race; they decide.
+Holding back the save's files stops staging in the middle: with room for two blocks, nothing more is staged until the
+gate opens.  So these tests are deterministic and do not race.
 """
 
 from __future__ import annotations

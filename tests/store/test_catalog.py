@@ -1,9 +1,9 @@
-"""The catalog: what lies in a directory, who may write to it, and in which order names move.
+"""The catalog: the directories of a run, the lock, and the order in which names move.
 
-Theory of operation.  All runs on a real directory.  `Recorded` is the real file system with a list of what was done; it
-can refuse one call.  The stateful test drives begin, publish, discard, retire and reopen in any order against a set of
-committed steps; each checkpoint's file holds its own step, so a file that was recycled too early, or while somebody
-else had it, is seen as soon as it is overwritten.
+Theory of operation.  All tests use a real directory.  `Recorded` is the real file system with a list of its calls, and
+can refuse one.  The stateful test drives begin, publish, discard, retire and reopen in any order against a set of
+committed steps.  The file of each checkpoint holds its own step, so a file that is recycled too early, or while a
+reader has it, is noticed when it is overwritten.
 """
 
 from __future__ import annotations

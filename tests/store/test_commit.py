@@ -1,4 +1,4 @@
-"""Seal and publish: several writers of one checkpoint, each with files and a part of the manifest of its own."""
+"""Seal and publish: several writers of one checkpoint, each with files and a manifest part of its own."""
 
 from __future__ import annotations
 

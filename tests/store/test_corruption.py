@@ -1,9 +1,9 @@
-"""Damage of every kind: it is found, named, and never restored.
+"""Damage of every kind is found, named, and never restored.
 
-Theory of operation.  `sound` makes a checkpoint of two files, several chunks and blocks, and an older one, once; every
-test ruins a copy.  `ruined` then holds what the engine owes: an explicit step raises and names the place, "the newest"
-is the older one bit for bit, with a warning, and `verify` finds the same place.  Which chunk and which tensors a byte
-belongs to is worked out here from the manifest's JSON, as docs/format.md describes it.
+Theory of operation.  `sound` makes a checkpoint of two files with several chunks and blocks, and an older one, once.
+Every test damages a copy.  `ruined` then checks the engine: an explicit step raises and names the location, "the
+newest" is the older one bit for bit, with a warning, and `verify` finds the same location.  The chunk and the tensors
+of a byte are computed here from the manifest's JSON, as docs/format.md describes it.
 """
 
 from __future__ import annotations

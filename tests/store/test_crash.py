@@ -1,7 +1,7 @@
-"""Crash consistency: the simulated disk is sound, and whatever it does in a crash, nothing durable is lost.
+"""Crash consistency: the simulated disk is sound, and no crash of it loses a durable checkpoint.
 
-The states come from `cases`, what must hold in each is in `crash`, and `crash_campaign.py` is the long form.  The
-simulator is trusted only as far as it sees the damage when the code is broken: the mutations at the end.
+`cases` has the states, `crash` the checks, and `crash_campaign.py` is the long form.  The mutations at the end show
+that the simulator detects damage when the code is broken.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The read side: a run is read beside a training, on a read-only mount, and while its steps are retired.
 
-The steps here are written by hand, with a manifest that is right and a data file that holds its own step.
+The steps here are written by hand, with a valid manifest and a data file that holds its own step.
 """
 
 from __future__ import annotations

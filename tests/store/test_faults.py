@@ -1,13 +1,13 @@
 """Every fault at every operation: of system calls and of blocks, under a whole Engine.
 
-Theory of operation.  A scenario is one thing that an Engine does: open, save, restore, roll back, set aside.  It is run
-again and again in copies of one prepared directory, each time with the next of its operations refused, until it comes
-to its end without meeting the refusal.  After each the contract of docs/durability.md is checked: a typed error that
-names operation, path, offset and remedy; no directory of the step that failed; every earlier checkpoint as it was; the
-same Engine saves and restores; another one opens what it left; nothing is leaked.
+Theory of operation.  A scenario is one act of an Engine: open, save, restore, roll back, set aside.  It runs
+repeatedly in copies of one prepared directory, each time with the next of its operations refused, until it ends
+without meeting the refusal.  After each run the contract of docs/durability.md is checked: a typed error that names
+operation, path, offset and remedy; no directory of the failed step; every earlier checkpoint unchanged; the same
+Engine saves and restores; another one opens the directory; nothing is leaked.
 
-System calls are refused by `syscalls.SystemCalls`, reads and writes of blocks by a `faults.FaultTable` in place of the
-ring.  `BACKEND` is what the Engines are opened with.
+`syscalls.SystemCalls` refuses system calls.  A `faults.FaultTable` in place of the ring refuses reads and writes of
+blocks.  The Engines are opened with `BACKEND`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Real kills: SIGKILL of a training on real file systems, at every operation and at random moments.
 
-What is done is in `kills`, the program that is killed in `trainee`, and `kill_campaign.py` is the long form.  The
-checks are trusted only as far as they see damage when it is there: the tests at the end.
+`kills` has the checks, `trainee` is the killed program, and `kill_campaign.py` is the long form.  The tests at the end
+show that the checks detect damage.
 """
 
 from __future__ import annotations

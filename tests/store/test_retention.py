@@ -1,4 +1,4 @@
-"""Retention: what a rule keeps, for any history; and the rule that is stored with a run."""
+"""Retention: the steps that a rule keeps, for any history, and the rule that is stored with a run."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Where a run may lie, and what may befall it: full disks, overlays, files without O_DIRECT, odd paths and clocks.
+"""Surroundings of a run: full disks, overlays, files without O_DIRECT, odd paths and clocks.
 
-Each works, or is an error that names a remedy; a remedy that is named is tried.
+Each works, or is an error that names a remedy, and the named remedy is tried.
 """
 
 from __future__ import annotations

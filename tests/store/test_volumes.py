@@ -1,4 +1,4 @@
-"""Volumes are what they say, and nothing of them is left: not after use, nor if busy, nor if their maker is killed."""
+"""Volumes are of the requested kind, and are removed after use, when busy, and after a kill of their maker."""
 
 from __future__ import annotations
 

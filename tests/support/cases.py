@@ -1,12 +1,12 @@
-"""Cases: which crash states there are, what each is called, and what was promised before it.
+"""Cases: the crash states, their numbers, and the promises that precede each.
 
-Theory of operation.  A crash state is a stop in the trace of a scenario and a choice of what becomes of the
-operations that no fsync covers (`simulator`).  Two more kinds nest: after a kill, and after a power cut, a second
-engine opens what is left, says which steps it has, saves one more, and is recorded too; the state is then one of that
-second trace.  After the kill the operations that were pending still are.
+Theory of operation.  A crash state is a stop in the trace of a scenario, and a fate for every operation that no fsync
+covers (`simulator`).  Two more kinds nest: after a kill or a power cut a second engine opens the directory, lists its
+steps and saves one more, and is recorded too.  The state is then one of that second trace.  After a kill the pending
+operations are still pending.
 
-A `Case` names a state by one number, from which it can be made again.  A `Recorder` makes the traces, which are the
-same each time.  What was promised before a stop is a `Promise`, read from the notes in the trace.
+A `Case` names a state by one number that reproduces it.  A `Recorder` makes the traces, which are the same each time.
+A `Promise` holds the promises before a stop, read from the notes in the trace.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Crash: build a crash state, let the real code recover it, and look whether everything holds.
+"""Crash: build a crash state, let the real code recover it, and check every promise.
 
-Theory of operation.  A `Checker` builds the state that a `Case` names in a fresh directory, and opens an Engine
-there.  What must hold is what docs/durability.md promises: every step that was reported durable, and was not retired
-since, is there; every directory named `step-N` verifies whole and holds what was saved as that step; the newest is at
-least as new as the newest that was ever reported; the engine saves one more, which recycles what there is to recycle,
-and that changes nothing but what it should; and nothing beside the engine's directory is touched.
+Theory of operation.  A `Checker` builds the state of a `Case` in a fresh directory and opens an Engine there.  It
+checks the promises of docs/durability.md.  Every step that was reported durable and not retired since exists.  Every
+directory named `step-N` verifies whole and holds the state saved as that step.  The newest step is at least as new as
+the newest one ever reported.  The engine saves one more step, which recycles a spare if there is one and changes
+nothing else. Nothing beside the engine's directory changes.
 
-Two cases that leave the same on disk after the same promises are one state, and looked at once.
+Two cases with the same disk and the same promises are one state, which is checked once.
 """
 
 from __future__ import annotations

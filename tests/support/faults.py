@@ -1,9 +1,9 @@
-"""FaultTable: the pipeline's table of I/O operations in Python, with a script of what goes wrong.
+"""FaultTable: the pipeline's table of I/O operations in Python, with a script of faults.
 
-Theory of operation.  The pipeline does every read and write through an `eng_io_table`.  This one does them itself
-with pread(2) and pwrite(2), at once, and tells about them when it is reaped.  A script says which operation, counted
-from the first, does something else than what was asked; operations that it does not name succeed.  All of it runs on
-the pipeline's thread, which holds the GIL meanwhile, so a test may look at the lists once a job is done.
+Theory of operation.  The pipeline does every read and write through an `eng_io_table`.  This one does them at once with
+pread(2) and pwrite(2), and reports them when it is reaped.  A script names operations, counted from the first, that
+behave differently.  All others succeed.  The table runs on the pipeline's thread, which holds the GIL meanwhile, so a
+test may read the lists once a job is done.
 """
 
 from __future__ import annotations

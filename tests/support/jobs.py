@@ -1,6 +1,6 @@
-"""Native jobs for tests: from tensors and runs to a packed job, and through a pipeline.
+"""Native jobs for tests: tensors and runs are packed into a job and run through a pipeline.
 
-The cutting is `engine.format.plan`'s, which has tests of its own.  The packing is done as `writer` and `reader` do it.
+`engine.format.plan` cuts them, and has tests of its own.  The packing is that of `writer` and `reader`.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""Kills: a training that is killed again and again in one directory, and what has to hold after every kill.
+"""Kills: a training is killed again and again in one directory, and the promises are checked after every kill.
 
 Theory of operation.  `Server` runs `trainee.py`, which forks a process for each life.  An `Ordeal` is the history of
-one directory on one file system: life after life in it, each killed at a point of its own, and at the end one that is
-not killed.
+one directory on one file system: life after life, each killed at a point of its own, and a last one that is not killed.
 
-After each life the test looks at the disk itself, with the stock safetensors library and no Engine: every directory
-named `step-N` holds what a training that nobody disturbed has after N steps, bit for bit; the newest is at least as new
-as the newest that was ever reported; what is left over stays within bounds; nothing beside the directory has changed.
-The next life says what the engine saw: that it opened at once, though the lock's last owner was killed; that each
-step verified; that it restored the newest and passed over none.  So no life's own word is needed for what is right: the
-reference is computed apart, without an Engine.
+After each life the test reads the disk itself, with the stock safetensors library and no Engine.  Every directory named
+`step-N` holds, bit for bit, the state of an undisturbed training after N steps.  The newest is at least as new as the
+newest one ever reported.  Leftovers stay within bounds.  Nothing beside the directory has changed.
+
+The next life reports on the engine: it opened at once, although the last owner of the lock was killed; each step
+verified; it restored the newest and passed over none.  The reference is computed apart, without an Engine, so no life
+is trusted about its own bytes.
 """
 
 from __future__ import annotations

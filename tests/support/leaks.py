@@ -1,4 +1,4 @@
-"""What a process holds: descriptors, threads of the engine's and mappings of slots, to be compared before and after."""
+"""The resources of a process, to be compared before and after: descriptors, engine threads and mappings of slots."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """Mutations: the ways to break the durability sequence, one at a time.
 
-Theory of operation.  Each row of `MUTATIONS` changes the running code, not its files: an fsync of one line of
-docs/durability.md is left out, two lines change places, or a guard is taken away.  `tests/test_crash.py` demands that
-the simulator sees each of them; where it looks is in the row: the scenario, and whether a kill must come first.
+Theory of operation.  Each row of `MUTATIONS` changes the running code, not its files: it drops the fsync of one line of
+docs/durability.md, swaps two lines, or removes a guard.  `tests/store/test_crash.py` demands that the simulator detects
+each.  The row names the scenario that detects it, and whether a kill must come first.
 
-An fsync is named by the function that wants it done and the end of its path, and where that function does it more than
-once, by which of them it is.  `commit_in` is `engine.store.commit.commit` with its lines in an order of our own; a test
-holds it against the real one.
+An fsync is named by the function that calls it, the end of its path, and its number where that function calls it more
+than once.  `commit_in` is `engine.store.commit.commit` with its lines in another order; a test compares it with the
+real one.
 """
 
 from __future__ import annotations

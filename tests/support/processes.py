@@ -1,7 +1,7 @@
-"""What a process has of the native pipeline's, as the kernel tells it; and processes for tests that harm theirs.
+"""The native resources of a process, as proc(5) shows them, and processes for tests that harm theirs.
 
-Theory of operation.  proc(5) lists descriptors, threads and mappings.  All of them come and go in other threads, so
-that one may be gone between the listing and the look at it.
+Theory of operation.  proc(5) lists descriptors, threads and mappings.  Other threads make and remove them, so an entry
+may vanish between the listing and its reading.
 """
 
 from __future__ import annotations

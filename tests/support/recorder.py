@@ -1,15 +1,15 @@
-"""The real code, at work in a real directory, with every operation on the disk recorded.
+"""The real code at work in a real directory, with every operation on the disk recorded.
 
 Theory of operation.  A `World` is a scratch directory that stands for a whole disk.  Engines opened by
-`World.running` work in its `run`, through a `RecordingFilesystem` and a `RecordingTable`: both really do what they
-are asked to, and then note it in terms of inodes for `simulator`, under one lock, so that the order of the notes is
-the order of the deeds.  `sentinel` lies beside `run` and must never change.
+`World.running` work in its `run`, through a `RecordingFilesystem` and a `RecordingTable`.  Both do the real operation
+and then note it in terms of inodes for `simulator`.  One lock covers both, so the notes have the order of the
+operations.  `sentinel` is beside `run` and must never change.
 
-A World can begin as any `Disk`, for instance as what a crash has left, and with operations already pending, as after
-a kill.  What is random or of this moment in a checkpoint (its id, its time) is made to be the same each time, so that
-the same work leaves the same trace.
+A World can start from any `Disk`, for instance the state after a crash, and with pending operations, as after a kill.
+Random or time-dependent values of a checkpoint (its id, its time) are fixed, so that the same work leaves the same
+trace.
 
-Before each operation a `hook` is asked, which may refuse it by raising or hold it up by waiting.
+A `hook` is called before each operation.  It may refuse the operation by raising, or delay it by waiting.
 """
 
 from __future__ import annotations

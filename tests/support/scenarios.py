@@ -1,12 +1,12 @@
-"""Scenarios: short lives of an engine whose every instant is worth a crash.
+"""Scenarios: short lives of an engine, of which every instant is tried as a crash.
 
-Theory of operation.  Each is a function that works an engine in a `World`, and says in notes what it was told:
+Theory of operation.  Each is a function that drives an engine in a `World` and notes what the engine reports:
 
 * ``began`` a save of a step with a payload; ``reported`` when its `result()` has returned,
-* ``listed`` when an open has said that a step is there, which is as good as a report,
-* ``rolling back`` to a step before it and ``rolled back`` after it.
+* ``listed`` when an open lists a step, which promises as much as a report,
+* ``rolling back`` to a step before the call and ``rolled back`` after it.
 
-A payload is a number from which all tensors' contents follow.
+A payload is a number that determines the contents of all tensors.
 """
 
 from __future__ import annotations

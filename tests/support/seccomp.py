@@ -1,11 +1,11 @@
-"""Have the kernel refuse system calls to this process, as a container's seccomp profile does.
+"""Make the kernel refuse system calls of this process, as a container's seccomp profile does.
 
-Theory of operation.  A filter is a program of the classic Berkeley packet filter that looks at the number of each
-system call (seccomp(2), SECCOMP_SET_MODE_FILTER).  It can never be taken off again, so it belongs in a process of its
-own; threads that are started later have it too, those that run already do not.
+Theory of operation.  A filter is a program of the classic Berkeley packet filter that examines the number of each
+system call (seccomp(2), SECCOMP_SET_MODE_FILTER).  It cannot be removed, so it belongs in a process of its own.
+Threads that start later inherit it; running threads do not get it.
 
-`refuse` answers always the same.  `supervise` asks a function each time (seccomp_unotify(2)), so that a call may be
-refused once, late, or only in some state.
+`refuse` always gives the same answer.  `supervise` calls a function each time (seccomp_unotify(2)), so that a call can
+be refused once, late, or only in some state.
 """
 
 from __future__ import annotations

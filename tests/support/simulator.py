@@ -1,23 +1,22 @@
-"""A disk that can lose power: what it may hold after a crash, given what was asked of it.  Pure.
+"""A disk that can lose power: the states that it may have after a crash, given its operations.  Pure.
 
-Theory of operation.  A `Trace` is a disk as it durably was, and every operation on it since, in the order in which
-they were done.  `Trace.cut` stops the world after some of them and says what the disk then holds, which depends on
-how the operations fare that no fsync has covered:
+Theory of operation.  A `Trace` is a durable disk and the ordered operations on it since.  `Trace.cut` stops the world
+after some of them and returns the state of the disk, which depends on the fate of the operations that no fsync covers:
 
-* fsync of a file covers the file's bytes and length, as written before it; not the file's name.
-* fsync of a directory covers the names made, moved and removed in it before; not what they name.
+* fsync of a file covers the earlier bytes and length of the file, not its name.
+* fsync of a directory covers names that were made, moved and removed in it earlier, not the files that they name.
 * A rename is one unit, and is covered once both its directories have been synced.
-* A failed fsync covers nothing.  What was written to the file before it is never covered any more: the kernel may
-  have dropped the pages, and says at the next fsync that all is well (fsync(2), "Errors").
+* A failed fsync covers nothing.  Earlier writes to the file are never covered any more: the kernel may have dropped the
+  pages, and the next fsync succeeds (fsync(2), "Errors").
 
-An operation that is covered has happened.  Any other is kept, dropped or, if it is a write, torn: each of its sectors
-is kept, keeps its old content or, in the harsher mode, becomes garbage.  No choice limits another, but for one rule:
-an operation on a name is kept only if the name is there.  So nothing orders operations but fsync, which is less than
-any file system in use gives: what the engine survives here, it survives on those.
+A covered operation has happened.  Any other is kept, dropped or, if it is a write, torn: each of its sectors is kept,
+keeps its old content or, in the harsher mode, becomes garbage.  Fates are independent, with one exception: an operation
+on a name is kept only if the name exists.  So only fsync orders operations.  Every file system in use guarantees more,
+so an engine that survives here survives there.
 
-A stop between two operations is also a stop in the middle of the first, since what was asked of the disk but not
-done is not covered either.  `Trace.pending` lists what is not covered, and a `Fates` number chooses among what may
-become of it, so that a crash state has a number (`cases.Case`).
+A stop between two operations is also a stop in the middle of the first, because an unfinished operation is not covered.
+`Trace.pending` lists the operations that are not covered.  A `Fates` number chooses their fates, so that a crash state
+has a number (`cases.Case`).
 """
 
 from __future__ import annotations

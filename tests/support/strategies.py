@@ -1,7 +1,7 @@
-"""Hypothesis strategies for segment tables, the ways to cut them, and the manifests of that: for the pure modules.
+"""Hypothesis strategies for the pure modules: segment tables, ways to cut them, and their manifests.
 
-`nearly_valid` is what a hostile writer would store: a manifest as good as any, one field changed, and the digest right.
-`tagged` is the same for `engine.format.values`.  Both are used by tests and by the fuzz targets.
+`nearly_valid` is a manifest by a hostile writer: valid, with one field changed and the right digest.  `tagged` is the
+same for `engine.format.values`.  Tests and fuzz targets use both.
 """
 
 from __future__ import annotations

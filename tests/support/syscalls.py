@@ -1,11 +1,11 @@
-"""SystemCalls: what `store.filesystem` asks of the kernel, recorded, and refused where told.
+"""SystemCalls: the system calls of `store.filesystem`, recorded, and refused on request.
 
-Theory of operation.  The module reaches the kernel through `os`, `fcntl.flock` and `allocate`, and no other module of
-the store does.  While a `SystemCalls` is installed it sees stand-ins that note each call and its path, refuse those
-that `refuse` has named, and otherwise do it, with one exception: an fsync that is not refused does nothing, since no
-test here cuts the power, and a sweep over thousands of refusals would wait for the disk most of its time.
+Theory of operation.  That module reaches the kernel through `os`, `fcntl.flock` and `allocate`, and no other module of
+the store does.  An installed `SystemCalls` replaces these with stand-ins.  A stand-in notes the call and its path,
+refuses it if `refuse` has named it, and otherwise does it.  One exception: an fsync that is not refused does nothing.
+No test here cuts the power, and a sweep over thousands of refusals would wait for the disk most of its time.
 
-A refused call has not happened, except for close(2): the kernel lets go of the descriptor whatever it returns.
+A refused call has not happened, except for close(2): the kernel closes the descriptor even if it returns an error.
 """
 
 from __future__ import annotations

@@ -1,22 +1,22 @@
-"""The trainee: a training process that is there to be killed, and the server that forks one for each of its lives.
+"""The trainee: a training process to be killed, and the server that forks one for each of its lives.
 
     python tests/support/trainee.py        reads requests and writes answers, each a line of JSON
 
-Theory of operation.  A life opens an Engine, verifies every step that is there, restores the newest, trains on with a
-lazy save of every step, and is killed, or comes to its end.  What happens goes to a log, one append for each event,
-which a kill cannot take back: above all what `result()` has reported, only after it has returned.  `kills` reads it.
+Theory of operation.  A life opens an Engine, verifies every step, restores the newest, and trains on with a lazy save
+of every step until it is killed or reaches its end.  It logs events, one append each, which a kill cannot take back.
+It logs a report of `result()` only after that has returned.  `kills` reads the log.
 
-Where a life ends is in its `Life`.  "open" and "save" count the operations that the engine asks of its `Filesystem`
-while it opens, or on the thread that commits one save; number 2n ends it before operation n and 2n + 1 after it, and
-"before" a new file means with half of it written.  "write" ends it when that part of a save's bytes is written.
-These the process does itself, from within.  At "time", so many seconds after the fork, the server kills it.
+A `Life` says where a life ends.  "open" and "save" count the operations on the `Filesystem` during the open, or on the
+thread that commits one save.  Number 2n ends the life before operation n and 2n + 1 after it; "before" a new file
+means with half of it written.  "write" ends the life when a given part of a save's bytes is written.  In all these the
+process kills itself.  At "time" the server kills it, a number of seconds after the fork.
 
-So that these operations are the same each time, a life waits for its first saves one by one, which leaves spares that
-were whole checkpoints, and takes the next one.  With company, another save is in flight then, which waits before C1
-until the one that is counted has ended.
+So that the operations are the same each time, a life waits for its first saves one by one.  They leave spares that were
+whole checkpoints, and the next save takes one.  With company, another save is in flight then, and waits before C1 until
+the counted save has ended.
 
-Importing torch takes longer than a life, so the server has imported all of it that a training needs.  It has neither
-thread nor Engine when it forks, so what it forks is as good as a fresh process.
+Importing torch takes longer than a life, so the server imports everything that a training needs.  It has no threads and
+no Engine when it forks, so the fork is as good as a fresh process.
 """
 
 from __future__ import annotations

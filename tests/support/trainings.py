@@ -1,6 +1,6 @@
-"""Small models and optimizers of every kind, trained for a few steps, and what can be read of them.
+"""Small models and optimizers of every kind, trained for a few steps, and their contents as bytes.
 
-Used by the tests of the arena; they train on one thread (`one_thread` of conftest), so that sums come out alike.
+The tests of the arena use them.  They train on one thread (`one_thread` of conftest), so that sums are reproducible.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""Volumes: real file systems for tests, on loop devices or in memory, mounted for as long as a test wants.
+"""Volumes: real file systems for tests, on loop devices or in memory, mounted while a test uses them.
 
-Theory of operation.  `volume` makes a directory of its own, with a sparse image file and a mount point in it, and takes
-it all away again at the end, whatever happened.  The image lies in memory where there is room for all of it, else under
-the system's temporary directory: it is the file system's code that is wanted, and a flush for every fsync on the disk
-below is not.  Mounting is root's: who is not root asks sudo, without a password if that works, and otherwise on the
-terminal.  The mounted root is the caller's.
+Theory of operation.  `volume` makes a directory with a sparse image file and a mount point, and removes both at the
+end, even after a failure.  The image is in memory if it fits there completely, else in the system's temporary
+directory: tests need the code of the file system, not a flush of the disk below for every fsync.  Mounting needs root.
+Other users run sudo, without a password if that works, and otherwise on the terminal.  The mounted root belongs to the
+caller.
 
-A run that is killed cannot clean up.  Every volume's directory is held by flock(2) while its maker lives, so the next
-run knows those that nobody holds, and removes them first.
+A killed run cannot clean up.  The maker of a volume holds a flock(2) on its directory while it lives, so the next run
+finds volumes without a holder, and removes them first.
 
-A killed process may hold its files a moment longer than its parent can see, because its io_uring is torn down in the
-background.  Unmounting that finds the volume busy is therefore done lazily: its name goes at once, and the kernel lets
-go of the image with the last file.
+A killed process may hold its files a moment longer than its parent can see, because the kernel tears down its io_uring
+in the background.  Unmounting a busy volume is therefore lazy: its name goes at once, and the kernel releases the
+image with the last file.
 """
 
 from __future__ import annotations
