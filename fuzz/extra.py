@@ -38,7 +38,7 @@ def changed(tree: Any) -> None:
 
 
 def check(text: bytes) -> None:
-    """The invariant, for JSON text; what is no JSON has no business here."""
+    """The invariant, for JSON text; other input is skipped."""
     with allocating_at_most(BYTES_PER_BYTE * len(text)):
         try:
             value = decode(msgspec.json.decode(text))

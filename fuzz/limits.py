@@ -11,7 +11,7 @@ import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# What any input may take, however short: error messages, an exception's frames, the caches of `re` and msgspec.
+# The allowance of any input, however short: error messages, an exception's frames, the caches of `re` and msgspec.
 CONSTANT_BYTES = 256 << 10
 
 

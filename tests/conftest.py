@@ -36,14 +36,14 @@ settings.load_profile("engine")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run what is marked so over every rung."""
+    """Run the tests with the marker once for each rung."""
     if metafunc.definition.get_closest_marker("every_backend"):
         metafunc.parametrize("rung", backend.LADDER, indirect=True)
 
 
 @pytest.fixture(autouse=True)
 def rung(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The one backend that ``"auto"`` finds; without the mark it finds what the host has."""
+    """The one backend that ``"auto"`` finds; without the marker it finds the host's best."""
     only: str = getattr(request, "param", backend.LADDER[0])
     if only != backend.LADDER[0]:
         monkeypatch.setattr(backend, "LADDER", (only,))
@@ -75,7 +75,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(count)
 
 
-# What drives the native pipeline without an Engine.
+# These fixtures drive the native pipeline without an Engine.
 
 
 @pytest.fixture(scope="module", params=["io_uring", "io_uring_plain", "threads"])

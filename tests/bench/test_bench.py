@@ -67,7 +67,7 @@ def sample(section: str, subject: str, setting: str = "", number: int = 0, **mea
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Record, str]:
-    """Where a tiny run has left its files, what it recorded, and what it printed."""
+    """The files, the record and the output of a tiny run."""
     place = tmp_path_factory.mktemp("bench")
     docs = place / "docs"
     docs.mkdir()
@@ -422,9 +422,9 @@ def test_names_are_unique_and_usable_on_the_command_line() -> None:
 
 @pytest.mark.parametrize("kind", [Ours, TorchSave], ids=lambda kind: kind.name)
 def test_memory_is_what_a_saver_needs_beyond_the_state(kind: type[Saver], tmp_path: Path) -> None:
-    """Ours has its staging, and torch.save nothing that would not have been in its process before.
+    """The engine needs its staging, and torch.save nothing beyond its process.
 
-    Who may not lock so much memory has no pinned slots, and of others only what was written to.
+    Without the right to lock so much memory slots are not pinned, and only their written pages count.
     """
     rounds = measure.Rounds(make_record(), tmp_path)
     state_bytes, staging_bytes = 8 << 20, (256 << 20) if kind is Ours else 0
@@ -701,7 +701,7 @@ def test_the_steps_of_a_checkpoint_end_with_the_one_after_it_is_durable() -> Non
     def step(_: object = None) -> None:
         nonlocal now
         steps.append(len(steps))
-        begun = len(steps) - (1 + slowdown.STEPS_ASIDE)  # since the segment's first, with whose end the save begins
+        begun = len(steps) - (1 + slowdown.STEPS_ASIDE)  # since the first of the segment, at whose end the save begins
         if begun == 3:
             durable.set_result(None)
         now += {2: 10, 3: 10, 4: 3, 6: 2}.get(begun, 1)
@@ -887,7 +887,7 @@ def test_a_change_is_distinguished_from_noise(after: list[float], verdict: str) 
 
 
 def test_only_the_public_interface_is_used() -> None:
-    """The table of rooms lets the benchmark know "engine": what it takes from there is public."""
+    """The layers allow the benchmark to import "engine"; it uses public names only."""
     taken = set()
     for path in Path(measure.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -37,7 +37,7 @@ from engine.store.filesystem import Filesystem
 
 SMALL: dict[str, Any] = {"staging_bytes": 1 << 20, "block_bytes": 64 << 10}
 
-# Saves and restores on a host that a line before has changed, and says in which way.
+# Saves and restores on a host that an earlier line has changed, and prints the backend.
 ON_A_HOST = """
 import errno, os, resource, sys, warnings
 import torch
@@ -48,7 +48,7 @@ from disk import same, stored
 directory = sys.argv[1]
 
 def unprivileged():
-    if os.geteuid() == 0:  # root is not bound by some limits; nobody is
+    if os.geteuid() == 0:  # some limits do not bind root, but user 65534
         os.chmod(directory, 0o777)
         os.setgroups([])
         os.setgid(65534)
@@ -75,7 +75,7 @@ for warning in caught:
 
 
 def on_a_host(directory: Path, change: str, options: str = "") -> list[str]:
-    """What the script prints in a process of its own."""
+    """The output of the script in a process of its own."""
     script = ON_A_HOST.format(change=textwrap.dedent(change), options=options)
     result = subprocess.run(
         [sys.executable, "-c", script, str(directory)],
@@ -89,7 +89,7 @@ def on_a_host(directory: Path, change: str, options: str = "") -> list[str]:
 
 
 def test_this_host_has_the_best_backend(tmp_path: Path) -> None:
-    """The other tests are worth little if the ring is not what they run on."""
+    """The other tests are worth little if they do not run on the ring."""
     found = engine.probe(tmp_path, **SMALL)
     assert found == Probe(str(tmp_path), "io_uring", (Attempt("io_uring"),))
     assert str(found) == f"{tmp_path}: io_uring\nio_uring: works"
@@ -114,7 +114,7 @@ def test_each_backend_can_be_insisted_on(tmp_path: Path, name: Backend) -> None:
     with engine.Engine(tmp_path, backend=name, **SMALL) as eng:
         assert eng.backend == name
         eng.checkpoint(engine.Arena.wrap(tensors), step=1).result()
-    with engine.Engine(tmp_path, **SMALL) as eng:  # what one has written another reads
+    with engine.Engine(tmp_path, **SMALL) as eng:  # a backend reads the files of another
         assert same(eng.load(1)["a"], tensors["a"]) and same(stored(tmp_path, 1)["a"], tensors["a"])
 
 
@@ -152,7 +152,7 @@ def test_a_seccomp_filter_leaves_threads(tmp_path: Path, error: str) -> None:
 
 
 def test_the_cause_is_found_for_any_process_name(tmp_path: Path) -> None:
-    """The kernel tells of filters below the process's name, which is bytes (PR_SET_NAME)."""
+    """The kernel reports filters below the process's name, which is bytes (PR_SET_NAME)."""
     change = "import ctypes; ctypes.CDLL(None).prctl(15, bytes([0xFF, 0xC3])); seccomp.refuse(errno.ENOSYS)"
     used, _, warning = on_a_host(tmp_path, change)
     assert used == "threads" and "a seccomp filter" in warning
@@ -165,7 +165,7 @@ def test_a_filter_of_registration_alone_leaves_a_plain_ring(tmp_path: Path) -> N
 
 
 def test_a_filter_of_submission_alone_leaves_threads(tmp_path: Path) -> None:
-    """Setting up works, and nothing moves: only a real write can tell."""
+    """Setting up works, and no block moves: only a real write shows it."""
     used, count, warning = on_a_host(tmp_path, "seccomp.refuse(errno.EPERM, (seccomp.ENTER,))")
     assert (used, count) == ("threads", "1")
     assert "a write of one block is refused: EPERM" in warning
@@ -183,7 +183,7 @@ def test_little_locked_memory_leaves_a_plain_ring() -> None:
 
 def test_few_descriptors_leave_a_plain_ring(tmp_path: Path) -> None:
     change = "resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))"
-    # Within an ordinary user's memlock, which would be told of instead.
+    # Within an ordinary user's memlock, which would be reported instead.
     used, count, warning = on_a_host(tmp_path, change, "staging_bytes=4 << 20, block_bytes=1 << 20")
     assert (used, count) == ("io_uring_plain", "1")
     assert "RLIMIT_NOFILE is 128, below the ring's table of 512 files" in warning and "ulimit -n" in warning
@@ -233,7 +233,7 @@ def refusal(refused: Refused, error: int) -> PlatformError:
 def test_the_sysctl_is_distinguished_from_a_filter(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, value: str, whom: str
 ) -> None:
-    """The sysctl is the whole host's, so the file is one of ours; the errno is what the kernel gives (io_uring.c)."""
+    """The sysctl is the whole host's, so the file is one of ours; the errno is the kernel's (io_uring.c)."""
     (tmp_path / "io_uring_disabled").write_text(f"{value}\n")
     monkeypatch.setattr(backend, "_SYSCTL", str(tmp_path / "io_uring_disabled"))
     error = refusal(Refused.RING, errno.EPERM)
@@ -242,7 +242,7 @@ def test_the_sysctl_is_distinguished_from_a_filter(
 
 
 def test_every_cause_has_its_own_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_content", lambda path: "")  # neither sysctl nor filter, wherever the tests run
+    monkeypatch.setattr(backend, "_content", lambda path: "")  # neither sysctl nor filter, on every host
     monkeypatch.setattr(resource, "getrlimit", lambda which: (4096, 4096))
     errors = [
         refusal(Refused.RING, errno.EPERM),  # a filter
@@ -292,7 +292,7 @@ def test_a_disk_that_fails_refuses_no_backend(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_a_refused_open_releases_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Not even who keeps the exception keeps the directory."""
+    """A kept exception does not keep the directory locked."""
     before = held()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

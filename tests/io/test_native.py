@@ -99,7 +99,7 @@ def test_a_file_that_ends_early_is_a_failure(stage: Stage, remaining_bytes: int,
 
 
 def test_a_block_is_made_of_many_extents(stage: Stage) -> None:
-    # Every byte has a source of its own, and they lie backwards.
+    # Every byte has a source of its own, in reverse order.
     nbytes = ALIGNMENT + 100
     before, after = noise(nbytes), torch.zeros(nbytes, dtype=torch.uint8)
     plan = cut([[Extent(nbytes - 1 - at, 0, at, 1) for at in range(nbytes)]], SLOT_BYTES)
@@ -218,7 +218,7 @@ def test_strided_tensors_are_gathered_and_scattered(stage: Stage, drawn: list[Vi
     job = make_job(READ, plan, [*map(strided, targets)], checksums=written.checksums())
     assert run(stage.pipeline, job, [stage.fd]).failure is None
     assert b"".join(map(bytes_of, targets)) == stored
-    # Nothing beside the views has changed: what a base holds is what went into its view.
+    # Nothing beside the views has changed: the content of a base is that of its view.
     assert sum(map(count_bytes, bases)) == sum(map(count_bytes, targets))
 
 
@@ -264,7 +264,7 @@ def test_a_checksum_is_the_unseeded_xxh3_128_of_the_bytes(boundary: int) -> None
 
 @pytest.mark.parametrize("boundary", XXH3_BOUNDARIES[:-1])  # within a slot
 def test_a_block_staged_in_pieces_has_the_checksum_of_the_whole(stage: Stage, boundary: int) -> None:
-    """Two plain extents cut at any place, and two strided ones."""
+    """Two plain extents cut at any byte, and two strided ones."""
     tensor = noise(SLOT_BYTES)
     for nbytes in range(max(1, boundary - 2), min(boundary + 3, SLOT_BYTES)):
         halves = [tensor[:nbytes], tensor[nbytes:]]
@@ -422,7 +422,7 @@ def test_abort_before_the_files_exist(stage: Stage, direction: Direction) -> Non
     stage.pipeline.abort(job, errno.ENOSPC)
     assert finish(stage.pipeline, job).failure == Failure(FailureKind.ABORTED, errno.ENOSPC, None)
     assert BlockState.WRITTEN not in job.states()
-    stage.pipeline.attach(job, [stage.fd])  # too late, and no error: it is what a writer does that lost the race
+    stage.pipeline.attach(job, [stage.fd])  # too late, and no error: a writer that lost the race does this
     assert_usable(stage.pipeline, stage.fd)
 
 
@@ -544,7 +544,7 @@ def test_states_and_milestones_come_in_order(open_pipeline: Callable[..., Pipeli
 def test_a_restore_is_verified_before_a_younger_save_is_staged(
     open_pipeline: Callable[..., Pipeline], buffered_fd: int
 ) -> None:
-    """A save whose writes are done as soon as they have begun has always a slot, and something to begin."""
+    """A save whose writes complete at once always has a free slot and a block to begin."""
     gate = threading.Event()
     table = FaultTable(gate=gate)
     pipeline = open_pipeline(4, ALIGNMENT, table)
@@ -582,7 +582,7 @@ def test_all_is_staged_before_all_is_written(open_pipeline: Callable[..., Pipeli
 def test_blocks_staged_before_the_files_exist_are_written_in_order(
     open_pipeline: Callable[..., Pipeline], buffered_fd: int
 ) -> None:
-    """Whichever slots it came to lie in: the second job takes those first that the first has freed last."""
+    """For any slots: the second job first takes those that the first has freed last."""
     table = FaultTable()
     pipeline = open_pipeline(4, SLOT_BYTES, table)
     for order in ([0, 1, 2, 3], [0, 1, 2, 3], [2, 0, 3, 1]):
@@ -619,12 +619,12 @@ def test_nothing_urgent_is_staged_at_once(open_pipeline: Callable[..., Pipeline]
     finish(pipeline, job)
 
 
-# Of these two are 64 MiB, which is what is read at a time, and nobody touches more of one than a block.
+# Two of these are 64 MiB, the amount that is read at a time, and only one block of each is touched.
 LARGE_SLOT_BYTES = 32 << 20
 
 
 def read_of(fd: int, block_count: int) -> tuple[Job, torch.Tensor, bytes]:
-    """A read of small blocks that lie in a file, where it goes, and what has to come."""
+    """A read of small blocks of a file, its target, and the expected bytes."""
     stored = bytes_of(noise(block_count * ALIGNMENT))
     rewrite(fd, 0, stored)
     plan, tensor = whole(len(stored), ALIGNMENT), torch.zeros(len(stored), dtype=torch.uint8)
@@ -652,7 +652,7 @@ def test_reads_do_not_wait_for_writes_in_flight(open_pipeline: Callable[..., Pip
     table = FaultTable(gate=gate)
     pipeline = open_pipeline(4, LARGE_SLOT_BYTES, table)
     read, tensor, stored = read_of(buffered_fd, 2)
-    # The very bytes that lie there, so that it does not matter which comes first.
+    # The same bytes as in the file, so that the order does not matter.
     write = make_job(WRITE, whole(len(stored), ALIGNMENT), [plain(noise(len(stored)))])
     for job in (write, read):
         pipeline.submit(job)
@@ -736,7 +736,7 @@ def test_a_job_beyond_the_limit_waits(open_pipeline: Callable[..., Pipeline], fd
     pipeline.abort(jobs[0], errno.ECANCELED)
     thread.join(HANG_NS / 1e9)
     assert not thread.is_alive()
-    for job in jobs[1:]:  # all of them first: who has the slots is the pipeline's choice
+    for job in jobs[1:]:  # all of them first: the pipeline chooses which job has the slots
         pipeline.attach(job, [fd])
     assert {finish(pipeline, job).failure for job in jobs[1:]} == {None}
 

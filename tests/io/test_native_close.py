@@ -112,7 +112,7 @@ def test_after_close_every_method_raises_closed_error(gated: Gated) -> None:
     for call in calls:
         with pytest.raises(ClosedError):
             call()
-    gated.pipeline.abort(job, errno.EIO)  # ends what nobody else ends
+    gated.pipeline.abort(job, errno.EIO)  # ends jobs that nothing else ends
     assert finish(gated.pipeline, job).failure == Failure(FailureKind.ABORTED, errno.EIO, None)
     assert finish(gated.pipeline, gated.job).failure is None
 

@@ -73,7 +73,7 @@ class Faulty(NamedTuple):
 
 
 def faulty(pipeline: Pipeline, table: FaultTable, fd: int, direction: Direction) -> Faulty:
-    """Write, or read back what lies there already."""
+    """Write, or read existing bytes back."""
     expected = noise(FAULTY_BYTES, seed=11)
     stored = bytes_of(expected)
     if direction == WRITE:
@@ -169,7 +169,7 @@ def test_a_short_transfer_continues_at_an_aligned_byte(
     done.assert_right(buffered_fd)
     first = table.operations[operation]
     tail = [again for again in table.operations[operation + 1 :] if again.slot == first.slot][0:1]
-    # What was asked for is done if the file ends here, or if a read has all the bytes that are stored.
+    # The request is complete if the file ends here, or if a read has all stored bytes.
     wanted = first.nbytes if direction == WRITE else min(first.nbytes, FAULTY_BYTES - first.file_offset)
     if moved_bytes < wanted:
         progress = moved_bytes // ALIGNMENT * ALIGNMENT
@@ -194,7 +194,7 @@ def test_short_transfers_with_progress_succeed(
     job = make_job(direction, plan, [plain(tensor)], checksums=checksums_of(plan, [bytes_of(tensor)]))
     assert run(pipeline, job, [buffered_fd]).failure is None
     assert content(buffered_fd, slot_bytes) == bytes_of(tensor)
-    # The last piece is whole: its 4096 bytes are fewer than what a transfer may move.
+    # The last piece is whole: its 4096 bytes are fewer than a transfer may move.
     assert job.counters["retry_count"] == 2 * RETRIES_MAX - 1
     assert job.counters["io_bytes"] == slot_bytes
 
@@ -281,7 +281,7 @@ def test_a_lost_ring_fails_every_job(
 
 
 def one_block(direction: Direction, file_offset: int) -> Job:
-    """A job of one block, wherever it lies."""
+    """A job of one block at any location."""
     tensor = noise(SLOT_BYTES)
     extents = pack_extents([0], [0], [SLOT_BYTES], [0])
     blocks = pack_blocks([(file_offset, SLOT_BYTES, 0, 0, 1)])
@@ -310,7 +310,7 @@ def test_every_backend_keeps_the_errno_of_the_kernel(stage: Stage) -> None:
 
 
 def test_a_short_write_of_the_kernel_is_continued_to_its_errno(stage: Stage) -> None:
-    """A limit on file size: write(2) moves what fits, and refuses the rest."""
+    """A limit on file size: write(2) moves the bytes that fit, and refuses the rest."""
     tensor, plan = noise(2 * SLOT_BYTES), whole(2 * SLOT_BYTES, SLOT_BYTES)
     os.truncate(stage.path, 0)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -377,7 +377,7 @@ def test_no_corrupt_byte_is_read(buffered_fd: int, slot_count: int, script: dict
 
 
 def check_blocks(done: Faulty, fd: int) -> None:
-    """A success is right as a whole; after a failure, what is said to be written is, and nothing else was read."""
+    """A success is right as a whole.  After a failure, blocks in state WRITTEN are written, and no other was read."""
     job = done.job
     stored = content(fd, FAULTY_BYTES).ljust(FAULTY_BYTES, b"\0")
     if job.failure is None:

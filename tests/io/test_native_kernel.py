@@ -84,7 +84,7 @@ def answer(number, _arguments):
     asked += 1
     if asked % 2:
         return 0
-    time.sleep(0.005)  # what has been submitted completes meanwhile
+    time.sleep(0.005)  # submitted operations complete meanwhile
     refused += 1
     return errno.EBUSY
 

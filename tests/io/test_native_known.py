@@ -103,7 +103,7 @@ def test_any_mixture_of_known_blocks(drawn: list[str], staged_first: bool) -> No
 
 
 def test_a_block_that_was_begun_is_completed(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:
-    """A short write is followed by the rest of the block, whatever the file is known to hold."""
+    """A short write is followed by the rest of the block, even if the file is known to hold it."""
     table = FaultTable()
     pipeline = open_pipeline(BLOCKS, SLOT_BYTES, table)
     old = run(pipeline, make_job(WRITE, PLAN, [plain(noise(NBYTES))]), [buffered_fd])
@@ -143,7 +143,7 @@ def test_a_torn_source_is_reported_even_if_its_blocks_are_known(
 @pytest.mark.every_backend
 @pytest.mark.parametrize("file_count", [JOB_PLACES, JOB_PLACES + 1, 1024])
 def test_a_job_has_any_number_of_files(open_pipeline: Callable[..., Pipeline], tmp_path: Path, file_count: int) -> None:
-    """Files beyond those with a place in the ring's table, and the last block of each."""
+    """Files beyond the size of the ring's table, and the last block of each."""
     pipeline = open_pipeline(3)
     nbytes = ALIGNMENT + 8
     tensor = noise(file_count * nbytes)

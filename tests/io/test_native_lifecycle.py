@@ -114,7 +114,7 @@ def test_memory_does_not_grow_with_saves(open_pipeline: Callable[..., Pipeline],
     resident_bytes, descriptors_before, threads = status_bytes("VmRSS"), descriptors(), len(native_threads())
     save(200)
     gc.collect()
-    # A leak of a slot, or of a sixteenth of what a save moves, in every save would be three times as much.
+    # A leak of a slot, or of a sixteenth of a save's bytes, in every save would be three times as much.
     assert status_bytes("VmRSS") - resident_bytes < 4 << 20
     assert descriptors() == descriptors_before
     until(lambda: len(native_threads()) == threads)
@@ -252,7 +252,7 @@ def child():
             assert str(os.getppid()) in str(error) and str(os.getpid()) in str(error)
         else:
             raise AssertionError(f"a forked child may {name}")
-    # What the child opens now has the numbers that the pipeline's descriptors had; its own fork must not lose them.
+    # The child now opens files with the numbers of the pipeline's descriptors; its own fork must not lose them.
     mine = [os.open("/dev/null", os.O_RDONLY) for _ in range(8)]
     in_a_fork(lambda: [os.fstat(descriptor) for descriptor in mine])
     own = Pipeline(1, 4096)
@@ -357,7 +357,7 @@ from engine.store.filesystem import Filesystem
 
 fd = Filesystem().open_for_blocks(sys.argv[1], write=True, direct=True)
 resource.setrlimit(resource.RLIMIT_MEMLOCK, (8 << 20, 8 << 20))
-if os.geteuid() == 0:  # root is not bound by the limit; nobody is
+if os.geteuid() == 0:  # the limit does not bind root, but user 65534
     os.setgroups([])
     os.setgid(65534)
     os.setuid(65534)
@@ -406,7 +406,7 @@ def test_an_unexpected_completion_aborts_the_process(tmp_path: Path, slot: str) 
 
 
 def break_ring(others: set[int]) -> None:
-    """Put /dev/null in the place of the one ring that is not among `others`: the kernel takes nothing from it then."""
+    """Replace the one ring that is not among `others` by /dev/null: the kernel takes nothing from it then."""
     null = os.open("/dev/null", os.O_RDWR)
     (own,) = ring_descriptors() - others
     os.dup2(null, own, inheritable=False)

@@ -33,7 +33,7 @@ def relative(path: Path) -> str:
 
 
 def committed_files() -> list[Path]:
-    """The files that git knows, or would be told of by `git add`."""
+    """The files that git tracks, or that `git add` would add."""
     command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")
     return [ROOT / name for name in listed if name and (ROOT / name).is_file()]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# An ordinary user's locked-memory limit is too small for the default staging, which the example then says.
+# An ordinary user's locked-memory limit is too small for the default staging, and the example then warns.
 MEMLOCK = "ignore:'io_uring_plain' is used"
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"

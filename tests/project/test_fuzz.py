@@ -22,7 +22,7 @@ KEPT = sorted(path for target in TARGETS for path in (CORPUS / target).iterdir()
 
 @pytest.fixture(autouse=True)
 def quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A save that fails is logged, and most do; what a target makes is gone afterwards."""
+    """Failed saves are logged, and most fail.  The files of a target are deleted afterwards."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     directory.template.cache_clear()
     logging.disable()

@@ -278,7 +278,7 @@ def test_select_matches_like_fnmatch(patterns: list[str], named: tuple[str, str]
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bool", "complex128"])
 def test_a_large_tensor_is_loaded_into_memory_of_its_own(opened: engine.Engine, dtype: str) -> None:
-    """Such memory comes from the kernel, and is as good as any: in its shape, written to, and gone with the tensor."""
+    """Such memory comes from the kernel, and works as any other: shaped, writable, and freed with the tensor."""
     shape = (3, 700_001) if dtype != "complex128" else (3, 50_001)
     stored = (torch.arange(shape[0] * shape[1]).view(shape) % 2).to(getattr(torch, dtype))
     opened.checkpoint(engine.Arena.wrap({"a": stored, "b": stored.clone()})).result()
@@ -677,7 +677,7 @@ def test_bad_arguments_of_checkpoint(opened: engine.Engine, call: dict[str, obje
     arena = engine.Arena.wrap({"a": torch.zeros(10)})
     with pytest.raises(engine.UsageError, match=message):
         opened.checkpoint(arena, **call)
-    opened.checkpoint(arena, step=0).result()  # and the place it had taken is free
+    opened.checkpoint(arena, step=0).result()  # and its permit is free
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ TINY: dict[str, Any] = {"max_async": 1, "staging_bytes": 2 * BLOCK_BYTES, "block
 
 
 class Begun(GatedFilesystem):
-    """Says when a commit thread has taken over a save, which waits for the gate then."""
+    """Signals that a commit thread has taken over a save, which then waits for the gate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Interrupted(NamedTuple):
     tensor: torch.Tensor
 
     def check_goes_on(self, on_busy: Literal["wait", "raise"] = "wait") -> None:
-        """The one place is free again, at once or soon, and the next save is right."""
+        """The one permit is free again, at once or soon, and the next save is right."""
         self.filesystem.gate.set()
         self.tensor.fill_(5)
         assert self.engine.checkpoint(self.arena, on_busy=on_busy).result(HANG_S).step >= 0
@@ -183,11 +183,11 @@ for step in range(count):
         signal.setitimer(signal.ITIMER_REAL, 0)
     except KeyboardInterrupt:
         pass
-    tensors["a"].fill_(-1)  # what an interrupted save must not see
+    tensors["a"].fill_(-1)  # an interrupted save must not see this
     if step % 50 == 49:
         tensors["a"].fill_(step)
         arena = engine.Arena.wrap(tensors)
-        saves = [eng.checkpoint(arena, step=3 * step + more) for more in (1, 2)]  # every place is free again
+        saves = [eng.checkpoint(arena, step=3 * step + more) for more in (1, 2)]  # every permit is free again
         for save in saves:
             save.result(timeout=60)
         for committed in eng.steps():

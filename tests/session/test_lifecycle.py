@@ -92,7 +92,7 @@ def test_one_ring_and_one_native_thread(tmp_path: Path) -> None:
 
 @pytest.mark.every_backend
 def test_no_python_thread_moves_a_byte(tmp_path: Path) -> None:
-    """The kernel's own count of what each thread has written: the data are the native thread's alone."""
+    """The kernel's count of the bytes written by each thread: only the native thread writes data."""
     arena = engine.Arena.wrap({"a": torch.zeros(8_000_000)})
 
     def written_by_thread() -> dict[str, int]:
@@ -128,7 +128,7 @@ def test_memory_stays_where_it_is_while_saves_run(tmp_path: Path) -> None:
         peak_bytes = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         grown_bytes = resident_bytes() - before_bytes
-    # The arena has 64 MB.  What is allowed is the job's own arrays and the manifest, not a copy of any part.
+    # The arena has 64 MB.  The job's own arrays and the manifest are allowed, a copy of any part is not.
     assert peak_bytes < 1 << 20, peak_bytes
     assert grown_bytes < 8 << 20, grown_bytes
 
@@ -166,7 +166,7 @@ class Buffer(bytearray):
 def test_a_restore_interrupted_twice_keeps_the_memory_that_it_reads_into(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first interrupt comes in the restore, the second in its cleanup: the native job is left under way."""
+    """The first interrupt hits the restore, the second its cleanup: the native job keeps running."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -211,7 +211,7 @@ def test_a_dropped_engine_releases_everything(tmp_path: Path) -> None:
 
 
 def inherited() -> set[str]:
-    """The descriptors that a program started from here would have, and what they are."""
+    """The descriptors that a program started from here would have, and their targets."""
     found = set()
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # the one by which the directory is read, or one that is closed meanwhile
@@ -309,7 +309,7 @@ def test_no_descriptor_is_left(tmp_path: Path) -> None:
 
 @pytest.mark.every_backend
 def test_close_in_another_thread_waits_for_loads(tmp_path: Path) -> None:
-    """Whoever is inside the pipeline is let out before it is freed; whoever comes later is told that it is closed."""
+    """Threads inside the pipeline leave before it is freed.  Later callers get ClosedError."""
     with engine.Engine(tmp_path, **SMALL) as eng:
         eng.checkpoint(engine.Arena.wrap({"a": torch.ones(2_000_000)})).result()
     for _ in range(10):
@@ -512,7 +512,7 @@ def test_a_forked_child_gets_a_clear_error_and_harms_nothing(tmp_path: Path) -> 
         save = eng.checkpoint(arena, step=1)
         child = os.fork()
         if child == 0:
-            assert save.wait_staged(), "nobody reads the child's copy of the arena"
+            assert save.wait_staged(), "no save reads the child's copy of the arena"
             save_it, restore_it = lambda: eng.checkpoint(arena), lambda: eng.restore(arena)
             back = lambda: eng.rollback(1)
             for call in (save_it, restore_it, back, eng.load, eng.verify, eng.steps, save.result, save.exception):

@@ -28,7 +28,7 @@ TINY: dict[str, Any] = {"staging_bytes": 2 * BLOCK_BYTES, "block_bytes": BLOCK_B
 
 
 class Held:
-    """An engine whose saves cannot get past two staged blocks until `release`."""
+    """An engine whose saves stop at two staged blocks until `release`."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -256,7 +256,7 @@ def test_tensors_moved_to_shared_memory_during_a_save_are_saved(held: Held) -> N
     arena = engine.Arena.adopt(model, optimizer)
     want = copies(arena)
     save = held.engine.checkpoint(arena, step=1)
-    model.share_memory()  # as sending it to another process does; it gives the storages other memory in place
+    model.share_memory()  # as sending it to another process does; it replaces the memory of the storages in place
     del model, optimizer, arena
     gc.collect()
     trash = [torch.full((300, 300), 7.0) for _ in range(50)]
@@ -309,7 +309,7 @@ def test_memory_that_training_frees_is_kept_until_it_is_staged(held: Held) -> No
     tensors = {"a": torch.zeros(100_000)}
     arena = engine.Arena.wrap(tensors)
     save = held.engine.checkpoint(arena, step=1, snapshot="lazy")
-    tensors["a"].data = torch.ones(100_000)  # frees the zeros, if nobody holds them
+    tensors["a"].data = torch.ones(100_000)  # frees the zeros, if no save holds them
     trash = [torch.full((100_000,), 7.0) for _ in range(8)]
     held.release()
     save.result()

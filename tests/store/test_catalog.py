@@ -52,7 +52,7 @@ SPARE = Path(".engine", "spare")
 
 
 class Recorded(Filesystem):
-    """The real file system, with a list of the renames and syncs that were done; it can refuse one to come."""
+    """The real file system, with a list of its renames and syncs; it can refuse a later one."""
 
     def __init__(self) -> None:
         self.done: list[tuple[str, ...]] = []
@@ -95,7 +95,7 @@ def catalog(tmp_path: Path, filesystem: Recorded) -> Iterator[Catalog]:
 
 
 def fill(partial: str, content: bytes) -> int:
-    """Write a data file the way a save does, over what is there; returns its inode number."""
+    """Write a data file as a save does, over an existing one; returns its inode number."""
     descriptor = os.open(Path(partial, DATA_NAME), os.O_RDWR | os.O_CREAT)
     os.pwrite(descriptor, content, 0)
     os.ftruncate(descriptor, len(content))
@@ -530,7 +530,7 @@ def test_rollback_deletes_nothing_after_a_failed_sync(
 
 
 def check_order(done: list[tuple[str, ...]], root: str) -> None:
-    """I4 and I5 of docs/durability.md, in terms of what was done.
+    """I4 and I5 of docs/durability.md, in terms of the recorded calls.
 
     After a directory was renamed into spare, spare and then root are synced before a file is moved out of it.  After
     that, the directory in spare is synced before the partial that the file was moved to gets its final name.
@@ -561,7 +561,7 @@ def check_order(done: list[tuple[str, ...]], root: str) -> None:
 def test_a_spare_manifest_is_trusted_if_this_process_retired_the_step(
     catalog: Catalog, stored: tuple[Manifest, Path], tmp_path: Path
 ) -> None:
-    """A spare found at open may have been overwritten before a power cut that brought it back: nobody trusts it."""
+    """A spare found at open may have been overwritten before a power cut that brought it back: it is not trusted."""
     save(catalog, 2)
     Path(catalog.path(2), MANIFEST_NAME).write_bytes(encode(msgspec.structs.replace(stored[0], step=2)))
     save(catalog, 3)
@@ -622,7 +622,7 @@ def test_a_directory_handle_of_a_retired_step_never_leads_to_a_later_step(catalo
 
 
 class Stubborn(Filesystem):
-    """Refuses to rename or unlink what has a name, with an errno."""
+    """Refuses to rename or unlink paths of a given name, with an errno."""
 
     def __init__(self, name: str, error: int) -> None:
         self.name, self.error = name, error
@@ -678,7 +678,7 @@ def test_saves_go_on_beside_a_file_that_cannot_be_moved_or_deleted(tmp_path: Pat
 
 
 def test_a_directory_that_cannot_be_renamed_to_spare_is_deleted(tmp_path: Path) -> None:
-    """As in an overlay, whose lower layer holds it."""
+    """As for a directory in the lower layer of an overlay."""
     before = Catalog(str(tmp_path), Filesystem(), spare_max=1, retention=Retention(last=2))
     save(before, 1)
     save(before, 2)
@@ -700,7 +700,7 @@ def test_a_directory_that_cannot_be_renamed_to_spare_is_deleted(tmp_path: Path) 
 
 
 def reopened(root: Path, retention: Retention | None = None) -> tuple[Retention, list[str], list[int]]:
-    """The rule in effect after an open, what was told, and the steps after one more save."""
+    """The rule in effect after an open, the warnings, and the steps after one more save."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         catalog = Catalog(str(root), Filesystem(), spare_max=1, retention=retention)
@@ -1102,7 +1102,7 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path, how: str) -> None:
 def test_a_copy_made_of_hard_links_is_not_in_use(tmp_path: Path, first: str) -> None:
     root, copy = tmp_path / "run", tmp_path / "copy"
     running = Catalog(str(root), Filesystem(), spare_max=1)
-    if first == "copy":  # copied when nobody has it open
+    if first == "copy":  # copied while no engine has it open
         running.close()
     subprocess.run(["cp", "-al", str(root), str(copy)], check=True)
     if first == "copy":
@@ -1185,7 +1185,7 @@ class Directory(RuleBasedStateMachine):
         self.exit.close()
 
     def attempt(self, call: Callable[[], object]) -> bool:
-        """Whether it succeeded; only what was armed may make it fail."""
+        """Whether it succeeded; only an armed fault may make it fail."""
         armed, self.filesystem.armed = self.armed, self.armed
         self.armed = None
         try:
@@ -1281,7 +1281,7 @@ class Directory(RuleBasedStateMachine):
 
     @rule()
     def reopen(self) -> None:
-        """As after a kill: what was partial is spare."""
+        """As after a kill: partials become spares."""
         self.armed = None
         for pin in self.pins.values():
             pin.close()

@@ -20,7 +20,7 @@ RANKS = range(3)
 
 
 class Recorded(Filesystem):
-    """The real file system, with a list of what was made durable or visible."""
+    """The real file system, with a list of the syncs and renames."""
 
     def __init__(self) -> None:
         self.done: list[tuple[str, str]] = []
@@ -51,7 +51,7 @@ def catalog(tmp_path: Path, filesystem: Recorded) -> Iterator[Catalog]:
 
 
 def seal_as(filesystem: Filesystem, partial: str, rank: int) -> DigestedFile:
-    """Write and seal what a rank has."""
+    """Write and seal the files of a rank."""
     path = os.path.join(partial, f"model-{rank}.safetensors")
     descriptor = filesystem.open_for_blocks(path, write=True, direct=False)
     os.pwrite(descriptor, bytes([rank]) * 200, 0)
@@ -120,7 +120,7 @@ def test_a_changed_part_prevents_publishing(catalog: Catalog) -> None:
 
 
 class Failing(Filesystem):
-    """Refuses the first fsync of a file whose name ends so."""
+    """Refuses the first fsync of a file with this ending."""
 
     def __init__(self, suffix: str) -> None:
         self.suffix = suffix

@@ -71,7 +71,7 @@ def training() -> Training:
 
 
 class Sound(NamedTuple):
-    """A directory of two checkpoints of one layout, what the older one holds, and the newer one's manifest."""
+    """A directory of two checkpoints of one layout, the content of the older one, and the manifest of the newer."""
 
     directory: Path
     older: dict[str, bytes]
@@ -107,7 +107,7 @@ def blocks(body: dict[str, Any]) -> Iterator[tuple[str, int, int, int]]:
 
 
 def tensors_in(body: dict[str, Any], file: str, start: int, end: int) -> list[str]:
-    """The tensors that lie in a range of a file."""
+    """The tensors in a range of a file."""
     index = [row["name"] for row in body["files"]].index(file)
     return [s[0] for s in body["segments"] if s[5] == index and s[6] < end and s[6] + s[7] > start]
 
@@ -120,7 +120,7 @@ def told(names: list[str]) -> str:
 
 
 def ruined(directory: Path, sound: Sound, *places: str) -> tuple[engine.Damage, ...]:
-    """The newer checkpoint is refused, and every message says all of `places`; the older one is restored."""
+    """The newer checkpoint is refused, every message names all of `places`, and the older one is restored."""
     state = training()
     with opened(directory) as eng:
         damage = eng.verify(2)
@@ -139,7 +139,7 @@ def ruined(directory: Path, sound: Sound, *places: str) -> tuple[engine.Damage, 
 
 
 def at(sound: Sound, file: str, offset: int) -> tuple[str, ...]:
-    """What a message must say of the block that holds this byte."""
+    """The texts that a message must have about the block of this byte."""
     for name, chunk, start, nbytes in blocks(sound.body):
         if name == file and start <= offset < start + nbytes:
             names = told(tensors_in(sound.body, file, start, start + nbytes))
@@ -299,7 +299,7 @@ INSTEAD: dict[str, Callable[[Path, Path], object]] = {
 @pytest.mark.parametrize("file", [MODEL, OPTIMIZER, MANIFEST])
 def test_only_regular_files_are_read(sound: Sound, copy: Path, tmp_path: Path, file: str, instead: str) -> None:
     path, original = copy / NEW / file, tmp_path / file
-    path.rename(original)  # as good as ever: following a link would go unnoticed
+    path.rename(original)  # unchanged, so that following a link would go unnoticed
     INSTEAD[instead](path, original)
     names = [] if file == MANIFEST else [f"affected: {told(tensors_in(sound.body, file, 0, 1 << 60))}"]
     [damage] = ruined(copy, sound, f"{NEW}/{file}", *names)
@@ -412,7 +412,7 @@ def test_load_returns_nothing_of_a_checkpoint_that_was_passed_over(grown: Path) 
 
 
 def test_an_arena_stays_torn_where_no_older_checkpoint_fits_it(grown: Path) -> None:
-    """What the damaged one has left there is not made good by a refusal of the other."""
+    """A refusal of the older one does not repair the bytes that the damaged one has left."""
     arena = engine.Arena.wrap({"a": torch.zeros(3000), "b": torch.zeros(3000)})
     with opened(grown) as eng:
         with (
@@ -437,7 +437,7 @@ def test_a_checkpoint_that_does_not_fit_is_not_passed_over(copy: Path) -> None:
 
 
 def test_verify_sets_no_step_aside(copy: Path) -> None:
-    """Only who has restored an older one trains past it again."""
+    """Only a training that has restored an older one passes it again."""
     state = training()
     with opened(copy) as eng:
         flip_last(copy / NEW / OPTIMIZER)
@@ -476,7 +476,7 @@ def test_only_damaged_steps_are_set_aside(copy: Path) -> None:
 
 
 def test_a_save_without_a_number_comes_after_the_damaged_step(copy: Path) -> None:
-    """Nothing has to make way, and a later look at what is damaged finds it where it was."""
+    """Nothing is set aside, and a later verification finds the damage at the same location."""
     state = training()
     with opened(copy) as eng:
         flip_last(copy / NEW / OPTIMIZER)

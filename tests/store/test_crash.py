@@ -26,7 +26,7 @@ from simulator import ROOT, SECTOR_BYTES, Create, Disk, Fates, Operation, Remove
 
 from engine.io.job import FailureKind, Job
 
-# What of the random states make test looks at; the campaign looks at the rest.
+# The number of random states in make test; the campaign tries the rest.
 RANDOM_COUNT = 3000
 
 FILE, DIRECTORY, OTHER = 1, 2, 3
@@ -58,7 +58,7 @@ def trace(*operations: Operation) -> Trace:
 
 
 def outcomes(of: Trace, random_count: int = 200) -> list[Disk]:
-    """What the disk may hold after all of a trace."""
+    """The possible states of the disk after a whole trace."""
     stop = len(of.operations)
     pending = of.pending(stop)
     numbers = [*range(Fates.simple_count(len(pending))), *range(Fates.RANDOM, Fates.RANDOM + random_count)]
@@ -102,7 +102,7 @@ def test_a_rename_is_whole_and_covered_by_both_directories() -> None:
 
 
 def test_a_durable_rename_after_an_unsynced_one_may_leave_two_names() -> None:
-    """Why a spare's taking is synced before what it has become is published (C5)."""
+    """The reason why moves from a spare are synced before their checkpoint is published (C5)."""
     first, second = Rename(ROOT, "f", DIRECTORY, "x", FILE), Rename(DIRECTORY, "x", DIRECTORY, "y", FILE)
     assert any(disk.twice_named() for disk in outcomes(trace(first, second, Sync(DIRECTORY, True))))
     assert not any(disk.twice_named() for disk in outcomes(trace(first, second)))
@@ -167,7 +167,7 @@ def test_a_second_crash_at_every_stop_of_recovery(recorder: Recorder, checker: C
 
 
 def test_random_crashes(recorder: Recorder, checker: Checker) -> None:
-    """Any scenario, nested or not; torn writes and garbage among what was not synced."""
+    """Any scenario, nested or not; torn writes and garbage among the unsynced operations."""
     seed = 0 if "CI" in os.environ else random.SystemRandom().getrandbits(32)
     for case in itertools.islice(random_cases(recorder, random.Random(seed)), RANDOM_COUNT):
         checker.check(case)
@@ -198,7 +198,7 @@ def test_a_broken_engine_is_detected(name: str) -> None:
 
 
 def test_a_reader_without_checksums_is_detected() -> None:
-    """The real traces, looked at with a reader that lets a block pass that does not verify."""
+    """The real traces, checked with a reader that accepts a block that does not verify."""
     failure = vars(Job)["failure"].fget
 
     def lenient(job: Job) -> object:

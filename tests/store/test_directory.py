@@ -59,7 +59,7 @@ def manifest_of(step: int) -> bytes:
 
 
 def save(catalog: Catalog, step: int) -> None:
-    """Save a step, over what is recycled, and retire what the rule does not keep."""
+    """Save a step over recycled files, and retire the steps that the rule does not keep."""
     path = Path(catalog.begin(step, [DATA_NAME]).path)
     with open(path / DATA_NAME, "r+b" if (path / DATA_NAME).exists() else "wb") as file:
         file.write(str(step).encode() * 4)

@@ -16,7 +16,7 @@ import pytest
 from kills import BACKENDS, IN_MEMORY, LINES, VOLUMES, Figures, Lost, Ordeal, Server, serving
 from volumes import volume
 
-# What each file system must come to: 400 kills in a run of the tests.
+# The kills on each file system: 400 in a run of the tests.
 KILLS_MIN = 100
 
 RANDOM_COUNT = 15
@@ -49,7 +49,7 @@ def test_a_training_survives_kills_everywhere(server: Server, kind: str) -> None
 
 
 class Damage:
-    """What an engine that loses checkpoints might leave after its second step."""
+    """A directory that an engine which loses checkpoints might leave after its second step."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory

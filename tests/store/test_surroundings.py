@@ -171,7 +171,7 @@ def test_a_run_in_the_lower_layer_of_an_overlay_can_be_continued() -> None:
 
 @contextmanager
 def without_direct(suffix: str) -> Iterator[list[str]]:
-    """Files whose names end so refuse O_DIRECT; what was refused."""
+    """Files with these endings refuse O_DIRECT; returns the refused paths."""
     real, refused = os.open, []
 
     def refusing(path: Any, flags: int, *arguments: Any, **options: Any) -> int:

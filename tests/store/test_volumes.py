@@ -34,7 +34,7 @@ def mounted() -> dict[str, str]:
 
 
 def hold(then: str) -> subprocess.CompletedProcess[str]:
-    """A process that mounts a volume, and says where."""
+    """A process that mounts a volume, and prints its path."""
     command = [sys.executable, "-c", HOLD, str(SMALL_BYTES), then]
     return subprocess.run(command, cwd=SUPPORT, stdout=subprocess.PIPE, text=True, check=False)
 

@@ -27,7 +27,7 @@ def address(buffer: Any) -> int:
 
 
 def content_of(buffers: Buffers, block_bytes: int, dtype: str = "uint8") -> Content:
-    """What a checkpoint of buffers holds, each as a tensor of one dimension."""
+    """The content of a checkpoint of buffers, each as a tensor of one dimension."""
     itemsize = DTYPES[dtype].itemsize
     specs = [TensorSpec(n, dtype, (memoryview(b).nbytes // itemsize,), "model", "") for n, b in buffers.items()]
     layout = lay_out(specs)

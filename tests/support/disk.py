@@ -90,7 +90,7 @@ FAILURES = ("open_for_blocks", "allocate", "truncate", "sync_file", "write_new_f
 
 
 def stored(directory: str | os.PathLike[str], step: int) -> dict[str, torch.Tensor]:
-    """What the stock safetensors library reads of a committed step, all files together."""
+    """The tensors that the stock safetensors library reads from all files of a committed step."""
     tensors: dict[str, torch.Tensor] = {}
     for path in sorted((Path(directory) / f"step-{step:08d}").glob("*.safetensors")):
         tensors |= load_file(path)

@@ -32,7 +32,7 @@ from engine.store.owner import Owner
 
 
 class Drop(NamedTuple):
-    """An fsync that is left out; `place` counts those of this path in this function."""
+    """An fsync that is dropped; `place` is its number among those of this path in this function."""
 
     function: str
     suffix: str | tuple[str, ...]
@@ -47,7 +47,7 @@ class Mutation(NamedTuple):
     nesting: int = PLAIN
 
     def cases(self, recorder: Recorder) -> Iterator[Case]:
-        """Where the damage is to be seen; kills only right after a name has come or gone."""
+        """The scenario that shows the damage; kills only right after a name was added or removed."""
         index = list(SCENARIOS).index(self.scenario)
         if self.nesting == PLAIN:
             return every_plain(recorder, [index])
@@ -163,7 +163,7 @@ _recover = Catalog._recover
 
 
 def _promote(self: Catalog) -> Sequence[int]:
-    """Take what has a manifest for a checkpoint."""
+    """Take every directory with a manifest for a checkpoint."""
     for name in self.filesystem.list_directory(self.root):
         path = os.path.join(self.root, name)
         if name.endswith(".partial") and MANIFEST_NAME in os.listdir(path):
@@ -175,7 +175,7 @@ def _retire_newest(self: Catalog) -> None:
     self._retire(self.steps()[self.retention.last :])
 
 
-# By what is broken, named by the lines of docs/durability.md.
+# By the broken part, named by the lines of docs/durability.md.
 MUTATIONS: dict[str, Mutation] = {
     "C2 left out: fsync of the data files": Mutation(without(Drop("seal", ".safetensors"))),
     "C3 left out: fsync of the manifest": Mutation(without(Drop("publish", "manifest.json"))),

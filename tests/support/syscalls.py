@@ -21,7 +21,7 @@ from unittest import mock
 
 from engine.io.binding import allocate
 
-# The calls that are refused, and what a StorageError calls them.
+# The calls that can be refused, and their names in a StorageError.
 _OPERATIONS = {
     "mkdir": "mkdir",
     "listdir": "readdir",
@@ -40,12 +40,12 @@ _OPERATIONS = {
     "close": "close",
 }
 
-# How a file is opened, and whether it is made: `Filesystem.is_ours_alone` opens to write what it does not make.
+# How a file is opened, and whether it is made: `Filesystem.is_ours_alone` opens an existing file to write.
 _ACCESS = os.O_ACCMODE | os.O_CREAT | os.O_TMPFILE
 
 
 class Call(NamedTuple):
-    """A call: what a StorageError would name it, and the path it is about.
+    """A call: its name in a StorageError, and its path.
 
     `is_probe`: it asks whether a file is ours alone, or writes a pid for people to read, and a refusal is no failure.
     `is_scratch`: it makes a file without a name, and no room for that is no failure either.

@@ -60,7 +60,7 @@ _HANG_S = 60.0
 
 @dataclass(frozen=True)
 class Life:
-    """What one process is to do.
+    """The task of one process.
 
     Attributes:
         directory: of the engine; empty for a training without one.
@@ -103,7 +103,7 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 class Training:
-    """A model whose every step depends on all that came before, dropout's random numbers and running means included."""
+    """A model whose every step depends on all earlier ones, dropout's random numbers and running means included."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -126,12 +126,12 @@ class Training:
         self._optimizer.step()
 
     def digest(self) -> str:
-        """What a checkpoint of this moment has to hold."""
+        """The required content of a checkpoint of this moment."""
         return digest(self.arena.state_dict())
 
 
 class _Thread(threading.local):
-    """How far the engine has come on this thread: in the opening, or in the save of a step."""
+    """The progress of the engine on this thread: in the opening, or in the save of a step."""
 
     step: int | None = None
     line = ""
@@ -139,7 +139,7 @@ class _Thread(threading.local):
 
 
 class DeadlyFilesystem(Filesystem):
-    """The real one, which logs what it is asked for, and ends the process where that is due."""
+    """The real one, which logs its operations, and ends the process at the chosen one."""
 
     def __init__(self, life: Life, log: Log) -> None:
         self._life = life
@@ -280,7 +280,7 @@ class _Trainee:
         self._saves: deque[tuple[engine.Save, str]] = deque()
 
     def live(self) -> None:
-        """From the opening to the end, if it comes to that."""
+        """From the opening to the end, unless it is killed."""
         life = self._life
         with engine.Engine(
             life.directory,
@@ -304,7 +304,7 @@ class _Trainee:
         self._log("closed")
 
     def _resume(self, eng: engine.Engine) -> int:
-        """Restore the newest step, if there is one; which step comes next."""
+        """Restore the newest step, if there is one; returns the next step."""
         if not eng.steps():
             return 1
         restored = eng.restore(self._training.arena)
@@ -370,14 +370,14 @@ def _fork(life: Life) -> int:
 
 
 def main() -> None:
-    """Fork a life for each request, see it to its end, and say how that came: -9 for a kill, after so many seconds.
+    """Fork a life for each request, wait for its end, and report its status (-9 for a kill) and its seconds.
 
-    One that hangs is killed as well, and told apart.
+    A life that hangs is killed as well, and reported as such.
     """
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", r"Retention\(.*keeps fewer")  # lives of one directory differ in `keep`
     warnings.filterwarnings("ignore", "the kernel did not register")  # an ordinary user's memlock limit
-    logging.getLogger("engine").addHandler(logging.StreamHandler())  # what the engine logs, the tests show
+    logging.getLogger("engine").addHandler(logging.StreamHandler())  # pytest shows the engine's log
     Training()  # torch imports a thousand modules late
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked safely"
     for request in sys.stdin:

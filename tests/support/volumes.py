@@ -28,8 +28,8 @@ from pathlib import Path
 _PREFIX = "engine-volume-"
 _IMAGE, _MOUNT = "image", "mount"
 
-# What makes an empty file system in an image file, quietly.  ext4 as on a disk, however small the image: blocks of a
-# page, and none kept for root, so that root and others run out of space at the same byte.
+# Commands that make an empty file system in an image file, quietly.  ext4 has the settings of a disk in a small image
+# too: blocks of a page.  None are kept for root, so that root and others run out of space at the same byte.
 _MAKERS = {
     "ext4": ("mkfs.ext4", "-q", "-F", "-b", "4096", "-m", "0"),
     "xfs": ("mkfs.xfs", "-q", "-f"),
@@ -122,7 +122,7 @@ def _remove(base: Path) -> None:
             _run([*as_root(), "umount", str(mount)])
         except RuntimeError:
             _run([*as_root(), "umount", "--lazy", str(mount)])
-    # By name, not as a tree: what is still mounted must not be deleted.
+    # By name, not as a tree: a mounted file system must not be deleted.
     with suppress(FileNotFoundError):
         mount.rmdir()
     (base / _IMAGE).unlink(missing_ok=True)
@@ -131,7 +131,7 @@ def _remove(base: Path) -> None:
 
 @functools.cache
 def _remove_leftovers() -> None:
-    """Remove what killed runs have left; once in a process is enough."""
+    """Remove the volumes of killed runs, once per process."""
     for base in [found for place in (_MEMORY, tempfile.gettempdir()) for found in Path(place).glob(_PREFIX + "*")]:
         # Another user's, or gone in the meantime, or held by a run that lives.
         with suppress(PermissionError, FileNotFoundError, BlockingIOError):
@@ -145,7 +145,7 @@ def _remove_leftovers() -> None:
 
 @functools.cache
 def as_root() -> tuple[str, ...]:
-    """What to put before a command that only root may run."""
+    """The prefix of a command that only root may run."""
     if os.getuid() == 0:
         return ()
     quiet = subprocess.run(["sudo", "-n", "true"], capture_output=True, check=False)
