@@ -2,9 +2,9 @@
  * posix.c: blocks moved by threads that call pread(2) and pwrite(2), behind the eng_io_table of posix.h.
  *
  * Theory of operation.  The pipeline's thread appends an operation to a list.  A worker removes it, moves the bytes and
- * appends the result to another list, from which the pipeline's thread takes it.  One mutex guards both lists.  A worker
- * with a result wakes the pipeline through its eventfd, so that reap() sleeps on one descriptor, as with a ring.  There
- * is at most one operation a slot, so neither list can be full.
+ * appends the result to another list, from which the pipeline's thread takes it.  One mutex guards both lists.  A
+ * worker with a result wakes the pipeline through its eventfd, so that reap() sleeps on one descriptor, as with a ring.
+ * There is at most one operation a slot, so neither list can be full.
  */
 #include "moving/posix.h"
 

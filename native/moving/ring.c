@@ -2,10 +2,10 @@
  * ring.c: one io_uring, set up as this kernel allows, behind the eng_io_table of ring.h.
  *
  * Setup requests the flags that suit one thread that submits and reaps, and drops those that the kernel does not know
- * (io_uring_setup(2): an unknown flag is EINVAL).  A registered ring has its slots as fixed buffers, which saves pinning
- * pages for every write, and its files in a table.  If RLIMIT_MEMLOCK or RLIMIT_NOFILE forbids that, opening fails, and
- * the caller may try a plain ring.  No SQPOLL (a polling kernel thread steals a core from
- * training), no IOPOLL (needs poll queues that few hosts configure, and would not see the eventfd).
+ * (io_uring_setup(2): an unknown flag is EINVAL).  A registered ring has its slots as fixed buffers, which saves
+ * pinning pages for every write, and its files in a table.  If RLIMIT_MEMLOCK or RLIMIT_NOFILE forbids that, opening
+ * fails, and the caller may try a plain ring.  No SQPOLL (a polling kernel thread steals a core from training), no
+ * IOPOLL (needs poll queues that few hosts configure, and would not see the eventfd).
  */
 #include "moving/ring.h"
 
@@ -47,8 +47,8 @@ struct ring {
 #define IORING_SETUP_DEFER_TASKRUN (1U << 13)
 #endif
 
-/* From the preferred set to the one that every kernel since 5.1 accepts.  SINGLE_ISSUER and DEFER_TASKRUN came with 6.0 and
- * 6.1, COOP_TASKRUN and TASKRUN_FLAG with 5.19, SUBMIT_ALL with 5.18, CQSIZE with 5.5. */
+/* From the preferred set to the one that every kernel since 5.1 accepts.  SINGLE_ISSUER and DEFER_TASKRUN came with 6.0
+ * and 6.1, COOP_TASKRUN and TASKRUN_FLAG with 5.19, SUBMIT_ALL with 5.18, CQSIZE with 5.5. */
 enum { COOPERATIVE = IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG };
 static const uint32_t SETUP_FLAGS[] = {
     IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | COOPERATIVE | IORING_SETUP_SUBMIT_ALL
@@ -137,9 +137,9 @@ static void arm_wake(ring *ring)
     ring->wake_armed = 1;
 }
 
-/* Run what DEFER_TASKRUN has deferred, so that completions show (io_uring_enter(2), IORING_ENTER_GETEVENTS).  The kernel
- * flags it (IORING_SETUP_TASKRUN_FLAG), and liburing's submission runs it in the same call; only work that arrived
- * since, or all of it with liburing 2.1, needs a call of its own. */
+/* Run what DEFER_TASKRUN has deferred, so that completions show (io_uring_enter(2), IORING_ENTER_GETEVENTS).  The
+ * kernel flags it (IORING_SETUP_TASKRUN_FLAG), and liburing's submission runs it in the same call; only work that
+ * arrived since, or all of it with liburing 2.1, needs a call of its own. */
 static int get_events(const ring *ring)
 {
     if (!(__atomic_load_n(ring->uring.sq.kflags, __ATOMIC_RELAXED) & IORING_SQ_TASKRUN))

@@ -11,8 +11,8 @@
 
 typedef struct ring ring;
 
-/* Set up a ring.  Records in `config` what the kernel refused.  `wake_fd` is an eventfd: when it becomes readable, reap()
- * returns. */
+/* Set up a ring.  Records in `config` what the kernel refused.  `wake_fd` is an eventfd: when it becomes readable,
+ * reap() returns. */
 int ring_open(eng_config *config, int wake_fd, ring **ring, eng_io_table *table);
 
 /* Register the `slot_count` slots of config->slot_bytes each, and a table of files, if config->way says so.  Records in

@@ -26,10 +26,10 @@ enum {
     /* Blocks staged before their writes are submitted together: few, so that the device starts early (4 MiB stage in
      * about half a millisecond), but more than one, to share the cost of a submission. */
     BATCH_BLOCKS = 2,
-    /* Bytes read at a time.  A drive is busy with its bandwidth times its latency, some 2 MB, and an array of drives with
-     * a few times that.  More in flight delays the first block, and leaves nothing to read while the last blocks are
-     * verified.  500 MB in blocks of 4 MiB took, on the host of docs/perf.md: 139 ms with 16 MiB in flight, 135 with
-     * 64, 140 with 128, 146 with 256. */
+    /* Bytes read at a time.  A drive is busy with its bandwidth times its latency, some 2 MB, and an array of drives
+     * with a few times that.  More in flight delays the first block, and leaves nothing to read while the last blocks
+     * are verified.  500 MB in blocks of 4 MiB took, on the host of docs/perf.md: 139 ms with 16 MiB in flight, 135
+     * with 64, 140 with 128, 146 with 256. */
     READ_WINDOW_BYTES = 64 << 20,
     /* Tries of one operation that made no progress (EINTR, EAGAIN, ENOMEM, a short write under the alignment). */
     RETRIES_MAX = 16,
@@ -404,8 +404,8 @@ static void complete(eng_pipeline *p, uint32_t index, int32_t result)
     settle(p, entry_index);
 }
 
-/* The ring itself has failed: every job fails, and the next one gets a new ring.  Slots that the kernel may still write to
- * are never used again. */
+/* The ring itself has failed: every job fails, and the next one gets a new ring.  Slots that the kernel may still write
+ * to are never used again. */
 static void break_down(eng_pipeline *p, int error)
 {
     p->broken = error;

@@ -5,8 +5,9 @@
  * service.c is the thread itself and the functions of engine_native.h, which other threads call.  They reach the
  * machine only through the inbox half of an entry.
  *
- * Locks.  `mutex` guards the inbox half of every entry, changes of `state`, and the broadcast of both and of milestones.  All else belongs to the
- * thread, or is a single word written atomically (a job's states and milestones, `dirty`, `state`).
+ * Locks.  `mutex` guards the inbox half of every entry, changes of `state`, and the broadcast of both and of
+ * milestones.  All else belongs to the thread, or is a single word written atomically (a job's states and milestones,
+ * `dirty`, `state`).
  */
 #ifndef PIPELINE_H
 #define PIPELINE_H
@@ -17,7 +18,8 @@
 #include "moving/posix.h"
 #include "moving/ring.h"
 
-/* A slot is in SLOT_STAGED if and only if it is in `waiting`, and in SLOT_MOVED if and only if it is in `unverified`. */
+/* A slot is in SLOT_STAGED if and only if it is in `waiting`, and in SLOT_MOVED if and only if it is in
+ * `unverified`. */
 enum slot_state { SLOT_FREE, SLOT_STAGING, SLOT_STAGED, SLOT_MOVING, SLOT_MOVED };
 
 typedef struct {

@@ -202,8 +202,8 @@ static int map_slots(eng_pipeline *p)
 /* Give the slots' memory back, and their addresses unless the kernel may still use those.
  *
  * A broken ring may have reads in flight.  Pinned memory stays the kernel's until they end.  But a read that has not
- * begun, or that goes through the page cache, would write to the next mapping at the same address.  So after a break the
- * addresses stay reserved, and are never mapped again. */
+ * begun, or that goes through the page cache, would write to the next mapping at the same address.  So after a break
+ * the addresses stay reserved, and are never mapped again. */
 static void unmap_slots(eng_pipeline *p)
 {
     if (p->memory == MAP_FAILED)
@@ -230,10 +230,10 @@ int service_replace_ring(eng_pipeline *p)
     return p->broken;
 }
 
-/* A thread that wakes after a long sleep takes the CPU of the thread that woke it: a caller of eng_submit is held up until
- * some of the arena is staged.  Under SCHED_BATCH the woken thread waits for its turn (sched(7)).  In a training on every
- * core checkpoint() took 0.6 ms in some runs and 2 to 5 ms in others; with SCHED_BATCH it takes 0.6 ms.  Where the
- * kernel refuses the policy the thread works without it.  A policy that the user has chosen stays. */
+/* A thread that wakes after a long sleep takes the CPU of the thread that woke it: a caller of eng_submit is held up
+ * until some of the arena is staged.  Under SCHED_BATCH the woken thread waits for its turn (sched(7)).  In a training
+ * on every core checkpoint() took 0.6 ms in some runs and 2 to 5 ms in others; with SCHED_BATCH it takes 0.6 ms.  Where
+ * the kernel refuses the policy the thread works without it.  A policy that the user has chosen stays. */
 static void lower_priority(void)
 {
     struct sched_param parameters;
