@@ -162,7 +162,7 @@ sanitize-thread: build/thread/engine.stamp ## Only TSan
 	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" OMP_NUM_THREADS=1 \
 	    TSAN_OPTIONS="suppressions=tests/support/tsan.supp exitcode=66" \
 	    setarch -R build/thread/bin/python -m pytest --capture=sys $(SANITIZE_TESTS) \
-	    --deselect tests/io/test_native_lifecycle.py::test_a_fork_has_no_pipeline_and_harms_nobody
+	    --deselect tests/io/test_native_lifecycle.py::test_a_fork_has_no_pipeline_and_harms_neither_process
 
 # One of them tests the variant of bulk.c that hosts without AVX2 have, which make test does not see otherwise.
 build/address/engine.stamp: BUILD_OPTIONS := ENGINE_SANITIZE="address;undefined" ENGINE_AVX2=OFF

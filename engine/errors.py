@@ -1,7 +1,7 @@
-"""The exception tree: every failure of the engine, split by whose fault it is.
+"""The exception tree: every failure of the engine, split by its cause.
 
-Theory of operation.  A caller handles a failure by what can be done about it, so the tree has four
-branches under `EngineError`, and nothing else is ever raised on purpose:
+Theory of operation.  A caller handles a failure by its remedy, so the tree has four
+branches under `EngineError`, and the engine raises no other exception on purpose:
 
 * `UsageError`     the call was wrong; changing the call helps, trying again does not.
 * `CheckpointError` the bytes on disk are missing or not what was written.
@@ -29,11 +29,11 @@ _FORBIDDEN = "give this user the right to read and write there, or use another d
 _UNFIT = "the file system does not do what is asked of it; keep checkpoints on ext4, XFS or btrfs"
 _PASSING = "the kernel was short of something for a moment; save or restore again"
 
-# What the kernel says when the medium does not give back what was written: an I/O error of the device, of a remote
+# The kernel's errors when the medium does not return the written bytes: an I/O error of the device, of a remote
 # one, or a checksum or structure of the file system's own (btrfs, XFS).
 MEDIA_ERRORS = (codes.EIO, codes.EREMOTEIO, codes.ENODATA, codes.EBADMSG, codes.EUCLEAN)
 
-# What the user can do about each errno that an operation on files can meet (errno(3), and the pages of the calls).
+# The remedy for each errno of an operation on files (errno(3), and the pages of the calls).
 _REMEDIES = {
     **dict.fromkeys(MEDIA_ERRORS, _DEVICE),
     codes.ENXIO: _DEVICE,
@@ -66,7 +66,7 @@ _REMEDY = "see errno(3) for what this means, and dmesg for what the kernel says"
 
 
 def remedy_for(errno: int) -> str:
-    """What the user can do about the refusal of an operation on files, in one line."""
+    """The remedy for a refused operation on files, in one line."""
     return _REMEDIES.get(errno, _REMEDY)
 
 
@@ -95,7 +95,7 @@ class MismatchError(UsageError):
 
 
 class StepError(UsageError):
-    """The step is taken, or is not after what is already committed."""
+    """The step is taken, or is not after every committed step."""
 
 
 class BusyError(UsageError):
@@ -119,7 +119,7 @@ class TornSnapshot(UsageError):
 
 
 class CheckpointError(EngineError):
-    """What lies on disk cannot be used."""
+    """A checkpoint on disk is missing or cannot be used."""
 
 
 class NotFoundError(CheckpointError, LookupError):
@@ -131,7 +131,7 @@ class RetiredError(NotFoundError):
 
 
 class CorruptError(CheckpointError):
-    """A checkpoint is not what was written: a checksum, a length or the manifest is wrong."""
+    """A checkpoint differs from the written one: a checksum, a length or the manifest is wrong."""
 
 
 class NewerFormatError(CheckpointError):
@@ -146,7 +146,7 @@ class StorageError(EngineError, OSError):
         operation: the operation refused, e.g. ``"write"`` or ``"fsync"``.
         path: the file or directory it was refused on.
         offset: the file offset in bytes, or None where the operation has none.
-        remedy: what the user can do about it.
+        remedy: an action of the user that helps.
     """
 
     def __init__(self, errno: int, operation: str, path: str, offset: int | None = None) -> None:
@@ -162,7 +162,7 @@ class StorageError(EngineError, OSError):
 
     @property
     def remedy(self) -> str:
-        """What the user can do about it, in one line."""
+        """An action of the user that helps, in one line."""
         return remedy_for(self.errno or 0)
 
     def __str__(self) -> str:
@@ -171,11 +171,11 @@ class StorageError(EngineError, OSError):
 
 
 class NoSpaceError(StorageError):
-    """A save was not begun, because the file system has not the room for it.
+    """A save was not begun, because the file system lacks room for it.
 
     Attributes:
-        needed_bytes: what it would take up.
-        missing_bytes: how much of that there is no room for.
+        needed_bytes: the size of the save on disk.
+        missing_bytes: the part of it that lacks room.
         only_newest: whether a rule that keeps fewer checkpoints would not help.
     """
 
@@ -186,7 +186,7 @@ class NoSpaceError(StorageError):
         self.only_newest = only_newest
 
     def __reduce__(self) -> tuple[type[NoSpaceError], tuple[str, int, int, bool]]:  # type: ignore[override]
-        """Rebuild from what it was made of."""
+        """Rebuild from its arguments."""
         return type(self), (self.path, self.needed_bytes, self.missing_bytes, self.only_newest)
 
     @property
@@ -211,7 +211,7 @@ class PlatformError(EngineError):
 
     Attributes:
         cause: what is missing or refused.
-        remedy: what the user can do about it.
+        remedy: an action of the user that helps.
     """
 
     def __init__(self, cause: str, remedy: str) -> None:
@@ -228,7 +228,7 @@ class EngineWarning(UserWarning):
 
 
 def warn(message: str) -> None:
-    """Warn with an `EngineWarning` that names the line outside the engine that led here, whatever way it took."""
+    """Warn with an `EngineWarning` that names the line outside the engine that led here."""
     level, frame = 1, sys._getframe(0)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         level, frame = level + 1, frame.f_back

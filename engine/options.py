@@ -17,7 +17,7 @@ from engine.format.plan import ALIGNMENT, CHUNK_BYTES_DEFAULT
 Backend = Literal["io_uring", "io_uring_plain", "threads", "buffered"]
 Choice = Literal["auto", "io_uring", "io_uring_plain", "threads", "buffered"]
 
-# Half of the pipeline's room for jobs (ENG_JOBS_MAX), so that restores always find a place.
+# Half of the pipeline's room for jobs (ENG_JOBS_MAX), so that restores always find room.
 MAX_ASYNC_MAX = 32
 
 # Far beyond the depth that any drive gains from, and within what the kernel takes: 32,768 entries of a ring and

@@ -1,13 +1,12 @@
-"""Whatever lies in a directory of checkpoints, an Engine on it works or refuses with an EngineError, and touches
-nothing outside it.
+"""For any content of a checkpoint directory, an Engine works or raises an EngineError, and touches nothing outside.
 
-A restore gives what was saved under that step, bit for bit, or refuses; so do `load` and `verify`, which finds damage
-wherever a restore does.  What it holds is bounded by what lies there, and none of it waits: not for a FIFO, nor for a
+A restore returns the state saved under that step, bit for bit, or raises.  So does `load`.  `verify` finds damage
+wherever a restore does.  Their memory is bounded by the size of the files, and none of them waits for a FIFO or a
 device.
 
 Every input is choices for hypothesis: a few changes to a directory with two checkpoints, a spare and a leftover.  Files
-are cut, flipped, swapped, deleted, made links to each other and to what lies outside, FIFOs, sockets, devices and
-directories; names of every kind appear; a manifest is rewritten by a hostile writer, with the right digest.
+are cut, flipped, swapped or deleted, and replaced by links to each other and to files outside, FIFOs, sockets, devices
+and directories.  Names of every kind appear.  A hostile writer rewrites a manifest with the right digest.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ from fuzz.limits import allocating_at_most
 
 SMALL = {"keep": 2, "max_async": 1, "staging_bytes": 1 << 16, "block_bytes": 4096}
 
-# A manifest is read several times, one after the other, and takes what `fuzz/manifest.py` and `fuzz/extra.py` hold
-# together; a plan of it is less.
+# A manifest is read several times, one after the other, and takes the bounds of `fuzz/manifest.py` and
+# `fuzz/extra.py` together.  A plan of it takes less.
 BYTES_PER_BYTE = 192
-# An Engine with its slots' bookkeeping, and what Python itself takes to adopt, save and restore a few tensors.
+# An Engine with its slots' bookkeeping, and the memory of Python to adopt, save and restore a few tensors.
 ENGINE_BYTES = 4 << 20
 
 # Deeper than Python calls (sys.getrecursionlimit), at two calls a level.
@@ -67,7 +66,7 @@ PATHS = st.sampled_from(
 
 
 class Change(NamedTuple):
-    """One thing that is done to a directory, and what with; each kind uses what it needs."""
+    """One change to a directory, and its parameters; each kind uses the parameters that it needs."""
 
     kind: str
     path: str
@@ -77,7 +76,7 @@ class Change(NamedTuple):
 
 
 class Template(NamedTuple):
-    """A directory to start from, what each of its steps holds, and the manifests of two of them."""
+    """A directory to start from, the contents of its steps, and the manifests of two of them."""
 
     parent: Path
     payloads: Mapping[int, Mapping[str, bytes]]
@@ -88,7 +87,7 @@ class Template(NamedTuple):
 def training() -> engine.Arena:
     """A training that has made one step: two blocks of parameters, three of optimizer state, and a header for each.
 
-    Used again for the next input, unless this one has forged what it restored: making one takes longer than all else.
+    Reused for the next input, unless this one restored forged bytes: making one takes longer than all the rest.
     """
     model = torch.nn.Linear(40, 30)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -105,7 +104,7 @@ def held(tensors: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
 
 @functools.cache
 def template() -> Template:
-    """Made once; what lies in `parent` is copied for every input."""
+    """Made once; the content of `parent` is copied for every input."""
     parent = Path(tempfile.mkdtemp())
     payloads: dict[int, dict[str, bytes]] = {}
     arena = training()
@@ -118,7 +117,7 @@ def template() -> Template:
     leftover = parent / "root" / DIRECTORIES[3]
     leftover.mkdir()
     shutil.copy(parent / "root" / DIRECTORIES[0] / "model.safetensors", leftover)
-    # What lies outside is as good as what lies inside, so that following a link there would go unnoticed but for us.
+    # The files outside equal those inside, so that only our checks notice that a link was followed.
     shutil.copytree(parent / "root", parent / "outside")
     manifests = {step: (parent / "root" / f"step-{step:08d}" / "manifest.json").read_bytes() for step in (1, 2)}
     return Template(parent, payloads, manifests)
@@ -177,7 +176,7 @@ DEVICES = (os.makedev(1, 3), os.makedev(1, 5), os.makedev(511, 99))
 def apply(root: Path, change: Change) -> None:
     """Do one thing, if it can be done."""
     path, other, outside = root / change.path, root / change.other, root.parent / "outside"
-    # ValueError: shutil refuses to copy a tree into itself, OSError: what is there does not allow it.
+    # ValueError: shutil refuses to copy a tree into itself, OSError: the existing files do not allow it.
     with suppress(OSError, ValueError):
         match change.kind:
             case "flip":
@@ -270,15 +269,15 @@ def changed(changes: list[Change], forgery: tuple[int, bytes] | None) -> None:
 
 
 def size(root: Path) -> int:
-    """Bytes of all that lies in a directory."""
+    """Bytes of all files in a directory."""
     paths = (Path(directory, name) for directory, _, names in os.walk(root) for name in names)
     return sum(path.lstat().st_size for path in paths)
 
 
 def look(parent: Path) -> dict[str, tuple[object, ...]]:
-    """All that lies beside `root`: what it is, how long, when it was changed, and what is in it.
+    """All files beside `root`: kind, length, time of change and content.
 
-    Not how many names it has: the engine may delete one of those inside.
+    Not the number of names: the engine may delete one of those inside.
     """
     seen: dict[str, tuple[object, ...]] = {}
     for directory, directories, names in os.walk(parent):
@@ -293,7 +292,7 @@ def look(parent: Path) -> dict[str, tuple[object, ...]]:
 
 
 def use(root: Path, honest: bool) -> None:
-    """Everything that can be asked of an Engine; with `honest`, of checkpoints that nobody has forged."""
+    """Every call of an Engine; with `honest`, on checkpoints that are not forged."""
     arena = training()
     try:
         eng = engine.Engine(root, **SMALL)
@@ -311,7 +310,7 @@ def use(root: Path, honest: bool) -> None:
 
 
 def check_save(eng: engine.Engine) -> None:
-    """What is saved beside all this is there, or is refused."""
+    """A save beside all this is there afterwards, or is refused."""
     tensors = {"saved": torch.arange(3000.0)}
     try:
         saved = eng.checkpoint(engine.Arena.wrap(tensors)).result()
@@ -321,7 +320,7 @@ def check_save(eng: engine.Engine) -> None:
 
 
 def check_step(eng: engine.Engine, root: Path, step: int, honest: bool) -> None:
-    """A step restores to what was saved under its number, or does not; all ways to read it agree."""
+    """A step restores to the state saved under its number, or is refused; all ways to read it agree."""
     reads = (lambda: eng.load(step), lambda: eng.restore(training(), step) and training().state_dict())
     answers: list[bool] = []
     for read in reads:

@@ -1,6 +1,6 @@
-"""Any JSON is a value that `extra` can hold, or CorruptError, within 96 bytes of memory for each byte of it.
+"""Any JSON is a value of `extra`, or raises CorruptError, within 96 bytes of memory for each of its bytes.
 
-A value that came out goes in again: it encodes, and what that gives decodes to a value that encodes the same.
+A decoded value encodes again, and the encoding decodes to a value with the same encoding.
 
 An input that begins with a NUL is choices for hypothesis: tags and payloads that often fit.  Any other is JSON text.
 """
@@ -38,7 +38,7 @@ def changed(tree: Any) -> None:
 
 
 def check(text: bytes) -> None:
-    """The invariant, for JSON text; what is no JSON has no business here."""
+    """The invariant, for JSON text; other input is skipped."""
     with allocating_at_most(BYTES_PER_BYTE * len(text)):
         try:
             value = decode(msgspec.json.decode(text))

@@ -17,7 +17,7 @@ from engine.format.layout import DTYPES, Layout, TensorSpec, lay_out
 from engine.format.manifest import segment_records
 
 ANY_NAMES = st.text(max_size=12) | st.sampled_from(["__metadata__", "\ud800", "\0", '"', "\\", "\u2028", "a/../b"])
-# A prime, so that no two places of a file within a page look alike.
+# A prime, so that no two locations of a file within a page have the same bytes.
 PATTERN_BYTES = 251
 
 

@@ -1,8 +1,8 @@
-"""Limits: what an input of the fuzz targets may cost.
+"""Limits: the memory that one input of a fuzz target may take.
 
-Theory of operation.  `allocating_at_most` counts what Python's allocators hand out (tracemalloc), msgspec's objects
-included, and fails if at any moment more is taken than the bound.  Memory of torch and of the native thread is not
-counted there: long runs hold it with libFuzzer's limit on the process, which is also what ends a hang (`run`).
+Theory of operation.  `allocating_at_most` counts the memory of Python's allocators (tracemalloc), msgspec's objects
+included, and fails if the bound is exceeded at any moment.  It does not count memory of torch and the native thread.
+Long runs bound these with libFuzzer's limit on the process, which also ends hangs (`run`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# What any input may take, however short: error messages, an exception's frames, the caches of `re` and msgspec.
+# The allowance of any input, however short: error messages, an exception's frames, the caches of `re` and msgspec.
 CONSTANT_BYTES = 256 << 10
 
 

@@ -1,8 +1,8 @@
 """Run one fuzz target under atheris: `python fuzz/run.py TARGET [libFuzzer's arguments]`.
 
 Theory of operation.  A target is a module of this package with a function `one_input(data)`, which returns or raises.
-Everything of `engine` is imported here with atheris' hook, which adds the counters that guide libFuzzer to new
-branches.  libFuzzer ends the process where an input takes too long or too much memory, and keeps the input.
+The hook of atheris imports everything of `engine`, and adds the counters that lead libFuzzer to new branches.
+libFuzzer ends the process if an input takes too much time or memory, and keeps the input.
 """
 
 from __future__ import annotations

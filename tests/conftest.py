@@ -1,12 +1,11 @@
-"""What every test shares: how hypothesis looks for counterexamples, and over which backends a test runs.
+"""Shared by all tests: hypothesis profiles, the choice of backends, and fixtures.
 
-Two cores shared with others make any deadline a coin toss, so there is none.  In CI the examples are the same
-each time, so that a change is judged by what it changes; at a desk they differ, and find more.
+There is no deadline, because the two cores may be shared with other work.  In CI the examples are the same each time,
+so that a result depends on the change only.  Elsewhere they differ, and find more.
 
-A test marked `every_backend` runs once for each rung of the ladder (engine/backend.py): its Engines find no other.
-One marked `remote_owner` runs once more, on the first rung, with Engines whose directory another process owns
-(`remote`).
-What compares trainings bit by bit asks for `one_thread`.
+A test marked `every_backend` runs once for each rung of the ladder (engine/io/backend.py): its Engines find only that
+one.  One marked `remote_owner` runs once more, on the first rung, with Engines whose directory another process owns
+(`remote`).  Tests that compare trainings bit by bit use `one_thread`.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ settings.load_profile("engine")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run what is marked so over every rung."""
+    """Run the tests with the marker once for each rung."""
     if metafunc.definition.get_closest_marker("every_backend"):
         remote = [REMOTE] if metafunc.definition.get_closest_marker("remote_owner") else []
         metafunc.parametrize("rung", [*backend.LADDER, *remote], indirect=True)
@@ -67,7 +66,7 @@ def owners(all_owners: OwnerProcesses, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 @pytest.fixture(autouse=True)
 def rung(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The one backend that ``"auto"`` finds; without the mark it finds what the host has."""
+    """The one backend that ``"auto"`` finds; without the marker it finds the host's best."""
     only: str = getattr(request, "param", backend.LADDER[0])
     if only == REMOTE:
         request.getfixturevalue("owners")
@@ -102,7 +101,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(count)
 
 
-# What drives the native pipeline without an Engine.
+# These fixtures drive the native pipeline without an Engine.
 
 
 @pytest.fixture(scope="module", params=["io_uring", "io_uring_plain", "threads"])

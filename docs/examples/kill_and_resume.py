@@ -1,9 +1,9 @@
-"""The demonstration: train, be killed while a checkpoint is being written, resume, and compare with a run that was not.
+"""The demonstration: train, be killed during a save, resume, and compare with an undisturbed run.
 
     python docs/examples/kill_and_resume.py
 
 1. Run `train_gpt.py` undisturbed, and time its checkpoints beside torch.save with fsync.
-2. Run it again as a process of its own, and kill it (SIGKILL) at an arbitrary moment of a save.
+2. Run it again as a process of its own, and kill it (SIGKILL) at a random moment of a save.
 3. Start it once more: it resumes from the newest committed checkpoint.
 4. Compare the weights of 1 and 3, and read the checkpoint of 3 with the stock safetensors library.
 """
@@ -84,7 +84,7 @@ def committed_checkpoints(directory: Path) -> list[Path]:
 
 
 def compare_with_safetensors(checkpoint: Path, state: Mapping[str, Tensor]) -> bool:
-    """Whether the files, read by a library that knows nothing of the engine, hold exactly what is in memory."""
+    """Whether the files, read by a library that is independent of the engine, equal the tensors in memory."""
     stored: dict[str, Tensor] = {}
     for path in checkpoint.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:

@@ -2,8 +2,8 @@
 
     python docs/examples/train_gpt.py runs/gpt
 
-Kill it whenever you like and start it again: it goes on from the newest committed checkpoint, and ends with the very
-weights of a run that was never killed.  `kill_and_resume.py`, next to this file, does just that and compares.
+Kill it at any time and start it again: it continues from the newest committed checkpoint, and ends with the same
+weights as a run that was never killed.  `kill_and_resume.py`, next to this file, does this and compares.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def train(directory: str, after_step: Callable[..., None] = lambda step, arena, 
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARM_UP_STEPS))
 
-    arena = engine.Arena.adopt(model, optimizer)  # parameters and optimizer state now lie in one buffer
+    arena = engine.Arena.adopt(model, optimizer)  # parameters and optimizer state are now in one buffer
     with engine.Engine(directory, keep=2) as eng:
         first_step = 1
         if eng.steps():  # committed checkpoints, oldest first
@@ -58,7 +58,7 @@ def train(directory: str, after_step: Callable[..., None] = lambda step, arena, 
                 extra = {"warm_up": warm_up.state_dict(), "rng": torch.get_rng_state()}
                 save = eng.checkpoint(arena, step=step, extra=extra)
                 print(f"  step {step:3d}  loss {loss.item():.4f}", flush=True)
-            after_step(step, arena, save)  # for whoever watches
+            after_step(step, arena, save)  # a hook for kill_and_resume.py
     return arena  # leaving the `with` has waited for the last checkpoint
 
 

@@ -1,12 +1,12 @@
-"""The command line of the benchmark: which sections to run at which scale, and what to do with the record.
+"""The command line of the benchmark: the sections to run, their scale, and the outputs of the record.
 
     python -m engine.bench --quick
-    python -m engine.bench --output build/bench --publish docs      # what make bench runs
+    python -m engine.bench --output build/bench --publish docs      # make bench runs this
     python -m engine.bench --from docs/perf/record.json --publish docs
 
-Theory of operation.  The sections run one after the other, each within its share of the time: who is fast has all its
-rounds, and a slow host has fewer.  Everything is written below a temporary directory in `--directory`, which decides
-what file system and device are measured, and is removed at the end.  Sizes that do not fit there, or not in memory, are
+Theory of operation.  The sections run one after the other, each within its share of the time.  A fast subject gets all
+its rounds, and a slow host has fewer rounds.  All files are below a temporary directory in `--directory`, which selects
+the file system and device to measure, and is removed at the end.  Sizes that do not fit there, or not in memory, are
 left out, and the record says so.
 """
 
@@ -89,7 +89,7 @@ QUICK = Scales(
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    # DCP says so at each save: one process is what is meant.
+    # DCP warns at each save that there is one process, which is intended.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     record = _measure(options) if options.source is None else decode(options.source.read_text(encoding="utf-8"))
     outcomes = goals.outcomes(record, PEERS, LOADING_PEERS)
@@ -188,8 +188,8 @@ def _command(options: argparse.Namespace) -> str:
 
 
 def _limit(rounds: Rounds, scales: Scales) -> None:
-    """The limit at one size, and ours in the same rounds.  No peer is in them: what a drive still does for one of those
-    would be the next one's noise."""
+    """The limit at one size, and the engine in the same rounds.  No peer is in them: a drive that still works for a
+    peer would add noise to the next turn."""
     nbytes, shape = scales.main_bytes, (scales.main_bytes, MAIN_COUNT)
     with ExitStack() as stack:
         ours, lent = _our_turns(rounds, scales, stack)
@@ -203,7 +203,7 @@ def _limit(rounds: Rounds, scales: Scales) -> None:
 
 
 def _our_turns(rounds: Rounds, scales: Scales, stack: ExitStack) -> tuple[dict[tuple[str, str], Turn], Lent]:
-    """Turns of ours that goals set beside the limit, and the files that fio is lent for it."""
+    """The turns of the engine that goals compare with the limit, and the files that are lent to fio."""
     turns: dict[tuple[str, str], Turn] = {}
     if not any(rounds.wanted(kind.name) for kind in (Ours, OursWhole)):
         return turns, {}
@@ -226,7 +226,7 @@ def _our_turns(rounds: Rounds, scales: Scales, stack: ExitStack) -> tuple[dict[t
 
 
 def _main(rounds: Rounds, scales: Scales) -> None:
-    """Everybody's saves, and first saves: at one size, in the same rounds."""
+    """Saves and first saves of all subjects, at one size, in the same rounds."""
     state = make_state(scales.main_bytes, MAIN_COUNT)
     shape = (scales.main_bytes, MAIN_COUNT)
     savers = rounds.open_savers(SAVERS, state, WARM_UP)
@@ -256,7 +256,7 @@ def _load(rounds: Rounds, scales: Scales) -> None:
             rounds.introduce(kind.name, "load", kind.how)
             try:
                 loader = kind(rounds.directory / "load" / kind.name.replace(" ", "-"), state)
-            except Exception as error:  # whatever a peer raises
+            except Exception as error:  # a peer may raise anything
                 rounds.refuse(kind.name, "load", error)
                 continue
             stack.callback(loader.close)
@@ -270,12 +270,12 @@ def _load(rounds: Rounds, scales: Scales) -> None:
 
 
 def _memory(rounds: Rounds, scales: Scales) -> None:
-    """Everybody's peak at the main size, and ours at the largest."""
+    """The peak of all subjects at the main size, and of the engine at the largest."""
     shape = (scales.main_bytes, MAIN_COUNT)
-    # Of ours, those that differ in the memory they need.
+    # The configurations of the engine that differ in their memory.
     names = (Ours.name, *((OursWhole.name, *PEERS) if scales.memory_peers else ()))
     turns = footprint.turns(rounds, *shape, names)
-    with ThreadPoolExecutor(2) as pool:  # what a process needs does not depend on another beside it
+    with ThreadPoolExecutor(2) as pool:  # the memory of a process does not depend on others
         begun = {key: pool.submit(turn) for key, turn in turns.items()}
         rounds.run("memory", {key: each.result for key, each in begun.items()}, shape, range(1), seconds=0)
     largest = max(_fitting(rounds, scales.sizes), default=0)
@@ -285,7 +285,7 @@ def _memory(rounds: Rounds, scales: Scales) -> None:
 
 
 def _size(rounds: Rounds, scales: Scales) -> None:
-    """Ours, and peers as long as that is no matter of minutes, with fio at each size."""
+    """The engine, peers where they take less than minutes, and fio, at each size."""
     for nbytes in _fitting(rounds, scales.sizes):
         small = nbytes <= scales.peers_bytes_max
         state = make_state(nbytes, MAIN_COUNT, plain=small)
@@ -350,7 +350,7 @@ def _ends(scales: Scales) -> tuple[int, int]:
 
 
 def _flight(rounds: Rounds, scales: Scales) -> None:
-    """Ours, several saves one after the other."""
+    """Several saves of the engine one after the other."""
     if not rounds.wanted(Ours.name):
         return
     state = make_state(scales.main_bytes, MAIN_COUNT, plain=False)
@@ -389,7 +389,7 @@ SECTIONS: dict[str, Callable[[Rounds, Scales], None]] = {
 
 
 def _lent(savers: Mapping[str, Saver]) -> Lent:
-    """The files that fio overwrites: those that ours recycles."""
+    """The files that fio overwrites: those that the engine recycles."""
     ours = savers.get(Ours.name)
     return {goals.OVERWRITTEN: ours.data_files} if isinstance(ours, Ours) else {}
 
@@ -399,7 +399,7 @@ def _save_turn(saver: Saver) -> Turn:
 
 
 def _look_turn(state: State) -> Turn:
-    """What every save begins with, alone: whether each tensor lies where it lay."""
+    """The first part of every save alone: the check that each tensor is at its location."""
     arena = state.arena
     assert arena is not None
 
@@ -469,7 +469,7 @@ def _available_memory() -> int:
 
 
 def _clear(rounds: Rounds) -> None:
-    """Take away what a section has written."""
+    """Remove the files of a section."""
     for path in rounds.directory.iterdir():
         if path.is_dir():
             shutil.rmtree(path)

@@ -1,8 +1,8 @@
-"""Charts of a record, as PNG files that say by themselves how they came about.
+"""Charts of a record, as PNG files that name their origin.
 
-Theory of operation.  Each chart is drawn from samples and goals' own medians, and has at its foot the command, the
-host, the date and the commit, so that it means something without the page around it.  A chart whose samples were not
-taken is not drawn.  Bars are medians, their whiskers the quartiles.
+Theory of operation.  Each chart is drawn from samples and the medians of the goals.  The command, the host, the date
+and the commit are at its foot, so that it can be read without the page around it.  A chart without samples is not
+drawn. Bars are medians, their whiskers the quartiles.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _training(record: Record, axes: Any) -> bool:
         points = [(at, median(each) * 100) for at, each in zip(intervals, found, strict=True) if each]
         axes.plot(*zip(*points, strict=True), "o-", label=subject, linewidth=3 if subject == OURS else 1)
     axes.set_xscale("log")
-    axes.set_yscale("symlog", linthresh=10)  # noise around none lies on both sides of it
+    axes.set_yscale("symlog", linthresh=10)  # noise around zero is on both sides of it
     axes.set_xticks(intervals, [str(each) for each in intervals])
     axes.axhline(3, color=LIMIT_COLOUR, linestyle=":", linewidth=1)
     axes.grid(alpha=0.3)
@@ -177,7 +177,7 @@ CHARTS: dict[str, Callable[[Record, Any], bool]] = {
 
 
 def _found(record: Record, kind: str, section: str) -> dict[str, list[Sample]]:
-    """The samples of everybody of a kind who has any, in the order of the rows."""
+    """The samples of all subjects of a kind that have any, in the order of the rows."""
     names = [subject.name for subject in record.subjects if subject.kind == kind]
     return {name: samples for name in names if (samples := main_samples(record, section, name))}
 

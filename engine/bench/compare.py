@@ -32,7 +32,7 @@ PAIRS = 6  # the least likely of all outcomes has a chance of 2 in 924 then
 CHANCE_MAX = 0.01
 WORTH = 0.02  # of the base's time
 
-# Section and value of what is compared.
+# The compared values, by section.
 QUANTITIES = (
     ("save", "held_s"),
     ("save", "staged_s"),

@@ -1,12 +1,12 @@
-"""Memory beyond the state: how much a saver needs at its peak, in a process of its own.
+"""Memory beyond the state: the peak of a saver, in a process of its own.
 
     python -m engine.bench.footprint NAME NBYTES TENSORS DIRECTORY
 
-Theory of operation.  The process makes the state, saves a tiny one so that all code is loaded, has the kernel forget
-the peak so far (5 in /proc/self/clear_refs), and then makes the saver and saves three times.  The peak of its resident
-memory (VmHWM) less what was resident before is what the saver needed, its staging included.  What its child processes
-had for themselves at their peak is added: shared memory and files count once, where they are made.  The page cache is
-nobody's resident memory, and is in no figure.
+Theory of operation.  The process makes the state, saves a tiny one so that all code is loaded, and resets the kernel's
+record of the peak (5 in /proc/self/clear_refs).  It then makes the saver and saves three times.  The need of the
+saver, its staging included, is the peak of its resident memory (VmHWM) less the resident memory before.  The peaks of
+its child processes are added; shared memory and files count once, where they are made.  The page cache is resident
+memory of no process, and is in no figure.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _turn(directory: Path, name: str, nbytes: int, tensor_count: int) -> Turn:
 
 
 def measure(kind: type[Saver], nbytes: int, tensor_count: int, directory: Path) -> dict[str, float]:
-    """What a saver needs in this process, beyond what is there when the state has been made."""
+    """The memory of a saver in this process, beyond the state."""
     state = make_state(nbytes, tensor_count, plain=not kind.adopts, adopted=kind.adopts)
     tiny = kind(directory / "tiny", make_state(TINY_BYTES, 1, plain=not kind.adopts, adopted=kind.adopts))
     timed_save(tiny)
@@ -76,7 +76,7 @@ def measure(kind: type[Saver], nbytes: int, tensor_count: int, directory: Path) 
 
 
 def memory(process: str) -> dict[str, int]:
-    """What the kernel says of a process's resident memory, in bytes."""
+    """The resident memory of a process, as the kernel reports it, in bytes."""
     lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
     fields = dict(line.split(":", 1) for line in lines)
     names = ("VmHWM", "VmRSS", "RssAnon", "RssFile", "RssShmem")

@@ -1,6 +1,6 @@
-"""The goals, and how far they are met: ratios of medians of one run.
+"""The goals and their results: ratios of medians of one run.
 
-Theory of operation.  A goal is a limit and a way to compute what is compared with it from a record.  Where a sample is
+Theory of operation.  A goal is a limit and a function that computes the compared value from a record.  If a sample is
 missing, because a peer is not installed or a section was not run, the goal is neither met nor missed, and says so.
 
 Pure.
@@ -41,11 +41,11 @@ Compute = Callable[[], float]  # raises _Unknown
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One goal: `measured` is None where something was not measured.
+    """One goal: `measured` is None if a sample is missing.
 
-    `standin` is what would be measured with somebody in the engine's place who does only a part of the work: fio beside
-    a copy, a read without a checkpoint around it (both in `limits`), or the look at every tensor without a save after
-    it.  In the same rounds, but for fio beside peers.  It is no bound, and has noise of its own.
+    `standin` is the value with a part of the work in place of the engine: fio beside a copy, a read without a
+    checkpoint around it (both in `limits`), or the look at every tensor without a save after it.  It comes from the
+    same rounds, except for fio beside peers.  It is no bound, and has noise of its own.
     """
 
     what: str
@@ -147,7 +147,7 @@ def _limit(record: Record, what: str) -> float:
 
 
 def _ours(record: Record, setting: str, name: str, subject: str = OURS) -> float:
-    """A median of ours beside which nobody else's is set."""
+    """A median of the engine that is compared with a number only."""
     return _median(record.select("ours", subject, nbytes=record.main_bytes, setting=setting), name)
 
 

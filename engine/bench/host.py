@@ -1,7 +1,7 @@
-"""What a figure depends on: processor, memory, kernel, file system, device, versions.  No names and no paths.
+"""The conditions of a figure: processor, memory, kernel, file system, device, versions.  No names and no paths.
 
-Theory of operation.  Everything is read from /proc, /sys and os, which any user may do.  A host says what it is, never
-who it is: the record is committed, and others read it.
+Theory of operation.  Everything is read from /proc, /sys and os, which needs no privilege.  A host is described and not
+named, because the record is committed and published.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-# What a figure of a peer depends on besides the peer's own code.
+# Packages that affect the figures of peers, besides the peers themselves.
 PACKAGES = ("torch", "safetensors", "torch_checkpointing", "tensorstore", "deepspeed", "fastsafetensors")
 PACKAGES_READING = ("runai_model_streamer",)
 
@@ -46,7 +46,7 @@ def one_line(host: dict[str, str] | None) -> str:
 
 
 def commit() -> str:
-    """The commit that lies here, with "+" after it if something was changed since; "unknown" without git."""
+    """The checked-out commit, with "+" after it if files have changed; "unknown" without git."""
     root = Path(__file__).resolve().parents[2]
     revision = _output(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"])
     changed = _output(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"])
@@ -65,7 +65,7 @@ def file_system(directory: Path) -> str:
 
 
 def _processor() -> str:
-    """Its name, and the family and model that tell two of that name apart."""
+    """Its name, and the family and model that distinguish two of that name."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     numbers = "".join(f" {name} {fields[name]}" for name in ("cpu family", "model") if name in fields)
@@ -78,7 +78,7 @@ def _device(directory: Path) -> str:
     if not block.exists():
         return "none of its own"
     whole = block if (block / "queue").is_dir() else block.resolve().parent
-    size = int((whole / "size").read_text(encoding="utf-8")) * 512  # sectors, whatever the drive's own size
+    size = int((whole / "size").read_text(encoding="utf-8")) * 512  # sectors of 512 bytes, for every drive
     # All that there are, and the one in use in brackets.
     schedulers = (whole / "queue/scheduler").read_text(encoding="utf-8")
     scheduler = schedulers.partition("[")[2].partition("]")[0] or "none"

@@ -1,26 +1,25 @@
-"""What the host can do at all: fio on the same file system, and memcpy.
+"""The limits of the host: fio on the same file system, and memcpy.
 
-Theory of operation.  fio is given what the engine has: io_uring, O_DIRECT, fixed buffers and one registered file, in
-one thread.  It writes as many bytes as the state has, and syncs at the end: to a file that is not there yet (fresh), to
-one whose blocks are reserved (preallocated), and to one that has been written before (overwritten).  The limit is the
-best of two block sizes and two depths.  Its buffers are in huge pages, as the engine's slots are: with small ones, that
-lie scattered in memory, the same read took 140 ms in one run and 370 in the next.  A job takes its turn in the rounds
-like everybody else, and its time is fio's own, without its start.
+Theory of operation.  fio has the engine's means: io_uring, O_DIRECT, fixed buffers and one registered file, in one
+thread.  It writes as many bytes as the state has, and syncs at the end: to a file that does not exist (fresh), to one
+with reserved blocks (preallocated), and to one that was written before (overwritten).  The limit is the best of two
+block sizes and two depths.  Its buffers are in huge pages, like the engine's slots: with small pages, which are
+scattered in memory, the same read took 140 ms in one run and 370 in the next.  A job takes its turn in the rounds like
+every subject, and its time is fio's own, without its start.
 
-What a job overwrites and reads are the very files that the engine recycles and restores, lent to it between their
-turns, since a virtual drive may be faster in one place than in another.  On the host of docs/perf.md the same job took
-100 ms on some files and 185 on others, again and again on the same ones, and those of a kind lay beside each other.
+A job overwrites and reads the same files that the engine recycles and restores, lent to it between the engine's turns,
+because a virtual drive may be faster at some locations.  On the host of docs/perf.md the same job took 100 ms on some
+files and 185 on others, repeatably, and files of a kind were next to each other.
 
-A save that stages, as ours does, copies the state once; a restore that verifies before a byte reaches a tensor looks at
-what was read once and copies it once.  So fio also runs beside a thread that does that much in the time that fio takes:
-`BESIDE`.  It shows what of the limit such an engine can have on a host whose device, or the memory
-that it needs, is busy with the copy as well.
+A save that stages copies the state once.  A restore that verifies before a byte reaches a tensor reads the bytes once
+and copies them once.  So fio also runs beside a thread that does the same in the time that fio takes: `BESIDE`.  It
+shows how much of the limit such an engine can reach on a host whose device or memory is busy with the copy as well.
 
 memcpy is that of the C library, in one thread, over huge pages, more than any cache holds.  It copies from memory that
-is used several times a round, as the engine's arena is, to memory that is used once, as its slots are: what a virtual
-machine has just been given, or has not used for a while, is copied at half the speed by anybody.
+is used several times a round, like the engine's arena, to memory that is used once, like its slots.  A virtual machine
+copies memory that it has just received, or not used for a while, at half the speed.
 
-pread is one call of preadv(2), past the page cache, for as many bytes as one layer's blocks have.
+pread is one call of preadv(2), past the page cache, for as many bytes as the blocks of one layer.
 """
 
 from __future__ import annotations
@@ -139,7 +138,7 @@ def _in_turn(find: Callable[[], Sequence[Path]], first: int) -> Iterator[Path]:
 
 
 def _own_file(directory: Path, nbytes: int, what: str) -> Iterator[Path]:
-    """The one file of a job, in a directory of its own; what it overwrites or reads is there."""
+    """The one file of a job, in a directory of its own; it exists if the job overwrites or reads it."""
     path = Path(tempfile.mkdtemp(prefix="fio-", dir=directory)) / "0"
     if what in (OVERWRITTEN, READ):
         # fio deletes a file that is shorter than it should be before it writes (extend_file in its filesetup.c).
@@ -168,7 +167,7 @@ class _Copy:
         ctypes.memmove(self._target, self._source, self._nbytes)
 
     def look(self) -> None:
-        """Read all of the copy: what is looked for is not in there."""
+        """Read all of the copy, by searching for a byte that it does not contain."""
         if _libc.memchr(self._target, 0, self._nbytes) is not None:
             raise AssertionError("the copy is not what was copied")
 

@@ -1,9 +1,9 @@
-"""Everybody who restores: the engine and its peers, each as its documentation says.
+"""The subjects that restore: the engine and its peers, each used as its documentation says.
 
-Theory of operation.  A `Loader` writes a checkpoint once, and then reads it again and again from a cold page cache.
-`load` ends with the state in memory, where a training can use it: the tensors that are there already, or new ones if
-that is what the peer makes.  What maps a file has read nothing yet when it returns, so it is followed by the copy into
-the tensors that are there, which is what ``load_state_dict`` does.  `load_part` reads one layer.
+Theory of operation.  A `Loader` writes a checkpoint once, and then reads it repeatedly from a cold page cache.  `load`
+ends when the state is in memory that a training can use: the existing tensors, or new ones if the peer makes them.  A
+peer that maps a file has read nothing yet when it returns, so a copy into the existing tensors follows, as
+``load_state_dict`` does it.  `load_part` reads one layer.
 
 The engine verifies the checksum of everything it reads; the peers here verify nothing.
 """
@@ -39,11 +39,11 @@ class Loader:
         self.saver.save(1).wait_durable()
 
     def files(self) -> list[Path]:
-        """What the checkpoint consists of."""
+        """The files of the checkpoint."""
         return [path for path in self.path.rglob("*") if path.is_file()] if self.path.is_dir() else [self.path]
 
     def load(self) -> object:
-        """Read everything; what is returned is kept until the time is taken."""
+        """Read everything; the result is kept until the time is taken."""
         raise NotImplementedError
 
     def load_part(self, layer: str) -> object:

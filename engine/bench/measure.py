@@ -1,12 +1,12 @@
-"""Rounds of saves and loads: everybody takes a turn in each, and every turn is timed in the same way.
+"""Rounds of saves and loads: every subject takes a turn in each, and every turn is timed in the same way.
 
-Theory of operation.  Before a turn the file system is synced, so nobody waits for what another has left to write, and
-Python's garbage is collected.  A turn is timed by the caller's clock: when the call returned, when the state could
-change, when it was durable.  CPU time is of this process with all its threads, and of its children, by their own
-clocks; what kernel threads do for a writer through the page cache is counted for nobody.  The order within a round is
-shuffled by a generator with a fixed seed.  Whoever raises is out of the remaining rounds, and its row says why.
+Theory of operation.  Before a turn the file system is synced, so that no subject waits for writes of another, and
+Python's garbage is collected.  The caller's clock times a turn: when the call returned, when the state could change,
+when it was durable.  CPU time is of this process with all its threads, and of its children, by their own clocks.  The
+work of kernel threads for a buffered writer is counted for no subject.  A generator with a fixed seed shuffles the
+order within a round.  A subject that raises is out of the remaining rounds, and its row gives the reason.
 
-A cold page cache is made with posix_fadvise, file by file; a load's `read_bytes` shows whether it was cold.
+posix_fadvise makes a cold page cache, file by file.  `read_bytes` of a load shows whether it was cold.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class _Over(Exception):
 
 
 class Rounds:
-    """What is common to all samples of a run: the record they go to, the order of turns, and who is out."""
+    """The common state of a run: the record of its samples, the order of turns, and the subjects that are out."""
 
     def __init__(self, record: Record, directory: Path, only: Iterable[str] | None = None) -> None:
         self.record = record
@@ -60,13 +60,13 @@ class Rounds:
         return order
 
     def introduce(self, name: str, kind: str, how: str) -> None:
-        """A row for a subject, whatever becomes of it."""
+        """Add a row for a subject, measured or not."""
         if not any(subject.name == name and subject.kind == kind for subject in self.record.subjects):
             self.record.subjects.append(Subject(name, kind, how))
 
     def refuse(self, name: str, kind: str, error: BaseException) -> None:
         """A subject is out, because of this: its row says so, or a note if it has samples already."""
-        # A process that failed sends its whole traceback, and the last line is what happened.
+        # A process that failed sends its whole traceback, and the last line names the error.
         text = (str(error).replace(str(self.directory), "DIR").strip().splitlines() or [""])[-1]
         reason = f"{type(error).__name__}: {PATHS.sub('', text)}"[:REASON_MAX]
         for subject in self.record.subjects:
@@ -86,14 +86,14 @@ class Rounds:
         *,
         seconds: float,
     ) -> set[tuple[str, str]]:
-        """Let everybody take a turn in each of these rounds; in the first one only, once `seconds` are over.
+        """Let every subject take a turn in each of these rounds; only in the first one, once `seconds` are over.
 
         Args:
             turns: by name of the subject and setting.
             state: bytes and number of tensors.
 
         Returns:
-            those who are out.
+            the subjects that are out.
         """
         remaining = dict(turns)
         self.run_together({section: remaining}, state, numbers, seconds=seconds)
@@ -120,7 +120,7 @@ class Rounds:
                 except _Over:
                     del sections[section][key]
                     continue
-                except Exception as error:  # whatever a peer raises
+                except Exception as error:  # a peer may raise anything
                     self.refuse(key[0], KINDS.get(section, "save"), error)
                     del sections[section][key]
                     continue
@@ -139,7 +139,7 @@ class Rounds:
                 for _ in range(warm_up if kind.adopts else min(warm_up, 1)):
                     timed_save(saver)
                 opened[kind.name] = saver
-            except Exception as error:  # whatever a peer raises
+            except Exception as error:  # a peer may raise anything
                 self.refuse(kind.name, "save", error)
         return opened
 
@@ -157,7 +157,7 @@ def few(turn: Turn, count: int) -> Turn:
 
 
 def settle(directory: Path) -> None:
-    """Have everything written that anybody has left behind, and nothing for the garbage collector to do."""
+    """Flush all pending writes, and leave no work for the garbage collector."""
     gc.collect()
     descriptor = os.open(directory, os.O_RDONLY)
     try:

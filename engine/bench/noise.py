@@ -1,9 +1,9 @@
-"""What can be said of a few noisy numbers: medians, quartiles, and whether two groups differ.
+"""Statistics of a few noisy numbers: medians, quartiles, and whether two groups differ.
 
-Theory of operation.  Times on a shared host have a floor and a long tail, so the middle is the median, and the spread
-the quartiles.  Whether two groups differ is asked with an exact permutation test on their ranks (Mann and Whitney's):
-if it made no difference which group a number came from, how often would one group's ranks lie this far from the
-other's?  It assumes no distribution, one outlier is one rank and no more, and nothing of it is random.
+Theory of operation.  Times on a shared host have a floor and a long tail, so the figures are the median and the
+quartiles.  An exact permutation test on ranks (Mann and Whitney's) decides whether two groups differ: if the group of
+a number made no difference, how often would the ranks of the groups be as far apart?  The test assumes no
+distribution, an outlier is only one rank, and nothing in it is random.
 
 Pure.
 """
@@ -15,12 +15,12 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-# 9 and 9 make 48,620 ways to divide them, which takes a second; more are not needed to tell 1 in 1000.
+# 9 and 9 make 48,620 ways to divide them, which takes a second; more are not needed for a chance of 1 in 1000.
 GROUP_MAX = 9
 
 
 class Spread(NamedTuple):
-    """The middle of some numbers, and where their middle half lies."""
+    """The median of some numbers, and their quartiles."""
 
     low: float
     median: float

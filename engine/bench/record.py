@@ -1,6 +1,6 @@
-"""The record of a run: every single sample, whom it is of, on which host; as JSON and back.
+"""The record of a run: every sample with its subject, and the host; as JSON and back.
 
-Theory of operation.  A sample says what was done (`section`), by whom (`subject`), to how much (`nbytes` in
+Theory of operation.  A sample names the act (`section`), its `subject`, the amount (`nbytes` in
 `tensor_count` tensors), under which `setting`, in which round, and what was measured: values by name, whose unit is
 the last word of the name (``_s`` seconds, ``_bytes``).  Nothing derived is stored.  The sections are:
 
@@ -48,7 +48,7 @@ class Sample:
 
 @dataclass(slots=True)
 class Subject:
-    """Somebody measured: how it was used, and why it was not, if it was not."""
+    """A measured subject: its use, or the reason why it was not measured."""
 
     name: str
     kind: str  # "save", "load" or "limit"
@@ -97,7 +97,7 @@ def values(samples: Iterable[Sample], name: str) -> list[float]:
 
 
 def encode(record: Record) -> str:
-    """JSON, one sample a line, so that two records can be told apart with diff."""
+    """JSON, one sample a line, so that diff can compare two records."""
     fields = asdict(record)
     samples = fields.pop("samples")
     head = json.dumps({"format": FORMAT, **fields}, indent=1)

@@ -1,9 +1,9 @@
-"""Tables of a record: on the terminal, and as Markdown in docs/perf.md; and its line in the history.
+"""Tables of a record, on the terminal and as Markdown in docs/perf.md, and its line in the history.
 
-Theory of operation.  A table is a title, heads and rows of text, made from samples; terminal and Markdown are two ways
-to write the same one.  A figure is a median, with its quartiles where more than one was measured.  Every subject has a
-row: whoever was not measured has the reason there.  What stands in docs/perf.md between two markers is replaced whole,
-so a figure there is never typed.
+Theory of operation.  A table is a title, heads and rows of text, made from samples, and is written as text or
+Markdown. A figure is a median, with its quartiles if there are several samples.  Every subject has a row; a subject
+without samples has the reason there.  The part of docs/perf.md between two markers is replaced whole, so no figure
+there is typed.
 
 Pure but for `publish`.
 """
@@ -40,7 +40,7 @@ from engine.bench.host import one_line
 from engine.bench.noise import spread
 from engine.bench.record import Record, Sample, Subject, values
 
-# Ours in the rounds of the limit: who, doing what, and the time of it that a goal is about.
+# The engine in the rounds of the limit: subject, act, and the time that a goal refers to.
 OUR_TURNS = (
     (OURS, RECYCLED, "durable_s"),
     (OURS, FIRST, "durable_s"),
@@ -53,7 +53,7 @@ MARKERS = "<!-- measured: begin, written by python -m engine.bench -->\n", "<!--
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A title, what stands above the columns, and the rows."""
+    """A title, the heads of the columns, and the rows."""
 
     title: str
     heads: Sequence[str]

@@ -1,12 +1,12 @@
-"""Everybody who saves: the engine with each of its backends, and its peers, each as its documentation says.
+"""The subjects that save: the engine with each of its backends, and its peers, each used as its documentation says.
 
 Theory of operation.  A `Saver` is made with a directory and a state.  `save(step)` returns when the training loop may
-go on, with a `Pending` that waits for the rest: until the state may change, and until the save is durable.  Durable
-means the same for all: a power failure would not take it.  So whoever does not sync by itself is followed by fsync of
-the files and directories, in the time that is measured; asynchronous peers get it on a thread, as a callback would do
-it.  Each keeps two checkpoints, and `tidy` deletes the oldest outside that time; the engine recycles its own.
+continue, with a `Pending` that waits for two events: the state may change, and the save is durable.  Durable means the
+same for all: a power failure would not lose it.  If a peer does not sync, the benchmark calls fsync of the files and
+directories within the measured time; for asynchronous peers on a thread, as a callback would.  Each keeps two
+checkpoints, and `tidy` deletes the oldest outside that time.  The engine recycles its own.
 
-A peer that is not installed, or does not work here, raises as soon as it is tried, and becomes a row that says so.
+A peer that is not installed, or does not work here, raises at the first try, and becomes a row that says so.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 import engine
 from engine.bench.states import State
 
-KEEP = 2  # checkpoints, ours and theirs: what Engine keeps by default
+KEEP = 2  # checkpoints of every subject: the default of Engine
 STAGING_BYTES = 256 << 20  # the engine's default, which `memory` is compared with
 
 # What DeepSpeed's configuration says where nothing is said: runtime/model_checkpointing and runtime/swap_tensor,
@@ -42,11 +42,11 @@ DEEPSPEED_AIO = {
 
 
 def _nothing() -> None:
-    """What there is to wait for when the call has done everything."""
+    """Nothing to wait for: the call has done everything."""
 
 
 def _done() -> Future[Any]:
-    """The future of what the call has done."""
+    """A future that is done, with the result of the call."""
     future: Future[Any] = Future()
     future.set_result(None)
     return future
@@ -54,7 +54,7 @@ def _done() -> Future[Any]:
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """What is left of a save when its call has returned."""
+    """The rest of a save after its call has returned."""
 
     wait_staged: Callable[[], object] = _nothing
     durable: Future[Any] = field(default_factory=_done)
@@ -80,11 +80,11 @@ class Saver:
         self.modules = [importlib.import_module(package) for package in self.packages]
 
     def save(self, step: int) -> Pending:
-        """Save; returns when the loop may go on."""
+        """Save; returns when the loop may continue."""
         raise NotImplementedError
 
     def guard(self) -> AbstractContextManager[object]:
-        """What the training has to wrap its optimizer's step in."""
+        """A context for the training's optimizer step."""
         return nullcontext()
 
     def path(self, step: int) -> Path:
@@ -94,7 +94,7 @@ class Saver:
         return self.directory / f"step-{step:08d}"
 
     def tidy(self) -> None:
-        """Delete what is older than the newest two, and see that this costs nobody else anything."""
+        """Delete all but the newest two, and wait for it, so that it costs no other subject time."""
         for step in self.steps[:-KEEP]:
             path = self.path(step)
             if path.is_dir():
@@ -104,7 +104,7 @@ class Saver:
             self.steps.remove(step)
 
     def close(self) -> None:
-        """Give back what is held."""
+        """Release all resources."""
 
 
 def sync(path: Path) -> None:
@@ -187,7 +187,7 @@ class OursBuffered(Ours):
 
 
 class OursKeeping(Ours):
-    """Of an engine that goes on: nothing is retired, so each save makes new files."""
+    """A running engine that retires nothing, so that each save makes new files."""
 
     options: ClassVar[Mapping[str, Any]] = {"keep": None}
 
@@ -240,7 +240,7 @@ class Dcp(Saver):
 
 
 class _Asynchronous(Saver):
-    """What returns a future of its own and leaves the syncing to a callback."""
+    """A peer that returns a future of its own and leaves the syncing to a callback."""
 
     def __init__(self, directory: Path, state: State) -> None:
         super().__init__(directory, state)

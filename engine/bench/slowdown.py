@@ -1,22 +1,21 @@
-"""How much longer training takes with checkpoints, by how often there is one: the plot of CheckFreq and PCcheck.
+"""The slowdown of a training by checkpoints, by their interval: the plot of CheckFreq and PCcheck.
 
 Theory of operation.  A small transformer is trained on the CPU, with every core.  A segment is a few steps without a
-checkpoint, then so many periods of as many steps as the interval has, with a checkpoint after the first step of each,
-then a few steps without again.  What a checkpoint costs is by how much the steps from it on take longer than an
-undisturbed one, until it is durable, and one more; what lies beyond is undisturbed, as what came before and after it
-is.  Their median is that of the very segment, so a host that is slower in one minute than in the next is so for both,
-and what an adopted arena does to a training's speed is no checkpoint's merit: it is in a row of its own.  The time
-until the last checkpoint is durable is added, because the next one would have to wait for that; but where it is
-computed, since a training would go on meanwhile.
+checkpoint, then several periods of as many steps as the interval, with a checkpoint after the first step of each, then
+a few steps without again.  The cost of a checkpoint is the extra time of its steps over an undisturbed one, until it
+is durable and one step more.  All other steps are undisturbed.  Their median is taken within the segment, so a host
+that is slower for a minute is slower for both.  The effect of an adopted arena on a step is no cost of a checkpoint,
+and has a row of its own.  The time until the last checkpoint is durable is added, because the next one would wait for
+it.  It is not added to computed intervals, in which training would continue meanwhile.
 
-A host's speed wanders by a tenth from one second to the next, so to count steps in which nothing happens any more as a
-checkpoint's would only add noise: ten of them without any checkpoint were -1.2 to 2.7 steps longer than ten others.
+The speed of a host varies by a tenth within seconds, so counting undisturbed steps as a checkpoint's would only add
+noise: ten of them without any checkpoint were -1.2 to 2.7 steps longer than ten others.
 
-Nobody's checkpoint every 25 or 100 steps is measured.  It costs what one every ten does, spread over more; so that is
-computed (`goals.slowdowns`), and the time goes into more samples of what is measured.
+Checkpoints every 25 or 100 steps are not measured.  They cost as much as one every ten steps, spread over more steps,
+so `goals.slowdowns` computes them, and the time is spent on more samples of the measured intervals.
 
-Segments of one interval follow one another, everybody's in each round, in shuffled order.  Those without any checkpoint
-are counted in the same way: what they cost is nothing, and so what is measured for them is the noise.
+Segments of one interval follow one another, one of each subject in each round, in shuffled order.  Segments without any
+checkpoint are counted in the same way.  Their cost is zero, so their samples show the noise.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ BATCH, CONTEXT = 2, 64
 
 
 class Training:
-    """A model, its optimizer, and its state for those who save it."""
+    """A model, its optimizer, and its state for the savers."""
 
     def __init__(self, *, adopted: bool) -> None:
         torch.manual_seed(1)
@@ -91,14 +90,14 @@ class Training:
 def measure(
     rounds: Rounds, names: tuple[str, ...], intervals: tuple[int, ...], round_count: int, *, seconds: float
 ) -> None:
-    """Samples of everybody's segments, at every interval: one round, and more until `seconds` are over."""
+    """Samples of the segments of all subjects, at every interval: one round, and more until `seconds` are over."""
     out = {subject.name for subject in rounds.record.subjects if subject.kind == "save" and subject.unavailable}
     kinds = [kind for kind in SAVERS if kind.name in names and rounds.wanted(kind.name) and kind.name not in out]
     trainings = {adopts: Training(adopted=adopts) for adopts in {kind.adopts for kind in kinds} | {False}}
     savers = _open(rounds, kinds, trainings)
     end = time.monotonic() + seconds
     for number in range(round_count):
-        turned = number % len(intervals)  # or what the time does not suffice for would always be the same
+        turned = number % len(intervals)  # otherwise the interval without time left would always be the same
         for interval in (*intervals[turned:], *intervals[:turned]):
             if not number or time.monotonic() < end:
                 _one_interval(rounds, trainings, savers, interval, number)
@@ -109,7 +108,7 @@ def measure(
 def _one_interval(
     rounds: Rounds, trainings: Mapping[bool, Training], savers: dict[str, Saver], interval: int, number: int
 ) -> None:
-    """Everybody's segment at one interval; whoever raises is out."""
+    """One segment of every subject at one interval; a subject that raises is out."""
     nobody = {NONE: trainings[False]} | ({ADOPTED: trainings[True]} if True in trainings else {})
     for name in rounds.shuffled([*nobody, *savers]):
         saver = savers.get(name)
@@ -117,7 +116,7 @@ def _one_interval(
         settle(rounds.directory)
         try:
             checkpoints = _segment(training, saver, interval, CHECKPOINTS[interval])
-        except Exception as error:  # whatever a peer raises
+        except Exception as error:  # a peer may raise anything
             rounds.refuse(name, "save", error)
             del savers[name]
             continue
@@ -142,7 +141,7 @@ def _open_one(rounds: Rounds, kind: type[Saver], directory: Path, training: Trai
     try:
         saver = kind(directory, training.state)
         _segment(training, saver, 1, 3)  # both that are kept, and one more, so that the next recycles
-    except Exception as error:  # whatever a peer raises
+    except Exception as error:  # a peer may raise anything
         rounds.refuse(kind.name, "save", error)
         return {}
     return {kind.name: saver}

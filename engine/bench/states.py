@@ -1,9 +1,8 @@
-"""The states that are saved: so many bytes in so many float32 tensors, adopted or lying by themselves.
+"""The states that are saved: a number of bytes in a number of float32 tensors, adopted or separate.
 
-Theory of operation.  Peers get tensors with memory of their own, as a model that nobody has adopted has them; the
-engine gets an arena that adopted a model and its optimizer, which is how it is meant to be used.  Both hold the same
-numbers, which no drive can compress or recognise: consecutive pieces of one random pattern, because to draw 8 GB would
-take longer than to save them.
+Theory of operation.  Peers get tensors with memory of their own, as in a model that was not adopted.  The engine gets
+an arena that adopted a model and its optimizer, its intended use.  Both hold the same numbers, which no drive can
+compress or deduplicate: consecutive pieces of one random pattern, because drawing 8 GB takes longer than saving them.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ PAGE_COUNT = 1024
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What a subject saves: ours the arena, the others the tensors.  Either may be left out where nobody asks."""
+    """The state of a subject: the arena for the engine, the tensors for the others.  Either may be missing."""
 
     nbytes: int
     tensors: Mapping[str, Tensor]
@@ -47,7 +46,7 @@ class State:
 
 
 def make_tensors(nbytes: int, tensor_count: int) -> dict[str, Tensor]:
-    """So many float32 tensors of equal size, the last one with what is left over: ``layers.0.weight`` and so on."""
+    """So many float32 tensors of equal size, the last one with the remainder: ``layers.0.weight`` and so on."""
     pattern = torch.rand(PATTERN_COUNT, generator=torch.Generator().manual_seed(1))
     total = nbytes // pattern.element_size()
     bounds = [total * index // tensor_count for index in range(tensor_count + 1)]

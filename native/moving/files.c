@@ -1,11 +1,11 @@
 /*
- * files.c: what we ask of a file besides reading and writing it.
+ * files.c: calls on a file besides reading and writing it.
  *
- * Alignment: a file system may want more of O_DIRECT than a device's logical block (open(2), NOTES).  Since Linux
- * 6.1 statx(2) tells; headers older than that lack the field, and then we do not know, as on an older kernel.
+ * Alignment: for O_DIRECT a file system may need more than the device's logical block (open(2), NOTES).  statx(2)
+ * reports it since Linux 6.1.  With older headers or an older kernel it is unknown.
  *
- * Allocation: fallocate(2) itself and not posix_fallocate(3), which writes a byte to every block where the file
- * system has no fallocate, and those writes O_DIRECT refuses.
+ * Allocation: fallocate(2), not posix_fallocate(3).  Without fallocate in the file system the latter writes a byte to
+ * every block, and O_DIRECT refuses those writes.
  */
 #include <errno.h>
 #include <fcntl.h>

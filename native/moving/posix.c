@@ -1,10 +1,10 @@
 /*
  * posix.c: blocks moved by threads that call pread(2) and pwrite(2), behind the eng_io_table of posix.h.
  *
- * Theory of operation.  The pipeline's thread puts an operation on a list, a worker takes it off, moves the bytes and
- * puts its result on another list; the pipeline's thread takes that off.  One mutex guards both lists.  A worker that
- * has a result wakes the pipeline through the eventfd that wakes it for everything else, so that reap() sleeps on one
- * descriptor, as with a ring.  There is at most one operation a slot, so neither list can be full.
+ * Theory of operation.  The pipeline's thread appends an operation to a list.  A worker removes it, moves the bytes and
+ * appends the result to another list, from which the pipeline's thread takes it.  One mutex guards both lists.  A
+ * worker with a result wakes the pipeline through its eventfd, so that reap() sleeps on one descriptor, as with a ring.
+ * There is at most one operation a slot, so neither list can be full.
  */
 #include "moving/posix.h"
 
@@ -16,7 +16,7 @@
 #include <string.h>
 #include <unistd.h>
 
-/* As many blocks as are under way at a time: the lesser of the two depths at which `make bench` has fio move blocks of 4
+/* The number of blocks in flight: the lesser of the two depths at which `make bench` has fio move blocks of 4
  * MiB.  Each block is many requests of the drive's own, and each further thread costs a stack. */
 enum { WORKER_COUNT = 4 };
 
@@ -103,7 +103,7 @@ static int posix_reap(void *context, eng_completion *completions, uint32_t capac
     uint32_t count = take(posix, completions, capacity);
     if (count > 0 || !wait)
         return (int)count;
-    poll(&readable, 1, -1); /* an error is a wake for nothing */
+    poll(&readable, 1, -1); /* an error is a spurious wake */
     if (read(posix->wake_fd, &wakes, sizeof wakes) < 0 && errno != EAGAIN)
         abort();
     return (int)take(posix, completions, capacity);

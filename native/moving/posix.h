@@ -1,8 +1,8 @@
 /*
  * posix.h: pread(2) and pwrite(2) on a few threads behind a pipeline, as an eng_io_table, for hosts without io_uring.
  *
- * Opened, used and closed on the pipeline's thread.  The files decide whether the page cache is in between: with
- * O_DIRECT it is not.
+ * Opened, used and closed on the pipeline's thread.  Files opened with O_DIRECT
+ * bypass the page cache, others do not.
  */
 #ifndef POSIX_H
 #define POSIX_H
@@ -11,11 +11,11 @@
 
 typedef struct posix posix;
 
-/* Start the threads.  `wake_fd` is an eventfd: whatever makes it readable, a completion or another thread, makes
- * reap() return. */
+/* Start the threads.  `wake_fd` is an eventfd: reap() returns when it becomes readable, by a completion or by another
+ * thread. */
 int posix_open(const eng_config *config, int wake_fd, posix **posix, eng_io_table *table);
 
-/* Join the threads.  Nothing is under way any more. */
+/* Join the threads.  No operation may be in flight. */
 void posix_close(posix *posix);
 
 #endif

@@ -1,11 +1,11 @@
 /*
  * ring.c: one io_uring, set up as this kernel allows, behind the eng_io_table of ring.h.
  *
- * Setup asks for the flags that suit one thread that submits and reaps, and peels off those that the kernel does not
- * know (io_uring_setup(2): an unknown flag is EINVAL).  A registered ring has its slots as fixed buffers, which spares
- * pinning pages for every write, and its files in a table; where RLIMIT_MEMLOCK or RLIMIT_NOFILE does not allow that,
- * it is not opened, and a plain one is the caller's to try.  No SQPOLL (a polling kernel thread steals a core from
- * training), no IOPOLL (needs poll queues that few hosts configure, and would not see the eventfd).
+ * Setup requests the flags that suit one thread that submits and reaps, and drops those that the kernel does not know
+ * (io_uring_setup(2): an unknown flag is EINVAL).  A registered ring has its slots as fixed buffers, which saves
+ * pinning pages for every write, and its files in a table.  If RLIMIT_MEMLOCK or RLIMIT_NOFILE forbids that, opening
+ * fails, and the caller may try a plain ring.  No SQPOLL (a polling kernel thread steals a core from training), no
+ * IOPOLL (needs poll queues that few hosts configure, and would not see the eventfd).
  */
 #include "moving/ring.h"
 
@@ -47,8 +47,8 @@ struct ring {
 #define IORING_SETUP_DEFER_TASKRUN (1U << 13)
 #endif
 
-/* From the most wanted to what every kernel since 5.1 takes.  SINGLE_ISSUER and DEFER_TASKRUN came with 6.0 and
- * 6.1, COOP_TASKRUN and TASKRUN_FLAG with 5.19, SUBMIT_ALL with 5.18, CQSIZE with 5.5. */
+/* From the preferred set to the one that every kernel since 5.1 accepts.  SINGLE_ISSUER and DEFER_TASKRUN came with 6.0
+ * and 6.1, COOP_TASKRUN and TASKRUN_FLAG with 5.19, SUBMIT_ALL with 5.18, CQSIZE with 5.5. */
 enum { COOPERATIVE = IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG };
 static const uint32_t SETUP_FLAGS[] = {
     IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | COOPERATIVE | IORING_SETUP_SUBMIT_ALL
@@ -69,7 +69,7 @@ static int setup(ring *ring, const eng_config *config)
         struct io_uring_params params;
         memset(&params, 0, sizeof params);
         params.flags = SETUP_FLAGS[i];
-        params.cq_entries = 2 * entries; /* a stale poll and a fresh one may both be waiting */
+        params.cq_entries = 2 * entries; /* a stale poll and a fresh one may both be pending */
         result = io_uring_queue_init_params(entries, &ring->uring, &params);
     }
     return result;
@@ -92,7 +92,7 @@ static int register_slots(ring *ring, const eng_config *config, uint8_t *slots)
 static int ring_set_files(void *context, uint32_t first, const int32_t *fds, uint32_t count)
 {
     ring *ring = context;
-    for (uint32_t done = 0; done < count;) { /* once, but where a file is refused: then the next call says why */
+    for (uint32_t done = 0; done < count;) { /* once, unless a file is refused: then the next call returns its error */
         const int result = io_uring_register_files_update(&ring->uring, first + done, fds + done, count - done);
         if (result <= 0)
             return result < 0 ? result : -EIO;
@@ -137,9 +137,9 @@ static void arm_wake(ring *ring)
     ring->wake_armed = 1;
 }
 
-/* Run what DEFER_TASKRUN has deferred, so that completions show (io_uring_enter(2), IORING_ENTER_GETEVENTS).  The kernel
- * flags it (IORING_SETUP_TASKRUN_FLAG), and liburing's submission runs it in the same call; only what has come since, and
- * all with liburing 2.1, takes a call of its own. */
+/* Run what DEFER_TASKRUN has deferred, so that completions show (io_uring_enter(2), IORING_ENTER_GETEVENTS).  The
+ * kernel flags it (IORING_SETUP_TASKRUN_FLAG), and liburing's submission runs it in the same call; only work that
+ * arrived since, or all of it with liburing 2.1, needs a call of its own. */
 static int get_events(const ring *ring)
 {
     if (!(__atomic_load_n(ring->uring.sq.kflags, __ATOMIC_RELAXED) & IORING_SQ_TASKRUN))
@@ -166,7 +166,7 @@ static int ring_reap(void *context, eng_completion *completions, uint32_t capaci
         seen++;
         if (cqe->user_data == WAKE) {
             ring->wake_armed = 0;
-            /* Emptied by whoever is woken by it, or it would wake again at once. */
+            /* The woken thread empties it, or it would wake again at once. */
             if (read(ring->wake_fd, &wakes, sizeof wakes) < 0 && errno != EAGAIN)
                 abort();
         } else {
@@ -176,7 +176,7 @@ static int ring_reap(void *context, eng_completion *completions, uint32_t capaci
         }
     }
     io_uring_cq_advance(&ring->uring, seen);
-    /* What completed is told first: an error from the submission comes back on the next call. */
+    /* Completions are returned first: an error of the submission is returned by the next call. */
     return count > 0 || result >= 0 ? (int)count : result;
 }
 
@@ -189,7 +189,7 @@ int ring_register(ring *ring, eng_config *config, uint8_t *slots)
     if (result < 0)
         return result;
     int32_t empty[ENG_JOBS_MAX * ENG_JOB_PLACES];
-    memset(empty, -1, sizeof empty); /* -1 is an empty place (io_uring_register(2)) */
+    memset(empty, -1, sizeof empty); /* -1 is an empty entry (io_uring_register(2)) */
     config->refused = ENG_REFUSED_FILES;
     result = io_uring_register_files(&ring->uring, empty, ENG_JOBS_MAX * ENG_JOB_PLACES);
     return result < 0 ? result : 0;
@@ -218,7 +218,7 @@ void ring_unregister(ring *ring)
 {
     if (!ring->registered)
         return;
-    /* Where either was never registered this is ENXIO, which is as good. */
+    /* ENXIO if either was never registered, which is harmless. */
     io_uring_unregister_buffers(&ring->uring);
     io_uring_unregister_files(&ring->uring);
 }

@@ -1,8 +1,8 @@
 /*
  * job.c: the consistency rules of a job (job.h says why).
  *
- * What cannot be checked is whether the sources' addresses are the caller's to give: that is Python's side of
- * the contract (engine/native.py keeps the tensors alive).
+ * Addresses of sources cannot be checked.  Python must pass valid ones and keep their memory alive until the job has
+ * ended (engine/io/job.py).
  */
 #include "pipeline/job.h"
 
@@ -23,8 +23,8 @@ static int source_is_valid(const eng_source *source)
         int64_t reach;
         if (source->shape[d] <= 0 || __builtin_mul_overflow(nbytes, (uint64_t)source->shape[d], &nbytes))
             return 0;
-        if (__builtin_mul_overflow(source->shape[d], source->stride[d], &reach) ||
-            __builtin_mul_overflow(reach, (int64_t)source->itemsize, &reach))
+        if (__builtin_mul_overflow(source->shape[d], source->stride[d], &reach)
+            || __builtin_mul_overflow(reach, (int64_t)source->itemsize, &reach))
             return 0;
         if (reach > REACH_MAX || reach < -REACH_MAX)
             return 0;
@@ -32,7 +32,7 @@ static int source_is_valid(const eng_source *source)
     return nbytes <= INT64_MAX;
 }
 
-/* Bytes of the row-major serialisation of a strided source, already known not to overflow. */
+/* Bytes of the row-major serialisation of a strided source, which was checked not to overflow. */
 static uint64_t strided_bytes(const eng_source *source)
 {
     uint64_t nbytes = source->itemsize;

@@ -5,12 +5,12 @@
  *     FREE -> STAGING -> STAGED --------------------> FREE   a block of a write that its file holds already
  *     FREE ----------------------> MOVING -> MOVED -> FREE   a block of a read: verified, then copied out
  *
- * A write waits in STAGED until its job has files, so that staging can begin before the files are made; where they are
- * there it goes past it.  Jobs are served in order of arrival: an older save frees its arena first.
+ * A write waits in STAGED until its job has files, so that staging begins before the files are made.  If the job has
+ * files, the write starts at once.  Jobs are served in order of arrival: an older save frees its arena first.
  *
- * The arena is wanted back soonest, and the device is slower than memory, so staging comes before everything else.
- * Reads likewise: as long as there are slots to read into, the device is given its next blocks before those that it has
- * delivered are looked at.  So only some of the slots are under way at a time, and the others are worked on meanwhile.
+ * Staging comes first, because training waits for the arena, and the device is slower than memory.  For reads, too, the
+ * device gets its next blocks before delivered ones are verified, as long as slots are free.  So only some of the slots
+ * are in flight at a time, and the others are verified meanwhile.
  */
 #include "pipeline/pipeline.h"
 
@@ -23,17 +23,17 @@
 #include "pipeline/job.h"
 
 enum {
-    /* Blocks staged before their writes are submitted together: few enough that the device starts early (4 MiB
-     * stage in about half a millisecond), enough that a submission is not paid for every block. */
+    /* Blocks staged before their writes are submitted together: few, so that the device starts early (4 MiB stage in
+     * about half a millisecond), but more than one, to share the cost of a submission. */
     BATCH_BLOCKS = 2,
-    /* Read at a time.  A drive is busy with its bandwidth times its latency, some 2 MB, and an array of them with a few
-     * times that; what is asked for beyond delays the first block, and all are there at once in the end, with nothing
-     * left to read while they are verified.  500 MB in blocks of 4 MiB took, on the host of docs/perf.md: 139 ms with
-     * 16 MiB under way, 135 with 64, 140 with 128, 146 with 256. */
+    /* Bytes read at a time.  A drive is busy with its bandwidth times its latency, some 2 MB, and an array of drives
+     * with a few times that.  More in flight delays the first block, and leaves nothing to read while the last blocks
+     * are verified.  500 MB in blocks of 4 MiB took, on the host of docs/perf.md: 139 ms with 16 MiB in flight, 135
+     * with 64, 140 with 128, 146 with 256. */
     READ_WINDOW_BYTES = 64 << 20,
     /* Tries of one operation that made no progress (EINTR, EAGAIN, ENOMEM, a short write under the alignment). */
     RETRIES_MAX = 16,
-    /* Refusals of the submission itself in a row, 1 ms apart: 100 ms is far beyond a passing shortage. */
+    /* Refusals of the submission itself in a row, 1 ms apart: 100 ms is far longer than a transient shortage. */
     REFUSALS_MAX = 100,
     REAP_MAX = 64
 };
@@ -82,7 +82,7 @@ static void take_out(uint32_t *indices, uint32_t *count, uint32_t index)
     while (at < *count && indices[at] != index)
         at++;
     if (at == *count)
-        abort(); /* the list and the states disagree: our own bookkeeping is wrong, and memory is next */
+        abort(); /* the list and the states disagree: going on could corrupt memory */
     (*count)--;
     memmove(&indices[at], &indices[at + 1], (*count - at) * sizeof *indices);
 }
@@ -120,13 +120,13 @@ static void free_slot(eng_pipeline *p, uint32_t index)
 
 /* ---- files ---- */
 
-/* Where a job's file is in the ring's table, or ENG_NO_PLACE. */
+/* The index of a job's file in the ring's table, or ENG_NO_PLACE. */
 static int32_t place_of(uint32_t entry_index, uint32_t file)
 {
     return file < ENG_JOB_PLACES ? (int32_t)(entry_index * ENG_JOB_PLACES + file) : ENG_NO_PLACE;
 }
 
-/* Put a job's files into their places, or take them out again.  Returns 0, or the refusal. */
+/* Register a job's files in the ring's table, or unregister them.  Returns 0, or the refusal. */
 static int set_files(const eng_pipeline *p, uint32_t entry_index, int is_there)
 {
     const entry *e = &p->entries[entry_index];
@@ -146,7 +146,7 @@ static void fail(eng_pipeline *p, uint32_t entry_index, uint32_t kind, int error
 {
     entry *e = &p->entries[entry_index];
     if (e->failed)
-        return; /* the first failure is the one that is told */
+        return; /* the first failure is latched */
     e->failed = 1;
     e->job->failure = kind;
     e->job->error = error;
@@ -167,13 +167,13 @@ static int is_rechecked(const entry *e)
     return !due || e->recheck_next == e->job->block_count;
 }
 
-/* Whether there is a block to look at a second time. */
+/* Whether a block is left to hash a second time. */
 static int may_recheck(const entry *e)
 {
     return e->next == e->job->block_count && !is_rechecked(e);
 }
 
-/* Let go of a job that has nothing left to do.  Its memory is the caller's again once ENG_DONE is reached. */
+/* Release a job that has nothing left to do.  Its memory is the caller's again once ENG_DONE is reached. */
 static void settle(eng_pipeline *p, uint32_t entry_index)
 {
     entry *e = &p->entries[entry_index];
@@ -181,7 +181,7 @@ static void settle(eng_pipeline *p, uint32_t entry_index)
     const int complete = e->finished_count == job->block_count && is_rechecked(e);
     if (e->slot_count > 0 || !(e->failed || complete))
         return;
-    /* What success means, checked once more at the end: an `order` that names a block twice leaves one out. */
+    /* Check success once more at the end: an `order` that names a block twice omits another. */
     for (uint32_t i = 0; i < job->block_count && !e->failed; i++)
         if (job->states[i] != ENG_WRITTEN)
             fail(p, entry_index, ENG_INVALID_FAILURE, EINVAL, i);
@@ -236,7 +236,7 @@ static void finish_block(eng_pipeline *p, uint32_t index)
     free_slot(p, index);
 }
 
-/* Start the I/O of a block that has none behind it, unless its file holds the block already. */
+/* Start the first I/O of a block, unless its file already holds the block. */
 static void begin_io(eng_pipeline *p, uint32_t index)
 {
     slot *s = &p->slots[index];
@@ -283,7 +283,7 @@ static void begin_block(eng_pipeline *p, uint32_t entry_index)
         await_files(p, index);
 }
 
-/* Hash one block's sources again; a difference means that somebody wrote while we read. */
+/* Hash one block's sources again.  A difference means that a writer changed them meanwhile. */
 static void recheck_block(eng_pipeline *p, uint32_t entry_index)
 {
     entry *e = &p->entries[entry_index];
@@ -301,7 +301,7 @@ static void recheck_block(eng_pipeline *p, uint32_t entry_index)
     }
 }
 
-/* Whether the next block of a job may begin now: a write has only to be staged, a read needs its file and the device. */
+/* Whether the next block of a job may begin now: a write only needs a slot, a read also its file and the device. */
 static int may_begin(const eng_pipeline *p, const entry *e)
 {
     if (e->failed || e->next == e->job->block_count)
@@ -323,13 +323,13 @@ uint32_t pipeline_fill(eng_pipeline *p)
         } else if (!e->failed && may_recheck(e)) {
             recheck_block(p, entry_index);
         } else if (p->unverified.count > 0 && p->slots[p->unverified.slots[0]].entry == entry_index) {
-            break; /* its blocks come before a younger job's, which could have something to begin for ever */
+            break; /* its blocks come first: younger jobs could begin blocks for ever */
         } else {
             at++;
             continue;
         }
         begun++;
-        settle(p, entry_index); /* may take the job out of the queue, and then `at` is already the next one */
+        settle(p, entry_index); /* may remove the job from the queue; `at` then is the next one */
     }
     return begun;
 }
@@ -393,7 +393,7 @@ static void complete(eng_pipeline *p, uint32_t index, int32_t result)
         else
             finish_block(p, index);
     } else {
-        /* Short: go on from the last aligned byte, as O_DIRECT wants.  Progress starts the count afresh. */
+        /* Short: continue at the last aligned byte, as O_DIRECT requires.  Progress resets the count. */
         const uint32_t progress = (uint32_t)result & ~(uint32_t)(ENG_ALIGNMENT - 1);
         e->job->io_bytes += progress;
         s->done_bytes += progress;
@@ -404,8 +404,8 @@ static void complete(eng_pipeline *p, uint32_t index, int32_t result)
     settle(p, entry_index);
 }
 
-/* The ring itself is gone: every job fails, and the next one gets a new ring.  Slots that the kernel may still write to
- * are never used again. */
+/* The ring itself has failed: every job fails, and the next one gets a new ring.  Slots that the kernel may still write
+ * to are never used again. */
 static void break_down(eng_pipeline *p, int error)
 {
     p->broken = error;
@@ -431,7 +431,7 @@ void pipeline_reap(eng_pipeline *p, uint32_t wait)
         if (completions[i].slot < p->config.slot_count && p->slots[completions[i].slot].state == SLOT_MOVING)
             complete(p, completions[i].slot, completions[i].result);
         else
-            abort(); /* a completion nobody asked for: memory is no longer what we think it is */
+            abort(); /* an unexpected completion: our memory may be corrupt */
     if (count >= 0) {
         p->refusal_count = 0;
         return;
@@ -445,8 +445,8 @@ void pipeline_reap(eng_pipeline *p, uint32_t wait)
 
 /* ---- the inbox ---- */
 
-/* Give a job its files, and start what waited for them, in the order in which it was staged.  0 if the ring is found to
- * be gone, and the job with it. */
+/* Give a job its files, and start the writes that waited for them, in the order of staging.  0 if the ring turns out to
+ * have failed, and the job with it. */
 static int attach_files(eng_pipeline *p, uint32_t entry_index)
 {
     entry *e = &p->entries[entry_index];

@@ -1,12 +1,13 @@
 /*
- * pipeline.h: what the two halves of a pipeline share.
+ * pipeline.h: the structures that both halves of a pipeline share.
  *
- * pipeline.c is the slot state machine: it runs on the pipeline's thread only and never blocks but in reap.
- * service.c is the thread itself and the functions of engine_native.h, which other threads call; they reach the
- * machine through the inbox half of an entry and nothing else.
+ * pipeline.c is the slot state machine: it runs on the pipeline's thread only, and blocks in reap only.
+ * service.c is the thread itself and the functions of engine_native.h, which other threads call.  They reach the
+ * machine only through the inbox half of an entry.
  *
- * Locks.  `mutex` guards the inbox half of every entry, changes of `state`, and the broadcast of both and of milestones.  All else belongs to the
- * thread, or is a single word written atomically (a job's states and milestones, `dirty`, `state`).
+ * Locks.  `mutex` guards the inbox half of every entry, changes of `state`, and the broadcast of both and of
+ * milestones.  All else belongs to the thread, or is a single word written atomically (a job's states and milestones,
+ * `dirty`, `state`).
  */
 #ifndef PIPELINE_H
 #define PIPELINE_H
@@ -17,18 +18,19 @@
 #include "moving/posix.h"
 #include "moving/ring.h"
 
-/* A slot is in SLOT_STAGED if and only if it is in `waiting`, and in SLOT_MOVED if and only if it is in `unverified`. */
+/* A slot is in SLOT_STAGED if and only if it is in `waiting`, and in SLOT_MOVED if and only if it is in
+ * `unverified`. */
 enum slot_state { SLOT_FREE, SLOT_STAGING, SLOT_STAGED, SLOT_MOVING, SLOT_MOVED };
 
 typedef struct {
     enum slot_state state;
     uint32_t entry;
     uint32_t block;
-    uint32_t done_bytes;      /* of this block; a multiple of ENG_ALIGNMENT while more is to come */
+    uint32_t done_bytes;      /* of this block; a multiple of ENG_ALIGNMENT until the block is complete */
     uint32_t retry_count;
 } slot;
 
-/* Some of the slots, in the order in which they came. */
+/* Some of the slots, in order of arrival. */
 typedef struct {
     uint32_t *slots;
     uint32_t count;
@@ -40,7 +42,7 @@ typedef struct {
     int submitted, attached, aborted;
     int32_t abort_error;
     const int32_t *fds;
-    const eng_hash *known;    /* what the files hold already, where `is_known` says so; or NULL */
+    const eng_hash *known;    /* hashes of the files' blocks where `is_known` is set; or NULL */
     const uint8_t *is_known;
     /* The thread's own. */
     int has_files, failed;
@@ -51,13 +53,13 @@ typedef struct {
 } entry;
 
 /* A pipeline's life.  It goes forward only; from OPENING it goes straight to CLOSED if the kernel refuses something.
- * In CLOSED the thread has let go of everything but the struct itself. */
+ * In CLOSED the thread has released everything but the struct itself. */
 enum service_state { SERVICE_OPENING, SERVICE_OPEN, SERVICE_CLOSING, SERVICE_CLOSED };
 
 struct eng_pipeline {
     eng_config config;
     eng_io_table io;
-    ring *ring;               /* at most one of these two is there: what is behind `io` */
+    ring *ring;               /* at most one of these two is set: the mover behind `io` */
     posix *posix;
     uint8_t *memory;
     slot *slots;
@@ -65,10 +67,10 @@ struct eng_pipeline {
     uint32_t free_count;
     slot_list waiting;        /* staged, and their jobs have no files yet */
     slot_list unverified;     /* read, and to be verified */
-    uint32_t moving_count;    /* operations under way */
+    uint32_t moving_count;    /* operations in flight */
     uint32_t reading_count;   /* those of them that are reads */
     uint32_t refusal_count;
-    int broken;               /* errno that the ring itself died of, until it is replaced */
+    int broken;               /* errno that broke the ring, until it is replaced */
     entry entries[ENG_JOBS_MAX];
     uint32_t queue[ENG_JOBS_MAX]; /* entries in order of arrival */
     uint32_t queue_count;
@@ -81,7 +83,7 @@ struct eng_pipeline {
     int forked;               /* this process is a fork of the one that opened the pipeline */
     int dirty;                /* something is in the inbox */
     enum service_state state; /* changed with the mutex held */
-    int open_error;           /* why the thread could not set up, a negative errno; good once it is closed */
+    int open_error;           /* negative errno of a failed set-up; valid once it is closed */
     int has_thread;           /* to be joined */
 };
 
@@ -91,8 +93,8 @@ uint64_t pipeline_now_ns(void);
 /* Take one entry's inbox: a new job, its files, an abort. */
 void pipeline_accept(struct eng_pipeline *p, uint32_t entry_index);
 
-/* Replace a ring that broke, and its slots with it, which the kernel may still be moving.  Returns 0 or an errno.  In
- * service.c, which opens rings. */
+/* Replace a broken ring, and its slots, which the kernel may still access.  Returns 0 or an errno.  In service.c, which
+ * opens rings. */
 int service_replace_ring(struct eng_pipeline *p);
 
 /* Abort the jobs that have no files: the pipeline is closing, and they will never get any. */
@@ -101,12 +103,10 @@ void pipeline_cancel_unattached(struct eng_pipeline *p);
 /* Begin a few blocks, oldest job first.  Returns how many. */
 uint32_t pipeline_fill(struct eng_pipeline *p);
 
-/* Verify the block that was read first of those that are not verified, and copy it out.  Returns 1, or 0 if there is
- * none. */
+/* Verify the oldest unverified block that was read, and copy it out.  Returns 1, or 0 if there is none. */
 uint32_t pipeline_verify(struct eng_pipeline *p);
 
-/* Hand over what has begun and take what has completed; with `wait`, sleep until there is something. */
+/* Submit started operations and reap completed ones; with `wait`, sleep until there is one. */
 void pipeline_reap(struct eng_pipeline *p, uint32_t wait);
 
 #endif
-

@@ -1,9 +1,9 @@
 /*
  * service.c: the pipeline's thread, and the calls that other threads make to it.
  *
- * One turn of the thread: take what callers left in the inbox, stage a few blocks into free slots or have them read or,
- * if there is none to begin, verify one that was read; hand what has begun over in one submission, and reap what has
- * completed.  Sleep only when none of that moved.
+ * One turn of the thread: empty the inbox; begin a few blocks, which stages or reads them, or verify one block if none
+ * can begin; submit all started operations in one call, and reap the completed ones.  The thread sleeps only if none of
+ * these did anything.
  */
 #include <errno.h>
 #include <poll.h>
@@ -59,12 +59,12 @@ static void after_fork_in_child(void)
     pthread_mutex_unlock(&fork_mutex);
 }
 
-/* When the module is loaded, and not in the first eng_open: a fork may be under way in another thread then, and that
+/* When the module is loaded, and not in the first eng_open: another thread may be forking then, and that
  * fork would run none of these.  (Python forks under its import lock.) */
 __attribute__((constructor)) static void watch_forks(void)
 {
     if (pthread_atfork(before_fork, after_fork, after_fork_in_child) != 0)
-        abort(); /* a dozen bytes were not to be had */
+        abort(); /* no memory for a dozen bytes */
 }
 
 /* Put a pipeline on the list, with its first descriptor.  Returns 0 or a negative errno. */
@@ -123,7 +123,7 @@ static void sleep_until_woken(eng_pipeline *p)
 {
     struct pollfd readable = {.fd = p->wake_fd, .events = POLLIN};
     uint64_t wakes;
-    poll(&readable, 1, -1); /* an error is a wake for nothing */
+    poll(&readable, 1, -1); /* an error is a spurious wake */
     if (read(p->wake_fd, &wakes, sizeof wakes) < 0 && errno != EAGAIN)
         abort();
 }
@@ -192,7 +192,7 @@ static int map_slots(eng_pipeline *p)
     pthread_mutex_unlock(&fork_mutex);
     if (p->memory == MAP_FAILED)
         return -ENOMEM;
-    madvise(p->memory, nbytes, MADV_HUGEPAGE); /* pinning and copying are cheaper, where the host has them */
+    madvise(p->memory, nbytes, MADV_HUGEPAGE); /* pinning and copying are cheaper in huge pages */
     memset(p->slots, 0, p->config.slot_count * sizeof *p->slots);
     for (p->free_count = 0; p->free_count < p->config.slot_count; p->free_count++)
         p->free_slots[p->free_count] = p->config.slot_count - 1 - p->free_count;
@@ -201,16 +201,16 @@ static int map_slots(eng_pipeline *p)
 
 /* Give the slots' memory back, and their addresses unless the kernel may still use those.
  *
- * A ring that broke may have reads under way.  Memory that it has pinned stays the kernel's until they end; but a read
- * that it has not begun, or that goes through the page cache, would write to the next mapping at the same address.  So
- * after a break the addresses stay reserved, and nothing can be mapped there again. */
+ * A broken ring may have reads in flight.  Pinned memory stays the kernel's until they end.  But a read that has not
+ * begun, or that goes through the page cache, would write to the next mapping at the same address.  So after a break
+ * the addresses stay reserved, and are never mapped again. */
 static void unmap_slots(eng_pipeline *p)
 {
     if (p->memory == MAP_FAILED)
         return;
     const size_t nbytes = (size_t)p->config.slot_count * p->config.slot_bytes;
     const int used = p->ring != NULL || p->config.io != NULL;
-    if (p->broken && used) /* where this fails the slots stay mapped, which protects as well */
+    if (p->broken && used) /* if this fails the slots stay mapped, which is as safe */
         mmap(p->memory, nbytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
     else
         munmap(p->memory, nbytes);
@@ -230,10 +230,10 @@ int service_replace_ring(eng_pipeline *p)
     return p->broken;
 }
 
-/* A thread that wakes after a long sleep takes the CPU of the thread that woke it: a caller of eng_submit is held up until
- * some of the arena is staged.  Under SCHED_BATCH the woken thread waits for its turn (sched(7)).  In a training on every
- * core checkpoint() took 0.6 ms in some runs and 2 to 5 ms in others; with SCHED_BATCH it takes 0.6 ms.  Where the
- * kernel refuses the policy the thread goes on without it, and a policy that the user has chosen stays. */
+/* A thread that wakes after a long sleep takes the CPU of the thread that woke it: a caller of eng_submit is held up
+ * until some of the arena is staged.  Under SCHED_BATCH the woken thread waits for its turn (sched(7)).  In a training
+ * on every core checkpoint() took 0.6 ms in some runs and 2 to 5 ms in others; with SCHED_BATCH it takes 0.6 ms.  Where
+ * the kernel refuses the policy the thread works without it.  A policy that the user has chosen stays. */
 static void lower_priority(void)
 {
     struct sched_param parameters;
@@ -258,7 +258,7 @@ static void enter_state(eng_pipeline *p, enum service_state state)
 static void serve(eng_pipeline *p)
 {
     for (;;) {
-        /* Read before the inbox is: no job is submitted once this is true, and one that is attached counts as such. */
+        /* Read before the inbox: once this is true no job is submitted, and every attached job is in the inbox. */
         const int closing = is_closing(p);
         accept_inbox(p);
         if (closing)
@@ -270,7 +270,7 @@ static void serve(eng_pipeline *p)
         else if (idle && p->queue_count == 0 && closing)
             break;
         else if (idle && !is_closing(p))
-            sleep_until_woken(p); /* not if a close has come since: its wake may be read already */
+            sleep_until_woken(p); /* not after a close: its wake may have been read already */
     }
 }
 
@@ -285,7 +285,7 @@ static void *run(void *argument)
         pthread_mutex_unlock(&p->mutex);
         serve(p);
     }
-    unmap_slots(p); /* here, where it is known whether a broken ring has used them */
+    unmap_slots(p); /* here, because only this thread knows whether a broken ring has used them */
     close_ring(p);
     if (p->posix != NULL)
         posix_close(p->posix);
@@ -301,8 +301,8 @@ static void *run(void *argument)
 
 static int start_thread(eng_pipeline *p)
 {
-    /* Signals belong to the program's own threads: a handler must not run here, nor EINTR the ring.  All but those
-     * of a crash, which would otherwise end the process without a word from its crash handler. */
+    /* Signals belong to the program's own threads: a handler must not run here, nor interrupt the ring.  Signals of
+     * a crash stay unblocked, so that the program's crash handler runs. */
     static const int CRASHES[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP};
     sigset_t blocked, before;
     sigfillset(&blocked);
@@ -401,7 +401,7 @@ int eng_close(eng_pipeline *p, int32_t error, uint64_t timeout_ns)
     while (p->state != SERVICE_CLOSED && await_change(p, until_ns))
         ;
     const int closed = p->state == SERVICE_CLOSED;
-    const int joins = closed && p->has_thread; /* one caller does, and the thread is at its last instructions */
+    const int joins = closed && p->has_thread; /* only one caller joins, and the thread is about to end */
     if (joins)
         p->has_thread = 0;
     pthread_mutex_unlock(&p->mutex);
@@ -485,7 +485,7 @@ int eng_attach(eng_pipeline *p, eng_job *job, const int32_t *fds, const eng_hash
     return e != NULL ? 0 : closed ? -ESHUTDOWN : -ESRCH;
 }
 
-/* End a job that no thread has seen.  The mutex is held. */
+/* End a job that the thread has not seen.  The mutex is held. */
 static void abort_unsubmitted(eng_pipeline *p, eng_job *job, int32_t error)
 {
     job->failure = ENG_ABORTED_FAILURE;

@@ -1,7 +1,7 @@
-"""The benchmark: that a tiny run says all it should, and that what it says follows from the samples.
+"""The benchmark: a tiny run reports everything, and its reports follow from its samples.
 
-Nothing here depends on how long anything took.  The run is of a few megabytes, the engine and torch.save; the goals are
-computed from samples made up for the purpose, one of each met and missed.
+Nothing here depends on durations.  The run is of a few megabytes, the engine and torch.save.  The goals are computed
+from made-up samples, one met and one missed for each.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def sample(section: str, subject: str, setting: str = "", number: int = 0, **mea
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Record, str]:
-    """Where a tiny run has left its files, what it recorded, and what it printed."""
+    """The files, the record and the output of a tiny run."""
     place = tmp_path_factory.mktemp("bench")
     docs = place / "docs"
     docs.mkdir()
@@ -108,7 +108,7 @@ def test_a_run_records_every_sample_that_was_asked_for(run: tuple[Path, Record, 
     assert (record.main_bytes, record.main_count) == (2 * 10**6, 148)
 
 
-def test_the_fewest_and_the_most_tensors_take_turns(tmp_path: Path) -> None:
+def test_the_fewest_and_the_most_tensors_alternate(tmp_path: Path) -> None:
     scales = replace(QUICK, tensors_bytes=10**5, tensor_counts=(2, 5, 9), rounds=2, scale_rounds=1)
     rounds = measure.Rounds(make_record(), tmp_path, ["engine"])
     SECTIONS["tensors"](rounds, scales)
@@ -121,7 +121,7 @@ def test_the_fewest_and_the_most_tensors_take_turns(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_tells_the_host_and_not_the_machine(run: tuple[Path, Record, str]) -> None:
+def test_a_run_describes_the_host_and_does_not_name_it(run: tuple[Path, Record, str]) -> None:
     place, record, _ = run
     assert {"processor", "cores", "memory", "kernel", "file system", "device", "torch", "fio", "backend"} <= set(
         record.host
@@ -140,7 +140,7 @@ def test_the_json_has_the_documented_shape(run: tuple[Path, Record, str]) -> Non
     assert decode(encode(record)) == record
 
 
-def test_a_run_draws_what_it_has_samples_for(run: tuple[Path, Record, str]) -> None:
+def test_a_run_draws_the_charts_that_it_has_samples_for(run: tuple[Path, Record, str]) -> None:
     place, _, _ = run
     for directory in (place / "output", place / "docs/perf"):
         drawn = {path.name: path.read_bytes() for path in directory.glob("*.png")}
@@ -172,7 +172,7 @@ def test_nothing_is_left_behind(run: tuple[Path, Record, str]) -> None:
     assert list((place / "runs").iterdir()) == []
 
 
-def test_a_section_that_there_is_not_is_refused() -> None:
+def test_an_unknown_section_is_refused() -> None:
     with pytest.raises(SystemExit, match="there is no section nothing"):
         main(["--sections", "nothing"])
 
@@ -216,7 +216,7 @@ def test_a_peer_that_is_not_installed_or_fails_is_a_row_that_says_why(tmp_path: 
     assert "No module named 'no_such_package'" in text and "nothing works below" in text
 
 
-def test_a_peer_that_fails_in_the_middle_is_out_and_the_others_go_on(tmp_path: Path) -> None:
+def test_a_peer_that_fails_midway_is_dropped_and_the_others_continue(tmp_path: Path) -> None:
     rounds = measure.Rounds(make_record(), tmp_path)
     state = states.make_state(10_000, 2, adopted=False)
     opened = rounds.open_savers((Failing, TorchSave), state, 3)
@@ -263,7 +263,7 @@ def test_fio_writes_to_the_files_that_are_there(like_fio: measure.Rounds, nbytes
     assert min(kept) >= nbytes
 
 
-def test_fio_takes_turns_with_the_files_that_it_is_lent(like_fio: measure.Rounds) -> None:
+def test_fio_alternates_between_its_lent_files(like_fio: measure.Rounds) -> None:
     """Each of its jobs with all of them, and in one round with different ones."""
     state = states.make_state(10_000_000, 3, plain=False)
     saver = Ours(like_fio.directory / "ours", state)
@@ -287,7 +287,7 @@ def test_fio_takes_turns_with_the_files_that_it_is_lent(like_fio: measure.Rounds
         saver.close()
 
 
-def test_what_is_lent_to_read_is_what_is_restored(like_fio: measure.Rounds) -> None:
+def test_fio_reads_the_files_that_the_engine_restores(like_fio: measure.Rounds) -> None:
     loader = OursLoader(like_fio.directory / "load", states.make_state(10_000_000, 3, plain=False))
     try:
         [path] = loader.data_files()
@@ -296,7 +296,7 @@ def test_what_is_lent_to_read_is_what_is_restored(like_fio: measure.Rounds) -> N
         loader.close()
 
 
-def test_a_turn_of_a_few_rounds_leaves_the_others_theirs(tmp_path: Path) -> None:
+def test_a_subject_with_few_rounds_does_not_shorten_the_others(tmp_path: Path) -> None:
     rounds = measure.Rounds(make_record(), tmp_path)
     rounds.introduce("one", "save", "")
     turns = {("one", ""): measure.few(lambda: {"seconds_s": 1.0}, 2), ("two", ""): lambda: {"seconds_s": 2.0}}
@@ -306,7 +306,7 @@ def test_a_turn_of_a_few_rounds_leaves_the_others_theirs(tmp_path: Path) -> None
     assert rounds.record.notes == [] and rounds.record.subjects[0].unavailable is None, "it has not failed"
 
 
-def test_fio_that_makes_a_file_anew_is_found_out(like_fio: measure.Rounds) -> None:
+def test_fio_replacing_a_lent_file_is_detected(like_fio: measure.Rounds) -> None:
     [turn] = limits.fio_turns(like_fio, 10_000_000, ["overwritten"], {}, [(4, 4)]).values()
     [path] = like_fio.directory.glob("*/*")
     os.truncate(path, 4096)
@@ -332,7 +332,7 @@ def test_a_small_read_is_all_or_nothing(like_fio: measure.Rounds) -> None:
 
 
 @pytest.mark.parametrize("looking", [True, False])
-def test_a_copy_is_made_and_perhaps_looked_at_once_in_a_period(looking: bool) -> None:
+def test_a_copy_is_made_once_in_a_period_and_read_on_request(looking: bool) -> None:
     copy = limits._Copy(limits.huge_pages(100_000))
     expected = ["make", "look"] if looking else ["make"]
     done: list[str] = []
@@ -352,7 +352,7 @@ def test_a_copy_is_made_and_perhaps_looked_at_once_in_a_period(looking: bool) ->
     assert done == expected
 
 
-def test_a_copy_that_is_not_one_is_found_out() -> None:
+def test_a_missing_copy_is_detected() -> None:
     copy = limits._Copy(limits.huge_pages(100_000))
     copy.make()
     copy.look()
@@ -371,7 +371,7 @@ def test_a_copy_that_fails_fails_the_job_beside_it() -> None:
         pass
 
 
-def test_without_fio_its_row_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_fio_is_a_row_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     rounds = measure.Rounds(make_record(), tmp_path)
     assert limits.fio_turns(rounds, 4096, goals.JOBS, {}) == {}
@@ -414,7 +414,7 @@ def test_a_load_puts_back_what_was_saved(kind: type[OursLoader | SafetensorsLoad
     loader.close()
 
 
-def test_every_name_is_its_own_and_can_be_given_on_the_command_line() -> None:
+def test_names_are_unique_and_usable_on_the_command_line() -> None:
     for kinds in (SAVERS, LOADERS):
         names = [kind.name for kind in kinds]
         assert len(set(names)) == len(names) and not any("," in name for name in names)
@@ -422,9 +422,9 @@ def test_every_name_is_its_own_and_can_be_given_on_the_command_line() -> None:
 
 @pytest.mark.parametrize("kind", [Ours, TorchSave], ids=lambda kind: kind.name)
 def test_memory_is_what_a_saver_needs_beyond_the_state(kind: type[Saver], tmp_path: Path) -> None:
-    """Ours has its staging, and torch.save nothing that would not have been in its process before.
+    """The engine needs its staging, and torch.save nothing beyond its process.
 
-    Who may not lock so much memory has no pinned slots, and of others only what was written to.
+    Without the right to lock so much memory slots are not pinned, and only their written pages count.
     """
     rounds = measure.Rounds(make_record(), tmp_path)
     state_bytes, staging_bytes = 8 << 20, (256 << 20) if kind is Ours else 0
@@ -450,7 +450,7 @@ def test_a_state_has_its_bytes_in_its_tensors(tensor_count: int, units: int) -> 
     assert len({tensor.untyped_storage().data_ptr() for tensor in tensors.values()}) == tensor_count
 
 
-def test_a_state_longer_than_the_pattern_goes_on_with_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_longer_than_the_pattern_repeats_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(states, "PATTERN_COUNT", 10)
     joined = torch.cat(list(states.make_tensors(4 * 25, 3).values()))
     assert torch.equal(joined[:10], joined[10:20]) and torch.equal(joined[:5], joined[20:])
@@ -468,7 +468,7 @@ def test_the_adopted_state_is_the_same_numbers() -> None:
 
 
 @given(st.lists(finite, min_size=1, max_size=30))
-def test_the_spread_lies_within_the_numbers(numbers: list[float]) -> None:
+def test_quartiles_are_within_the_samples(numbers: list[float]) -> None:
     low, middle, high = spread(numbers)
     assert min(numbers) <= low <= middle <= high <= max(numbers)
     assert middle == pytest.approx(median(numbers))
@@ -476,7 +476,7 @@ def test_the_spread_lies_within_the_numbers(numbers: list[float]) -> None:
 
 @given(groups, groups)
 @settings(deadline=None)
-def test_chance_is_a_probability_and_knows_no_order(first: list[float], second: list[float]) -> None:
+def test_chance_is_a_probability_and_symmetric(first: list[float], second: list[float]) -> None:
     likely = chance(first, second)
     assert 0 < likely <= 1
     assert chance(second, first) == pytest.approx(likely)
@@ -485,17 +485,17 @@ def test_chance_is_a_probability_and_knows_no_order(first: list[float], second: 
 
 @given(groups)
 @settings(deadline=None)
-def test_groups_that_are_the_same_do_not_differ(numbers: list[float]) -> None:
+def test_equal_groups_do_not_differ(numbers: list[float]) -> None:
     assert chance(numbers, numbers) == 1
 
 
 @pytest.mark.parametrize(("count", "expected"), [(3, 2 / 20), (4, 2 / 70), (6, 2 / 924)])
-def test_groups_wholly_apart_have_the_least_chance_there_is(count: int, expected: float) -> None:
+def test_disjoint_groups_have_the_least_possible_chance(count: int, expected: float) -> None:
     """Of all ways to divide the numbers, this one and its mirror image."""
     assert chance([float(i) for i in range(count)], [1000.0 + i for i in range(count)]) == pytest.approx(expected)
 
 
-def test_groups_too_large_to_try_are_refused() -> None:
+def test_groups_too_large_to_enumerate_are_refused() -> None:
     with pytest.raises(ValueError, match="1 to 9"):
         chance([1.0] * (GROUP_MAX + 1), [1.0])
     with pytest.raises(ValueError, match="groups of 0"):
@@ -510,7 +510,7 @@ def outcome(record: Record, what: str) -> goals.Outcome:
     return found
 
 
-def test_who_does_no_more_than_the_work_takes_is_put_in_the_place_of_the_engine() -> None:
+def test_the_stand_in_replaces_the_engine_in_a_goal() -> None:
     record = make_record()
     record.samples += [
         sample("ours", "engine", "recycled", durable_s=0.2),
@@ -701,7 +701,7 @@ def test_the_steps_of_a_checkpoint_end_with_the_one_after_it_is_durable() -> Non
     def step(_: object = None) -> None:
         nonlocal now
         steps.append(len(steps))
-        begun = len(steps) - (1 + slowdown.STEPS_ASIDE)  # since the segment's first, with whose end the save begins
+        begun = len(steps) - (1 + slowdown.STEPS_ASIDE)  # since the first of the segment, at whose end the save begins
         if begun == 3:
             durable.set_result(None)
         now += {2: 10, 3: 10, 4: 3, 6: 2}.get(begun, 1)
@@ -713,7 +713,7 @@ def test_the_steps_of_a_checkpoint_end_with_the_one_after_it_is_durable() -> Non
     assert len(steps) == 1 + slowdown.STEPS_ASIDE + 10 + 1 + slowdown.STEPS_ASIDE
 
 
-def test_what_is_not_durable_when_the_next_comes_has_it_wait_but_not_a_rarer_one() -> None:
+def test_the_wait_for_an_unfinished_save_counts_only_for_measured_intervals() -> None:
     now = 0.0
 
     def step(_: object = None) -> None:
@@ -734,7 +734,7 @@ def test_what_is_not_durable_when_the_next_comes_has_it_wait_but_not_a_rarer_one
     assert goals.slowdowns(record, "engine", "computed: every 25") == [0]
 
 
-def test_the_limit_is_lent_what_ours_overwrites_and_reads(tmp_path: Path) -> None:
+def test_fio_is_lent_the_files_that_the_engine_overwrites_and_reads(tmp_path: Path) -> None:
     rounds = measure.Rounds(make_record(), tmp_path, ["engine"])
     scales = replace(QUICK, main_bytes=1_000_000, limit_rounds=1)
     with mock.patch.object(limits, "limit_turns", return_value={}) as limit_turns:
@@ -745,7 +745,7 @@ def test_the_limit_is_lent_what_ours_overwrites_and_reads(tmp_path: Path) -> Non
     }
 
 
-def test_ours_stands_among_the_limits_of_its_size() -> None:
+def test_the_engine_has_a_row_among_the_limits_of_its_size() -> None:
     record = make_record()
     record.samples += [
         sample("limit", "fio", "overwritten, 4 MiB x 16", seconds_s=0.5),
@@ -793,7 +793,7 @@ def test_the_goals_about_scale() -> None:
     assert outcome(record, "the most tensors: loop held").standin == pytest.approx(0.3)
 
 
-def test_a_missed_goal_stands_as_missed_in_both_tables() -> None:
+def test_a_missed_goal_is_missed_in_both_tables() -> None:
     record = make_record([sample("save", "engine", durable_s=0.1), sample("save", "torch.save", durable_s=0.2)])
     table = report.tables(record, goals.outcomes(record, PEERS, LOADING_PEERS))[0]
     for text in (report.terminal(table), report.markdown(table)):
@@ -878,7 +878,7 @@ def runs_of(durable_s: list[float]) -> list[Record]:
     ],
     ids=["slower", "faster", "noise", "a little, and surely", "too little to mention"],
 )
-def test_a_change_is_told_from_noise(after: list[float], verdict: str) -> None:
+def test_a_change_is_distinguished_from_noise(after: list[float], verdict: str) -> None:
     base = [0.100, 0.101, 0.102, 0.1021, 0.1022, 0.1023]
     verdicts = compare.compare(runs_of(base), runs_of(after))
     assert verdicts["save", "durable_s"][-1] == verdict
@@ -887,7 +887,7 @@ def test_a_change_is_told_from_noise(after: list[float], verdict: str) -> None:
 
 
 def test_only_the_public_interface_is_used() -> None:
-    """The table of rooms lets the benchmark know "engine": what it takes from there is public."""
+    """The layers allow the benchmark to import "engine"; it uses public names only."""
     taken = set()
     for path in Path(measure.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -1,8 +1,8 @@
-"""The ladder of backends: what is tried on which host, what is said of it, and that every rung saves and restores.
+"""The ladder of backends: the attempts and messages on each host, and that every rung saves and restores.
 
-The hosts are real where they can be made: a seccomp filter that refuses io_uring, a locked-memory limit of 8 MiB, a
-limit on open files, a file system without O_DIRECT, a full disk.  That the rungs do the same work is held by the
-tests marked `every_backend` in the other files.
+The hosts are real where possible: a seccomp filter that refuses io_uring, a locked-memory limit of 8 MiB, a limit on
+open files, a file system without O_DIRECT, a full disk.  The tests marked `every_backend` in the other files check
+that the rungs do the same work.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from engine.store.filesystem import Filesystem
 
 SMALL: dict[str, Any] = {"staging_bytes": 1 << 20, "block_bytes": 64 << 10}
 
-# Saves and restores on a host that a line before has changed, and says in which way.
+# Saves and restores on a host that an earlier line has changed, and prints the backend.
 ON_A_HOST = """
 import errno, os, resource, sys, warnings
 import torch
@@ -48,7 +48,7 @@ from disk import same, stored
 directory = sys.argv[1]
 
 def unprivileged():
-    if os.geteuid() == 0:  # root is not bound by some limits; nobody is
+    if os.geteuid() == 0:  # some limits do not bind root, but user 65534
         os.chmod(directory, 0o777)
         os.setgroups([])
         os.setgid(65534)
@@ -75,7 +75,7 @@ for warning in caught:
 
 
 def on_a_host(directory: Path, change: str, options: str = "") -> list[str]:
-    """What the script prints in a process of its own."""
+    """The output of the script in a process of its own."""
     script = ON_A_HOST.format(change=textwrap.dedent(change), options=options)
     result = subprocess.run(
         [sys.executable, "-c", script, str(directory)],
@@ -88,8 +88,8 @@ def on_a_host(directory: Path, change: str, options: str = "") -> list[str]:
     return result.stdout.splitlines()
 
 
-def test_this_host_has_the_best(tmp_path: Path) -> None:
-    """The other tests are worth little if the ring is not what they run on."""
+def test_this_host_has_the_best_backend(tmp_path: Path) -> None:
+    """The other tests are worth little if they do not run on the ring."""
     found = engine.probe(tmp_path, **SMALL)
     assert found == Probe(str(tmp_path), "io_uring", (Attempt("io_uring"),))
     assert str(found) == f"{tmp_path}: io_uring\nio_uring: works"
@@ -109,12 +109,12 @@ def test_a_probe_has_as_many_slots_as_an_engine(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", LADDER)
-def test_each_can_be_insisted_on(tmp_path: Path, name: Backend) -> None:
+def test_each_backend_can_be_insisted_on(tmp_path: Path, name: Backend) -> None:
     tensors = {"a": torch.rand(100_000)}
     with engine.Engine(tmp_path, backend=name, **SMALL) as eng:
         assert eng.backend == name
         eng.checkpoint(engine.Arena.wrap(tensors), step=1).result()
-    with engine.Engine(tmp_path, **SMALL) as eng:  # what one has written another reads
+    with engine.Engine(tmp_path, **SMALL) as eng:  # a backend reads the files of another
         assert same(eng.load(1)["a"], tensors["a"]) and same(stored(tmp_path, 1)["a"], tensors["a"])
 
 
@@ -128,7 +128,7 @@ def test_blocks_larger_than_the_slots_are_read_the_same_way(tmp_path: Path, name
 
 
 @pytest.mark.parametrize("name", LADDER)
-def test_a_second_pipeline_goes_the_same_way_and_pins_nothing(name: Backend) -> None:
+def test_a_second_pipeline_uses_the_same_backend_and_pins_nothing(name: Backend) -> None:
     """It is opened for one restore: to register its slots would cost more, and may be beyond the memlock limit."""
     first = Pipeline(2, 4096, name)
     second = backend.open_like(first, 3, 8192)
@@ -151,8 +151,8 @@ def test_a_seccomp_filter_leaves_threads(tmp_path: Path, error: str) -> None:
     assert "seccomp" in warning and error in warning and "allows io_uring_setup" in warning
 
 
-def test_a_process_of_any_name_is_told_why(tmp_path: Path) -> None:
-    """The kernel tells of filters below the process's name, which is bytes (PR_SET_NAME)."""
+def test_the_cause_is_found_for_any_process_name(tmp_path: Path) -> None:
+    """The kernel reports filters below the process's name, which is bytes (PR_SET_NAME)."""
     change = "import ctypes; ctypes.CDLL(None).prctl(15, bytes([0xFF, 0xC3])); seccomp.refuse(errno.ENOSYS)"
     used, _, warning = on_a_host(tmp_path, change)
     assert used == "threads" and "a seccomp filter" in warning
@@ -165,7 +165,7 @@ def test_a_filter_of_registration_alone_leaves_a_plain_ring(tmp_path: Path) -> N
 
 
 def test_a_filter_of_submission_alone_leaves_threads(tmp_path: Path) -> None:
-    """Setting up works, and nothing moves: only a real write can tell."""
+    """Setting up works, and no block moves: only a real write shows it."""
     used, count, warning = on_a_host(tmp_path, "seccomp.refuse(errno.EPERM, (seccomp.ENTER,))")
     assert (used, count) == ("threads", "1")
     assert "a write of one block is refused: EPERM" in warning
@@ -183,7 +183,7 @@ def test_little_locked_memory_leaves_a_plain_ring() -> None:
 
 def test_few_descriptors_leave_a_plain_ring(tmp_path: Path) -> None:
     change = "resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))"
-    # Within an ordinary user's memlock, which would be told of instead.
+    # Within an ordinary user's memlock, which would be reported instead.
     used, count, warning = on_a_host(tmp_path, change, "staging_bytes=4 << 20, block_bytes=1 << 20")
     assert (used, count) == ("io_uring_plain", "1")
     assert "RLIMIT_NOFILE is 128, below the ring's table of 512 files" in warning and "ulimit -n" in warning
@@ -208,7 +208,7 @@ def test_a_file_system_without_direct_io_or_nameless_files_is_left_clean(monkeyp
 
 @pytest.mark.parametrize("kind", ["ext4", "tmpfs"])
 @pytest.mark.filterwarnings("ignore:'buffered' is used")  # tmpfs has had O_DIRECT since Linux 6.6
-def test_a_full_disk_keeps_nobody_from_restoring(kind: str) -> None:
+def test_a_full_disk_does_not_prevent_restoring(kind: str) -> None:
     tensors = {"a": torch.rand(100_000)}
     with volume(kind, 32 << 20) as path:
         with engine.Engine(path / "run", **SMALL) as eng:
@@ -230,10 +230,10 @@ def refusal(refused: Refused, error: int) -> PlatformError:
 
 
 @pytest.mark.parametrize(("value", "whom"), [("2", "every process"), ("1", "kernel.io_uring_group")])
-def test_the_sysctl_is_told_from_a_filter(
+def test_the_sysctl_is_distinguished_from_a_filter(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, value: str, whom: str
 ) -> None:
-    """The sysctl is the whole host's, so the file is one of ours; the errno is what the kernel gives (io_uring.c)."""
+    """The sysctl is the whole host's, so the file is one of ours; the errno is the kernel's (io_uring.c)."""
     (tmp_path / "io_uring_disabled").write_text(f"{value}\n")
     monkeypatch.setattr(backend, "_SYSCTL", str(tmp_path / "io_uring_disabled"))
     error = refusal(Refused.RING, errno.EPERM)
@@ -242,7 +242,7 @@ def test_the_sysctl_is_told_from_a_filter(
 
 
 def test_every_cause_has_its_own_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_content", lambda path: "")  # neither sysctl nor filter, wherever the tests run
+    monkeypatch.setattr(backend, "_content", lambda path: "")  # neither sysctl nor filter, on every host
     monkeypatch.setattr(resource, "getrlimit", lambda which: (4096, 4096))
     errors = [
         refusal(Refused.RING, errno.EPERM),  # a filter
@@ -261,14 +261,14 @@ def test_every_cause_has_its_own_text(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("refused", [Refused.RING, Refused.BUFFERS])
-def test_a_limit_that_is_not_there_is_not_blamed(monkeypatch: pytest.MonkeyPatch, refused: Refused) -> None:
+def test_an_absent_limit_is_not_blamed(monkeypatch: pytest.MonkeyPatch, refused: Refused) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY,) * 2)
     error = refusal(refused, errno.ENOMEM)
     assert "RLIMIT" not in str(error) and "ENOMEM" in error.cause and "memory" in error.remedy
 
 
 @pytest.mark.parametrize("name", LADDER)
-def test_who_has_no_ring_is_told_nothing_of_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: Backend) -> None:
+def test_threads_do_not_mention_a_missing_ring(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: Backend) -> None:
     monkeypatch.setattr(Job, "failure", Failure(FailureKind.IO, errno.EPERM, 0))
     with pytest.raises(PlatformError, match="a write of one block is refused: EPERM") as caught:
         engine.Engine(tmp_path, backend=name, **SMALL)
@@ -276,7 +276,7 @@ def test_who_has_no_ring_is_told_nothing_of_it(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize("kind", [FailureKind.SHORT, FailureKind.CHECKSUM])
-def test_a_way_that_moves_other_bytes_is_refused(
+def test_a_backend_that_moves_wrong_bytes_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: FailureKind
 ) -> None:
     monkeypatch.setattr(Job, "failure", Failure(kind, 0, 0))
@@ -291,8 +291,8 @@ def test_a_disk_that_fails_refuses_no_backend(monkeypatch: pytest.MonkeyPatch, t
     assert engine.probe(tmp_path, **SMALL).backend == "io_uring"
 
 
-def test_an_engine_that_is_not_opened_gives_everything_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Not even who keeps the exception keeps the directory."""
+def test_a_refused_open_releases_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A kept exception does not keep the directory locked."""
     before = held()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -320,7 +320,7 @@ def test_an_engine_that_is_not_opened_gives_everything_back(monkeypatch: pytest.
     assert warned.value and refused.value
 
 
-def test_a_backend_that_is_insisted_on_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_refused_backend_that_is_insisted_on_raises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     refuse(monkeypatch, {"io_uring": errno.EPERM})
     with pytest.raises(PlatformError, match=rf"backend 'io_uring' does not work in {tmp_path}: .*io_uring") as caught:
         engine.Engine(tmp_path, backend="io_uring", **SMALL)
@@ -357,7 +357,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, refused: dict[str, int]) -> None:
     monkeypatch.setattr(backend, "Pipeline", opened)
 
 
-def test_an_alignment_beyond_ours_is_no_direct_io(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_larger_alignment_rules_out_direct_io(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(backend, "direct_alignment", lambda descriptor: 65536)
     found = engine.probe(tmp_path, **SMALL)
     assert found.backend == "buffered"
@@ -482,7 +482,7 @@ def test_a_spare_with_another_name_is_no_room() -> None:
         eng.checkpoint(arena, step=3).result()
 
 
-def test_a_file_system_that_does_not_say_is_tried() -> None:
+def test_a_file_system_that_reports_no_free_space_is_tried() -> None:
     with volume("ramfs", 0) as path, warnings.catch_warnings():
         warnings.simplefilter("ignore", EngineWarning)
         assert Filesystem().free_bytes(str(path)) is None

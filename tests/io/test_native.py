@@ -1,11 +1,10 @@
-"""The native pipeline, driven through `engine.io` directly: bytes there and back, whatever they are made of.
+"""The native pipeline, driven through `engine.io` directly: bytes of any layout round trip.
 
-Theory of operation.  What a job must do is what numpy does to the same bytes: a write is a tensor's bytes in row-major
-order, cut at block boundaries, a checksum is the XXH3-128 of the xxhash package, and a job that says it succeeded has
-moved every byte.
+Theory of operation.  numpy is the model of a job.  A write is the bytes of a tensor in row-major order, cut at block
+boundaries.  A checksum is the XXH3-128 of the xxhash package.  A successful job has moved every byte.
 
-A pipeline and its files are shared by the examples of one hypothesis test.  No test reads a clock; `HANG_NS` ends one
-that would never end.  The same is true of the other `test_native_*` files.
+The examples of one hypothesis test share a pipeline and its files.  No test reads a clock; `HANG_NS` ends a test that
+would hang.  The same holds for the other `test_native_*` files.
 """
 
 from __future__ import annotations
@@ -60,9 +59,7 @@ SIZES = [1, 4095, 4096, 4097, 2 * SLOT_BYTES, 5 * SLOT_BYTES + 17, 40 * SLOT_BYT
 
 @pytest.mark.parametrize("slot_count", [1, 2, 5])
 @pytest.mark.parametrize("nbytes", SIZES)
-def test_bytes_go_to_disk_and_back(
-    open_pipeline: Callable[..., Pipeline], fd: int, nbytes: int, slot_count: int
-) -> None:
+def test_bytes_round_trip(open_pipeline: Callable[..., Pipeline], fd: int, nbytes: int, slot_count: int) -> None:
     pipeline = open_pipeline(slot_count)
     before, after, plan = noise(nbytes), torch.zeros(nbytes, dtype=torch.uint8), whole(nbytes, SLOT_BYTES)
     written = run(pipeline, make_job(WRITE, plan, [plain(before)]), [fd])
@@ -102,7 +99,7 @@ def test_a_file_that_ends_early_is_a_failure(stage: Stage, remaining_bytes: int,
 
 
 def test_a_block_is_made_of_many_extents(stage: Stage) -> None:
-    # Every byte has a source of its own, and they lie backwards.
+    # Every byte has a source of its own, in reverse order.
     nbytes = ALIGNMENT + 100
     before, after = noise(nbytes), torch.zeros(nbytes, dtype=torch.uint8)
     plan = cut([[Extent(nbytes - 1 - at, 0, at, 1) for at in range(nbytes)]], SLOT_BYTES)
@@ -221,7 +218,7 @@ def test_strided_tensors_are_gathered_and_scattered(stage: Stage, drawn: list[Vi
     job = make_job(READ, plan, [*map(strided, targets)], checksums=written.checksums())
     assert run(stage.pipeline, job, [stage.fd]).failure is None
     assert b"".join(map(bytes_of, targets)) == stored
-    # Nothing beside the views has changed: what a base holds is what went into its view.
+    # Nothing beside the views has changed: the content of a base is that of its view.
     assert sum(map(count_bytes, bases)) == sum(map(count_bytes, targets))
 
 
@@ -267,7 +264,7 @@ def test_a_checksum_is_the_unseeded_xxh3_128_of_the_bytes(boundary: int) -> None
 
 @pytest.mark.parametrize("boundary", XXH3_BOUNDARIES[:-1])  # within a slot
 def test_a_block_staged_in_pieces_has_the_checksum_of_the_whole(stage: Stage, boundary: int) -> None:
-    """Two plain extents cut at any place, and two strided ones."""
+    """Two plain extents cut at any byte, and two strided ones."""
     tensor = noise(SLOT_BYTES)
     for nbytes in range(max(1, boundary - 2), min(boundary + 3, SLOT_BYTES)):
         halves = [tensor[:nbytes], tensor[nbytes:]]
@@ -293,7 +290,7 @@ def test_the_pipeline_gives_the_checksums_of_the_stored_bytes(
 
 @pytest.mark.parametrize("extent_bytes", [1000, (64 << 10) + 37, 2 << 20])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_a_source_that_is_written_to_meanwhile_gets_the_checksum_of_what_was_copied(
+def test_a_source_changed_while_it_is_staged_gets_the_checksum_of_the_copied_bytes(
     open_pipeline: Callable[..., Pipeline], fd: int, extent_bytes: int, transposed: bool
 ) -> None:
     """Extents that are copied through the caches, and past them with a head and a tail and without, and strided."""
@@ -328,14 +325,14 @@ def test_a_source_that_is_written_to_meanwhile_gets_the_checksum_of_what_was_cop
 
 
 @given(st.binary(min_size=1, max_size=512), st.data())
-def test_a_block_with_other_bytes_does_not_verify(block: bytes, data: st.DataObject) -> None:
+def test_a_changed_block_does_not_verify(block: bytes, data: st.DataObject) -> None:
     checksum, changed = block_checksum(block), bytearray(block)
     changed[data.draw(st.integers(0, len(block) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     assert checksum == block_checksum(block)
     assert checksum != block_checksum(changed) and checksum != block_checksum(block[:-1])
 
 
-def test_blocks_that_changed_places_do_not_verify(stage: Stage) -> None:
+def test_swapped_blocks_do_not_verify(stage: Stage) -> None:
     tensor, plan = noise(2 * SLOT_BYTES), whole(2 * SLOT_BYTES, SLOT_BYTES)
     first, second = run(stage.pipeline, make_job(WRITE, plan, [plain(tensor)]), [stage.fd]).checksums()
     job = make_job(READ, plan, [plain(tensor.clone())], checksums=[second, first])
@@ -360,7 +357,7 @@ def test_a_corrupt_block_reaches_no_tensor(open_pipeline: Callable[..., Pipeline
     assert_usable(pipeline, fd)
 
 
-def test_corrupt_padding_is_not_the_blocks(stage: Stage) -> None:
+def test_corrupt_padding_does_not_fail_the_block(stage: Stage) -> None:
     before, after, plan = noise(100), torch.zeros(100, dtype=torch.uint8), whole(100, SLOT_BYTES)
     written = run(stage.pipeline, make_job(WRITE, plan, [plain(before)]), [stage.fd])
     rewrite(stage.fd, 100, b"\xff" * 100)
@@ -372,7 +369,7 @@ def test_corrupt_padding_is_not_the_blocks(stage: Stage) -> None:
 # -- a checked snapshot -----------------------------------------------------------------------------------------------
 
 
-def test_an_undisturbed_source_is_not_torn(stage: Stage) -> None:
+def test_an_unchanged_source_is_not_torn(stage: Stage) -> None:
     tensor, plan = noise(20 * SLOT_BYTES + 9), whole(20 * SLOT_BYTES + 9, SLOT_BYTES)
     job = run(stage.pipeline, make_job(WRITE, plan, [plain(tensor)], checked=True), [stage.fd])
     assert job.failure is None
@@ -382,7 +379,9 @@ def test_an_undisturbed_source_is_not_torn(stage: Stage) -> None:
 
 @pytest.mark.every_backend
 @pytest.mark.parametrize("block", [0, 1])
-def test_a_writer_between_the_two_looks_is_caught(open_pipeline: Callable[..., Pipeline], fd: int, block: int) -> None:
+def test_a_write_between_the_two_hashes_is_detected(
+    open_pipeline: Callable[..., Pipeline], fd: int, block: int
+) -> None:
     pipeline = open_pipeline(2)
     tensor, plan = noise(4 * SLOT_BYTES), whole(4 * SLOT_BYTES, SLOT_BYTES)
     job = make_job(WRITE, plan, [plain(tensor)], checked=True)
@@ -397,9 +396,7 @@ def test_a_writer_between_the_two_looks_is_caught(open_pipeline: Callable[..., P
 
 
 @pytest.mark.every_backend
-def test_a_checked_job_is_not_staged_before_its_last_second_look(
-    open_pipeline: Callable[..., Pipeline], fd: int
-) -> None:
+def test_a_checked_job_is_staged_after_its_last_second_hash(open_pipeline: Callable[..., Pipeline], fd: int) -> None:
     pipeline = open_pipeline(4)  # as many slots as blocks, so that all are taken and none is left for the second look
     tensor, plan = noise(4 * SLOT_BYTES), whole(4 * SLOT_BYTES, SLOT_BYTES)
     job = make_job(WRITE, plan, [plain(tensor)], checked=True)
@@ -418,14 +415,14 @@ def test_a_checked_job_is_not_staged_before_its_last_second_look(
 
 
 @pytest.mark.parametrize("direction", Direction)
-def test_abort_before_the_files_are_there(stage: Stage, direction: Direction) -> None:
+def test_abort_before_the_files_exist(stage: Stage, direction: Direction) -> None:
     tensor, plan = noise(9 * SLOT_BYTES), whole(9 * SLOT_BYTES, SLOT_BYTES)
     job = make_job(direction, plan, [plain(tensor)])
     stage.pipeline.submit(job)
     stage.pipeline.abort(job, errno.ENOSPC)
     assert finish(stage.pipeline, job).failure == Failure(FailureKind.ABORTED, errno.ENOSPC, None)
     assert BlockState.WRITTEN not in job.states()
-    stage.pipeline.attach(job, [stage.fd])  # too late, and no error: it is what a writer does that lost the race
+    stage.pipeline.attach(job, [stage.fd])  # too late, and no error: a writer that lost the race does this
     assert_usable(stage.pipeline, stage.fd)
 
 
@@ -440,7 +437,9 @@ def test_a_job_aborted_before_it_is_submitted_is_not_begun(stage: Stage) -> None
 
 
 @pytest.mark.every_backend
-def test_a_job_aborted_while_it_waits_for_a_place_is_not_begun(open_pipeline: Callable[..., Pipeline], fd: int) -> None:
+def test_a_job_aborted_while_it_waits_to_be_queued_is_not_begun(
+    open_pipeline: Callable[..., Pipeline], fd: int
+) -> None:
     pipeline, plan = open_pipeline(2), whole(SLOT_BYTES, SLOT_BYTES)
     jobs = [make_job(WRITE, plan, [plain(noise(SLOT_BYTES, seed))]) for seed in range(JOBS_MAX + 1)]
     for job in jobs[:-1]:
@@ -461,7 +460,7 @@ def test_a_job_aborted_while_it_waits_for_a_place_is_not_begun(open_pipeline: Ca
 
 @pytest.mark.every_backend
 @pytest.mark.parametrize("direction", Direction)
-def test_abort_drains_what_is_under_way(
+def test_abort_drains_operations_in_flight(
     open_pipeline: Callable[..., Pipeline], buffered_fd: int, direction: Direction
 ) -> None:
     gate = threading.Event()
@@ -494,7 +493,7 @@ def test_abort_after_the_end_changes_nothing(stage: Stage) -> None:
     assert job.failure is None
 
 
-def test_the_first_failure_is_the_one_that_is_told(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:
+def test_the_first_failure_is_reported(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:
     gate = threading.Event()
     table = FaultTable({1: not_started(errno.EIO)}, gate=gate)
     pipeline = open_pipeline(2, SLOT_BYTES, table)
@@ -545,7 +544,7 @@ def test_states_and_milestones_come_in_order(open_pipeline: Callable[..., Pipeli
 def test_a_restore_is_verified_before_a_younger_save_is_staged(
     open_pipeline: Callable[..., Pipeline], buffered_fd: int
 ) -> None:
-    """A save whose writes are done as soon as they have begun has always a slot, and something to begin."""
+    """A save whose writes complete at once always has a free slot and a block to begin."""
     gate = threading.Event()
     table = FaultTable(gate=gate)
     pipeline = open_pipeline(4, ALIGNMENT, table)
@@ -580,10 +579,10 @@ def test_all_is_staged_before_all_is_written(open_pipeline: Callable[..., Pipeli
     assert content(buffered_fd, len(expected)) == expected
 
 
-def test_what_was_staged_before_the_files_were_there_is_written_in_order(
+def test_blocks_staged_before_the_files_exist_are_written_in_order(
     open_pipeline: Callable[..., Pipeline], buffered_fd: int
 ) -> None:
-    """Whichever slots it came to lie in: the second job takes those first that the first has freed last."""
+    """For any slots: the second job first takes those that the first has freed last."""
     table = FaultTable()
     pipeline = open_pipeline(4, SLOT_BYTES, table)
     for order in ([0, 1, 2, 3], [0, 1, 2, 3], [2, 0, 3, 1]):
@@ -596,9 +595,7 @@ def test_what_was_staged_before_the_files_were_there_is_written_in_order(
         assert [operation.file_offset // SLOT_BYTES for operation in table.operations] == order
 
 
-def test_a_job_that_waits_for_its_files_keeps_no_other_from_starting(
-    open_pipeline: Callable[..., Pipeline], buffered_fd: int
-) -> None:
+def test_a_job_without_files_does_not_block_others(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:
     table = FaultTable()
     pipeline = open_pipeline(4, SLOT_BYTES, table)
     first, second = (make_job(WRITE, whole(2 * SLOT_BYTES, SLOT_BYTES), [plain(noise(2 * SLOT_BYTES))]) for _ in "ab")
@@ -622,19 +619,19 @@ def test_nothing_urgent_is_staged_at_once(open_pipeline: Callable[..., Pipeline]
     finish(pipeline, job)
 
 
-# Of these two are 64 MiB, which is what is read at a time, and nobody touches more of one than a block.
+# Two of these are 64 MiB, the amount that is read at a time, and only one block of each is touched.
 LARGE_SLOT_BYTES = 32 << 20
 
 
 def read_of(fd: int, block_count: int) -> tuple[Job, torch.Tensor, bytes]:
-    """A read of small blocks that lie in a file, where it goes, and what has to come."""
+    """A read of small blocks of a file, its target, and the expected bytes."""
     stored = bytes_of(noise(block_count * ALIGNMENT))
     rewrite(fd, 0, stored)
     plan, tensor = whole(len(stored), ALIGNMENT), torch.zeros(len(stored), dtype=torch.uint8)
     return make_job(READ, plan, [plain(tensor)], checksums=checksums_of(plan, [stored])), tensor, stored
 
 
-def test_reads_leave_slots_to_work_on(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:
+def test_reads_leave_slots_for_staging(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:
     """64 MiB are under way at a time, however many slots there are."""
     gate = threading.Event()
     table = FaultTable(gate=gate)
@@ -650,12 +647,12 @@ def test_reads_leave_slots_to_work_on(open_pipeline: Callable[..., Pipeline], bu
     assert bytes_of(tensor) == stored
 
 
-def test_writes_under_way_keep_no_read_waiting(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:
+def test_reads_do_not_wait_for_writes_in_flight(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:
     gate = threading.Event()
     table = FaultTable(gate=gate)
     pipeline = open_pipeline(4, LARGE_SLOT_BYTES, table)
     read, tensor, stored = read_of(buffered_fd, 2)
-    # The very bytes that lie there, so that it does not matter which comes first.
+    # The same bytes as in the file, so that the order does not matter.
     write = make_job(WRITE, whole(len(stored), ALIGNMENT), [plain(noise(len(stored)))])
     for job in (write, read):
         pipeline.submit(job)
@@ -692,7 +689,7 @@ def test_the_device_is_given_its_next_blocks_before_the_last_are_verified(
     assert table.seen == [0, 0, 0, 0]  # two are under way at a time, and the last two when the first two had come
 
 
-def test_a_failed_job_holds_nobody_up(stage: Stage) -> None:
+def test_a_failed_job_does_not_delay_others(stage: Stage) -> None:
     job = make_job(WRITE, whole(9 * SLOT_BYTES, SLOT_BYTES), [plain(noise(9 * SLOT_BYTES))], urgent_count=9)
     stage.pipeline.submit(job)
     stage.pipeline.abort(job, errno.EIO)
@@ -727,7 +724,7 @@ def test_more_jobs_at_once_than_slots(
 
 
 @pytest.mark.every_backend
-def test_a_job_too_many_waits_for_a_place(open_pipeline: Callable[..., Pipeline], fd: int) -> None:
+def test_a_job_beyond_the_limit_waits(open_pipeline: Callable[..., Pipeline], fd: int) -> None:
     pipeline, plan = open_pipeline(2), whole(SLOT_BYTES, SLOT_BYTES)
     jobs = [make_job(WRITE, plan, [plain(noise(SLOT_BYTES, seed))]) for seed in range(JOBS_MAX + 1)]
     for job in jobs[:-1]:
@@ -739,7 +736,7 @@ def test_a_job_too_many_waits_for_a_place(open_pipeline: Callable[..., Pipeline]
     pipeline.abort(jobs[0], errno.ECANCELED)
     thread.join(HANG_NS / 1e9)
     assert not thread.is_alive()
-    for job in jobs[1:]:  # all of them first: who has the slots is the pipeline's choice
+    for job in jobs[1:]:  # all of them first: the pipeline chooses which job has the slots
         pipeline.attach(job, [fd])
     assert {finish(pipeline, job).failure for job in jobs[1:]} == {None}
 

@@ -1,4 +1,4 @@
-"""The native pipeline is closed: beside every other call, by nobody, or in the middle of another close."""
+"""Closing the native pipeline: beside every other call, never, and in the middle of another close."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_ctrl_c_ends_a_close_and_a_later_one_leaves_nothing(buffered_fd: int, re
     assert (descriptors(), slots()) == (descriptors_before, slots_before)
 
 
-def test_after_close_every_method_says_that_it_is_closed(gated: Gated) -> None:
+def test_after_close_every_method_raises_closed_error(gated: Gated) -> None:
     gated.gate.set()
     gated.pipeline.close()
     job = make_job(WRITE, whole(1, SLOT_BYTES), [plain(noise(1))])
@@ -112,7 +112,7 @@ def test_after_close_every_method_says_that_it_is_closed(gated: Gated) -> None:
     for call in calls:
         with pytest.raises(ClosedError):
             call()
-    gated.pipeline.abort(job, errno.EIO)  # ends what nobody else ends
+    gated.pipeline.abort(job, errno.EIO)  # ends jobs that nothing else ends
     assert finish(gated.pipeline, job).failure == Failure(FailureKind.ABORTED, errno.EIO, None)
     assert finish(gated.pipeline, gated.job).failure is None
 
@@ -177,16 +177,12 @@ sys.exit(3)
 
 @pytest.mark.parametrize("how", ["exit", "collected"])
 @pytest.mark.parametrize("backend", ["io_uring", "io_uring_plain", "threads"])
-def test_a_pipeline_that_nobody_closes_is_stopped_before_its_memory_goes(
-    tmp_path: Path, backend: str, how: str
-) -> None:
+def test_an_unclosed_pipeline_is_stopped_before_its_memory_is_freed(tmp_path: Path, backend: str, how: str) -> None:
     finished = in_a_process_of_its_own(UNCLOSED, str(tmp_path / "blocks"), backend, how)
     assert (finished.returncode, finished.stderr) == (3, "")
 
 
-def test_memory_of_a_job_that_its_owner_has_forgotten_lives_until_the_job_is_done(
-    gated: Gated, buffered_fd: int
-) -> None:
+def test_the_memory_of_a_dropped_job_lives_until_the_job_is_done(gated: Gated, buffered_fd: int) -> None:
     owner = torch.zeros(SLOT_BYTES, dtype=torch.uint8)
     memory = weakref.ref(owner)
     job = make_job(WRITE, whole(SLOT_BYTES, SLOT_BYTES), [plain(owner)])

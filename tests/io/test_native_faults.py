@@ -1,7 +1,7 @@
-"""Faults of reads and writes, by a table in the place of the ring (`faults.FaultTable`).
+"""Faults of reads and writes, from a table that replaces the ring (`faults.FaultTable`).
 
-Every fault ends in a job that is done, in the right failure or in the right bytes, and in a pipeline that takes
-the next.
+Every fault ends in a job that is done, with the right failure or the right bytes, and in a pipeline that takes the next
+job.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Faulty(NamedTuple):
 
 
 def faulty(pipeline: Pipeline, table: FaultTable, fd: int, direction: Direction) -> Faulty:
-    """Write, or read back what lies there already."""
+    """Write, or read existing bytes back."""
     expected = noise(FAULTY_BYTES, seed=11)
     stored = bytes_of(expected)
     if direction == WRITE:
@@ -120,7 +120,7 @@ def test_an_error_of_the_kernel_fails_the_job(
 @directions
 @operations
 @pytest.mark.parametrize("error", [errno.EINTR, errno.EAGAIN, errno.ENOMEM])
-def test_a_passing_error_is_tried_again(
+def test_a_transient_error_is_retried(
     open_pipeline: Callable[..., Pipeline], buffered_fd: int, direction: Direction, operation: int, error: int
 ) -> None:
     table = FaultTable({operation: refused(error)})
@@ -135,7 +135,7 @@ def test_a_passing_error_is_tried_again(
 
 @directions
 @pytest.mark.parametrize("error", [errno.EINTR, errno.EAGAIN, errno.ENOMEM])
-def test_a_lasting_error_is_not_tried_forever(
+def test_retries_of_a_lasting_error_are_bounded(
     open_pipeline: Callable[..., Pipeline], buffered_fd: int, direction: Direction, error: int
 ) -> None:
     table = FaultTable({operation: refused(error) for operation in range(1, 2 + RETRIES_MAX)})
@@ -155,7 +155,7 @@ def test_a_lasting_error_is_not_tried_forever(
 @operations
 @slot_counts
 @pytest.mark.parametrize("moved_bytes", [1, 4095, 4096, 4097, SLOT_BYTES - 1])
-def test_a_short_transfer_goes_on_from_an_aligned_byte(
+def test_a_short_transfer_continues_at_an_aligned_byte(
     open_pipeline: Callable[..., Pipeline],
     buffered_fd: int,
     direction: Direction,
@@ -169,7 +169,7 @@ def test_a_short_transfer_goes_on_from_an_aligned_byte(
     done.assert_right(buffered_fd)
     first = table.operations[operation]
     tail = [again for again in table.operations[operation + 1 :] if again.slot == first.slot][0:1]
-    # What was asked for is done if the file ends here, or if a read has all the bytes that are stored.
+    # The request is complete if the file ends here, or if a read has all stored bytes.
     wanted = first.nbytes if direction == WRITE else min(first.nbytes, FAULTY_BYTES - first.file_offset)
     if moved_bytes < wanted:
         progress = moved_bytes // ALIGNMENT * ALIGNMENT
@@ -182,7 +182,7 @@ def test_a_short_transfer_goes_on_from_an_aligned_byte(
 
 
 @directions
-def test_every_transfer_may_be_short_as_long_as_there_is_progress(
+def test_short_transfers_with_progress_succeed(
     open_pipeline: Callable[..., Pipeline], buffered_fd: int, direction: Direction
 ) -> None:
     """More short transfers of one block than the bound on tries without progress."""
@@ -194,7 +194,7 @@ def test_every_transfer_may_be_short_as_long_as_there_is_progress(
     job = make_job(direction, plan, [plain(tensor)], checksums=checksums_of(plan, [bytes_of(tensor)]))
     assert run(pipeline, job, [buffered_fd]).failure is None
     assert content(buffered_fd, slot_bytes) == bytes_of(tensor)
-    # The last piece is whole: its 4096 bytes are fewer than what a transfer may move.
+    # The last piece is whole: its 4096 bytes are fewer than a transfer may move.
     assert job.counters["retry_count"] == 2 * RETRIES_MAX - 1
     assert job.counters["io_bytes"] == slot_bytes
 
@@ -215,7 +215,7 @@ def test_no_progress_is_a_failure(
 
 @directions
 @operations
-def test_more_bytes_than_were_asked_for_is_a_failure(
+def test_more_bytes_than_requested_is_a_failure(
     open_pipeline: Callable[..., Pipeline], buffered_fd: int, direction: Direction, operation: int
 ) -> None:
     table = FaultTable({operation: boasting()})
@@ -238,7 +238,7 @@ def test_completions_come_in_any_order(
 
 
 @directions
-def test_a_file_that_the_ring_refuses_fails_the_job(
+def test_a_file_refused_by_the_ring_fails_the_job(
     open_pipeline: Callable[..., Pipeline], buffered_fd: int, direction: Direction
 ) -> None:
     table = FaultTable(set_file_error=errno.EMFILE)
@@ -252,7 +252,7 @@ def test_a_file_that_the_ring_refuses_fails_the_job(
 
 @directions
 @pytest.mark.parametrize("error", [errno.EINTR, errno.EAGAIN, errno.EBUSY, errno.ENOMEM])
-def test_a_submission_refused_in_passing_is_made_again(
+def test_a_transient_submission_error_is_retried(
     open_pipeline: Callable[..., Pipeline], buffered_fd: int, direction: Direction, error: int
 ) -> None:
     table = FaultTable(refusals=[error] * REFUSALS_MAX)
@@ -263,7 +263,7 @@ def test_a_submission_refused_in_passing_is_made_again(
 
 @directions
 @pytest.mark.parametrize(("error", "count"), [(errno.EBADF, 1), (errno.EOPNOTSUPP, 1), (errno.EBUSY, REFUSALS_MAX + 1)])
-def test_a_ring_that_is_gone_fails_every_job(
+def test_a_lost_ring_fails_every_job(
     open_pipeline: Callable[..., Pipeline], buffered_fd: int, direction: Direction, error: int, count: int
 ) -> None:
     table = FaultTable(refusals=[error] * count)
@@ -281,7 +281,7 @@ def test_a_ring_that_is_gone_fails_every_job(
 
 
 def one_block(direction: Direction, file_offset: int) -> Job:
-    """A job of one block, wherever it lies."""
+    """A job of one block at any location."""
     tensor = noise(SLOT_BYTES)
     extents = pack_extents([0], [0], [SLOT_BYTES], [0])
     blocks = pack_blocks([(file_offset, SLOT_BYTES, 0, 0, 1)])
@@ -289,7 +289,7 @@ def one_block(direction: Direction, file_offset: int) -> Job:
     return Job(direction, sources, extents, blocks, pack_order([0]), 1, checksums=[bytes(16)], owners=tensor)
 
 
-def test_an_errno_of_the_kernel_is_kept_by_every_way_of_moving_blocks(stage: Stage) -> None:
+def test_every_backend_keeps_the_errno_of_the_kernel(stage: Stage) -> None:
     """A full device, a byte beyond any file, a descriptor for the other direction: the kernel refuses, and no table."""
     full = os.open("/dev/full", os.O_RDWR)
     to_read = os.open(stage.path, os.O_RDONLY)
@@ -309,8 +309,8 @@ def test_an_errno_of_the_kernel_is_kept_by_every_way_of_moving_blocks(stage: Sta
             os.close(descriptor)
 
 
-def test_a_write_that_the_kernel_cuts_short_goes_on_to_its_errno(stage: Stage) -> None:
-    """A limit on file size: write(2) moves what fits, and refuses the rest."""
+def test_a_short_write_of_the_kernel_is_continued_to_its_errno(stage: Stage) -> None:
+    """A limit on file size: write(2) moves the bytes that fit, and refuses the rest."""
     tensor, plan = noise(2 * SLOT_BYTES), whole(2 * SLOT_BYTES, SLOT_BYTES)
     os.truncate(stage.path, 0)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -377,7 +377,7 @@ def test_no_corrupt_byte_is_read(buffered_fd: int, slot_count: int, script: dict
 
 
 def check_blocks(done: Faulty, fd: int) -> None:
-    """A success is right as a whole; after a failure, what is said to be written is, and nothing else was read."""
+    """A success is right as a whole.  After a failure, blocks in state WRITTEN are written, and no other was read."""
     job = done.job
     stored = content(fd, FAULTY_BYTES).ljust(FAULTY_BYTES, b"\0")
     if job.failure is None:

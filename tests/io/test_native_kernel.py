@@ -1,6 +1,6 @@
-"""What kernels say to the native pipeline, and this one seldom does: it knows no new flags, its ring is busy.
+"""Answers that other kernels give to the native pipeline: unknown flags, a busy ring.
 
-Each script runs in a process of its own, because limits and filters of system calls cannot be taken back.
+Each script runs in a process of its own, because limits and filters of system calls cannot be removed.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def answer(number, _arguments):
     asked += 1
     if asked % 2:
         return 0
-    time.sleep(0.005)  # what has been submitted completes meanwhile
+    time.sleep(0.005)  # submitted operations complete meanwhile
     refused += 1
     return errno.EBUSY
 

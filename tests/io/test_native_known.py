@@ -1,4 +1,4 @@
-"""Known blocks: a write skips the blocks that its files hold already; and jobs of many files.
+"""Known blocks: a write skips blocks that its files already hold.  Also jobs of many files.
 
 Theory of operation.  A `FaultTable` does the I/O and lists every operation, so a test sees which blocks were written.
 """
@@ -102,8 +102,8 @@ def test_any_mixture_of_known_blocks(drawn: list[str], staged_first: bool) -> No
     assert written == {index for index, kind in enumerate(drawn) if kind != "right"}
 
 
-def test_a_block_that_was_begun_is_written_to_its_end(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:
-    """A short write is followed by the rest of the block, whatever the file is known to hold."""
+def test_a_block_that_was_begun_is_completed(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:
+    """A short write is followed by the rest of the block, even if the file is known to hold it."""
     table = FaultTable()
     pipeline = open_pipeline(BLOCKS, SLOT_BYTES, table)
     old = run(pipeline, make_job(WRITE, PLAN, [plain(noise(NBYTES))]), [buffered_fd])
@@ -126,7 +126,7 @@ def test_a_failure_beside_skipped_blocks_fails_the_job(
     assert job.failure == Failure(FailureKind.IO, 5, 4)
 
 
-def test_a_source_that_tears_is_told_though_its_blocks_are_known(
+def test_a_torn_source_is_reported_even_if_its_blocks_are_known(
     open_pipeline: Callable[..., Pipeline], buffered_fd: int
 ) -> None:
     pipeline = open_pipeline(2, SLOT_BYTES, FaultTable())
@@ -143,7 +143,7 @@ def test_a_source_that_tears_is_told_though_its_blocks_are_known(
 @pytest.mark.every_backend
 @pytest.mark.parametrize("file_count", [JOB_PLACES, JOB_PLACES + 1, 1024])
 def test_a_job_has_any_number_of_files(open_pipeline: Callable[..., Pipeline], tmp_path: Path, file_count: int) -> None:
-    """Files beyond those with a place in the ring's table, and the last block of each."""
+    """Files beyond the size of the ring's table, and the last block of each."""
     pipeline = open_pipeline(3)
     nbytes = ALIGNMENT + 8
     tensor = noise(file_count * nbytes)

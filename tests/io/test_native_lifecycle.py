@@ -1,4 +1,4 @@
-"""The native pipeline opens and closes: one thread and one ring, nothing left behind, nothing harmed by a fork."""
+"""Opening and closing the native pipeline: one thread, one ring, no leftovers, and no harm from a fork."""
 
 from __future__ import annotations
 
@@ -114,14 +114,14 @@ def test_memory_does_not_grow_with_saves(open_pipeline: Callable[..., Pipeline],
     resident_bytes, descriptors_before, threads = status_bytes("VmRSS"), descriptors(), len(native_threads())
     save(200)
     gc.collect()
-    # A leak of a slot, or of a sixteenth of what a save moves, in every save would be three times as much.
+    # A leak of a slot, or of a sixteenth of a save's bytes, in every save would be three times as much.
     assert status_bytes("VmRSS") - resident_bytes < 4 << 20
     assert descriptors() == descriptors_before
     until(lambda: len(native_threads()) == threads)
 
 
 @pytest.mark.every_backend
-def test_native_threads_take_no_cpu_from_who_wakes_them(open_pipeline: Callable[..., Pipeline]) -> None:
+def test_native_threads_do_not_preempt_their_waker(open_pipeline: Callable[..., Pipeline]) -> None:
     open_pipeline(2)
     until(lambda: bool(native_threads()))
     assert {os.sched_getscheduler(int(task.name)) for task in native_threads()} == {os.SCHED_BATCH}
@@ -174,7 +174,7 @@ def test_close_gives_up_jobs_that_never_got_files(direction: Direction, rung: Ba
 
 
 @pytest.mark.parametrize(("slot_count", "slot_bytes"), [(0, 4096), (1, 0), (1, 4095), (1, 512), (40_000, 4096)])
-def test_sizes_that_make_no_pipeline(slot_count: int, slot_bytes: int) -> None:
+def test_invalid_sizes_are_refused(slot_count: int, slot_bytes: int) -> None:
     descriptors_before = descriptors()
     with pytest.raises(OpenError) as caught:
         Pipeline(slot_count, slot_bytes)
@@ -252,7 +252,7 @@ def child():
             assert str(os.getppid()) in str(error) and str(os.getpid()) in str(error)
         else:
             raise AssertionError(f"a forked child may {name}")
-    # What the child opens now has the numbers that the pipeline's descriptors had; its own fork must not lose them.
+    # The child now opens files with the numbers of the pipeline's descriptors; its own fork must not lose them.
     mine = [os.open("/dev/null", os.O_RDONLY) for _ in range(8)]
     in_a_fork(lambda: [os.fstat(descriptor) for descriptor in mine])
     own = Pipeline(1, 4096)
@@ -274,7 +274,7 @@ pipeline.close()
 """
 
 
-def test_a_fork_has_no_pipeline_and_harms_nobody(tmp_path: Path) -> None:
+def test_a_fork_has_no_pipeline_and_harms_neither_process(tmp_path: Path) -> None:
     finished = in_a_process_of_its_own(FORK, str(tmp_path / "blocks"))
     assert (finished.returncode, finished.stderr) == (0, "")
 
@@ -357,7 +357,7 @@ from engine.store.filesystem import Filesystem
 
 fd = Filesystem().open_for_blocks(sys.argv[1], write=True, direct=True)
 resource.setrlimit(resource.RLIMIT_MEMLOCK, (8 << 20, 8 << 20))
-if os.geteuid() == 0:  # root is not bound by the limit; nobody is
+if os.geteuid() == 0:  # the limit does not bind root, but user 65534
     os.setgroups([])
     os.setgid(65534)
     os.setuid(65534)
@@ -401,12 +401,12 @@ run(pipeline, make_job(Direction.WRITE, whole(1, 4096), [plain(noise(1))]), [fd]
 
 
 @pytest.mark.parametrize("slot", ["1", "2"])
-def test_a_completion_that_nobody_asked_for_ends_the_process(tmp_path: Path, slot: str) -> None:
+def test_an_unexpected_completion_aborts_the_process(tmp_path: Path, slot: str) -> None:
     assert in_a_process_of_its_own(STRAY, str(tmp_path / "blocks"), slot).returncode == -signal.SIGABRT
 
 
 def break_ring(others: set[int]) -> None:
-    """Put /dev/null in the place of the one ring that is not among `others`: the kernel takes nothing from it then."""
+    """Replace the one ring that is not among `others` by /dev/null: the kernel takes nothing from it then."""
     null = os.open("/dev/null", os.O_RDWR)
     (own,) = ring_descriptors() - others
     os.dup2(null, own, inheritable=False)

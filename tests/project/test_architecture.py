@@ -1,8 +1,8 @@
-"""What no linter checks of the sources, and what a release would suffer from.
+"""Properties of the sources that no linter checks and a release needs.
 
-Theory of operation.  Files are read as text; git says which are committed.  Nothing here imports the engine.  Length of
-functions, unsafe modules and imports between packages are rules of ruff, lizard and import-linter, in pyproject.toml
-and the Makefile.
+Theory of operation.  Files are read as text, and git says which are committed.  Nothing here imports the engine.
+Length of functions, unsafe modules and imports between packages are rules of ruff, lizard and import-linter, in
+pyproject.toml and the Makefile.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def relative(path: Path) -> str:
 
 
 def committed_files() -> list[Path]:
-    """The files that git knows, or would be told of by `git add`."""
+    """The files that git tracks, or that `git add` would add."""
     command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")
     return [ROOT / name for name in listed if name and (ROOT / name).is_file()]
@@ -76,7 +76,7 @@ def test_every_file_opens_with_its_theory(path: Path) -> None:
     assert len(comment.splitlines()) >= 3, f"{relative(path)} opens with no comment of three lines or more"
 
 
-def test_no_file_knows_the_machine_it_was_written_on() -> None:
+def test_no_file_names_the_machine_it_was_written_on() -> None:
     home = re.compile(r"(?<![\w.$}/-])/(?:home|root|work|tmp)(?![\w-])")
     registry = re.compile(r"pypi\.org|pythonhosted\.org|pytorch\.org/whl|index[-_]url|find[-]links", re.IGNORECASE)
     for path in committed_files():

@@ -1,4 +1,4 @@
-"""What the documentation says: examples run, the sequence is what happens, links and citations lead somewhere."""
+"""The documentation is true: examples run, the sequence is the recorded one, links and citations have targets."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_relative_links_lead_to_files(page: Path) -> None:
     assert not broken, f"{relative(page)} links to {broken}"
 
 
-# Named by pages, and not in a clone: what a build makes, and a room that the design keeps for later.
+# Named by pages, and not in a clone: a build product, and a package that the design plans.
 ELSEWHERE = {"engine/_native.abi3.so", "engine/integrations/"}
 
 

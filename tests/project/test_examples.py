@@ -1,4 +1,4 @@
-"""The examples run, and the demonstration demonstrates."""
+"""The examples run, and the demonstration resumes to the same weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# An ordinary user's locked-memory limit is too small for the default staging, which the example then says.
+# An ordinary user's locked-memory limit is too small for the default staging, and the example then warns.
 MEMLOCK = "ignore:'io_uring_plain' is used"
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"

@@ -1,6 +1,6 @@
-"""The fuzz targets' invariants, for the corpus that is kept and for a few hundred examples of each.
+"""The invariants of the fuzz targets, for the kept corpus and a few hundred examples each.
 
-The targets themselves, guided by coverage, are run by `make fuzz`; nothing here needs what that installs.
+`make fuzz` runs the targets themselves, guided by coverage.  Nothing here needs the packages that it installs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ KEPT = sorted(path for target in TARGETS for path in (CORPUS / target).iterdir()
 
 @pytest.fixture(autouse=True)
 def quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A save that fails is logged, and most do; what a target makes is gone afterwards."""
+    """Failed saves are logged, and most fail.  The files of a target are deleted afterwards."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     directory.template.cache_clear()
     logging.disable()
@@ -36,7 +36,7 @@ def test_every_target_has_a_corpus() -> None:
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_the_corpus_holds(path: Path) -> None:
+def test_every_input_of_the_corpus_passes(path: Path) -> None:
     importlib.import_module(f"fuzz.{path.parent.name}").one_input(path.read_bytes())
 
 
@@ -45,7 +45,7 @@ def test_the_corpus_holds(path: Path) -> None:
     [(manifest.changed, 200), (extra.changed, 300), (header.laid_out, 100), (directory.changed, 40)],
     ids=TARGETS,
 )
-def test_examples_hold(invariant: Callable[[], None], count: int) -> None:
+def test_a_few_generated_inputs_pass(invariant: Callable[[], None], count: int) -> None:
     # Most examples of a manifest are large, and making a directory of files takes a while on two cores shared.
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
     settings(max_examples=count, suppress_health_check=checks)(invariant)()

@@ -1,7 +1,7 @@
-"""Faults of the host, done to the process, its limits and its file systems: nothing here is a stand-in.
+"""Real faults of the host: of the process, its limits and its file systems.
 
-Limits are set in processes of their own, which also become an ordinary user where only that makes a difference.  File
-systems are mounted by `volumes`.  The contract is that of `test_faults.py`.
+Limits are set in processes of their own, which become an ordinary user where root is not bound by the limit.  `volumes`
+mounts the file systems.  The contract is that of `test_faults.py`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def save(eng: engine.Engine, step: int) -> None:
 
 
 def check_steps(root: Path, steps: list[int]) -> None:
-    """These steps are there, and no others, and hold what was saved."""
+    """Exactly these steps exist, with their saved contents."""
     assert [name for name in names(root) if name.startswith("step-")] == [f"step-{step:08d}" for step in steps]
     assert all(stored(root, step)["a"].eq(step).all() for step in steps)
 
@@ -87,7 +87,7 @@ def filler(directory: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("filesystem", [Filesystem, Unasked], ids=["asked", "unasked"])
-def test_a_full_disk_and_room_again(filesystem: type[Filesystem]) -> None:
+def test_saves_work_again_when_a_full_disk_has_room(filesystem: type[Filesystem]) -> None:
     with volume("ext4", VOLUME_BYTES) as disk:
         root = disk / "run"
         with engine.Engine(root, filesystem=filesystem(), **SMALL) as eng:
@@ -127,7 +127,7 @@ def test_a_disk_without_inodes() -> None:
 
 
 def test_a_file_system_that_the_kernel_makes_read_only() -> None:
-    """As it does when it finds an error: saves are refused, restores go on."""
+    """As the kernel does on an error: saves are refused, restores work."""
     with volume("ext4", VOLUME_BYTES, mount=("errors=remount-ro",)) as disk:
         root = disk / "run"
         with engine.Engine(root, **SMALL) as eng:
@@ -146,7 +146,7 @@ def test_a_file_system_that_the_kernel_makes_read_only() -> None:
 
 
 @pytest.mark.parametrize("how", ["removed", "moved", "replaced"])
-def test_a_directory_that_goes_under_a_running_engine(tmp_path: Path, how: str) -> None:
+def test_a_directory_removed_under_a_running_engine(tmp_path: Path, how: str) -> None:
     root = tmp_path / "run"
     with engine.Engine(root, **SMALL) as eng:
         save(eng, 1)
@@ -171,9 +171,9 @@ def test_a_directory_that_goes_under_a_running_engine(tmp_path: Path, how: str) 
 
 
 def test_a_replaced_directory_is_left_alone(tmp_path: Path) -> None:
-    """What another engine has there has the same names: its save in flight, and its steps."""
+    """The files of another engine have the same names: its save in flight, and its steps."""
     root, gated = tmp_path / "run", GatedFilesystem()
-    options = {**SMALL, "staging_bytes": 2 * ARENA_BYTES}  # a save is staged, whoever holds its files up
+    options = {**SMALL, "staging_bytes": 2 * ARENA_BYTES}  # a save is staged even if its files are held up
     with engine.Engine(root, filesystem=gated, **options) as eng:
         gated.gate.set()
         save(eng, 1)
@@ -200,7 +200,7 @@ def test_a_replaced_directory_is_left_alone(tmp_path: Path) -> None:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """Wait for what another thread will do."""
+    """Wait for an act of another thread."""
     end = time.monotonic() + HANG_S
     while not condition():
         assert time.monotonic() < end
@@ -250,7 +250,7 @@ def test_a_directory_made_read_only() -> None:
     assert finished.returncode == 0, finished.stderr
 
 
-def test_a_second_process_is_told_who_has_the_directory(tmp_path: Path) -> None:
+def test_a_second_process_is_told_the_pid_of_the_holder(tmp_path: Path) -> None:
     with engine.Engine(tmp_path, **SMALL) as eng:
         finished = run("import sys, engine; engine.Engine(sys.argv[1])", str(tmp_path))
         assert f"LockedError: {tmp_path} is in use by another Engine (process {os.getpid()})" in finished.stderr
@@ -337,7 +337,7 @@ def test_out_of_descriptors_at_every_point(tmp_path: Path) -> None:
 
 # -- signals and exceptions -------------------------------------------------------------------------------------------
 
-# One process that has imported torch forks a child for every signal; a child tells each step that it was told of.
+# One process that has imported torch forks a child for every signal; a child reports every durable step.
 SIGNALLED = """
 import logging, random, signal, sys
 from test_hosts import *
@@ -353,7 +353,7 @@ def child(root, act, handled, out):
     eng = engine.Engine(root, **{**SMALL, "keep": 3, "max_async": 2})
     out.write(b".")
     step = max(eng.steps(), default=0)
-    kept = []  # Python ignores what a handler raises inside a finalizer, and an arena that is let go of has one
+    kept = []  # Python ignores exceptions of a handler inside a finalizer, and a dropped arena has one
     while True:
         step += 1
         if act == "restore" and step > 2:
@@ -373,16 +373,16 @@ def signalled(root, act, handled, delay_s, until_saved):
         try:
             child(root, act, handled, os.fdopen(writing, "wb", buffering=0))
         except SystemExit as error:
-            sys.exit(error.code)  # as Python does: what is in flight is drained
+            sys.exit(error.code)  # as Python does: saves in flight are drained
         finally:
             sys.stdout.flush()
     os.close(writing)
-    with os.fdopen(reading, "rb") as told:
-        assert told.read(1) == b"."
-        steps = told.readline().split() if until_saved else []  # or a slow host would have nothing to lose
+    with os.fdopen(reading, "rb") as reported:
+        assert reported.read(1) == b"."
+        steps = reported.readline().split() if until_saved else []  # or a slow host would have nothing to lose
         signal.sigtimedwait([], delay_s)  # sleeps, without needing to be woken
         os.kill(pid, signal.SIGTERM)
-        steps += told.read().split()
+        steps += reported.read().split()
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     assert status == (7 if handled else -signal.SIGTERM), (act, status)
     return int(steps[-1]) if steps else 0
@@ -392,10 +392,10 @@ for act in ("checkpoint", "restore", "result"):
     for handled in (False, True):
         root, newest = Path(sys.argv[1]) / f"{act}-{handled}", 0
         for _ in range(4):
-            told = signalled(root, act, handled, random.uniform(0, 0.1), until_saved=newest == 0)
+            last = signalled(root, act, handled, random.uniform(0, 0.1), until_saved=newest == 0)
             with engine.Engine(root, **{**SMALL, "backend": "threads"}) as eng:
                 steps = eng.steps()
-                assert not steps or steps[-1] >= max(told, newest), (steps, told, newest)
+                assert not steps or steps[-1] >= max(last, newest), (steps, last, newest)
                 for step in steps:
                     assert eng.load(step)["a"].eq(step).all()
                 newest = max([newest, *steps])

@@ -1,4 +1,4 @@
-"""The engine end to end, on the real ring and the real file system: what is saved is what comes back."""
+"""The engine end to end, on the real ring and the real file system: a restore returns the saved state."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_stock_safetensors_loads_a_model_with_tied_weights(opened: engine.Engine
 
 @pytest.mark.parametrize("cut", [{"chunk_count": 1}, {"chunk_count": 5}, {"chunk_bytes": 1}, {"chunk_bytes": 100_000}])
 @pytest.mark.parametrize("block_bytes", [4096, 256 << 10, 4 << 20])
-def test_a_restore_does_not_depend_on_the_cutting(tmp_path: Path, cut: dict[str, int], block_bytes: int) -> None:
+def test_a_restore_does_not_depend_on_the_chunks(tmp_path: Path, cut: dict[str, int], block_bytes: int) -> None:
     """Also where the stored blocks are larger than the restoring engine's slots."""
     tensors = {"a": torch.randn(300_001), "b": torch.arange(70_001)}
     want = clones(tensors)
@@ -267,7 +267,7 @@ def test_select_takes_the_name_of_a_layer(opened: engine.Engine) -> None:
     st.lists(st.text("ab.*?[!]-", max_size=6), min_size=1, max_size=3),
     st.tuples(st.text("ab.*[]", max_size=5), st.text("ab.*[]", max_size=5)),
 )
-def test_select_matches_what_fnmatch_does(patterns: list[str], named: tuple[str, str]) -> None:
+def test_select_matches_like_fnmatch(patterns: list[str], named: tuple[str, str]) -> None:
     name, layer = named
     record = SegmentRecord(
         name=name, dtype="float32", shape=(1,), role="model", layer=layer, file=0, offset=4096, nbytes=4
@@ -278,7 +278,7 @@ def test_select_matches_what_fnmatch_does(patterns: list[str], named: tuple[str,
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bool", "complex128"])
 def test_a_large_tensor_is_loaded_into_memory_of_its_own(opened: engine.Engine, dtype: str) -> None:
-    """Such memory comes from the kernel, and is as good as any: in its shape, written to, and gone with the tensor."""
+    """Such memory comes from the kernel, and works as any other: shaped, writable, and freed with the tensor."""
     shape = (3, 700_001) if dtype != "complex128" else (3, 50_001)
     stored = (torch.arange(shape[0] * shape[1]).view(shape) % 2).to(getattr(torch, dtype))
     opened.checkpoint(engine.Arena.wrap({"a": stored, "b": stored.clone()})).result()
@@ -509,7 +509,7 @@ def test_a_damaged_block_is_named(opened: engine.Engine, tmp_path: Path) -> None
     assert "model.safetensors" in message and "byte 458752 (chunk 0" in message and "layers.2.weight" in message
 
 
-def test_an_arena_half_restored_is_not_saved(opened: engine.Engine, tmp_path: Path) -> None:
+def test_a_half_restored_arena_is_not_saved(opened: engine.Engine, tmp_path: Path) -> None:
     arena, _, _ = save_steps(opened, 1)
     flip(tmp_path / "step-00000000" / "model.safetensors", 500_000)
     with pytest.warns(engine.EngineWarning), pytest.raises(engine.CorruptError, match="none of the checkpoints"):
@@ -522,7 +522,7 @@ def test_an_arena_half_restored_is_not_saved(opened: engine.Engine, tmp_path: Pa
     opened.checkpoint(arena, step=1).result()
 
 
-def test_a_restore_finds_the_newest_while_saves_retire_what_it_listed(tmp_path: Path) -> None:
+def test_a_restore_finds_the_newest_while_saves_retire_listed_steps(tmp_path: Path) -> None:
     arena = engine.Arena.wrap({"a": torch.zeros(10)})
     with engine.Engine(tmp_path, keep=1, **SMALL) as eng:
         eng.checkpoint(arena, step=0).result()
@@ -534,7 +534,7 @@ def test_a_restore_finds_the_newest_while_saves_retire_what_it_listed(tmp_path: 
             assert eng.verify() == () and steps.call_count == 2
 
 
-def test_a_host_that_is_out_of_descriptors_does_not_pass_over_the_newest(tmp_path: Path) -> None:
+def test_missing_descriptors_do_not_pass_over_the_newest(tmp_path: Path) -> None:
     class OutOfDescriptors(HookedFilesystem):
         is_out = False
 
@@ -586,7 +586,7 @@ def test_keep_retires_the_oldest_and_recycles_their_files(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("reader", ["mapped", "open", "linked"])
-def test_files_that_a_reader_still_sees_are_not_recycled(tmp_path: Path, reader: str) -> None:
+def test_files_that_a_reader_has_open_are_not_recycled(tmp_path: Path, reader: str) -> None:
     tensors = {"a": torch.zeros(100_000)}
     arena = engine.Arena.wrap(tensors)
     with engine.Engine(tmp_path / "runs", keep=1, **SMALL) as eng:
@@ -608,7 +608,7 @@ def test_files_that_a_reader_still_sees_are_not_recycled(tmp_path: Path, reader:
         assert seen.eq(0).all(), "a later save overwrote what a reader had"
 
 
-def test_what_is_not_ours_in_spare_is_left_alone(tmp_path: Path) -> None:
+def test_foreign_files_in_spare_are_left_alone(tmp_path: Path) -> None:
     arena = engine.Arena.wrap({"a": torch.zeros(1000)})
     victim = tmp_path / "victim"
     victim.mkdir()
@@ -623,7 +623,7 @@ def test_what_is_not_ours_in_spare_is_left_alone(tmp_path: Path) -> None:
     assert (victim / "thesis.txt").read_text() == "years of work" and (spare / ".DS_Store").exists()
 
 
-def test_a_step_that_somebody_deleted_does_not_stop_retirement(tmp_path: Path) -> None:
+def test_a_step_deleted_by_hand_does_not_stop_retirement(tmp_path: Path) -> None:
     arena = engine.Arena.wrap({"a": torch.zeros(1000)})
     with engine.Engine(tmp_path, keep=2, **SMALL) as eng:
         for step in range(2):
@@ -678,7 +678,7 @@ def test_bad_arguments_of_checkpoint(opened: engine.Engine, call: dict[str, obje
     arena = engine.Arena.wrap({"a": torch.zeros(10)})
     with pytest.raises(engine.UsageError, match=message):
         opened.checkpoint(arena, **call)
-    opened.checkpoint(arena, step=0).result()  # and the place it had taken is free
+    opened.checkpoint(arena, step=0).result()  # and its permit is free
 
 
 @pytest.mark.parametrize(
@@ -798,7 +798,7 @@ def test_steps_become_visible_in_order(tmp_path: Path) -> None:
         assert eng.restore(arena).step == 3 and tensors["a"].eq(3).all()
 
 
-def test_a_later_step_does_not_wait_for_ever_for_one_that_fails(tmp_path: Path) -> None:
+def test_a_later_step_commits_after_an_earlier_one_fails(tmp_path: Path) -> None:
     gated = GatedFilesystem()
     gated.gates["step-00000002"] = held = GatedFilesystem().gate
     gated.gate.set()
@@ -833,7 +833,7 @@ def test_a_step_before_one_in_flight_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("max_async", [1, 2])
-def test_max_async_is_the_bound(tmp_path: Path, max_async: int) -> None:
+def test_at_most_max_async_saves_are_in_flight(tmp_path: Path, max_async: int) -> None:
     gated = GatedFilesystem()
     arena = engine.Arena.wrap({"a": torch.zeros(10)})
     with engine.Engine(tmp_path, filesystem=gated, max_async=max_async, **SMALL) as eng:
@@ -852,7 +852,7 @@ def test_max_async_is_the_bound(tmp_path: Path, max_async: int) -> None:
         assert [save.result().step for save in saves] == list(range(max_async))
 
 
-def test_a_step_in_flight_is_taken(tmp_path: Path) -> None:
+def test_a_step_in_flight_is_refused(tmp_path: Path) -> None:
     gated = GatedFilesystem()
     arena = engine.Arena.wrap({"a": torch.zeros(10)})
     with engine.Engine(tmp_path, filesystem=gated, **SMALL) as eng:
@@ -866,7 +866,7 @@ def test_a_step_in_flight_is_taken(tmp_path: Path) -> None:
         save.result()
 
 
-def test_no_save_begins_while_a_rollback_goes_on(tmp_path: Path) -> None:
+def test_no_save_begins_during_a_rollback(tmp_path: Path) -> None:
     """Its step would be checked against steps that are about to go."""
     gate, retiring = threading.Event(), threading.Event()
 

@@ -1,4 +1,4 @@
-"""Ctrl-C at any moment of `checkpoint()` and `restore()`: nothing is torn, no place is lost, the engine goes on.
+"""Ctrl-C at any moment of `checkpoint()` and `restore()`: no torn snapshot, no lost permit, and the engine works on.
 
 First at the moments that make a difference, one by one; then at random ones.
 """
@@ -29,7 +29,7 @@ TINY: dict[str, Any] = {"max_async": 1, "staging_bytes": 2 * BLOCK_BYTES, "block
 
 
 class Begun(GatedFilesystem):
-    """Says when a commit thread has taken over a save, which waits for the gate then."""
+    """Signals that a commit thread has taken over a save, which then waits for the gate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Interrupted(NamedTuple):
     tensor: torch.Tensor
 
     def check_goes_on(self, on_busy: Literal["wait", "raise"] = "wait") -> None:
-        """The one place is free again, at once or soon, and the next save is right."""
+        """The one permit is free again, at once or soon, and the next save is right."""
         self.filesystem.gate.set()
         self.tensor.fill_(5)
         assert self.engine.checkpoint(self.arena, on_busy=on_busy).result(HANG_S).step >= 0
@@ -74,7 +74,7 @@ def interrupted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Iterator[Ca
             it.engine.close()
 
 
-def test_a_save_that_is_staged_goes_on_when_its_caller_is_interrupted(
+def test_an_interrupt_after_staging_does_not_fail_the_save(
     interrupted: Callable[[int], Interrupted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     it = interrupted(10)  # fits the slots, so it is staged before it has its files
@@ -98,7 +98,7 @@ def test_a_save_that_is_staged_goes_on_when_its_caller_is_interrupted(
     assert saves[0].result(HANG_S).step == 1 and it.engine.steps() == [1, 2] and it.engine.load(1)["a"].eq(1).all()
 
 
-def test_a_save_that_is_not_staged_fails_when_its_caller_is_interrupted(
+def test_an_interrupt_before_staging_fails_the_save(
     interrupted: Callable[[int], Interrupted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     it = interrupted(10 * BLOCK_BYTES)
@@ -122,7 +122,7 @@ def test_a_save_that_is_not_staged_fails_when_its_caller_is_interrupted(
 
 
 @pytest.mark.parametrize("place", ["prepare", "hold", "submit"])
-def test_a_save_that_no_thread_has_taken_over_is_given_up_when_its_caller_is_interrupted(
+def test_an_interrupt_before_the_handover_abandons_the_save(
     interrupted: Callable[[int], Interrupted], monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     it = interrupted(10 * BLOCK_BYTES)
@@ -183,11 +183,11 @@ for step in range(count):
         signal.setitimer(signal.ITIMER_REAL, 0)
     except KeyboardInterrupt:
         pass
-    tensors["a"].fill_(-1)  # what an interrupted save must not see
+    tensors["a"].fill_(-1)  # an interrupted save must not see this
     if step % 50 == 49:
         tensors["a"].fill_(step)
         arena = engine.Arena.wrap(tensors)
-        saves = [eng.checkpoint(arena, step=3 * step + more) for more in (1, 2)]  # every place is free again
+        saves = [eng.checkpoint(arena, step=3 * step + more) for more in (1, 2)]  # every permit is free again
         for save in saves:
             save.result(timeout=60)
         for committed in eng.steps():

@@ -1,4 +1,4 @@
-"""An engine's life: open, lock, close, exit, fork; and what it uses while it lives."""
+"""The life of an engine: open, lock, close, exit, fork, and the resources that it uses."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_one_ring_and_one_native_thread(tmp_path: Path) -> None:
 
 @pytest.mark.every_backend
 def test_no_python_thread_moves_a_byte(tmp_path: Path) -> None:
-    """The kernel's own count of what each thread has written: the data are the native thread's alone."""
+    """The kernel's count of the bytes written by each thread: only the native thread writes data."""
     arena = engine.Arena.wrap({"a": torch.zeros(8_000_000)})
 
     def written_by_thread() -> dict[str, int]:
@@ -128,7 +128,7 @@ def test_memory_stays_where_it_is_while_saves_run(tmp_path: Path) -> None:
         peak_bytes = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         grown_bytes = resident_bytes() - before_bytes
-    # The arena has 64 MB.  What is allowed is the job's own arrays and the manifest, not a copy of any part.
+    # The arena has 64 MB.  The job's own arrays and the manifest are allowed, a copy of any part is not.
     assert peak_bytes < 1 << 20, peak_bytes
     assert grown_bytes < 8 << 20, grown_bytes
 
@@ -147,7 +147,7 @@ def test_close_and_context_manager_drain(tmp_path: Path) -> None:
     assert last.done() and last.result().step == 3
 
 
-def test_a_closed_engine_says_so(tmp_path: Path) -> None:
+def test_a_closed_engine_raises_closed_error(tmp_path: Path) -> None:
     eng = engine.Engine(tmp_path, **SMALL)
     arena = engine.Arena.wrap({"a": torch.zeros(10)})
     eng.close()
@@ -166,7 +166,7 @@ class Buffer(bytearray):
 def test_a_restore_interrupted_twice_keeps_the_memory_that_it_reads_into(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first interrupt comes in the restore, the second in its cleanup: the native job is left under way."""
+    """The first interrupt hits the restore, the second its cleanup: the native job keeps running."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -200,7 +200,7 @@ def test_two_threads_may_close_an_engine(tmp_path: Path) -> None:
 
 
 @pytest.mark.every_backend
-def test_an_engine_that_is_dropped_gives_everything_back(tmp_path: Path) -> None:
+def test_a_dropped_engine_releases_everything(tmp_path: Path) -> None:
     before = rings()
     eng = engine.Engine(tmp_path, **SMALL)
     eng.checkpoint(engine.Arena.wrap({"a": torch.zeros(10)})).result()
@@ -211,7 +211,7 @@ def test_an_engine_that_is_dropped_gives_everything_back(tmp_path: Path) -> None
 
 
 def inherited() -> set[str]:
-    """The descriptors that a program started from here would have, and what they are."""
+    """The descriptors that a program started from here would have, and their targets."""
     found = set()
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # the one by which the directory is read, or one that is closed meanwhile
@@ -221,7 +221,7 @@ def inherited() -> set[str]:
 
 
 @pytest.mark.every_backend
-def test_no_descriptor_is_inherited_by_a_program_that_is_started(tmp_path: Path) -> None:
+def test_a_started_program_inherits_no_descriptor(tmp_path: Path) -> None:
     class Looking(Filesystem):
         """Looks while data files are open, those to write and those to read."""
 
@@ -250,7 +250,7 @@ def test_no_descriptor_is_inherited_by_a_program_that_is_started(tmp_path: Path)
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_place_is_free_when_its_save_has_ended(tmp_path: Path, fails: bool) -> None:
+def test_a_permit_is_free_when_its_save_has_ended(tmp_path: Path, fails: bool) -> None:
     """A callback runs on the commit thread at the very moment at which the Future resolves."""
     arena = engine.Arena.wrap({"a": torch.zeros(10)})
     next_saves: list[engine.Save] = []
@@ -277,7 +277,7 @@ def test_a_place_is_free_when_its_save_has_ended(tmp_path: Path, fails: bool) ->
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_save_that_has_ended_does_not_keep_the_memory(tmp_path: Path, fails: bool) -> None:
+def test_an_ended_save_does_not_keep_the_arena_alive(tmp_path: Path, fails: bool) -> None:
     """Saves may be kept for their results, one for each step of a training."""
     failing = FailingFilesystem()
     tensor = torch.zeros(1000)
@@ -309,7 +309,7 @@ def test_no_descriptor_is_left(tmp_path: Path) -> None:
 
 @pytest.mark.every_backend
 def test_close_in_another_thread_waits_for_loads(tmp_path: Path) -> None:
-    """Whoever is inside the pipeline is let out before it is freed; whoever comes later is told that it is closed."""
+    """Threads inside the pipeline leave before it is freed.  Later callers get ClosedError."""
     with engine.Engine(tmp_path, **SMALL) as eng:
         eng.checkpoint(engine.Arena.wrap({"a": torch.ones(2_000_000)})).result()
     for _ in range(10):
@@ -340,7 +340,7 @@ def test_more_loads_at_once_than_the_pipeline_has_room_for(tmp_path: Path) -> No
 
 
 @pytest.mark.every_backend
-def test_close_lets_go_of_who_waits_for_a_place(tmp_path: Path) -> None:
+def test_close_wakes_callers_that_wait_for_a_permit(tmp_path: Path) -> None:
     gated = GatedFilesystem()
     arena = engine.Arena.wrap({"a": torch.zeros(10)})
     eng = engine.Engine(tmp_path, max_async=1, filesystem=gated, **SMALL)
@@ -434,13 +434,13 @@ def test_a_link_to_the_directory_is_the_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("block_bytes", [4096, 8192, 12288])
-def test_small_blocks_with_the_default_staging(tmp_path: Path, block_bytes: int) -> None:
+def test_small_blocks_work_with_the_default_staging(tmp_path: Path, block_bytes: int) -> None:
     with engine.Engine(tmp_path, block_bytes=block_bytes) as eng:
         eng.checkpoint(engine.Arena.wrap({"a": torch.ones(100_000)}), step=3).result()
         assert eng.load()["a"].eq(1).all()
 
 
-def test_a_save_does_not_wait_for_anothers_sync(tmp_path: Path) -> None:
+def test_a_save_is_staged_while_an_earlier_one_syncs(tmp_path: Path) -> None:
     syncing = threading.Event()
     release = threading.Event()
 
@@ -512,7 +512,7 @@ def test_a_forked_child_gets_a_clear_error_and_harms_nothing(tmp_path: Path) -> 
         save = eng.checkpoint(arena, step=1)
         child = os.fork()
         if child == 0:
-            assert save.wait_staged(), "nobody reads the child's copy of the arena"
+            assert save.wait_staged(), "no save reads the child's copy of the arena"
             save_it, restore_it = lambda: eng.checkpoint(arena), lambda: eng.restore(arena)
             back = lambda: eng.rollback(1)
             for call in (save_it, restore_it, back, eng.load, eng.verify, eng.steps, save.result, save.exception):
@@ -576,7 +576,7 @@ def test_default_engines_are_shared_by_directory(tmp_path: Path) -> None:
     assert result.returncode == 0
 
 
-def test_importing_elsewhere_is_one_clear_error() -> None:
+def test_importing_on_another_platform_is_one_clear_error() -> None:
     result = run_script(
         """
         import platform
@@ -601,7 +601,7 @@ def test_importing_without_the_compiled_module_says_how_to_build_it() -> None:
     assert "build it with 'pip install .'" in result.stderr
 
 
-def test_a_parent_that_cannot_be_read_does_not_keep_an_engine_out(tmp_path: Path) -> None:
+def test_an_engine_opens_below_an_unreadable_parent(tmp_path: Path) -> None:
     class Unreadable(Filesystem):
         def sync_directory(self, path: str) -> None:
             if Path(path) == tmp_path:

@@ -1,8 +1,8 @@
 """An Engine against a dictionary: save, fail, retire, restore, damage, roll back and reopen, in any order.
 
-The model is what a user believes: a mapping from committed step to the tensors it held.  After every rule the
-directory must show exactly the model's steps, and every one of them that was not damaged on purpose must load to
-exactly its tensors, here and in the stock library.  Each open takes a backend of its own.
+The model is the user's view: a mapping from committed step to its tensors.  After every rule the directory must show
+exactly the steps of the model.  Every step that was not damaged on purpose must load to exactly its tensors, here and
+in the stock library.  Each open takes a backend of its own.
 """
 
 from __future__ import annotations

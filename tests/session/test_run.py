@@ -1,4 +1,4 @@
-"""`engine.open`: reading a run without its lock, beside a training, where nothing may be written."""
+"""`engine.open`: reading a run without its lock, beside a training and on a read-only mount."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_run_on_a_read_only_mount_is_read(tmp_path: Path) -> None:
         assert values(run.load()) == {2} and run.verify() == () and run.extra(1) == {"step": 1}
 
 
-def test_a_mistyped_directory_is_not_found_and_not_made(tmp_path: Path) -> None:
+def test_a_missing_directory_is_reported_and_not_made(tmp_path: Path) -> None:
     with pytest.raises(engine.NotFoundError, match="is no run: there is no such directory; check the path"):
         engine.open(tmp_path / "mistyped")
     assert not (tmp_path / "mistyped").exists()
@@ -80,7 +80,7 @@ def test_a_mistyped_directory_is_not_found_and_not_made(tmp_path: Path) -> None:
         engine.open(tmp_path)
 
 
-def test_a_training_that_retires_what_is_read_never_mixes_steps(tmp_path: Path) -> None:
+def test_reading_beside_retirement_never_mixes_steps(tmp_path: Path) -> None:
     tensors = {f"t{index}": torch.zeros(50_000) for index in range(4)}
     arena = engine.Arena.wrap(tensors)
     stop = threading.Event()
@@ -116,7 +116,7 @@ def test_a_training_that_retires_what_is_read_never_mixes_steps(tmp_path: Path) 
     assert saved_steps[-1] > 5
 
 
-def test_a_closed_run_says_so_and_one_that_is_dropped_stops_its_thread(tmp_path: Path) -> None:
+def test_a_closed_run_raises_and_a_dropped_one_stops_its_thread(tmp_path: Path) -> None:
     saved(tmp_path, 1)
     before = threads()
     run = engine.open(tmp_path, **SMALL)

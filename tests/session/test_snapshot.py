@@ -1,7 +1,7 @@
-"""What reaches disk is the arena as it was when `checkpoint()` was called, whatever training does next.
+"""A checkpoint holds the arena as it was when `checkpoint()` was called, for every later change by training.
 
-Staging is stopped in the middle by holding back the save's files: with room for two blocks only, nothing more is
-staged until the gate opens.  So these tests do not race; they decide.
+Holding back the save's files stops staging in the middle: with room for two blocks, nothing more is staged until the
+gate opens.  So these tests are deterministic and do not race.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TINY: dict[str, Any] = {"staging_bytes": 2 * BLOCK_BYTES, "block_bytes": BLOCK_B
 
 
 class Held:
-    """An engine whose saves cannot get past two staged blocks until `release`."""
+    """An engine whose saves stop at two staged blocks until `release`."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -236,7 +236,7 @@ def test_a_restore_waits_for_a_save_of_the_same_arena(held: Held) -> None:
     assert_stored(held.directory, 1, want)
 
 
-def test_what_is_dropped_in_the_middle_of_a_save_is_saved(held: Held) -> None:
+def test_a_tensor_dropped_during_a_save_is_saved(held: Held) -> None:
     model, optimizer = make_training()
     arena = engine.Arena.adopt(model, optimizer)
     want = copies(arena)
@@ -250,13 +250,13 @@ def test_what_is_dropped_in_the_middle_of_a_save_is_saved(held: Held) -> None:
     assert len(trash) == 50
 
 
-def test_tensors_shared_in_the_middle_of_a_save_are_saved(held: Held) -> None:
+def test_tensors_moved_to_shared_memory_during_a_save_are_saved(held: Held) -> None:
     model = make_training()[0]
     optimizer = torch.optim.SGD(model.parameters())  # without state of its own, which would keep the pages
     arena = engine.Arena.adopt(model, optimizer)
     want = copies(arena)
     save = held.engine.checkpoint(arena, step=1)
-    model.share_memory()  # as sending it to another process does; it gives the storages other memory in place
+    model.share_memory()  # as sending it to another process does; it replaces the memory of the storages in place
     del model, optimizer, arena
     gc.collect()
     trash = [torch.full((300, 300), 7.0) for _ in range(50)]
@@ -294,7 +294,7 @@ def test_an_arena_adopted_without_optimizer_has_no_fence_and_is_staged_eagerly(h
     calling.result().result()
 
 
-def test_lazy_leaves_the_waiting_to_the_caller(held: Held) -> None:
+def test_lazy_on_a_wrapped_arena_does_not_wait(held: Held) -> None:
     tensors = {"a": torch.zeros(100_000)}
     save = held.engine.checkpoint(engine.Arena.wrap(tensors), step=1, snapshot="lazy")
     assert not save.wait_staged(timeout=0.01)
@@ -305,11 +305,11 @@ def test_lazy_leaves_the_waiting_to_the_caller(held: Held) -> None:
     assert stored(held.directory, 1)["a"].eq(0).all()
 
 
-def test_memory_that_training_lets_go_of_is_kept_until_it_is_staged(held: Held) -> None:
+def test_memory_that_training_frees_is_kept_until_it_is_staged(held: Held) -> None:
     tensors = {"a": torch.zeros(100_000)}
     arena = engine.Arena.wrap(tensors)
     save = held.engine.checkpoint(arena, step=1, snapshot="lazy")
-    tensors["a"].data = torch.ones(100_000)  # frees the zeros, if nobody holds them
+    tensors["a"].data = torch.ones(100_000)  # frees the zeros, if no save holds them
     trash = [torch.full((100_000,), 7.0) for _ in range(8)]
     held.release()
     save.result()
@@ -367,7 +367,7 @@ def test_checked_on_a_wrapped_arena_catches_a_racing_thread(tmp_path: Path) -> N
             writer.join()
 
 
-def test_a_failed_save_does_not_hold_the_step_back(held: Held) -> None:
+def test_a_failed_save_does_not_block_the_step(held: Held) -> None:
     model, optimizer = make_training()
     arena = engine.Arena.adopt(model, optimizer)
     save = held.engine.checkpoint(arena, step=1)

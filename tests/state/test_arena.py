@@ -319,7 +319,7 @@ def test_shared_module_has_all_its_names() -> None:
     assert_inside(arena, shared.weight)
 
 
-def test_two_parameters_over_one_memory_stay_tied() -> None:
+def test_parameters_that_share_memory_stay_tied() -> None:
     model = nn.ParameterList([nn.Parameter(torch.ones(4)), None])
     model[1] = nn.Parameter(model[0].data)
     arena = Arena.adopt(model)

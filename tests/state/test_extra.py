@@ -39,7 +39,7 @@ def scalars(draw: st.DrawFn) -> object:
 
 @st.composite
 def keys(draw: st.DrawFn) -> object:
-    """What a dictionary key or a member of a set can be."""
+    """The possible keys of a dictionary and members of a set."""
     return draw(
         st.recursive(scalars(), lambda inner: st.lists(inner, max_size=3).map(tuple) | st.frozensets(inner, max_size=3))
     )
@@ -75,7 +75,7 @@ TREES = st.recursive(scalars() | tensors(), containers, max_leaves=20)
 
 
 def exactly(value: object) -> object:
-    """What a value is, to the bit, in a form whose equality is identity of type, order and bits."""
+    """A value in a form whose equality compares type, order and bits."""
     kind = type(value)
     if isinstance(value, torch.Tensor):
         bits = value.contiguous().view(-1).view(torch.uint8).tolist()
@@ -122,7 +122,7 @@ def test_the_form_on_disk(value: object, expected: object) -> None:
 
 
 def test_integers_beyond_the_limit_on_decimal_digits() -> None:
-    huge = 1 << 20_000  # some 6,000 digits; Python prints 4,300 unless told otherwise
+    huge = 1 << 20_000  # some 6,000 digits; Python prints 4,300 by default
     assert decode(encode({huge: -huge})) == {huge: -huge}
     with pytest.raises(CorruptError, match=r"^extra\[\.\.\.\] is there twice"):
         decode({"dict": [[{"int": hex(huge)}, 1], [{"int": hex(huge)}, 2]]})
@@ -152,7 +152,7 @@ def test_a_tensor_is_taken_as_it_is_now_without_its_graph() -> None:
     assert restored["conjugate"].tolist() == [-1j]
 
 
-def test_what_training_really_stores() -> None:
+def test_values_of_real_trainings_round_trip() -> None:
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[2, 2, 5])
@@ -223,7 +223,7 @@ def test_keys_and_members_are_refused_by_path(value: object, path: str) -> None:
         encode(value)
 
 
-def test_the_caller_names_the_root() -> None:
+def test_the_root_of_a_path_is_named_by_the_caller() -> None:
     with pytest.raises(ExtraError, match=r"^options\[1\] is"):
         encode([1, object()], "options")
     with pytest.raises(CorruptError, match=r"^options\[1\] has the unknown tag"):
@@ -231,12 +231,12 @@ def test_the_caller_names_the_root() -> None:
 
 
 class Mode(str, enum.Enum):
-    """The kind of enum whose str() is not its value."""
+    """A kind of enum with a str() that differs from its value."""
 
     FAST = "fast"
 
 
-def test_options_hold_subclasses_as_what_they_equal() -> None:
+def test_options_store_subclasses_as_their_base_values() -> None:
     group = {"lr": numpy.float64(0.1), "mode": Mode.FAST, "count": Colour.RED, "size": (torch.Size([1, 2]),)}
     decoded = decode(json.loads(json.dumps(encode_options({"param_groups": [group], "state": {}}))))
     assert exactly(decoded) == exactly(

@@ -168,7 +168,7 @@ def test_a_tensor_that_left_is_brought_back(leave: Callable[[nn.Module, Optimize
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_tensors_that_have_changed_places_keep_their_contents(order: tuple[int, ...]) -> None:
-    """The arena's first segment, its last and one in between: no copy overwrites what another still needs."""
+    """The arena's first segment, its last and one in between: no copy overwrites bytes that another one still needs."""
     model = nn.ModuleList([nn.Linear(5, 4, bias=False) for _ in range(3)])
     params = list(model.parameters())
     arena = Arena.adopt(model)

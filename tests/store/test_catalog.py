@@ -1,9 +1,9 @@
-"""The catalog: what lies in a directory, who may write to it, and in which order names move.
+"""The catalog: the directories of a run, the lock, and the order in which names move.
 
-Theory of operation.  All runs on a real directory.  `Recorded` is the real file system with a list of what was done; it
-can refuse one call.  The stateful test drives begin, publish, discard, retire and reopen in any order against a set of
-committed steps; each checkpoint's file holds its own step, so a file that was recycled too early, or while somebody
-else had it, is seen as soon as it is overwritten.
+Theory of operation.  All tests use a real directory.  `Recorded` is the real file system with a list of its calls, and
+can refuse one.  The stateful test drives begin, publish, discard, retire and reopen in any order against a set of
+committed steps.  The file of each checkpoint holds its own step, so a file that is recycled too early, or while a
+reader has it, is noticed when it is overwritten.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SPARE = Path(".engine", "spare")
 
 
 class Recorded(Filesystem):
-    """The real file system, with a list of the renames and syncs that were done; it can refuse one to come."""
+    """The real file system, with a list of its renames and syncs; it can refuse a later one."""
 
     def __init__(self) -> None:
         self.done: list[tuple[str, ...]] = []
@@ -95,7 +95,7 @@ def catalog(tmp_path: Path, filesystem: Recorded) -> Iterator[Catalog]:
 
 
 def fill(partial: str, content: bytes) -> int:
-    """Write a data file the way a save does, over what is there; returns its inode number."""
+    """Write a data file as a save does, over an existing one; returns its inode number."""
     descriptor = os.open(Path(partial, DATA_NAME), os.O_RDWR | os.O_CREAT)
     os.pwrite(descriptor, content, 0)
     os.ftruncate(descriptor, len(content))
@@ -136,7 +136,7 @@ def names(root: Path) -> list[str]:
 # -- the file system itself -------------------------------------------------------------------------------------------
 
 
-def test_a_write_that_is_short_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_write_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """write(2) may write less than it was given: at a signal, or where the disk is nearly full."""
     real_write = os.write
     written: list[int] = []
@@ -150,7 +150,7 @@ def test_a_write_that_is_short_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
     assert (tmp_path / "new").read_bytes() == bytes(range(20)) and written == [7, 7, 6]
 
 
-def test_a_new_file_is_not_written_over_another(tmp_path: Path) -> None:
+def test_write_new_file_refuses_an_existing_file(tmp_path: Path) -> None:
     (tmp_path / "there").write_text("precious")
     (tmp_path / "link").symlink_to("there")
     for name in ("there", "link"):
@@ -159,9 +159,7 @@ def test_a_new_file_is_not_written_over_another(tmp_path: Path) -> None:
     assert (tmp_path / "there").read_text() == "precious"
 
 
-def test_who_opens_a_file_while_it_is_looked_at_sends_no_signal_that_ends_us(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_opening_a_leased_file_does_not_kill_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A lease that is broken sends SIGIO unless another was asked for, and SIGIO ends a process (fcntl(2))."""
     path = tmp_path / "file"
     path.write_text("content")
@@ -215,7 +213,7 @@ REFUSED_CALLS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("what", REFUSED_CALLS)
-def test_a_refusal_leaves_no_descriptor_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+def test_a_refused_open_closes_its_descriptor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "file").write_text("content")
     (tmp_path / "locked" / ".engine").mkdir(parents=True)
@@ -237,7 +235,7 @@ def test_a_refusal_leaves_no_descriptor_open(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("what", ["a FIFO", "a file of two names", "a file that is open"])
-def test_a_file_that_is_not_ours_alone_is_closed_again(tmp_path: Path, what: str) -> None:
+def test_is_ours_alone_closes_its_descriptor(tmp_path: Path, what: str) -> None:
     path = tmp_path / "file"
     if what == "a FIFO":
         os.mkfifo(path)
@@ -282,7 +280,7 @@ MOVES: dict[str, Callable[[Catalog], object]] = {
 
 
 @pytest.mark.parametrize("move", MOVES)
-def test_nothing_is_moved_in_a_directory_that_was_put_in_the_place_of_ours(tmp_path: Path, move: str) -> None:
+def test_nothing_is_moved_in_a_directory_that_replaced_ours(tmp_path: Path, move: str) -> None:
     """There are directories of the same names in it, and they are another engine's."""
     root = tmp_path / "run"
     with ExitStack() as opened:
@@ -319,7 +317,7 @@ def test_a_directory_is_made_with_its_parents(tmp_path: Path, filesystem: Record
     with_parents.close()
 
 
-def test_a_step_is_there_once_it_is_published(catalog: Catalog, tmp_path: Path) -> None:
+def test_a_published_step_is_listed(catalog: Catalog, tmp_path: Path) -> None:
     partial = begin(catalog, 5, [DATA_NAME])
     assert (partial, names(tmp_path)) == (str(tmp_path / "step-00000005.partial"), ["step-00000005.partial"])
     assert catalog.steps() == []
@@ -336,7 +334,7 @@ def test_a_failed_save_leaves_nothing(catalog: Catalog, tmp_path: Path) -> None:
     assert (catalog.steps(), names(tmp_path), spares(tmp_path)) == ([], [], [])
 
 
-def test_steps_are_listed_by_number_whichever_came_first(catalog: Catalog, tmp_path: Path) -> None:
+def test_steps_are_listed_by_number_not_by_time(catalog: Catalog, tmp_path: Path) -> None:
     for step in (100_000_000, 3, 20):
         save(catalog, step)
     assert catalog.steps() == [3, 20, 100_000_000]
@@ -366,7 +364,7 @@ def test_a_publish_that_fails_leaves_no_step(
 # -- retire and recycle -----------------------------------------------------------------------------------------------
 
 
-def test_a_retired_steps_files_are_the_next_ones(catalog: Catalog, tmp_path: Path) -> None:
+def test_a_save_recycles_the_files_of_a_retired_step(catalog: Catalog, tmp_path: Path) -> None:
     inode = save(catalog, 1)
     Path(catalog.path(1), "optimizer.safetensors").write_bytes(b"not wanted next time")
     save(catalog, 2)
@@ -382,7 +380,7 @@ def test_a_retired_steps_files_are_the_next_ones(catalog: Catalog, tmp_path: Pat
     assert spares(tmp_path) == []
 
 
-def test_spares_are_taken_in_the_order_in_which_they_came(catalog: Catalog) -> None:
+def test_spares_are_taken_oldest_first(catalog: Catalog) -> None:
     inodes = [save(catalog, step) for step in (1, 2, 3)]
     retire(catalog, 1)
     assert [save(catalog, step) for step in (4, 5)] == inodes[:2]
@@ -390,7 +388,7 @@ def test_spares_are_taken_in_the_order_in_which_they_came(catalog: Catalog) -> N
 
 
 @pytest.mark.parametrize("count", [1, 5])
-def test_only_so_many_spares_are_kept(catalog: Catalog, tmp_path: Path, count: int) -> None:
+def test_spares_beyond_max_async_are_deleted(catalog: Catalog, tmp_path: Path, count: int) -> None:
     inodes = [save(catalog, step) for step in range(count + 1)]
     retire(catalog, 1)
     kept = [os.stat(tmp_path / SPARE / name / DATA_NAME).st_ino for name in spares(tmp_path)]
@@ -403,7 +401,7 @@ def test_only_so_many_spares_are_kept(catalog: Catalog, tmp_path: Path, count: i
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3, 4, 9])
-def test_the_newest_are_kept(catalog: Catalog, keep: int) -> None:
+def test_the_newest_steps_are_kept(catalog: Catalog, keep: int) -> None:
     for step in (10, 20, 30, 40):
         save(catalog, step)
     retire(catalog, keep)
@@ -435,7 +433,7 @@ def test_a_link_is_not_followed(catalog: Catalog, tmp_path: Path) -> None:
     assert elsewhere.read_bytes() == b"1"
 
 
-def test_what_users_put_beside_is_retired_with_the_rest(catalog: Catalog, tmp_path: Path) -> None:
+def test_files_of_users_are_retired_with_their_step(catalog: Catalog, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "precious").write_bytes(b"precious")
@@ -452,9 +450,7 @@ def test_what_users_put_beside_is_retired_with_the_rest(catalog: Catalog, tmp_pa
     assert (outside / "precious").read_bytes() == b"precious"
 
 
-def test_a_retirement_that_is_refused_halfway_is_durable_as_far_as_it_went(
-    catalog: Catalog, filesystem: Recorded, tmp_path: Path
-) -> None:
+def test_a_partly_refused_retirement_is_durable(catalog: Catalog, filesystem: Recorded, tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         save(catalog, step)
     filesystem.refuse("rename", spared=1)
@@ -467,7 +463,7 @@ def test_a_retirement_that_is_refused_halfway_is_durable_as_far_as_it_went(
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["spare", "root"])
-def test_a_retirement_that_is_not_durable_is_not_recycled(
+def test_an_unsynced_retirement_is_not_recycled(
     catalog: Catalog, filesystem: Recorded, tmp_path: Path, which: int
 ) -> None:
     first, second = save(catalog, 1), save(catalog, 2)
@@ -488,7 +484,7 @@ def begin_two(catalog: Catalog) -> None:
         fill(begin(catalog, step, [DATA_NAME]), str(step).encode())
 
 
-def test_moves_from_a_spare_are_durable_before_their_save_is_published(
+def test_moves_from_a_spare_are_durable_before_publishing(
     catalog: Catalog, filesystem: Recorded, tmp_path: Path
 ) -> None:
     begin_two(catalog)
@@ -501,7 +497,7 @@ def test_moves_from_a_spare_are_durable_before_their_save_is_published(
     assert filesystem.done == [taken[0], published[0], ("sync", root), taken[1], published[1], ("sync", root)]
 
 
-def test_moves_that_may_not_last_fail_their_save_and_no_other(catalog: Catalog, filesystem: Recorded) -> None:
+def test_unsynced_moves_fail_only_the_save_that_made_them(catalog: Catalog, filesystem: Recorded) -> None:
     begin_two(catalog)
     filesystem.refuse("sync_directory", spared=0)
     with pytest.raises(StorageError):
@@ -515,7 +511,7 @@ def test_moves_that_may_not_last_fail_their_save_and_no_other(catalog: Catalog, 
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["spare", "root"])
-def test_going_back_deletes_nothing_once_a_sync_has_failed(
+def test_rollback_deletes_nothing_after_a_failed_sync(
     catalog: Catalog, filesystem: Recorded, tmp_path: Path, which: int
 ) -> None:
     for step in (1, 2, 3, 4, 5):
@@ -534,7 +530,7 @@ def test_going_back_deletes_nothing_once_a_sync_has_failed(
 
 
 def check_order(done: list[tuple[str, ...]], root: str) -> None:
-    """I4 and I5 of docs/durability.md, in terms of what was done.
+    """I4 and I5 of docs/durability.md, in terms of the recorded calls.
 
     After a directory was renamed into spare, spare and then root are synced before a file is moved out of it.  After
     that, the directory in spare is synced before the partial that the file was moved to gets its final name.
@@ -562,10 +558,10 @@ def check_order(done: list[tuple[str, ...]], root: str) -> None:
 # -- what the reused files hold ---------------------------------------------------------------------------------------
 
 
-def test_what_is_recycled_is_known_only_of_a_step_that_this_process_retired(
+def test_a_spare_manifest_is_trusted_if_this_process_retired_the_step(
     catalog: Catalog, stored: tuple[Manifest, Path], tmp_path: Path
 ) -> None:
-    """A spare found at open may have been overwritten before a power cut that brought it back: nobody trusts it."""
+    """A spare found at open may have been overwritten before a power cut that brought it back: it is not trusted."""
     save(catalog, 2)
     Path(catalog.path(2), MANIFEST_NAME).write_bytes(encode(msgspec.structs.replace(stored[0], step=2)))
     save(catalog, 3)
@@ -581,7 +577,7 @@ def test_what_is_recycled_is_known_only_of_a_step_that_this_process_retired(
 
 
 @pytest.mark.parametrize("how", ["failed save", "manifest of another step", "damaged manifest"])
-def test_what_is_recycled_is_not_known_of_anything_else(
+def test_no_other_spare_manifest_is_trusted(
     catalog: Catalog, stored: tuple[Manifest, Path], tmp_path: Path, how: str
 ) -> None:
     if how == "manifest of another step":
@@ -607,7 +603,7 @@ def test_a_file_that_is_not_moved_is_not_reused(catalog: Catalog, tmp_path: Path
     assert begun.reused == frozenset() and os.listdir(begun.path) == []
 
 
-def test_a_directory_handle_of_a_retired_step_never_sees_a_later_steps_bytes(catalog: Catalog) -> None:
+def test_a_directory_handle_of_a_retired_step_never_leads_to_a_later_step(catalog: Catalog) -> None:
     """As rsync or tar that stands in it."""
     save(catalog, 1)
     handle = os.open(catalog.path(1), os.O_RDONLY | os.O_DIRECTORY)
@@ -626,7 +622,7 @@ def test_a_directory_handle_of_a_retired_step_never_sees_a_later_steps_bytes(cat
 
 
 class Stubborn(Filesystem):
-    """Refuses to rename or unlink what has a name, with an errno."""
+    """Refuses to rename or unlink paths of a given name, with an errno."""
 
     def __init__(self, name: str, error: int) -> None:
         self.name, self.error = name, error
@@ -664,7 +660,7 @@ def test_a_step_that_cannot_be_retired_is_passed_over_with_one_warning(tmp_path:
     again.close()
 
 
-def test_a_file_that_cannot_be_moved_or_deleted_stops_no_save(tmp_path: Path) -> None:
+def test_saves_go_on_beside_a_file_that_cannot_be_moved_or_deleted(tmp_path: Path) -> None:
     catalog = Catalog(str(tmp_path), Stubborn("stuck", errno.EPERM), spare_max=1, retention=Retention(last=1))
     save(catalog, 0)
     Path(catalog.path(0), "stuck").touch()
@@ -681,8 +677,8 @@ def test_a_file_that_cannot_be_moved_or_deleted_stops_no_save(tmp_path: Path) ->
     again.close()
 
 
-def test_where_a_directory_cannot_be_renamed_it_is_deleted(tmp_path: Path) -> None:
-    """As in an overlay, whose lower layer holds it."""
+def test_a_directory_that_cannot_be_renamed_to_spare_is_deleted(tmp_path: Path) -> None:
+    """As for a directory in the lower layer of an overlay."""
     before = Catalog(str(tmp_path), Filesystem(), spare_max=1, retention=Retention(last=2))
     save(before, 1)
     save(before, 2)
@@ -704,7 +700,7 @@ def test_where_a_directory_cannot_be_renamed_it_is_deleted(tmp_path: Path) -> No
 
 
 def reopened(root: Path, retention: Retention | None = None) -> tuple[Retention, list[str], list[int]]:
-    """The rule in effect after an open, what was told, and the steps after one more save."""
+    """The rule in effect after an open, the warnings, and the steps after one more save."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         catalog = Catalog(str(root), Filesystem(), spare_max=1, retention=retention)
@@ -715,7 +711,7 @@ def reopened(root: Path, retention: Retention | None = None) -> tuple[Retention,
     return rule, [str(warning.message) for warning in told], steps
 
 
-def test_a_rule_is_kept_with_the_run(tmp_path: Path) -> None:
+def test_a_retention_rule_is_stored_with_the_run(tmp_path: Path) -> None:
     assert reopened(tmp_path / "new") == (Retention(last=2), [], [1])
     assert reopened(tmp_path / "new") == (Retention(last=2), [], [1, 2])
     for _ in range(9):
@@ -740,7 +736,7 @@ def test_a_run_without_a_rule_keeps_everything_until_one_is_given(tmp_path: Path
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b'{"last": 0, "every": null, "best": null}', b"9" * 5000, b"\xff"]
 )
-def test_a_stored_rule_that_is_none_keeps_everything(tmp_path: Path, content: bytes) -> None:
+def test_an_unreadable_stored_rule_keeps_everything(tmp_path: Path, content: bytes) -> None:
     for _ in range(3):
         reopened(tmp_path, KEEP_ALL)
     (tmp_path / ".engine" / "retention.json").write_bytes(content)
@@ -750,7 +746,7 @@ def test_a_stored_rule_that_is_none_keeps_everything(tmp_path: Path, content: by
     assert rule == Retention(last=2) and len(told_again) == 1 and len(steps) == 2
 
 
-def test_a_full_disk_keeps_the_rule_in_memory(tmp_path: Path) -> None:
+def test_a_rule_that_cannot_be_stored_is_kept_in_memory(tmp_path: Path) -> None:
     class Full(Filesystem):
         def write_new_file(self, path: str, content: bytes | bytearray) -> None:
             raise StorageError(errno.ENOSPC, "write", path)
@@ -761,7 +757,7 @@ def test_a_full_disk_keeps_the_rule_in_memory(tmp_path: Path) -> None:
     catalog.close()
 
 
-def test_tags_and_metrics_are_asked_for_once(tmp_path: Path) -> None:
+def test_tags_and_metrics_are_read_once(tmp_path: Path) -> None:
     asked: list[int] = []
 
     def facts(step: int) -> StepFacts:
@@ -776,7 +772,7 @@ def test_tags_and_metrics_are_asked_for_once(tmp_path: Path) -> None:
     catalog.close()
 
 
-def test_a_step_is_deleted_and_its_room_given_back(catalog: Catalog, filesystem: Recorded, tmp_path: Path) -> None:
+def test_delete_removes_a_step_and_frees_its_blocks(catalog: Catalog, filesystem: Recorded, tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(catalog, step)
     fill(begin(catalog, 4, [DATA_NAME]), b"4")
@@ -798,7 +794,7 @@ def test_a_step_is_deleted_and_its_room_given_back(catalog: Catalog, filesystem:
 # -- pins, rollback, damage -------------------------------------------------------------------------------------------
 
 
-def test_a_step_that_is_read_is_not_retired(catalog: Catalog) -> None:
+def test_a_pinned_step_is_not_retired(catalog: Catalog) -> None:
     for step in (1, 2, 3):
         save(catalog, step)
     with catalog.pinned(1):
@@ -812,7 +808,7 @@ def test_a_step_that_is_read_is_not_retired(catalog: Catalog) -> None:
     assert catalog.steps() == [3]
 
 
-def test_a_pin_ends_with_an_error_too(catalog: Catalog) -> None:
+def test_a_pin_ends_when_its_reader_raises(catalog: Catalog) -> None:
     save(catalog, 1)
     save(catalog, 2)
     with pytest.raises(ZeroDivisionError), catalog.pinned(1):
@@ -821,7 +817,7 @@ def test_a_pin_ends_with_an_error_too(catalog: Catalog) -> None:
     assert catalog.steps() == [2]
 
 
-def test_what_is_not_there_cannot_be_pinned(catalog: Catalog) -> None:
+def test_pinning_a_missing_step_is_refused(catalog: Catalog) -> None:
     with pytest.raises(NotFoundError, match=r"no step 4; committed steps: none"), catalog.pinned(4):
         raise AssertionError
     save(catalog, 1)
@@ -842,7 +838,7 @@ def test_later_steps_are_retired_newest_first(catalog: Catalog, filesystem: Reco
     assert catalog.retire_after(2) == []
 
 
-def test_a_later_step_that_is_read_is_not_rolled_back(catalog: Catalog) -> None:
+def test_rollback_refuses_a_pinned_later_step(catalog: Catalog) -> None:
     for step in (1, 2, 3):
         save(catalog, step)
     with catalog.pinned(3), pytest.raises(StepError, match=r"\[3\] are being read"):
@@ -850,7 +846,7 @@ def test_a_later_step_that_is_read_is_not_rolled_back(catalog: Catalog) -> None:
     assert catalog.steps() == [1, 2, 3]
 
 
-def test_a_damaged_step_is_set_aside_and_stays(catalog: Catalog, filesystem: Recorded, tmp_path: Path) -> None:
+def test_a_damaged_step_is_set_aside_and_not_deleted(catalog: Catalog, filesystem: Recorded, tmp_path: Path) -> None:
     for _ in range(3):
         save(catalog, 1)
         aside = catalog.set_aside(1)
@@ -877,7 +873,7 @@ def test_a_damaged_step_that_was_deleted_by_hand_is_forgotten(catalog: Catalog) 
 
 
 @pytest.mark.parametrize("what", ["file", "link", "directory"])
-def test_what_has_a_steps_name_and_is_no_step_is_refused_before_anything_is_written(
+def test_a_foreign_file_named_like_the_step_is_refused_before_anything_is_written(
     catalog: Catalog, tmp_path: Path, what: str
 ) -> None:
     path = tmp_path / step_name(3)
@@ -889,9 +885,7 @@ def test_what_has_a_steps_name_and_is_no_step_is_refused_before_anything_is_writ
     save(catalog, 4)
 
 
-def test_setting_aside_without_a_sync_does_not_leave_a_step_that_is_gone(
-    catalog: Catalog, filesystem: Recorded, tmp_path: Path
-) -> None:
+def test_a_step_set_aside_without_a_sync_is_not_listed(catalog: Catalog, filesystem: Recorded, tmp_path: Path) -> None:
     save(catalog, 1)
     filesystem.refuse("sync_directory")
     with pytest.raises(StorageError):
@@ -953,7 +947,9 @@ def damage(path: Path) -> dict[str, Callable[[], object]]:
 
 
 @pytest.mark.parametrize("how", damage(Path("any")))
-def test_no_manifest_is_an_error_of_the_disk(catalog: Catalog, stored: tuple[Manifest, Path], how: str) -> None:
+def test_a_missing_or_unreadable_manifest_is_an_error(
+    catalog: Catalog, stored: tuple[Manifest, Path], how: str
+) -> None:
     damage(stored[1])[how]()
     with pytest.raises((CorruptError, StorageError)):
         read_manifest(catalog, 1)
@@ -969,7 +965,7 @@ def test_a_manifest_of_another_step_is_refused(catalog: Catalog, stored: tuple[M
 # -- opening ----------------------------------------------------------------------------------------------------------
 
 
-def test_what_was_not_finished_becomes_spare(tmp_path: Path, filesystem: Recorded) -> None:
+def test_an_unfinished_save_becomes_a_spare(tmp_path: Path, filesystem: Recorded) -> None:
     inodes = []
     for name in ("step-00000007.partial", "step-123456789.partial"):
         (tmp_path / name).mkdir()
@@ -982,7 +978,7 @@ def test_what_was_not_finished_becomes_spare(tmp_path: Path, filesystem: Recorde
     catalog.close()
 
 
-def test_only_what_is_ours_is_touched(tmp_path: Path) -> None:
+def test_foreign_files_are_not_touched(tmp_path: Path) -> None:
     save_one = Catalog(str(tmp_path), Filesystem(), spare_max=2)
     save(save_one, 5)
     save_one.close()
@@ -1002,9 +998,7 @@ def test_only_what_is_ours_is_touched(tmp_path: Path) -> None:
     catalog.close()
 
 
-def test_what_an_earlier_process_renamed_is_made_durable_before_it_is_trusted(
-    tmp_path: Path, filesystem: Recorded
-) -> None:
+def test_renames_of_an_earlier_process_are_synced_at_open(tmp_path: Path, filesystem: Recorded) -> None:
     (tmp_path / "step-00000001").mkdir()
     catalog = Catalog(str(tmp_path), filesystem, spare_max=2)
     assert catalog.steps() == [1]
@@ -1017,14 +1011,14 @@ def test_what_an_earlier_process_renamed_is_made_durable_before_it_is_trusted(
     Catalog(str(tmp_path), filesystem, spare_max=2).close()  # the one that failed does not hold the lock
 
 
-def test_a_place_where_no_directory_can_be(tmp_path: Path) -> None:
+def test_a_path_where_no_directory_can_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError) as caught:
         Catalog(str(tmp_path / "file" / "runs"), Filesystem(), spare_max=1)
     assert caught.value.errno == errno.ENOTDIR
 
 
-def test_a_path_so_long_that_no_save_could_succeed_is_refused_at_open(tmp_path: Path) -> None:
+def test_a_path_too_long_for_a_save_is_refused_at_open(tmp_path: Path) -> None:
     root = tmp_path
     while len(str(root)) < 3_900:
         root = root / ("d" * 200)
@@ -1061,7 +1055,7 @@ def test_a_lock_that_is_a_link_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "precious").read_text() == "precious"
 
 
-def test_a_program_that_is_started_does_not_hold_the_lock(catalog: Catalog, tmp_path: Path) -> None:
+def test_a_started_program_does_not_hold_the_lock(catalog: Catalog, tmp_path: Path) -> None:
     with subprocess.Popen(["sleep", "60"], close_fds=False) as sleeper:
         catalog.close()
         try:
@@ -1108,7 +1102,7 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path, how: str) -> None:
 def test_a_copy_made_of_hard_links_is_not_in_use(tmp_path: Path, first: str) -> None:
     root, copy = tmp_path / "run", tmp_path / "copy"
     running = Catalog(str(root), Filesystem(), spare_max=1)
-    if first == "copy":  # copied when nobody has it open
+    if first == "copy":  # copied while no engine has it open
         running.close()
     subprocess.run(["cp", "-al", str(root), str(copy)], check=True)
     if first == "copy":
@@ -1123,7 +1117,7 @@ def test_a_copy_made_of_hard_links_is_not_in_use(tmp_path: Path, first: str) -> 
     assert sorted(os.listdir(copy / ".engine")) == ["lock", "retention.json", "spare"]
 
 
-def test_one_of_many_that_open_a_copy_at_once_gets_it(tmp_path: Path) -> None:
+def test_one_of_many_concurrent_opens_of_a_copy_succeeds(tmp_path: Path) -> None:
     root, copy = tmp_path / "run", tmp_path / "copy"
     with ExitStack() as opened:
         opened.callback(Catalog(str(root), Filesystem(), spare_max=1).close)
@@ -1191,7 +1185,7 @@ class Directory(RuleBasedStateMachine):
         self.exit.close()
 
     def attempt(self, call: Callable[[], object]) -> bool:
-        """Whether it succeeded; only what was armed may make it fail."""
+        """Whether it succeeded; only an armed fault may make it fail."""
         armed, self.filesystem.armed = self.armed, self.armed
         self.armed = None
         try:
@@ -1287,7 +1281,7 @@ class Directory(RuleBasedStateMachine):
 
     @rule()
     def reopen(self) -> None:
-        """As after a kill: what was partial is spare."""
+        """As after a kill: partials become spares."""
         self.armed = None
         for pin in self.pins.values():
             pin.close()

@@ -1,4 +1,4 @@
-"""Seal and publish: several writers of one checkpoint, each with files and a part of the manifest of its own."""
+"""Seal and publish: several writers of one checkpoint, each with files and a manifest part of its own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RANKS = range(3)
 
 
 class Recorded(Filesystem):
-    """The real file system, with a list of what was made durable or visible."""
+    """The real file system, with a list of the syncs and renames."""
 
     def __init__(self) -> None:
         self.done: list[tuple[str, str]] = []
@@ -51,7 +51,7 @@ def catalog(tmp_path: Path, filesystem: Recorded) -> Iterator[Catalog]:
 
 
 def seal_as(filesystem: Filesystem, partial: str, rank: int) -> DigestedFile:
-    """Write and seal what a rank has."""
+    """Write and seal the files of a rank."""
     path = os.path.join(partial, f"model-{rank}.safetensors")
     descriptor = filesystem.open_for_blocks(path, write=True, direct=False)
     os.pwrite(descriptor, bytes([rank]) * 200, 0)
@@ -76,7 +76,7 @@ def seal_all(filesystem: Filesystem, partial: str) -> list[DigestedFile]:
     return [parts[rank] for rank in RANKS]
 
 
-def test_what_several_writers_have_sealed_is_published_whole(catalog: Catalog, filesystem: Recorded) -> None:
+def test_the_parts_of_several_writers_are_published_together(catalog: Catalog, filesystem: Recorded) -> None:
     partial = catalog.begin(7, []).path
     filesystem.done.clear()
     parts = seal_all(filesystem, partial)
@@ -103,7 +103,7 @@ def test_what_several_writers_have_sealed_is_published_whole(catalog: Catalog, f
     }
 
 
-def test_a_part_that_is_not_what_was_sealed_stops_the_publishing(catalog: Catalog) -> None:
+def test_a_changed_part_prevents_publishing(catalog: Catalog) -> None:
     partial = Path(catalog.begin(1, []).path)
     parts = seal_all(catalog.filesystem, str(partial))
     path = partial / parts[2].name
@@ -120,7 +120,7 @@ def test_a_part_that_is_not_what_was_sealed_stops_the_publishing(catalog: Catalo
 
 
 class Failing(Filesystem):
-    """Refuses the first fsync of a file whose name ends so."""
+    """Refuses the first fsync of a file with this ending."""
 
     def __init__(self, suffix: str) -> None:
         self.suffix = suffix
@@ -132,7 +132,7 @@ class Failing(Filesystem):
 
 
 @pytest.mark.parametrize("suffix", ["model-1.safetensors", "manifest-00001.json"])
-def test_a_writer_that_cannot_seal_has_no_part(catalog: Catalog, suffix: str) -> None:
+def test_a_failed_seal_leaves_no_part(catalog: Catalog, suffix: str) -> None:
     partial = catalog.begin(1, []).path
     with pytest.raises(StorageError, match="fsync"):
         seal_as(Failing(suffix), partial, 1)

@@ -1,9 +1,9 @@
-"""Damage of every kind: it is found, named, and never restored.
+"""Damage of every kind is found, named, and never restored.
 
-Theory of operation.  `sound` makes a checkpoint of two files, several chunks and blocks, and an older one, once; every
-test ruins a copy.  `ruined` then holds what the engine owes: an explicit step raises and names the place, "the newest"
-is the older one bit for bit, with a warning, and `verify` finds the same place.  Which chunk and which tensors a byte
-belongs to is worked out here from the manifest's JSON, as docs/format.md describes it.
+Theory of operation.  `sound` makes a checkpoint of two files with several chunks and blocks, and an older one, once.
+Every test damages a copy.  `ruined` then checks the engine: an explicit step raises and names the location, "the
+newest" is the older one bit for bit, with a warning, and `verify` finds the same location.  The chunk and the tensors
+of a byte are computed here from the manifest's JSON, as docs/format.md describes it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def training() -> Training:
 
 
 class Sound(NamedTuple):
-    """A directory of two checkpoints of one layout, what the older one holds, and the newer one's manifest."""
+    """A directory of two checkpoints of one layout, the content of the older one, and the manifest of the newer."""
 
     directory: Path
     older: dict[str, bytes]
@@ -107,7 +107,7 @@ def blocks(body: dict[str, Any]) -> Iterator[tuple[str, int, int, int]]:
 
 
 def tensors_in(body: dict[str, Any], file: str, start: int, end: int) -> list[str]:
-    """The tensors that lie in a range of a file."""
+    """The tensors in a range of a file."""
     index = [row["name"] for row in body["files"]].index(file)
     return [s[0] for s in body["segments"] if s[5] == index and s[6] < end and s[6] + s[7] > start]
 
@@ -120,7 +120,7 @@ def told(names: list[str]) -> str:
 
 
 def ruined(directory: Path, sound: Sound, *places: str) -> tuple[engine.Damage, ...]:
-    """The newer checkpoint is refused, and every message says all of `places`; the older one is restored."""
+    """The newer checkpoint is refused, every message names all of `places`, and the older one is restored."""
     state = training()
     with opened(directory) as eng:
         damage = eng.verify(2)
@@ -139,7 +139,7 @@ def ruined(directory: Path, sound: Sound, *places: str) -> tuple[engine.Damage, 
 
 
 def at(sound: Sound, file: str, offset: int) -> tuple[str, ...]:
-    """What a message must say of the block that holds this byte."""
+    """The texts that a message must have about the block of this byte."""
     for name, chunk, start, nbytes in blocks(sound.body):
         if name == file and start <= offset < start + nbytes:
             names = told(tensors_in(sound.body, file, start, start + nbytes))
@@ -150,7 +150,7 @@ def at(sound: Sound, file: str, offset: int) -> tuple[str, ...]:
 # -- bits -------------------------------------------------------------------------------------------------------------
 
 
-def test_every_bit_of_every_block_counts_in_its_checksum(sound: Sound) -> None:
+def test_every_flipped_bit_of_a_block_changes_its_checksum(sound: Sound) -> None:
     checksums = []
     for chunk in sound.body["chunks"]:
         checksums += [bytes.fromhex(text) for text in chunk["checksums"]]
@@ -163,7 +163,7 @@ def test_every_bit_of_every_block_counts_in_its_checksum(sound: Sound) -> None:
             block[bit // 8] ^= 1 << bit % 8
 
 
-def test_every_bit_of_the_manifest_counts(sound: Sound) -> None:
+def test_every_flipped_bit_of_the_manifest_is_noticed(sound: Sound) -> None:
     raw = bytearray((sound.directory / NEW / MANIFEST).read_bytes())
     for bit in range(8 * len(raw)):
         raw[bit // 8] ^= 1 << bit % 8
@@ -172,7 +172,7 @@ def test_every_bit_of_the_manifest_counts(sound: Sound) -> None:
         raw[bit // 8] ^= 1 << bit % 8
 
 
-def test_verify_finds_one_bit_in_every_block_wherever_it_is(sound: Sound, copy: Path) -> None:
+def test_verify_finds_one_flipped_bit_in_every_block(sound: Sound, copy: Path) -> None:
     rng = random.Random(1)
     with opened(copy) as eng:
         for _ in range(200):
@@ -206,7 +206,7 @@ def test_a_flipped_bit_is_named(sound: Sound, copy: Path, place: int) -> None:
 # -- blocks and files in the wrong place ------------------------------------------------------------------------------
 
 
-def test_swapped_and_doubled_blocks_are_named(sound: Sound, copy: Path) -> None:
+def test_swapped_and_duplicated_blocks_are_named(sound: Sound, copy: Path) -> None:
     original = (copy / NEW / MODEL).read_bytes()
     first, second = original[BLOCK : 2 * BLOCK], original[2 * BLOCK : 3 * BLOCK]
     (copy / NEW / MODEL).write_bytes(original[:BLOCK] + second + first + original[3 * BLOCK :])
@@ -242,7 +242,7 @@ def test_swapped_files_and_another_checkpoints_manifest_are_found(sound: Sound, 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 8, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, -BLOCK, -1])
 @pytest.mark.parametrize("file", [MODEL, OPTIMIZER])
-def test_a_cut_file_is_named_with_what_it_lacks(sound: Sound, copy: Path, file: str, nbytes: int) -> None:
+def test_a_truncated_file_is_named_with_its_missing_bytes(sound: Sound, copy: Path, file: str, nbytes: int) -> None:
     whole = (copy / NEW / file).stat().st_size
     left = nbytes % whole if nbytes < 0 else nbytes
     os.truncate(copy / NEW / file, left)
@@ -255,7 +255,7 @@ def test_a_cut_file_is_named_with_what_it_lacks(sound: Sound, copy: Path, file: 
 
 
 @pytest.mark.parametrize("nbytes", [1, BLOCK])
-def test_a_file_with_something_behind_it_is_refused(sound: Sound, copy: Path, nbytes: int) -> None:
+def test_a_file_with_trailing_bytes_is_refused(sound: Sound, copy: Path, nbytes: int) -> None:
     whole = (copy / NEW / MODEL).stat().st_size
     os.truncate(copy / NEW / MODEL, whole + nbytes)
     [damage] = ruined(copy, sound, f"{NEW}/{MODEL}", f"{whole + nbytes} bytes", "no tensor")
@@ -297,9 +297,9 @@ INSTEAD: dict[str, Callable[[Path, Path], object]] = {
 
 @pytest.mark.parametrize("instead", INSTEAD)
 @pytest.mark.parametrize("file", [MODEL, OPTIMIZER, MANIFEST])
-def test_what_is_no_file_is_not_read(sound: Sound, copy: Path, tmp_path: Path, file: str, instead: str) -> None:
+def test_only_regular_files_are_read(sound: Sound, copy: Path, tmp_path: Path, file: str, instead: str) -> None:
     path, original = copy / NEW / file, tmp_path / file
-    path.rename(original)  # as good as ever: following a link would go unnoticed
+    path.rename(original)  # unchanged, so that following a link would go unnoticed
     INSTEAD[instead](path, original)
     names = [] if file == MANIFEST else [f"affected: {told(tensors_in(sound.body, file, 0, 1 << 60))}"]
     [damage] = ruined(copy, sound, f"{NEW}/{file}", *names)
@@ -307,7 +307,7 @@ def test_what_is_no_file_is_not_read(sound: Sound, copy: Path, tmp_path: Path, f
 
 
 @pytest.mark.parametrize("step", [None, 2])
-def test_a_step_that_is_no_directory_any_more_is_damage(sound: Sound, copy: Path, step: int | None) -> None:
+def test_a_step_replaced_by_a_file_is_damage(sound: Sound, copy: Path, step: int | None) -> None:
     state = training()
     with opened(copy) as eng:
         shutil.rmtree(copy / NEW)
@@ -333,7 +333,7 @@ def flip_last(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_a_torn_arena_is_not_whole_for_the_restore_of_a_part(copy: Path) -> None:
+def test_restoring_a_part_leaves_a_torn_arena_torn(copy: Path) -> None:
     state = training()
     first = next(iter(state.held()))
     with opened(copy) as eng:
@@ -350,7 +350,7 @@ def test_a_torn_arena_is_not_whole_for_the_restore_of_a_part(copy: Path) -> None
         eng.checkpoint(state.arena).result()
 
 
-def test_a_whole_arena_is_torn_by_a_part_that_fails_and_by_no_other(copy: Path) -> None:
+def test_a_failed_partial_restore_tears_a_whole_arena(copy: Path) -> None:
     state = training()
     last = list(state.held())[-1]
     with opened(copy) as eng:
@@ -367,7 +367,7 @@ def test_a_whole_arena_is_torn_by_a_part_that_fails_and_by_no_other(copy: Path) 
 
 
 @pytest.mark.parametrize("failing", ["names", "selection", "options"])
-def test_a_restore_that_is_refused_tears_nothing(copy: Path, failing: str) -> None:
+def test_a_refused_restore_does_not_tear_the_arena(copy: Path, failing: str) -> None:
     state = training()
     before = state.held()
     with opened(copy) as eng, pytest.raises(MismatchError):
@@ -398,7 +398,7 @@ def grown(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_load_has_nothing_of_a_checkpoint_that_it_has_passed_over(grown: Path) -> None:
+def test_load_returns_nothing_of_a_checkpoint_that_was_passed_over(grown: Path) -> None:
     with opened(grown) as eng:
         with pytest.warns(engine.EngineWarning, match="step 2 is passed over"):
             loaded = eng.load()
@@ -412,7 +412,7 @@ def test_load_has_nothing_of_a_checkpoint_that_it_has_passed_over(grown: Path) -
 
 
 def test_an_arena_stays_torn_where_no_older_checkpoint_fits_it(grown: Path) -> None:
-    """What the damaged one has left there is not made good by a refusal of the other."""
+    """A refusal of the older one does not repair the bytes that the damaged one has left."""
     arena = engine.Arena.wrap({"a": torch.zeros(3000), "b": torch.zeros(3000)})
     with opened(grown) as eng:
         with (
@@ -436,8 +436,8 @@ def test_a_checkpoint_that_does_not_fit_is_not_passed_over(copy: Path) -> None:
         assert not arena.torn and eng.restore(arena, step=3).step == 3
 
 
-def test_verification_makes_no_step_give_way(copy: Path) -> None:
-    """Only who has restored an older one trains past it again."""
+def test_verify_sets_no_step_aside(copy: Path) -> None:
+    """Only a training that has restored an older one passes it again."""
     state = training()
     with opened(copy) as eng:
         flip_last(copy / NEW / OPTIMIZER)
@@ -459,7 +459,7 @@ def test_a_step_saved_after_a_rollback_is_not_the_damaged_one(copy: Path) -> Non
         assert eng.steps() == [1, 2] and not list(copy.glob("*.damaged"))
 
 
-def test_only_damaged_steps_make_way(copy: Path) -> None:
+def test_only_damaged_steps_are_set_aside(copy: Path) -> None:
     """Step 3 is sound and later than the damaged one; the number of a sound step stays taken."""
     state = training()
     with opened(copy) as eng:
@@ -475,8 +475,8 @@ def test_only_damaged_steps_make_way(copy: Path) -> None:
         assert eng.steps() == [1, 2, 3, 4] and not list(copy.glob("*.damaged"))
 
 
-def test_without_a_number_a_save_comes_after_the_damaged_step(copy: Path) -> None:
-    """Nothing has to make way, and a later look at what is damaged finds it where it was."""
+def test_a_save_without_a_number_comes_after_the_damaged_step(copy: Path) -> None:
+    """Nothing is set aside, and a later verification finds the damage at the same location."""
     state = training()
     with opened(copy) as eng:
         flip_last(copy / NEW / OPTIMIZER)
@@ -488,7 +488,7 @@ def test_without_a_number_a_save_comes_after_the_damaged_step(copy: Path) -> Non
 
 @pytest.mark.parametrize("kind", ["block", "length", "missing", "manifest"])
 @pytest.mark.parametrize("block_bytes", [BLOCK, 2 * BLOCK])
-def test_damage_leaves_nothing_open(tmp_path: Path, kind: str, block_bytes: int) -> None:
+def test_damage_leaves_no_descriptor_open(tmp_path: Path, kind: str, block_bytes: int) -> None:
     """Of blocks larger than the slots a pipeline of its own is opened, which goes with the restore."""
     state = training()
     with opened(tmp_path, block_bytes=block_bytes) as eng:
@@ -510,7 +510,7 @@ def test_damage_leaves_nothing_open(tmp_path: Path, kind: str, block_bytes: int)
 
 
 @pytest.mark.parametrize(("step", "aside"), [(2, [2, 3]), (3, [3])])
-def test_every_damaged_step_that_a_save_comes_past_is_set_aside(copy: Path, step: int, aside: list[int]) -> None:
+def test_a_save_sets_every_damaged_step_from_its_own_on_aside(copy: Path, step: int, aside: list[int]) -> None:
     state = training()
     with opened(copy) as eng:
         eng.checkpoint(state.arena, step=3).result()
@@ -527,14 +527,14 @@ def test_every_damaged_step_that_a_save_comes_past_is_set_aside(copy: Path, step
 # -- verification -----------------------------------------------------------------------------------------------------
 
 
-def test_verify_says_what_restore_says_where_there_is_nothing(tmp_path: Path, copy: Path) -> None:
+def test_verify_raises_not_found_without_a_checkpoint(tmp_path: Path, copy: Path) -> None:
     with opened(tmp_path / "empty") as eng, pytest.raises(NotFoundError):
         eng.verify()
     with opened(copy) as eng, pytest.raises(NotFoundError, match="holds no step 7"):
         eng.verify(7)
 
 
-def test_verify_finds_every_file_that_is_wrong(sound: Sound, copy: Path) -> None:
+def test_verify_finds_every_damaged_file(sound: Sound, copy: Path) -> None:
     (copy / NEW / MODEL).unlink()
     content = bytearray((copy / NEW / OPTIMIZER).read_bytes())
     content[-1] ^= 1
@@ -546,7 +546,7 @@ def test_verify_finds_every_file_that_is_wrong(sound: Sound, copy: Path) -> None
     assert (flipped.chunk, flipped.offset) == (last[1], last[2])
 
 
-def test_verify_of_a_host_without_descriptors_is_not_damage(copy: Path) -> None:
+def test_verify_does_not_take_missing_descriptors_for_damage(copy: Path) -> None:
     class Starved(engine.store.filesystem.Filesystem):
         def open_for_blocks(self, path: str, *_: Any, **__: Any) -> int:
             raise StorageError(24, "open", path)  # EMFILE
@@ -555,7 +555,7 @@ def test_verify_of_a_host_without_descriptors_is_not_damage(copy: Path) -> None:
         eng.verify()
 
 
-def test_a_checkpoint_of_larger_blocks_costs_slots_of_what_is_there(
+def test_slots_for_larger_blocks_are_no_larger_than_the_files(
     sound: Sound, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A hostile block size is the largest there may be, 1 GiB, and slots are pinned."""
@@ -655,7 +655,7 @@ def test_a_hostile_manifest_is_refused_before_anything_is_allocated(sound: Sound
         decode(raw)
 
 
-def test_a_hostile_manifest_is_refused_by_the_engine_too(sound: Sound, copy: Path) -> None:
+def test_an_engine_refuses_a_hostile_manifest(sound: Sound, copy: Path) -> None:
     body = json.loads(json.dumps(sound.body))
     rows(body, "files", name="../model.safetensors")
     shutil.copy(copy / NEW / MODEL, copy)
@@ -691,7 +691,7 @@ def test_a_shape_that_no_tensor_can_have_is_damage(tmp_path: Path) -> None:
         eng.load(1)
 
 
-def test_where_an_extra_value_stands_costs_nothing_until_it_is_told() -> None:
+def test_the_path_of_an_extra_value_is_built_only_for_an_error() -> None:
     key, depth = "\N{LATIN SMALL LETTER E WITH ACUTE}" * 25_000, 95
     tree: Any = {"tuple": 0}
     for _ in range(depth - 1):
@@ -706,7 +706,7 @@ def test_where_an_extra_value_stands_costs_nothing_until_it_is_told() -> None:
 
 
 @pytest.mark.parametrize("link", [".engine", ".engine/spare"])
-def test_a_link_in_the_place_of_our_own_directory_leads_nowhere(copy: Path, tmp_path: Path, link: str) -> None:
+def test_a_link_in_place_of_the_private_directory_is_not_followed(copy: Path, tmp_path: Path, link: str) -> None:
     outside = tmp_path / "outside"
     (outside / "00000001").mkdir(parents=True)
     shutil.rmtree(copy / link)
@@ -716,7 +716,7 @@ def test_a_link_in_the_place_of_our_own_directory_leads_nowhere(copy: Path, tmp_
     assert sorted(path.name for path in outside.rglob("*")) == ["00000001"]
 
 
-def test_a_lock_with_another_name_is_not_written_to(copy: Path, tmp_path: Path) -> None:
+def test_a_lock_file_with_a_second_name_is_not_written_to(copy: Path, tmp_path: Path) -> None:
     """As it has in a directory that was copied with cp --link, which must not keep its engine out."""
     precious = tmp_path / "precious"
     precious.write_text("precious")
@@ -744,7 +744,7 @@ def test_a_leftover_may_be_nested_deeper_than_python_calls(copy: Path) -> None:
         assert len(list((copy / ".engine/spare").iterdir())) == 1
 
 
-def test_a_step_that_no_manifest_can_have_is_no_checkpoint(copy: Path) -> None:
+def test_a_step_number_beyond_the_limit_is_no_checkpoint(copy: Path) -> None:
     (copy / "step-9999999999999999999").mkdir()
     (copy / ("step-" + "\N{FULLWIDTH DIGIT ONE}" * 8)).mkdir()
     arena = engine.Arena.wrap({"a": torch.ones(3)})
@@ -757,7 +757,7 @@ def test_a_step_that_no_manifest_can_have_is_no_checkpoint(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("alias", ["\ud800", "__metadata__"])
-def test_another_name_of_a_tensor_must_be_one_that_a_header_can_hold(alias: str) -> None:
+def test_an_alias_must_be_a_valid_header_name(alias: str) -> None:
     with pytest.raises(ArenaError, match="cannot be called"):
         lay_out([TensorSpec("a", "float32", (1,), "model", "")], {alias: "a"})
 

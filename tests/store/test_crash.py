@@ -1,7 +1,7 @@
-"""Crash consistency: the simulated disk is sound, and whatever it does in a crash, nothing durable is lost.
+"""Crash consistency: the simulated disk is sound, and no crash of it loses a durable checkpoint.
 
-The states come from `cases`, what must hold in each is in `crash`, and `crash_campaign.py` is the long form.  The
-simulator is trusted only as far as it sees the damage when the code is broken: the mutations at the end.
+`cases` has the states, `crash` the checks, and `crash_campaign.py` is the long form.  The mutations at the end show
+that the simulator detects damage when the code is broken.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from simulator import ROOT, SECTOR_BYTES, Create, Disk, Fates, Operation, Remove
 
 from engine.io.job import FailureKind, Job
 
-# What of the random states make test looks at; the campaign looks at the rest.
+# The number of random states in make test; the campaign tries the rest.
 RANDOM_COUNT = 3000
 
 FILE, DIRECTORY, OTHER = 1, 2, 3
@@ -58,14 +58,14 @@ def trace(*operations: Operation) -> Trace:
 
 
 def outcomes(of: Trace, random_count: int = 200) -> list[Disk]:
-    """What the disk may hold after all of a trace."""
+    """The possible states of the disk after a whole trace."""
     stop = len(of.operations)
     pending = of.pending(stop)
     numbers = [*range(Fates.simple_count(len(pending))), *range(Fates.RANDOM, Fates.RANDOM + random_count)]
     return [of.cut(stop, Fates(number, pending)) for number in numbers]
 
 
-def test_fsync_of_a_file_covers_what_was_written_before_it() -> None:
+def test_fsync_of_a_file_covers_earlier_writes() -> None:
     written = trace(Write(FILE, 0, b"b" * 100), Truncate(FILE, 100), Sync(FILE, True))
     assert {disk.files[FILE] for disk in outcomes(written)} == {b"b" * 100}
     late = trace(Sync(FILE, True), Write(FILE, 0, b"b" * SECTOR_BYTES))
@@ -74,7 +74,7 @@ def test_fsync_of_a_file_covers_what_was_written_before_it() -> None:
     assert outcomes(late, 0)[1].files[FILE] == b"a" * SECTOR_BYTES
 
 
-def test_fsync_of_a_file_does_not_cover_its_name_nor_the_other_way_round() -> None:
+def test_fsync_of_a_file_and_of_its_name_are_independent() -> None:
     new: list[Operation] = [Create(DIRECTORY, "n", 9, False), Write(9, 0, b"content")]
     named = {disk.directories[DIRECTORY].get("n") for disk in outcomes(trace(*new, Sync(9, True)))}
     assert named == {9, None}
@@ -101,8 +101,8 @@ def test_a_rename_is_whole_and_covered_by_both_directories() -> None:
     assert places(OTHER, DIRECTORY) == {(False, True)}
 
 
-def test_a_durable_rename_of_what_may_not_have_come_there_leaves_two_names() -> None:
-    """Why a spare's taking is synced before what it has become is published (C5)."""
+def test_a_durable_rename_after_an_unsynced_one_may_leave_two_names() -> None:
+    """The reason why moves from a spare are synced before their checkpoint is published (C5)."""
     first, second = Rename(ROOT, "f", DIRECTORY, "x", FILE), Rename(DIRECTORY, "x", DIRECTORY, "y", FILE)
     assert any(disk.twice_named() for disk in outcomes(trace(first, second, Sync(DIRECTORY, True))))
     assert not any(disk.twice_named() for disk in outcomes(trace(first, second)))
@@ -117,7 +117,7 @@ def test_a_removal_is_pending_until_its_directory_is_synced() -> None:
     assert {disk.find("f") for disk in outcomes(trace(removed, Sync(ROOT, True)))} == {None}
 
 
-def test_what_a_failed_fsync_has_lost_no_later_one_brings_back() -> None:
+def test_a_later_fsync_does_not_recover_writes_lost_by_a_failed_one() -> None:
     written = Write(FILE, 0, b"b" * SECTOR_BYTES)
     failed = trace(written, Sync(FILE, False), Sync(FILE, True))
     assert b"a" * SECTOR_BYTES in {disk.files[FILE] for disk in outcomes(failed)}
@@ -125,7 +125,7 @@ def test_what_a_failed_fsync_has_lost_no_later_one_brings_back() -> None:
     assert {disk.files[FILE] for disk in outcomes(again)} == {b"b" * SECTOR_BYTES}
 
 
-def test_all_kept_is_what_the_real_directory_holds(tmp_path: Path) -> None:
+def test_the_state_that_keeps_everything_equals_the_real_directory(tmp_path: Path) -> None:
     """The recorder misses nothing: its traces lead to the very files that the engine has made."""
     for index, (name, scenario) in enumerate(SCENARIOS.items()):
         directory = tmp_path / str(index)
@@ -160,21 +160,21 @@ def test_a_crash_at_every_stop(recorder: Recorder, checker: Checker, name: str) 
 
 
 @pytest.mark.parametrize("nesting", [KILL, CUT], ids=["kill", "power cut"])
-def test_a_crash_at_every_stop_of_what_follows(recorder: Recorder, checker: Checker, nesting: int) -> None:
+def test_a_second_crash_at_every_stop_of_recovery(recorder: Recorder, checker: Checker, nesting: int) -> None:
     first_save = list(SCENARIOS).index("first_save")
     for case in every_second(recorder, first_save, nesting, every_stop(recorder, first_save)):
         checker.check(case)
 
 
 def test_random_crashes(recorder: Recorder, checker: Checker) -> None:
-    """Any scenario, nested or not; torn writes and garbage among what was not synced."""
+    """Any scenario, nested or not; torn writes and garbage among the unsynced operations."""
     seed = 0 if "CI" in os.environ else random.SystemRandom().getrandbits(32)
     for case in itertools.islice(random_cases(recorder, random.Random(seed)), RANDOM_COUNT):
         checker.check(case)
 
 
 @given(st.tuples(*(st.integers(0, (1 << bits) - 1) for bits in (8, 16, 40, 2, 16, 40))))
-def test_a_case_is_its_number(values: tuple[int, ...]) -> None:
+def test_a_case_is_determined_by_its_number(values: tuple[int, ...]) -> None:
     assert Case.of(Case(*values).number) == Case(*values)
 
 
@@ -191,14 +191,14 @@ def first_violation(checker: Checker, cases: Iterable[Case]) -> Violation | None
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_broken_engine_is_seen(name: str) -> None:
+def test_a_broken_engine_is_detected(name: str) -> None:
     mutation = MUTATIONS[name]
     with checking(mutation.change) as (recorder, checker):
         assert first_violation(checker, mutation.cases(recorder)) is not None
 
 
-def test_a_reader_that_looks_at_no_checksum_is_seen() -> None:
-    """The real traces, looked at with a reader that lets a block pass that does not verify."""
+def test_a_reader_without_checksums_is_detected() -> None:
+    """The real traces, checked with a reader that accepts a block that does not verify."""
     failure = vars(Job)["failure"].fget
 
     def lenient(job: Job) -> object:
@@ -219,7 +219,7 @@ def test_the_lines_in_their_order_are_the_real_commit(recorder: Recorder) -> Non
         assert copied.scenario(index).trace.operations == recorder.scenario(index).trace.operations
 
 
-def test_a_violation_names_the_number_that_shows_it_again() -> None:
+def test_a_violation_names_the_case_number_that_reproduces_it() -> None:
     with checking(without(Drop("publish", "/run"))) as (recorder, checker):
         violation = first_violation(checker, every_plain(recorder, [0]))
         assert violation is not None

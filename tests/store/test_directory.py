@@ -1,6 +1,6 @@
 """The read side: a run is read beside a training, on a read-only mount, and while its steps are retired.
 
-The steps here are written by hand, with a manifest that is right and a data file that holds its own step.
+The steps here are written by hand, with a valid manifest and a data file that holds its own step.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def manifest_of(step: int) -> bytes:
 
 
 def save(catalog: Catalog, step: int) -> None:
-    """Save a step, over what is recycled, and retire what the rule does not keep."""
+    """Save a step over recycled files, and retire the steps that the rule does not keep."""
     path = Path(catalog.begin(step, [DATA_NAME]).path)
     with open(path / DATA_NAME, "r+b" if (path / DATA_NAME).exists() else "wb") as file:
         file.write(str(step).encode() * 4)
@@ -95,7 +95,7 @@ def test_a_run_is_read_beside_its_writer_and_steps_are_listed_afresh(catalog: Ca
         raise AssertionError
 
 
-def test_nothing_is_made_and_a_path_that_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_a_path_that_is_no_run_is_refused_and_nothing_is_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "other" / "step-3").mkdir(parents=True)
     for name in ("mistyped", "file", "other", "file/below"):
@@ -104,7 +104,7 @@ def test_nothing_is_made_and_a_path_that_is_no_run_is_refused(tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "other", "step-3"]
 
 
-def test_a_copy_without_the_private_directory_is_a_run(tmp_path: Path) -> None:
+def test_a_copy_without_the_private_directory_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "step-00000003").mkdir()
     (tmp_path / "step-00000003" / MANIFEST_NAME).write_bytes(manifest_of(3))
     directory = Directory(str(tmp_path), Filesystem())
@@ -124,7 +124,9 @@ def test_a_run_is_read_on_a_read_only_mount() -> None:
             assert directory.steps() == [1] and opened.manifest()[0].step == 1
 
 
-def test_a_step_retired_while_it_is_read_is_named_and_gives_no_later_bytes(catalog: Catalog, root: Path) -> None:
+def test_a_step_retired_while_it_is_read_is_named_and_gives_no_bytes_of_a_later_step(
+    catalog: Catalog, root: Path
+) -> None:
     """Retired it can still be read; recycled its files are gone, and never those of a later step."""
     save(catalog, 1)
     directory = Directory(str(root), Filesystem())
@@ -155,7 +157,7 @@ def test_a_file_that_a_reader_has_open_is_not_overwritten(catalog: Catalog, root
         os.fstat(descriptor)  # closed with the step
 
 
-def test_damage_is_no_retirement(catalog: Catalog, root: Path) -> None:
+def test_damage_is_not_reported_as_retirement(catalog: Catalog, root: Path) -> None:
     save(catalog, 1)
     (root / "step-00000001" / DATA_NAME).unlink()
     with pytest.raises(CorruptError, match="missing"), Directory(str(root), Filesystem()).opened(1) as opened:
@@ -163,7 +165,7 @@ def test_damage_is_no_retirement(catalog: Catalog, root: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["", b"", "a\0b", b"a\0b"])
-def test_what_is_no_path_is_refused(path: str | bytes) -> None:
+def test_an_invalid_path_is_refused(path: str | bytes) -> None:
     with pytest.raises(ArgumentError, match="it must be a path"):
         path_of(path)
 

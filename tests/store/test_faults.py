@@ -1,13 +1,13 @@
 """Every fault at every operation: of system calls and of blocks, under a whole Engine.
 
-Theory of operation.  A scenario is one thing that an Engine does: open, save, restore, roll back, set aside.  It is run
-again and again in copies of one prepared directory, each time with the next of its operations refused, until it comes
-to its end without meeting the refusal.  After each the contract of docs/durability.md is checked: a typed error that
-names operation, path, offset and remedy; no directory of the step that failed; every earlier checkpoint as it was; the
-same Engine saves and restores; another one opens what it left; nothing is leaked.
+Theory of operation.  A scenario is one act of an Engine: open, save, restore, roll back, set aside.  It runs
+repeatedly in copies of one prepared directory, each time with the next of its operations refused, until it ends
+without meeting the refusal.  After each run the contract of docs/durability.md is checked: a typed error that names
+operation, path, offset and remedy; no directory of the failed step; every earlier checkpoint unchanged; the same
+Engine saves and restores; another one opens the directory; nothing is leaked.
 
-System calls are refused by `syscalls.SystemCalls`, reads and writes of blocks by a `faults.FaultTable` in place of the
-ring.  `BACKEND` is what the Engines are opened with.
+`syscalls.SystemCalls` refuses system calls.  A `faults.FaultTable` in place of the ring refuses reads and writes of
+blocks.  The Engines are opened with `BACKEND`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from engine.store.filesystem import Filesystem
 
 BACKEND: dict[str, Any] = {}
 
-# What an Engine does is counted call by call, so only one save at a time.
+# The calls of an Engine are counted, so only one save at a time.
 OPTIONS: Mapping[str, Any] = {**SMALL, "keep": 2, "max_async": 1, **BACKEND}
 
 # Not EINTR: Python makes a call again that a signal has interrupted (PEP 475), and so does `binding.allocate`.
@@ -65,7 +65,7 @@ injected: Counter[str] = Counter()
 
 @pytest.fixture(scope="module", autouse=True)
 def counted() -> Iterator[None]:
-    """Says how many faults this file has injected; pytest shows it with -s."""
+    """Prints the number of faults that this file has injected; pytest shows it with -s."""
     yield
     sys.stdout.write(f"\nfaults injected: {dict(injected)}\n")
 
@@ -98,13 +98,13 @@ def save(eng: engine.Engine, step: int | None, payload: int) -> int:
 
 
 def stored(eng: engine.Engine, step: int) -> bytes:
-    """What a step holds, in order of name."""
+    """The content of a step, in order of name."""
     return b"".join(tensor.numpy().tobytes() for _, tensor in sorted(eng.load(step).items()))
 
 
 @contextmanager
 def logged(level: int) -> Iterator[list[str]]:
-    """What the engine logs at a level, and nothing is printed."""
+    """The engine's log at a level; nothing is printed."""
     messages: list[str] = []
 
     class Keep(logging.Handler):
@@ -126,9 +126,9 @@ def logged(level: int) -> Iterator[list[str]]:
 
 
 class Scenario(NamedTuple):
-    """What an Engine of a prepared directory does while calls are refused.
+    """An act of an Engine in a prepared directory while calls are refused.
 
-    `before` is done undisturbed.  The steps `kept`, and what they hold, must be there whether `act` fails or not, and
+    `before` is done undisturbed.  The steps `kept` must exist with their contents whether `act` fails or not, and
     `made` if it does not fail.
     """
 
@@ -140,13 +140,13 @@ class Scenario(NamedTuple):
 
 
 def restore(eng: engine.Engine, step: int | None = None) -> None:
-    """A restore of the newest, or of this step, which brings what was saved or raises."""
+    """A restore of the newest, or of this step, which returns the saved state or raises."""
     info = eng.restore(training().arena, step)
     assert training().content() == content(info.step)
 
 
 def find_damage(eng: engine.Engine) -> None:
-    """A restore that passes over step 2, so that the next save takes its place."""
+    """A restore that passes over step 2, so that the next save sets it aside."""
     with pytest.warns(engine.EngineWarning, match="step 2 is passed over"):
         restore(eng)
 
@@ -188,7 +188,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def outcome(act: Callable[[], object]) -> tuple[engine.EngineError | None, list[str]]:
-    """What an act raises, if that is typed, and the checkpoints that it passed over."""
+    """The typed error of an act, and the checkpoints that it passed over."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -199,9 +199,9 @@ def outcome(act: Callable[[], object]) -> tuple[engine.EngineError | None, list[
 
 
 def check_error(error: engine.EngineError, calls: list[Call], code: int) -> None:
-    """The error says which operation was refused, on what, with which errno, and what to do about it.
+    """The error names the refused operation, its path, its errno and a remedy.
 
-    Where several were refused it may be any of them: a rollback that fails tells of its last.
+    If several were refused it may name any of them: a failed rollback names its last.
     """
     if calls[0].operation == "flock" and code == errno.EWOULDBLOCK:
         assert isinstance(error, engine.LockedError)
@@ -214,7 +214,7 @@ def check_error(error: engine.EngineError, calls: list[Call], code: int) -> None
 
 
 def check_refused(error: engine.EngineError | None, told: list[str], system: SystemCalls, code: int) -> None:
-    """What was refused has failed the act with the right error, or may be passed over and was told of."""
+    """The refusal has failed the act with the right error, or it may be passed over and was warned about."""
     injected["system calls"] += len(system.refused)
     grave = [call for call in system.refused if not call.is_probe and call.operation != "close"]
     if code in (errno.ENOSPC, errno.EDQUOT):
@@ -252,7 +252,7 @@ def disturb(scenario: Scenario, root: Path, code: int, start: int, count: int) -
 
 
 def check_not_synced_again(calls: list[Call]) -> None:
-    """After a failed fsync nobody asks a second time (I7): the first of these calls was refused."""
+    """A failed fsync is not repeated (I7): the first of these calls was refused."""
     if calls and calls[0].operation == "fsync":
         assert calls[0] not in calls[1:]
 
@@ -286,7 +286,7 @@ def check_goes_on(eng: engine.Engine, held_steps: Mapping[int, int], visible: se
 
 @by_errno
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_a_system_call_that_is_refused(prepared: Path, tmp_path: Path, name: str, error: int) -> None:
+def test_one_system_call_refused_during_a_save(prepared: Path, tmp_path: Path, name: str, error: int) -> None:
     scenario = SCENARIOS[name]
     count = sweep(prepared / scenario.directory, tmp_path, functools.partial(disturb, scenario), error, 1)
     assert count >= 10, "hardly anything was refused"
@@ -298,7 +298,9 @@ from_one_on = pytest.mark.parametrize("error", [errno.EIO, errno.EROFS], ids=err
 
 @from_one_on
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_every_system_call_is_refused_from_one_on(prepared: Path, tmp_path: Path, name: str, error: int) -> None:
+def test_every_system_call_refused_from_one_on_during_a_save(
+    prepared: Path, tmp_path: Path, name: str, error: int
+) -> None:
     scenario = SCENARIOS[name]
     sweep(prepared / scenario.directory, tmp_path, functools.partial(disturb, scenario), error, FOR_EVER)
 
@@ -343,13 +345,13 @@ def disturb_opening(root: Path, code: int, start: int, count: int) -> bool:
 
 @by_errno
 @pytest.mark.parametrize("directory", ["empty", "used"])
-def test_an_open_that_is_refused_a_call(prepared: Path, tmp_path: Path, directory: str, error: int) -> None:
+def test_a_system_call_refused_during_open(prepared: Path, tmp_path: Path, directory: str, error: int) -> None:
     assert sweep(prepared / directory, tmp_path, disturb_opening, error, 1) >= 10, "hardly anything was refused"
 
 
 @from_one_on
 @pytest.mark.parametrize("directory", ["empty", "used"])
-def test_an_open_that_is_refused_every_call_from_one_on(
+def test_every_system_call_refused_from_one_on_during_open(
     prepared: Path, tmp_path: Path, directory: str, error: int
 ) -> None:
     sweep(prepared / directory, tmp_path, disturb_opening, error, FOR_EVER)
@@ -397,7 +399,7 @@ class Blocks:
         return error
 
     def check_torn(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """After a restore of step 2 has failed half-way: what is there is right, and none of it is saved."""
+        """After a restore of step 2 has failed half-way: the restored bytes are right, and the arena is not saved."""
         assert training().arena.torn
         with pytest.raises(engine.ArenaError, match="half-way"):
             self.engine.checkpoint(training().arena)
@@ -407,7 +409,7 @@ class Blocks:
         restore(self.engine, 2)  # whole again, for the tests that follow
 
     def check_failed(self, error: engine.EngineError | None, code: int, operation: str, number: int) -> None:
-        """An error that names what this operation was asked to do; no step 3; and all goes on."""
+        """An error that names this operation; no step 3; and the engine works on."""
         assert isinstance(error, engine.StorageError)
         refused_one = self.table.operations[number]
         assert (error.errno, error.operation, error.offset) == (code, operation, refused_one.file_offset)
@@ -424,7 +426,7 @@ class Blocks:
 
 @contextmanager
 def blocks(prepared: Path, scratch: Path, **options: Any) -> Iterator[Blocks]:
-    """An Engine on steps 1 and 2; afterwards another opens what it has left."""
+    """An Engine on steps 1 and 2; afterwards another one opens the directory."""
     table = FaultTable()
     root = Path(os.path.realpath(scratch)) / f"{len(os.listdir(scratch))}"
     shutil.copytree(prepared / "used", root)
@@ -451,7 +453,7 @@ def run(it: Blocks, act: str) -> engine.EngineError | None:
 
 
 def check_done(it: Blocks, act: str) -> None:
-    """The act has succeeded, and all bytes are what they should be."""
+    """The act has succeeded, and all bytes are right."""
     it.table.heal()
     if act == "write":
         assert stored(it.engine, 3) == content(3)
@@ -462,7 +464,7 @@ def check_done(it: Blocks, act: str) -> None:
 @acts
 @pytest.mark.parametrize("error", LASTING, ids=errno.errorcode.__getitem__)
 @pytest.mark.parametrize("fault", [refused, not_started])
-def test_a_block_that_is_refused(
+def test_a_lasting_error_of_a_block(
     prepared: Path, tmp_path: Path, act: str, error: int, fault: Callable[[int], Fault]
 ) -> None:
     for number in NUMBERS:
@@ -476,7 +478,7 @@ def test_a_block_that_is_refused(
 
 @acts
 @pytest.mark.parametrize("error", PASSING, ids=errno.errorcode.__getitem__)
-def test_a_block_that_is_refused_in_passing(prepared: Path, tmp_path: Path, act: str, error: int) -> None:
+def test_a_transient_error_of_a_block(prepared: Path, tmp_path: Path, act: str, error: int) -> None:
     for number in NUMBERS:
         with blocks(prepared, tmp_path) as it:
             it.arm({number: refused(error)})
@@ -490,7 +492,7 @@ def test_a_block_that_is_refused_in_passing(prepared: Path, tmp_path: Path, act:
 
 @acts
 @pytest.mark.parametrize("error", PASSING, ids=errno.errorcode.__getitem__)
-def test_a_submission_that_is_refused(prepared: Path, tmp_path: Path, act: str, error: int) -> None:
+def test_a_refused_submission(prepared: Path, tmp_path: Path, act: str, error: int) -> None:
     """In passing it is made again; for ever, and every job fails until the Engine is opened again."""
     with blocks(prepared, tmp_path) as it:
         it.table.refuse([error] * (REFUSALS - 1))
@@ -506,7 +508,7 @@ def test_a_submission_that_is_refused(prepared: Path, tmp_path: Path, act: str, 
 
 
 @acts
-def test_a_block_of_no_bytes(prepared: Path, tmp_path: Path, act: str) -> None:
+def test_a_completion_of_no_bytes(prepared: Path, tmp_path: Path, act: str) -> None:
     for number in NUMBERS:
         with blocks(prepared, tmp_path) as it:
             first = it.arm({number: short(0)})
@@ -529,7 +531,7 @@ def test_a_corrupt_block_reaches_no_tensor(prepared: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("fault", [refused(errno.EIO), short(0), corrupting()], ids=lambda fault: fault.kind)
-def test_the_newest_is_passed_over_for_a_block(prepared: Path, tmp_path: Path, fault: Fault) -> None:
+def test_a_restore_passes_over_the_newest_for_a_bad_block(prepared: Path, tmp_path: Path, fault: Fault) -> None:
     for number in NUMBERS:
         with blocks(prepared, tmp_path) as it:
             it.arm({number: fault})
@@ -591,7 +593,7 @@ class Closing(Filesystem):
     [MemoryError("no room"), engine.StorageError(errno.EIO, "write", "here")],
     ids=lambda error: type(error).__name__,
 )
-def test_a_save_that_fails_with_writes_under_way_closes_no_file_under_them(
+def test_a_failed_save_closes_no_file_with_writes_in_flight(
     tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another file could get the number of a descriptor that is closed too early, and the writes with it."""
@@ -608,7 +610,7 @@ def test_a_save_that_fails_with_writes_under_way_closes_no_file_under_them(
         monkeypatch.setattr(Pipeline, "attach", failing)
         pending = it.engine.checkpoint(training().arena, step=1, snapshot="lazy")
         it.wait_started()
-        time.sleep(0.05)  # for what must not happen
+        time.sleep(0.05)  # for an event that must not happen
         assert not pending.done() and not filesystem.closed and len(filesystem.data) == 2
         it.gate.set()
         assert pending.exception(HANG_S) is error and len(filesystem.closed) == 2
@@ -617,7 +619,7 @@ def test_a_save_that_fails_with_writes_under_way_closes_no_file_under_them(
         assert names(tmp_path) == ["step-00000001"]
 
 
-def test_a_restore_that_is_interrupted_with_reads_under_way_closes_no_file_under_them(
+def test_an_interrupted_restore_closes_no_file_with_reads_in_flight(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     filesystem = Closing()
@@ -636,7 +638,7 @@ def test_a_restore_that_is_interrupted_with_reads_under_way_closes_no_file_under
         monkeypatch.setattr(Pipeline, "attach", interrupted)
         loading = pool.submit(it.engine.load, 1)
         it.wait_started()
-        time.sleep(0.05)  # for what must not happen
+        time.sleep(0.05)  # for an event that must not happen
         assert not loading.done() and not filesystem.closed
         it.gate.set()
         with pytest.raises(KeyboardInterrupt):
@@ -646,7 +648,7 @@ def test_a_restore_that_is_interrupted_with_reads_under_way_closes_no_file_under
         assert stored(it.engine, 1) == content(3)
 
 
-def test_a_directory_is_locked_until_the_last_read_has_ended(tmp_path: Path) -> None:
+def test_the_lock_is_held_until_the_last_read_has_ended(tmp_path: Path) -> None:
     """Another Engine could write over the very files that are read: a step that is pinned is pinned in one Engine."""
     with ThreadPoolExecutor(2) as pool, gated(tmp_path) as it:
         it.gate.set()

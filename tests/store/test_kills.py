@@ -1,7 +1,7 @@
 """Real kills: SIGKILL of a training on real file systems, at every operation and at random moments.
 
-What is done is in `kills`, the program that is killed in `trainee`, and `kill_campaign.py` is the long form.  The
-checks are trusted only as far as they see damage when it is there: the tests at the end.
+`kills` has the checks, `trainee` is the killed program, and `kill_campaign.py` is the long form.  The tests at the end
+show that the checks detect damage.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 from kills import BACKENDS, IN_MEMORY, LINES, VOLUMES, Figures, Lost, Ordeal, Server, serving
 from volumes import volume
 
-# What each file system must come to: 400 kills in a run of the tests.
+# The kills on each file system: 400 in a run of the tests.
 KILLS_MIN = 100
 
 RANDOM_COUNT = 15
@@ -49,7 +49,7 @@ def test_a_training_survives_kills_everywhere(server: Server, kind: str) -> None
 
 
 class Damage:
-    """What an engine that loses checkpoints might leave after its second step."""
+    """A directory that an engine which loses checkpoints might leave after its second step."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -91,7 +91,7 @@ DAMAGES = {name: damage for name, damage in vars(Damage).items() if not name.sta
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_seen(server: Server, tmp_path: Path, name: str) -> None:
+def test_the_kill_campaign_detects_damage(server: Server, tmp_path: Path, name: str) -> None:
     damage: Callable[[Damage], None] = DAMAGES[name]
     ordeal = Ordeal(server, tmp_path, "any", random.Random(0), Figures())
     ordeal.end()
@@ -100,7 +100,7 @@ def test_damage_is_seen(server: Server, tmp_path: Path, name: str) -> None:
         ordeal.look()
 
 
-def test_a_life_that_fails_is_seen(server: Server, tmp_path: Path) -> None:
+def test_the_kill_campaign_detects_a_failed_run(server: Server, tmp_path: Path) -> None:
     """The one that follows finds the newest step damaged, and passes over it."""
     ordeal = Ordeal(server, tmp_path, "any", random.Random(0), Figures())
     ordeal.end()

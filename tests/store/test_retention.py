@@ -1,4 +1,4 @@
-"""Retention: what a rule keeps, for any history; and the rule that is stored with a run."""
+"""Retention: the steps that a rule keeps, for any history, and the rule that is stored with a run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def facts_of(history: History) -> Callable[[int], StepFacts | None]:
 
 
 @given(RULES, HISTORIES, st.sets(st.integers(0, 40), max_size=3))
-def test_what_no_rule_may_retire_is_kept(rule: Retention, history: History, being_read: set[int]) -> None:
+def test_the_newest_tagged_and_read_steps_are_kept(rule: Retention, history: History, being_read: set[int]) -> None:
     retired = to_retire(rule, list(history), facts_of(history), being_read)
     assert retired == sorted(set(retired)) and set(retired) <= history.keys()
     assert not being_read & set(retired)
@@ -44,7 +44,7 @@ def test_what_no_rule_may_retire_is_kept(rule: Retention, history: History, bein
 
 
 @given(RULES, HISTORIES)
-def test_what_the_rule_names_is_kept_and_nothing_else(rule: Retention, history: History) -> None:
+def test_the_rule_keeps_exactly_the_steps_that_it_names(rule: Retention, history: History) -> None:
     kept = history.keys() - set(to_retire(rule, list(history), facts_of(history)))
     if rule.last is None:
         assert kept == history.keys()
@@ -66,13 +66,13 @@ def test_what_the_rule_names_is_kept_and_nothing_else(rule: Retention, history: 
 
 
 @given(RULES, HISTORIES)
-def test_a_second_time_nothing_is_left_to_retire(rule: Retention, history: History) -> None:
+def test_applying_a_rule_twice_retires_nothing_more(rule: Retention, history: History) -> None:
     retired = set(to_retire(rule, list(history), facts_of(history)))
     left = [step for step in history if step not in retired]
     assert to_retire(rule, left, facts_of(history)) == []
 
 
-def test_facts_are_asked_for_only_where_the_rule_depends_on_them() -> None:
+def test_manifests_are_read_only_where_the_rule_depends_on_them() -> None:
     asked: list[int] = []
 
     def facts(step: int) -> StepFacts:
@@ -86,7 +86,7 @@ def test_facts_are_asked_for_only_where_the_rule_depends_on_them() -> None:
 
 
 @given(RULES)
-def test_a_stored_rule_is_the_rule(rule: Retention) -> None:
+def test_a_stored_rule_round_trips(rule: Retention) -> None:
     assert decode_rule(encode_rule(rule)) == rule
 
 
@@ -94,7 +94,7 @@ def test_a_stored_rule_is_the_rule(rule: Retention) -> None:
     st.binary(max_size=60)
     | st.recursive(st.none() | st.integers() | st.text(), st.lists).map(json.dumps).map(str.encode)
 )
-def test_what_is_no_rule_is_refused(raw: bytes) -> None:
+def test_an_invalid_stored_rule_is_refused(raw: bytes) -> None:
     with pytest.raises(CorruptError):
         decode_rule(raw)
 

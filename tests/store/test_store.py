@@ -1,4 +1,4 @@
-"""The store on its own: it writes, restores and verifies bytes, with no torch in the process."""
+"""The store alone: it writes, restores and verifies bytes, with no torch in the process."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Where a run may lie, and what may befall it: full disks, overlays, files without O_DIRECT, odd paths and clocks.
+"""Surroundings of a run: full disks, overlays, files without O_DIRECT, odd paths and clocks.
 
-Each works, or is an error that names a remedy; a remedy that is named is tried.
+Each works, or is an error that names a remedy, and the named remedy is tried.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def fill_up(root: Path, left: int) -> None:
 
 
 @pytest.mark.parametrize(("kind", "nbytes"), [("ext4", 128 << 20), ("xfs", XFS_BYTES_MIN)])
-def test_recycled_saves_need_no_room_beside_what_they_overwrite(kind: str, nbytes: int) -> None:
+def test_recycled_saves_need_no_free_room(kind: str, nbytes: int) -> None:
     """XFS refuses fallocate(2) over blocks that are there, if as many are not free."""
     arena = arena_of((24 << 20) + 100)
     with volume(kind, nbytes) as root, opened(root / "run", keep=2) as eng:
@@ -75,7 +75,7 @@ def test_recycled_saves_need_no_room_beside_what_they_overwrite(kind: str, nbyte
         assert eng.steps() == [7, 8] and holds(eng, 7) and holds(eng, 8)
 
 
-def test_what_a_longer_file_lacks_is_allocated() -> None:
+def test_only_the_missing_blocks_of_a_longer_file_are_allocated() -> None:
     """Nothing that is there is asked for again, and no hole is left."""
     with volume("ext4", 64 << 20) as root:
         filesystem, path = Filesystem(), str(root / "file")
@@ -95,7 +95,7 @@ def test_what_a_longer_file_lacks_is_allocated() -> None:
         filesystem.close(descriptor)
 
 
-def test_the_remedies_of_a_full_disk_are_remedies(tmp_path: Path) -> None:
+def test_the_remedies_for_a_full_disk_help(tmp_path: Path) -> None:
     arena = arena_of(20 << 20)
     with volume("ext4", 64 << 20) as root:
         with opened(root / "run", keep=2) as eng:
@@ -122,7 +122,7 @@ def test_the_remedies_of_a_full_disk_are_remedies(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT], ids=errno.errorcode.__getitem__)
-def test_what_no_rule_keeps_is_given_up_for_a_quota(tmp_path: Path, error: int) -> None:
+def test_surplus_steps_are_deleted_when_the_quota_is_reached(tmp_path: Path, error: int) -> None:
     """statvfs(3) does not know of quotas: the file system says so when blocks are allocated."""
     arena = arena_of(100)
     with opened(tmp_path, keep=None) as eng:
@@ -146,7 +146,7 @@ def test_what_no_rule_keeps_is_given_up_for_a_quota(tmp_path: Path, error: int) 
 # -- file systems -----------------------------------------------------------------------------------------------------
 
 
-def test_a_run_in_the_lower_layer_of_an_overlay_goes_on() -> None:
+def test_a_run_in_the_lower_layer_of_an_overlay_can_be_continued() -> None:
     arena = arena_of(1 << 20)
     with volume("ext4", 64 << 20) as root:
         for name in ("lower", "upper", "work", "merged"):
@@ -171,7 +171,7 @@ def test_a_run_in_the_lower_layer_of_an_overlay_goes_on() -> None:
 
 @contextmanager
 def without_direct(suffix: str) -> Iterator[list[str]]:
-    """Files whose names end so refuse O_DIRECT; what was refused."""
+    """Files with these endings refuse O_DIRECT; returns the refused paths."""
     real, refused = os.open, []
 
     def refusing(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
@@ -217,7 +217,7 @@ def test_a_step_deleted_by_hand_is_passed_over_and_can_be_saved_again(tmp_path: 
         assert eng.steps() == [1, 2] and holds(eng, 2)
 
 
-def test_opening_deletes_nothing_by_a_default(tmp_path: Path) -> None:
+def test_opening_with_defaults_deletes_nothing(tmp_path: Path) -> None:
     arena = arena_of(100)
     with opened(tmp_path, keep=None) as eng:
         for step in range(10):
@@ -228,7 +228,7 @@ def test_opening_deletes_nothing_by_a_default(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["", b"", "run\0", b"run\0"])
-def test_what_is_no_path_is_refused(path: Any) -> None:
+def test_an_invalid_path_is_refused(path: Any) -> None:
     for act in (engine.Engine, engine.probe, lambda path: engine.checkpoint(arena_of(1), path)):
         with pytest.raises(engine.ArgumentError, match="it must be a path"):
             act(path)

@@ -1,4 +1,4 @@
-"""Volumes are what they say, and nothing of them is left: not after use, nor if busy, nor if their maker is killed."""
+"""Volumes are of the requested kind, and are removed after use, when busy, and after a kill of their maker."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ def mounted() -> dict[str, str]:
 
 
 def hold(then: str) -> subprocess.CompletedProcess[str]:
-    """A process that mounts a volume, and says where."""
+    """A process that mounts a volume, and prints its path."""
     command = [sys.executable, "-c", HOLD, str(SMALL_BYTES), then]
     return subprocess.run(command, cwd=SUPPORT, stdout=subprocess.PIPE, text=True, check=False)
 
 
 @pytest.mark.parametrize("kind", SIZES)
-def test_a_volume_is_there_and_goes(kind: str) -> None:
+def test_a_volume_is_mounted_and_removed(kind: str) -> None:
     with volume(kind, SIZES[kind]) as root:
         assert mounted()[str(root)] == kind
         (root / "file").write_bytes(b"mine")
     assert str(root) not in mounted() and not root.parent.exists()
 
 
-def test_a_busy_volume_goes_all_the_same() -> None:
+def test_a_busy_volume_is_removed() -> None:
     with volume("ext4", SMALL_BYTES) as root:
         busy = (root / "file").open("w")
     with busy:
         assert str(root) not in mounted() and not root.parent.exists()
 
 
-def test_the_next_run_removes_what_a_killed_one_has_left_and_nothing_else() -> None:
+def test_the_next_run_removes_only_the_volumes_of_a_killed_one() -> None:
     with volume("tmpfs", SMALL_BYTES) as held:
         killed = hold("die")
         left = Path(killed.stdout.strip())

@@ -1,7 +1,7 @@
-"""Checkpoints of plain buffers, without torch: what a Store needs to be used on its own.
+"""Checkpoints of plain buffers, without torch: enough to use a Store alone.
 
-Theory of operation.  A `Content` is made of a layout and addresses.  Here the tensors are buffers of Python's (a
-bytearray, an mmap, a numpy array), so a Store can be driven where torch is not installed.
+Theory of operation.  A `Content` consists of a layout and addresses.  Here the tensors are Python buffers (a bytearray,
+an mmap, a numpy array), so a Store can be driven where torch is not installed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def address(buffer: Any) -> int:
 
 
 def content_of(buffers: Buffers, block_bytes: int, dtype: str = "uint8") -> Content:
-    """What a checkpoint of buffers holds, each as a tensor of one dimension."""
+    """The content of a checkpoint of buffers, each as a tensor of one dimension."""
     itemsize = DTYPES[dtype].itemsize
     specs = [TensorSpec(n, dtype, (memoryview(b).nbytes // itemsize,), "model", "") for n, b in buffers.items()]
     layout = lay_out(specs)

@@ -1,12 +1,12 @@
-"""Cases: which crash states there are, what each is called, and what was promised before it.
+"""Cases: the crash states, their numbers, and the promises that precede each.
 
-Theory of operation.  A crash state is a stop in the trace of a scenario and a choice of what becomes of the
-operations that no fsync covers (`simulator`).  Two more kinds nest: after a kill, and after a power cut, a second
-engine opens what is left, says which steps it has, saves one more, and is recorded too; the state is then one of that
-second trace.  After the kill the operations that were pending still are.
+Theory of operation.  A crash state is a stop in the trace of a scenario, and a fate for every operation that no fsync
+covers (`simulator`).  Two more kinds nest: after a kill or a power cut a second engine opens the directory, lists its
+steps and saves one more, and is recorded too.  The state is then one of that second trace.  After a kill the pending
+operations are still pending.
 
-A `Case` names a state by one number, from which it can be made again.  A `Recorder` makes the traces, which are the
-same each time.  What was promised before a stop is a `Promise`, read from the notes in the trace.
+A `Case` names a state by one number that reproduces it.  A `Recorder` makes the traces, which are the same each time.
+A `Promise` holds the promises before a stop, read from the notes in the trace.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from recorder import Change, World, blank
 from scenarios import SCENARIOS, recover
 from simulator import Disk, Fates, Note, Operation, Rot, Trace
 
-# How a second engine comes to open what is left by the first.
+# The stop of the first engine before a second one opens its directory.
 PLAIN, KILL, CUT = range(3)
 
 # One second trace is worth more than one state: making it takes as long as looking at two.
@@ -68,10 +68,10 @@ _BITS = (8, 16, _FATES_BITS, 2, 16, _FATES_BITS)
 
 @dataclass
 class Promise:
-    """What holds of the checkpoints, whatever becomes of the disk.
+    """The promises about the checkpoints, for every state of the disk.
 
     Attributes:
-        begun: the payloads that a step may hold, if it is there.
+        begun: the payloads that a step may hold, if it exists.
         reported: of those, the ones that a step holds that was said to be durable.  A step that was retired since
             stays in here: a newer one must be there.
         damaged: the inodes of directories that were damaged on purpose.
@@ -87,7 +87,7 @@ class Promise:
         return Promise(begun, reported, set(self.damaged))
 
     def hear(self, note: Note | Rot) -> None:
-        """Take in what was said, or what has befallen a step."""
+        """Add a note of a report, or of damage to a step."""
         if isinstance(note, Rot):
             self.reported.pop(note.step)
             self.damaged.add(note.directory)
@@ -105,14 +105,14 @@ class Promise:
 
 
 class Recorded(NamedTuple):
-    """A trace, what had been promised before it, and the first stop that is of interest."""
+    """A trace, the promises before it, and the first stop of interest."""
 
     trace: Trace
     before: Promise
     first_stop: int
 
     def promise(self, stop: int) -> Promise:
-        """What has been promised by the stop."""
+        """The promises up to the stop."""
         promise = self.before.copy()
         for operation in self.trace.operations[:stop]:
             if isinstance(operation, Note | Rot):
@@ -121,11 +121,11 @@ class Recorded(NamedTuple):
 
 
 class Recorder:
-    """Records scenarios and what follows them, each once or while it is still at hand.
+    """Records scenarios and the engines after them, each once while it is cached.
 
     Args:
         scratch: a directory for Worlds.
-        change: what is different about the engine.
+        change: a change to the engine.
     """
 
     def __init__(self, scratch: Path, change: Change) -> None:
@@ -173,7 +173,7 @@ def fresh(scratch: Path) -> Iterator[Path]:
 
 
 def every_plain(recorder: Recorder, scenarios: Iterable[int]) -> Iterator[Case]:
-    """Every stop, with every choice that takes no chance."""
+    """Every stop, with every deterministic choice of fates."""
     for scenario in scenarios:
         trace = recorder.scenario(scenario).trace
         for stop in every_stop(recorder, scenario):
@@ -182,7 +182,7 @@ def every_plain(recorder: Recorder, scenarios: Iterable[int]) -> Iterator[Case]:
 
 
 def every_second(recorder: Recorder, scenario: int, nesting: int, stops: Iterable[int]) -> Iterator[Case]:
-    """Every stop, with every choice that takes no chance, in what follows a kill or a power cut that drops all."""
+    """Every stop, with every deterministic choice of fates, after a kill or a power cut that drops everything."""
     for stop in stops:
         first = Case(scenario, stop, 1 if nesting == CUT else 0, nesting)
         recorded = recorder.recorded(first)

@@ -1,12 +1,12 @@
-"""Crash: build a crash state, let the real code recover it, and look whether everything holds.
+"""Crash: build a crash state, let the real code recover it, and check every promise.
 
-Theory of operation.  A `Checker` builds the state that a `Case` names in a fresh directory, and opens an Engine
-there.  What must hold is what docs/durability.md promises: every step that was reported durable, and was not retired
-since, is there; every directory named `step-N` verifies whole and holds what was saved as that step; the newest is at
-least as new as the newest that was ever reported; the engine saves one more, which recycles what there is to recycle,
-and that changes nothing but what it should; and nothing beside the engine's directory is touched.
+Theory of operation.  A `Checker` builds the state of a `Case` in a fresh directory and opens an Engine there.  It
+checks the promises of docs/durability.md.  Every step that was reported durable and not retired since exists.  Every
+directory named `step-N` verifies whole and holds the state saved as that step.  The newest step is at least as new as
+the newest one ever reported.  The engine saves one more step, which recycles a spare if there is one and changes
+nothing else. Nothing beside the engine's directory changes.
 
-Two cases that leave the same on disk after the same promises are one state, and looked at once.
+Two cases with the same disk and the same promises are one state, which is checked once.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from engine.errors import CorruptError, EngineError, EngineWarning
 from engine.io.backend import Attempt, Probe
 from engine.io.pipeline import Pipeline
 
-# What is said to have been tried, of the one pipeline that all checks share.
+# The probe that Engines report for the one pipeline that all checks share.
 _PROBE = Probe("", "io_uring", (Attempt("io_uring"),))
 
-# The payload that a check saves; no scenario has so many.
+# The payload that a check saves; no scenario uses this number.
 _CHECK_PAYLOAD = 1 << 20
 
 
@@ -44,11 +44,11 @@ class Violation(AssertionError):
 
 
 class Checker:
-    """Builds crash states and looks whether everything holds in them.
+    """Builds crash states and checks the promises in each.
 
     Attributes:
-        tried_count: crash states looked at.
-        distinct_count: those of them that no other equals in what the disk holds and what was promised.
+        tried_count: crash states checked.
+        distinct_count: those that differ from all others in their disk or their promises.
     """
 
     def __init__(self, recorder: Recorder, scratch: Path, pipeline: Pipeline) -> None:
@@ -63,10 +63,10 @@ class Checker:
         return len(self._seen)
 
     def check(self, case: Case) -> None:
-        """Build the state and look.
+        """Build the state and check it.
 
         Raises:
-            Violation: something does not hold; the message says what, and how to see it again.
+            Violation: a promise is broken; the message names it, and how to reproduce it.
         """
         recorded = self._recorder.recorded(case)
         stop, fates = (case.stop, case.fates) if case.nesting == PLAIN else (case.second_stop, case.second_fates)
@@ -122,7 +122,7 @@ class Checker:
         good: Sequence[int],
         damaged: set[int],
     ) -> None:
-        """Every step named is whole and holds what was saved, and every step owed is named."""
+        """Every listed step is whole and holds its saved state, and every promised step is listed."""
         missing = sorted(owed.keys() - set(good))
         _require(not missing, f"steps {missing} were durable, and are not there")
         for step in good:
@@ -168,7 +168,7 @@ class KeptPipeline(Pipeline):
 
 @contextmanager
 def checking(change: Change = unchanged) -> Iterator[tuple[Recorder, Checker]]:
-    """A Recorder and a Checker, in memory where that is to be had."""
+    """A Recorder and a Checker, in memory where possible."""
     shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     pipeline = KeptPipeline(SMALL["staging_bytes"] // SMALL["block_bytes"], SMALL["block_bytes"])
     try:
@@ -199,7 +199,7 @@ def _require(truth: bool, what: str) -> None:
 
 
 def _require_unchanged(disk: Disk, named: Mapping[int, int], directory: Path) -> None:
-    """Neither what lies beside the engine's directory has changed, nor the steps that were there before."""
+    """Neither the files beside the engine's directory nor the earlier steps have changed."""
     _require(sorted(os.listdir(directory)) == sorted([RUN, SENTINEL]), f"beside {RUN} lies {os.listdir(directory)}")
     _require((directory / SENTINEL).read_bytes() == SENTINEL_CONTENT, "the sentinel has changed")
     for step, inode in named.items():

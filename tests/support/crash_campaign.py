@@ -1,11 +1,11 @@
-"""The long form of test_crash.py: as many crash states as asked for, and the one that a number names.
+"""The long form of test_crash.py: as many crash states as requested, or the one with a given number.
 
     python tests/support/crash_campaign.py --states 1000000 --seed 1
     python tests/support/crash_campaign.py --replay NUMBER
 
-First comes everything that takes no chance: every stop of every scenario, and every stop of what follows a kill or a
-power cut in those of `NESTED`.  The rest is drawn from the seed.  The first state in which something does not hold ends
-it, with the number from which it can be made again.
+The deterministic states come first: every stop of every scenario, and every stop after a kill or a power cut in the
+scenarios of `NESTED`.  The seed draws the rest.  The first violation ends the campaign, with the number that reproduces
+it.
 """
 
 from __future__ import annotations

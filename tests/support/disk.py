@@ -1,8 +1,7 @@
-"""File systems that a test can stop or break, and a look at what an engine left on disk.
+"""File systems that a test can stop or break, and readers of the files that an engine left on disk.
 
-`GatedFilesystem` holds every save at the point where it would make its files, so that a test can look at an
-engine in the middle of one.  `FailingFilesystem` refuses one operation with an errno; `syscalls.SystemCalls` goes
-deeper.
+`GatedFilesystem` stops every save before it makes its files, so that a test can examine an engine in the middle of a
+save.  `FailingFilesystem` refuses one operation with an errno.  `syscalls.SystemCalls` refuses system calls.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ FAILURES = ("open_for_blocks", "allocate", "truncate", "sync_file", "write_new_f
 
 
 def stored(directory: str | os.PathLike[str], step: int) -> dict[str, torch.Tensor]:
-    """What the stock safetensors library reads of a committed step, all files together."""
+    """The tensors that the stock safetensors library reads from all files of a committed step."""
     tensors: dict[str, torch.Tensor] = {}
     for path in sorted((Path(directory) / f"step-{step:08d}").glob("*.safetensors")):
         tensors |= load_file(path)

@@ -1,9 +1,9 @@
-"""FaultTable: the pipeline's table of I/O operations in Python, with a script of what goes wrong.
+"""FaultTable: the pipeline's table of I/O operations in Python, with a script of faults.
 
-Theory of operation.  The pipeline does every read and write through an `eng_io_table`.  This one does them itself
-with pread(2) and pwrite(2), at once, and tells about them when it is reaped.  A script says which operation, counted
-from the first, does something else than what was asked; operations that it does not name succeed.  All of it runs on
-the pipeline's thread, which holds the GIL meanwhile, so a test may look at the lists once a job is done.
+Theory of operation.  The pipeline does every read and write through an `eng_io_table`.  This one does them at once with
+pread(2) and pwrite(2), and reports them when it is reaped.  A script names operations, counted from the first, that
+behave differently.  All others succeed.  The table runs on the pipeline's thread, which holds the GIL meanwhile, so a
+test may read the lists once a job is done.
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from engine._native import ffi, lib
-
 from engine.io.pipeline import Pipeline
 
 # How often the pipeline gets to look into its inbox while completions are held back.
 _LOOK_S = 0.001
 
-# Beyond what was asked by less than the alignment: as wrong as by more, and easier to miss.
+# More than requested, by less than the alignment: as wrong as any excess, and easier to miss.
 _EXCESS_BYTES = 1
 
 
 class Fault(NamedTuple):
-    """What an operation does instead.  Made by the functions below."""
+    """A different behaviour of an operation.  Made by the functions below."""
 
     kind: str
     amount: int = 0
@@ -47,12 +46,12 @@ def not_started(error: int) -> Fault:
 
 
 def short(moved_bytes: int) -> Fault:
-    """Moves at most so many bytes, and says so."""
+    """Moves at most so many bytes, and reports their number."""
     return Fault("short", moved_bytes)
 
 
 def boasting() -> Fault:
-    """Moves all, and says that it was more."""
+    """Moves all, and reports more."""
     return Fault("boasting")
 
 
@@ -76,12 +75,12 @@ class FaultTable:
     """An I/O table with a script.
 
     Args:
-        script: what goes wrong, by the number of the operation.
+        script: faults by the number of the operation.
         refusals: errnos that the first calls of `reap` return instead of completions.
         backwards: completions come one at a time, the last first.
         gate: completions wait for it.
         set_file_error: an errno with which files are refused.
-        always: what every operation does that the script does not name.
+        always: the fault of every operation that the script does not name.
     """
 
     def __init__(
@@ -114,7 +113,7 @@ class FaultTable:
         self.c_table = ffi.new("eng_io_table *", {"set_files": set_files, "start": start, "reap": reap})
 
     def arm(self, script: Mapping[int, Fault], always: Fault | None = None, order: random.Random | None = None) -> None:
-        """From now on: what goes wrong, counted from here, and in what order completions come, if in a random one.
+        """Set the faults, counted from here, and the order of completions if it is random.
         Called while no job is under way."""
         self._script = {len(self.operations) + number: fault for number, fault in script.items()}
         self._always = always
@@ -134,7 +133,7 @@ class FaultTable:
     def moving_blocks(self) -> Iterator[None]:
         """Engines that are opened meanwhile move their blocks through this table.
 
-        As "buffered", whatever else Engines are opened with: its memory is not aligned.
+        As "buffered", for Engines opened with any backend: its memory is not aligned.
         """
         with mock.patch("engine.io.backend.Pipeline", functools.partial(Pipeline, io_table=self.c_table)):
             yield
@@ -191,7 +190,7 @@ class FaultTable:
 
 
 def _perform(operation: Operation, fault: Fault | None) -> int:
-    """Do the operation as far as the fault lets it; returns what the kernel would."""
+    """Do the operation as far as the fault allows; returns the result that the kernel would."""
     if fault is not None and fault.kind == "refused":
         return -fault.amount
     wanted_bytes = min(fault.amount, operation.nbytes) if fault is not None and fault.kind == "short" else None

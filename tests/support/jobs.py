@@ -1,6 +1,6 @@
-"""Native jobs for tests: from tensors and runs to a packed job, and through a pipeline.
+"""Native jobs for tests: tensors and runs are packed into a job and run through a pipeline.
 
-The cutting is `engine.format.plan`'s, which has tests of its own.  The packing is done as `writer` and `reader` do it.
+`engine.format.plan` cuts them, and has tests of its own.  The packing is that of `writer` and `reader`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ WRITE, READ = Direction.WRITE, Direction.READ
 SLOT_BYTES = 4 * ALIGNMENT
 LOOK_NS = 1  # a wait that only looks
 
-# Far beyond what any test takes: it ends a test that hangs.
+# Far longer than any test takes: it ends a test that hangs.
 HANG_NS = 60_000_000_000
 
 
@@ -113,7 +113,7 @@ def finish(pipeline: Pipeline, job: Job) -> Job:
 
 
 def run(pipeline: Pipeline, job: Job, descriptors: Sequence[int]) -> Job:
-    """See a job through to its end, whatever that is."""
+    """Wait for the end of a job, success or failure."""
     pipeline.submit(job)
     pipeline.attach(job, descriptors)
     return finish(pipeline, job)
@@ -136,7 +136,7 @@ class Stage(NamedTuple):
 
 
 def content(fd: int, nbytes: int) -> bytes:
-    """The start of a file, past whatever flags its descriptor has."""
+    """The start of a file, read without the flags of its descriptor."""
     with open(f"/proc/self/fd/{fd}", "rb") as file:
         return file.read(nbytes)
 

@@ -1,12 +1,12 @@
-"""The long form of test_kills.py: as many kills as asked for, on each file system in turn.
+"""The long form of test_kills.py: as many kills as requested, on each file system in turn.
 
     python tests/support/kill_campaign.py --kills 5000 --seed 1
     python tests/support/kill_campaign.py --seed 1 --replay ROUND KIND
 
-A round is one ordeal on each file system, in a directory of its own; the volumes stay, and grow old.  What is random of
-it follows from the seed, the round and the file system.  The first kill after which something does not hold ends the
-campaign, and says how to have the same ordeal again; kills at a random moment come at the same time, and hit what they
-hit.
+A round is one ordeal on each file system, in a directory of its own.  The volumes stay, and age.  Random choices
+follow from the seed, the round and the file system.  The first violation after a kill ends the campaign, with the
+arguments that repeat the ordeal.  Kills at a random moment are repeated at the same time, but may hit another
+operation.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""Kills: a training that is killed again and again in one directory, and what has to hold after every kill.
+"""Kills: a training is killed again and again in one directory, and the promises are checked after every kill.
 
 Theory of operation.  `Server` runs `trainee.py`, which forks a process for each life.  An `Ordeal` is the history of
-one directory on one file system: life after life in it, each killed at a point of its own, and at the end one that is
-not killed.
+one directory on one file system: life after life, each killed at a point of its own, and a last one that is not killed.
 
-After each life the test looks at the disk itself, with the stock safetensors library and no Engine: every directory
-named `step-N` holds what a training that nobody disturbed has after N steps, bit for bit; the newest is at least as new
-as the newest that was ever reported; what is left over stays within bounds; nothing beside the directory has changed.
-The next life says what the engine saw: that it opened at once, though the lock's last owner was killed; that each
-step verified; that it restored the newest and passed over none.  So no life's own word is needed for what is right: the
-reference is computed apart, without an Engine.
+After each life the test reads the disk itself, with the stock safetensors library and no Engine.  Every directory named
+`step-N` holds, bit for bit, the state of an undisturbed training after N steps.  The newest is at least as new as the
+newest one ever reported.  Leftovers stay within bounds.  Nothing beside the directory has changed.
+
+The next life reports on the engine: it opened at once, although the last owner of the lock was killed; each step
+verified; it restored the newest and passed over none.  The reference is computed apart, without an Engine, so no life
+is trusted about its own bytes.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from engine.errors import CorruptError
 from engine.format.manifest import decode
 from engine.io.backend import LADDER
 
-# What each life draws from, so that a checkpoint of one backend is restored and recycled by another.
+# Each life draws one, so that a checkpoint of one backend is restored and recycled by another.
 BACKENDS = ("auto", *LADDER)
 
-# The file systems, and how large they are made: room for some dozens of the trainee's checkpoints, or what mkfs wants.
+# The file systems and their sizes: room for some dozens of the trainee's checkpoints, or the minimum of mkfs.
 VOLUMES = {"ext4": 128 << 20, "xfs": 320 << 20, "btrfs": 256 << 20, "tmpfs": 128 << 20}
 
 # Every line of docs/durability.md that changes anything.
@@ -55,24 +55,24 @@ LINES = {
 # machine one in three is killed before all are written.
 _PARTS, _TRIES_MAX = 8, 8
 
-# Here all are written before anybody else has had a turn of the processor, so that it is luck.
+# Here all writes usually end before another thread runs, so that a kill between them is luck.
 IN_MEMORY = ("tmpfs",)
 
-# What a life that is killed at a random moment would train, and one that says how long that takes: most of it saves.
+# The steps of a life that is killed at a random moment, and of one that measures the time: most of it saves.
 _ENDLESS_COUNT, _MEASURED_COUNT = 200, 20
 
 # With three kept, and then one, more is retired at once than may stay as spares: three, of which one is deleted.
 _KEEP_MAX = 3
 
-# So many saves leave spares that are whole checkpoints, whatever was there before: max_async of them.
+# This many saves leave max_async spares that are whole checkpoints, for any directory before.
 _SETTLED_COUNT = MAX_ASYNC
 
 # The number of no operation.
 _NEVER = -1
 
-# What may be left right after a kill, however many there were before.  An opening leaves max_async spares and no
-# partial.  Each save in flight may then leave a partial, or a step that nobody has retired; and a retirement moves all
-# but one of the steps to spare, as an opening does with the partials, before anything there is deleted.
+# Bounds on the leftovers right after a kill, after any number of kills.  An opening leaves max_async spares and no
+# partial.  Each save in flight may then leave a partial, or a step that was not retired.  A retirement moves all but
+# one of the steps to spare, as an opening does with the partials, before anything there is deleted.
 _PARTIAL_MAX = MAX_ASYNC
 _STEP_MAX = _KEEP_MAX + MAX_ASYNC
 _SPARE_MAX = MAX_ASYNC + _STEP_MAX + _PARTIAL_MAX
@@ -114,7 +114,7 @@ class Server:
         return Outcome(**json.loads(answer), events=[json.loads(line) for line in lines])
 
     def reference(self, step: int) -> str:
-        """The digest of a training that nobody disturbed, after so many steps."""
+        """The digest of an undisturbed training after so many steps."""
         if step > len(self._reference):
             outcome = self.live("", step_count=max(2 * step, 500))
             _require(outcome.status == 0, f"the reference failed: {outcome.events}")
@@ -139,9 +139,9 @@ def serving(scratch: Path) -> Iterator[Server]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a life ended: its exit status as the server's waitpid told it, after how long, and what it logged.
+    """The end of a life: its exit status from the server's waitpid, its duration, and its log.
 
-    One that hung was killed too, but that is no kill that was asked for.
+    A life that hung was killed too, but not by request.
     """
 
     status: int
@@ -155,7 +155,7 @@ class Outcome:
 
     @property
     def was_killed(self) -> bool:
-        """Whether waitpid said SIGKILL."""
+        """Whether waitpid reported SIGKILL."""
         return self.status == -signal.SIGKILL
 
     def numbers(self, line: str) -> list[int]:
@@ -170,7 +170,7 @@ class Outcome:
 
     @property
     def phase(self) -> str:
-        """Where it ended: a line of the sequence, or what the life did outside of it."""
+        """The point where it ended: a line of the sequence, or an activity outside of it."""
         if dying := self.of("dying"):
             return str(dying[0]["line"]).split()[0]
         operations = [event for event in self.events if event["event"] in ("asked", "did")]
@@ -186,7 +186,7 @@ class Outcome:
 
 @dataclass
 class Figures:
-    """What was done, so that one can tell whether it was enough.
+    """Counters of the kills, to check that there were enough.
 
     Attributes:
         phases: kills by file system and phase.
@@ -207,7 +207,7 @@ class Figures:
 
     @property
     def kill_count(self) -> int:
-        """All kills, each of which waitpid has told."""
+        """All kills, each reported by waitpid."""
         return self.phases.total()
 
     def note(self, kind: str, backend: str, where: str, outcome: Outcome) -> None:
@@ -229,11 +229,11 @@ class Ordeal:
     """One directory's history.
 
     Args:
-        server: who forks the lives.
+        server: forks the lives.
         volume: the file system; the engine's directory is made in it, beside a sentinel.
-        kind: what to call it in the figures.
-        chance: what draws the backends, and what is random of the points.
-        figures: what the lives are counted in.
+        kind: its name in the figures.
+        chance: the source of random backends and points.
+        figures: the counters of the lives.
     """
 
     def __init__(self, server: Server, volume: Path, kind: str, chance: random.Random, figures: Figures) -> None:
@@ -281,10 +281,10 @@ class Ordeal:
                 self._open_number = self._open_number + 1 if opening.was_killed else 0
 
     def trimming(self) -> None:
-        """Killed at each deletion of spares that are too many, by a save; and each time in the opening that goes on
-        with it, after its first."""
+        """Killed at each deletion of surplus spares by a save, and each time again in the opening that continues it,
+        after its first deletion."""
         numbers = self._trim(_NEVER).numbers("R3")
-        _require(bool(numbers), "a save has deleted none of the spares that are too many")
+        _require(bool(numbers), "a save has deleted none of the surplus spares")
         self._trim(numbers[0])
         following = self._live("open", _NEVER).numbers("O7")
         _require(bool(following), "an opening has deleted none of the spares that are too many")
@@ -315,14 +315,14 @@ class Ordeal:
             self._live("time", self._chance.uniform(0, seconds), step_count=_ENDLESS_COUNT, keep=keep)
 
     def end(self) -> None:
-        """A life to its end: the training comes out as if nobody had disturbed it."""
+        """A life to its end: the training ends like an undisturbed one."""
         last = self._live()
         _require(not last.was_killed, "the last life was killed")
         steps = self.look()
         _require(steps == [last.of("reported")[-1]["step"]], f"keep=1 has left {steps}")
 
     def _live(self, where: str = "", at: float = 0, step_count: int = 4, keep: int = 1, **life: Any) -> Outcome:
-        """One life, and a look at what it said and left."""
+        """One life, and checks of its log and its files."""
         backend = self._chance.choice(BACKENDS)
         life |= {"where": where, "at": at, "step_count": step_count, "backend": backend, "keep": keep}
         outcome = self._server.live(self._directory, **life)
@@ -359,7 +359,7 @@ class Ordeal:
         self._reported = max([self._reported, *(event["step"] for event in outcome.of("reported"))])
 
     def look(self) -> list[int]:
-        """The steps on the disk, once it has been seen that each is what it should be, and everything in bounds."""
+        """The steps on the disk, after checking that each is right and all leftovers are within bounds."""
         _require(self._look_beside() == self._beside, f"beside {self._directory} something has changed")
         names = os.listdir(self._directory) if self._directory.exists() else []
         partials = [name for name in names if name.endswith(".partial")]
@@ -386,14 +386,14 @@ class Ordeal:
         tensors: dict[str, torch.Tensor] = {}
         for file in manifest.files:
             try:
-                # Read, not mapped: an engine does not reuse what somebody has mapped.
+                # Read, not mapped: an engine does not reuse a mapped file.
                 tensors |= safetensors.torch.load((path / file.name).read_bytes())
             except safetensors.SafetensorError as error:
                 raise Lost(f"{path / file.name}: {error}") from error
         _require(digest(tensors) == self._server.reference(step), f"{path} does not hold step {step}")
 
     def _look_beside(self) -> Any:
-        """Whatever would show that somebody has been here."""
+        """Everything that an intruder would change."""
         volume = self._sentinel.parent
         status = self._sentinel.stat()
         names = sorted(set(os.listdir(volume)) - {self._directory.name})

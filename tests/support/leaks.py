@@ -1,4 +1,4 @@
-"""What a process holds: descriptors, threads of the engine's and mappings of slots, to be compared before and after."""
+"""The resources of a process, to be compared before and after: descriptors, engine threads and mappings of slots."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Held(NamedTuple):
-    """What open descriptors point to, the names of the engine's threads, and how many mappings are kept from forks."""
+    """The targets of open descriptors, the names of the engine's threads, and the count of mappings kept from forks."""
 
     descriptors: Counter[str]
     threads: Counter[str]
@@ -18,7 +18,7 @@ class Held(NamedTuple):
 
 
 def held() -> Held:
-    """What this process holds at this moment."""
+    """The resources of this process at this moment."""
     descriptors: Counter[str] = Counter()
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):  # the one by which the directory is read

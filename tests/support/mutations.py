@@ -1,12 +1,12 @@
 """Mutations: the ways to break the durability sequence, one at a time.
 
-Theory of operation.  Each row of `MUTATIONS` changes the running code, not its files: an fsync of one line of
-docs/durability.md is left out, two lines change places, or a guard is taken away.  `tests/test_crash.py` demands that
-the simulator sees each of them; where it looks is in the row: the scenario, and whether a kill must come first.
+Theory of operation.  Each row of `MUTATIONS` changes the running code, not its files: it drops the fsync of one line of
+docs/durability.md, swaps two lines, or removes a guard.  `tests/store/test_crash.py` demands that the simulator detects
+each.  The row names the scenario that detects it, and whether a kill must come first.
 
-An fsync is named by the function that wants it done and the end of its path, and where that function does it more than
-once, by which of them it is.  `commit_in` is `engine.store.commit.commit` with its lines in an order of our own; a test
-holds it against the real one.
+An fsync is named by the function that calls it, the end of its path, and its number where that function calls it more
+than once.  `commit_in` is `engine.store.commit.commit` with its lines in another order; a test compares it with the
+real one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from engine.store.owner import Owner
 
 
 class Drop(NamedTuple):
-    """An fsync that is left out; `place` counts those of this path in this function."""
+    """An fsync that is dropped; `place` is its number among those of this path in this function."""
 
     function: str
     suffix: str | tuple[str, ...]
@@ -47,7 +47,7 @@ class Mutation(NamedTuple):
     nesting: int = PLAIN
 
     def cases(self, recorder: Recorder) -> Iterator[Case]:
-        """Where the damage is to be seen; kills only right after a name has come or gone."""
+        """The scenario that shows the damage; kills only right after a name was added or removed."""
         index = list(SCENARIOS).index(self.scenario)
         if self.nesting == PLAIN:
             return every_plain(recorder, [index])
@@ -163,7 +163,7 @@ _recover = Catalog._recover
 
 
 def _promote(self: Catalog) -> Sequence[int]:
-    """Take what has a manifest for a checkpoint."""
+    """Take every directory with a manifest for a checkpoint."""
     for name in self.filesystem.list_directory(self.root):
         path = os.path.join(self.root, name)
         if name.endswith(".partial") and MANIFEST_NAME in os.listdir(path):
@@ -175,7 +175,7 @@ def _retire_newest(self: Catalog) -> None:
     self._retire(self.steps()[self.retention.last :])
 
 
-# By what is broken, named by the lines of docs/durability.md.
+# By the broken part, named by the lines of docs/durability.md.
 MUTATIONS: dict[str, Mutation] = {
     "C2 left out: fsync of the data files": Mutation(without(Drop("seal", ".safetensors"))),
     "C3 left out: fsync of the manifest": Mutation(without(Drop("publish", "manifest.json"))),

@@ -1,7 +1,7 @@
-"""What a process has of the native pipeline's, as the kernel tells it; and processes for tests that harm theirs.
+"""The native resources of a process, as proc(5) shows them, and processes for tests that harm theirs.
 
-Theory of operation.  proc(5) lists descriptors, threads and mappings.  All of them come and go in other threads, so
-that one may be gone between the listing and the look at it.
+Theory of operation.  proc(5) lists descriptors, threads and mappings.  Other threads make and remove them, so an entry
+may vanish between the listing and its reading.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def rings() -> int:
 
 
 def descriptors() -> list[str]:
-    """What the descriptors of this process are."""
+    """The targets of this process's descriptors."""
     found = []
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -46,7 +46,7 @@ def stays_open_in_exec(descriptor: int) -> bool:
 def native_threads() -> list[Path]:
     """The pipelines' threads, as directories of proc(5).
 
-    The kernel's workers for a ring are threads of ours that come and go, and for a moment bear their maker's name.
+    The kernel's workers for a ring are threads of this process too, and briefly have the name of their maker.
     """
     found = []
     for task in Path("/proc/self/task").iterdir():
@@ -83,7 +83,7 @@ def slots() -> set[int]:
 
 
 def is_inaccessible(address: int) -> bool:
-    """Whether an address is mapped for nobody to use (proc_pid_maps(5))."""
+    """Whether an address is mapped without access (proc_pid_maps(5))."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         start, end = (int(number, 16) for number in line.split()[0].split("-"))
         if start <= address < end:

@@ -1,15 +1,15 @@
-"""The real code, at work in a real directory, with every operation on the disk recorded.
+"""The real code at work in a real directory, with every operation on the disk recorded.
 
 Theory of operation.  A `World` is a scratch directory that stands for a whole disk.  Engines opened by
-`World.running` work in its `run`, through a `RecordingFilesystem` and a `RecordingTable`: both really do what they
-are asked to, and then note it in terms of inodes for `simulator`, under one lock, so that the order of the notes is
-the order of the deeds.  `sentinel` lies beside `run` and must never change.
+`World.running` work in its `run`, through a `RecordingFilesystem` and a `RecordingTable`.  Both do the real operation
+and then note it in terms of inodes for `simulator`.  One lock covers both, so the notes have the order of the
+operations.  `sentinel` is beside `run` and must never change.
 
-A World can begin as any `Disk`, for instance as what a crash has left, and with operations already pending, as after
-a kill.  What is random or of this moment in a checkpoint (its id, its time) is made to be the same each time, so that
-the same work leaves the same trace.
+A World can start from any `Disk`, for instance the state after a crash, and with pending operations, as after a kill.
+Random or time-dependent values of a checkpoint (its id, its time) are fixed, so that the same work leaves the same
+trace.
 
-Before each operation a `hook` is asked, which may refuse it by raising or hold it up by waiting.
+A `hook` is called before each operation.  It may refuse the operation by raising, or delay it by waiting.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from engine._native import ffi, lib
 from faults import FaultTable
 from simulator import (
     ROOT,
@@ -46,6 +45,7 @@ from simulator import (
 )
 
 import engine
+from engine._native import ffi, lib
 from engine.errors import EngineWarning, StorageError
 from engine.io.pipeline import Pipeline
 from engine.store.filesystem import Filesystem
@@ -58,7 +58,7 @@ RUN = "run"
 # held up keeps its slots, and must not hold up the other.
 SMALL: Mapping[str, Any] = {"staging_bytes": 16 * 4096, "block_bytes": 4096}
 
-# Far more than the operations of any trace: the ids of one World's checkpoints are not another's.
+# Far more than the operations of any trace, so that checkpoints of different Worlds have different ids.
 _IDS_PER_WORLD = 1_000_000
 
 Hook = Callable[[str, str], None]
@@ -70,7 +70,7 @@ def blank() -> Disk:
 
 
 def materialise(disk: Disk, directory: Path) -> None:
-    """Build what a disk holds in an empty directory."""
+    """Build the content of a disk in an empty directory."""
     for path, inode in disk.walk():
         if inode in disk.directories:
             os.mkdir(directory / path)
@@ -81,14 +81,14 @@ def materialise(disk: Disk, directory: Path) -> None:
 
 
 class World:
-    """A directory that stands for a disk, and the trace of what is done in it.
+    """A directory that stands for a disk, and the trace of the operations in it.
 
     Args:
         directory: empty.
-        disk: what it holds durably at first.
-        operations: what was done since, before this World began.
-        number: which World it is of those that follow one another.
-        filesystem: what its engines work through.
+        disk: its durable content at first.
+        operations: the pending operations before this World began.
+        number: its number among the Worlds of a case.
+        filesystem: the file system of its engines.
     """
 
     def __init__(
@@ -117,11 +117,11 @@ class World:
         self._descriptors: dict[int, int | None] = {}
 
     def trace(self) -> Trace:
-        """What has been done so far."""
+        """The operations so far."""
         return Trace(self._disk, self.operations)
 
     def note(self, kind: str, step: int, payload: int = 0) -> None:
-        """Put into the trace what was said."""
+        """Add a note to the trace."""
         with self.mutex:
             self.operations.append(Note(kind, step, payload))
 
@@ -169,7 +169,7 @@ class World:
         return descriptor in self._descriptors and self._descriptors[descriptor] is None
 
     def noticed(self, path: str) -> None:
-        """Note a file that is there and was not, and what is in it."""
+        """Note a new file and its content."""
         directory, name = self._parent(path)
         if name not in self._names[directory]:
             self.created(path, is_directory=False)
@@ -210,7 +210,7 @@ class World:
         return inode
 
     def _parent(self, path: str) -> tuple[int, str]:
-        """The directory that a path lies in, and its name there."""
+        """The directory of a path, and its name there."""
         *above, name = Path(path).relative_to(self.directory).parts
         inode = functools.reduce(lambda inode, part: self._names[inode][part], above, ROOT)
         return inode, name
@@ -318,7 +318,7 @@ class RecordingFilesystem(Filesystem):
             self._world.noticed(path)
 
 
-# A way to change the engine while it is recorded; gives what it then works through.
+# A way to change the engine while it is recorded; returns the file system that it then uses.
 Change = Callable[[], AbstractContextManager[type[RecordingFilesystem]]]
 
 
@@ -328,7 +328,7 @@ def unchanged() -> AbstractContextManager[type[RecordingFilesystem]]:
 
 
 class RecordingTable(FaultTable):
-    """The pipeline's operations, which tell a World of what they wrote."""
+    """The pipeline's operations, which report their writes to a World."""
 
     def __init__(self, world: World) -> None:
         super().__init__()

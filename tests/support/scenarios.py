@@ -1,12 +1,12 @@
-"""Scenarios: short lives of an engine whose every instant is worth a crash.
+"""Scenarios: short lives of an engine, of which every instant is tried as a crash.
 
-Theory of operation.  Each is a function that works an engine in a `World`, and says in notes what it was told:
+Theory of operation.  Each is a function that drives an engine in a `World` and notes what the engine reports:
 
 * ``began`` a save of a step with a payload; ``reported`` when its `result()` has returned,
-* ``listed`` when an open has said that a step is there, which is as good as a report,
-* ``rolling back`` to a step before it and ``rolled back`` after it.
+* ``listed`` when an open lists a step, which promises as much as a report,
+* ``rolling back`` to a step before the call and ``rolled back`` after it.
 
-A payload is a number from which all tensors' contents follow.
+A payload is a number that determines the contents of all tensors.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from engine.session.save import Save
 from engine.store.commit import publish, seal
 from engine.store.owner import Owner
 
-# The payload that `recover` saves; no scenario has so many.
+# The payload that `recover` saves; no scenario uses this number.
 _RECOVERY_PAYLOAD = 1 << 10
 
 _HANG_S = 60  # ends a test whose threads wait for each other; nothing here takes a second
@@ -59,7 +59,7 @@ class Training:
             tensor.copy_(torch.rand(tensor.shape, generator=generator))
 
     def content(self) -> bytes:
-        """What the tensors hold, in order of name."""
+        """The contents of the tensors, in order of name."""
         return b"".join(tensor.numpy().tobytes() for tensor in self._tensors.values())
 
 
@@ -71,13 +71,13 @@ def training() -> Training:
 
 @functools.cache
 def content(payload: int) -> bytes:
-    """What the tensors hold when they hold this payload."""
+    """The contents of the tensors with this payload."""
     training().fill(payload)
     return training().content()
 
 
 class Session:
-    """An open engine, and the notes of what it says."""
+    """An open engine, and the notes of its reports."""
 
     def __init__(self, world: World, eng: engine.Engine, payloads: Iterator[int]) -> None:
         self.world = world
@@ -103,7 +103,7 @@ class Session:
             self.end(self.begin(step))
 
     def attempt(self, step: int) -> None:
-        """A save that is refused something.  What it says of itself is what is promised."""
+        """A save of which one operation is refused.  Its own report is the promise."""
         begun = self.begin(step)
         if begun[0].exception(_HANG_S) is None:
             self.end(begun)
@@ -135,7 +135,7 @@ def retirement(world: World) -> None:
 
 
 def rollback(world: World) -> None:
-    """Training goes on from an earlier step, and comes past the later ones again."""
+    """Training continues from an earlier step, and passes the later ones again."""
     with session(world, keep=None, max_async=1) as it:
         it.save(1, 2, 3)
         world.note("rolling back", 1)
@@ -145,7 +145,7 @@ def rollback(world: World) -> None:
 
 
 def set_aside(world: World) -> None:
-    """The newest is damaged; a restore passes over it, and training comes past it again."""
+    """The newest is damaged; a restore passes over it, and training reaches it again."""
     with session(world, keep=2, max_async=1) as it:
         it.save(1, 2)
         world.damage(2)
@@ -173,7 +173,7 @@ def part_name(rank: int) -> str:
 
 
 def part_content(rank: int) -> bytes:
-    """What a writer's part holds: more than a sector, so that it can tear."""
+    """The content of a writer's part: more than a sector, so that it can tear."""
     return f"the part of rank {rank}\n".encode() * 30
 
 
@@ -283,7 +283,7 @@ def overlapping(first: int, second: int, operation: str, world: World) -> None:
 
 
 def failure(operation: str, suffix: str, world: World) -> None:
-    """A save that is refused one operation, and what comes after it."""
+    """A save of which one operation is refused, and a save after it."""
     with session(world, keep=1, max_async=1) as it:
         it.save(1, 2)
         with refusing(world, operation, suffix):
@@ -305,7 +305,7 @@ def retried(suffix: str, world: World) -> None:
 
 
 def failed_retirement(suffix: str, place: int, world: World) -> None:
-    """A save that is durable, but the retiring of the one before it is not, and what comes after that."""
+    """A durable save after which retiring the previous one fails, and a save after it."""
     with session(world, keep=1, max_async=1) as it:
         it.save(1)
         with refusing(world, "sync_directory", suffix, place):
@@ -328,7 +328,7 @@ def refusing(world: World, operation: str, suffix: str = "", place: int = 0) -> 
     log = logging.getLogger("engine")
     level = log.level
     world.hook = refuse
-    log.setLevel(logging.CRITICAL)  # what fails here is meant to
+    log.setLevel(logging.CRITICAL)  # failures here are intended
     try:
         yield
     finally:
@@ -338,7 +338,7 @@ def refusing(world: World, operation: str, suffix: str = "", place: int = 0) -> 
 
 
 def recover(world: World) -> None:
-    """Open what is there, hear which steps it has, and save one more."""
+    """Open the directory, list its steps, and save one more."""
     with session(world, payload=_RECOVERY_PAYLOAD, keep=1, max_async=1) as it:
         for step in it.engine.steps():
             with suppress(CorruptError):
@@ -356,7 +356,7 @@ _SUFFIXES = {"sync_directory": ".partial", "rename": "/step-00000003"}
 # The spare that step 3 takes its files from, where there were two saves before it.
 _SPARE = "/00000001"
 
-# What of a save can be refused, besides disk.FAILURES: a block, the manifest's fsync, and the fsyncs of C5 and C7.
+# Refusals of a save besides disk.FAILURES: a block, the manifest's fsync, and the fsyncs of C5 and C7.
 _REFUSALS = [
     *((operation, _SUFFIXES.get(operation, "")) for operation in FAILURES),
     ("write", ""),

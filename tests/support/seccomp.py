@@ -1,11 +1,11 @@
-"""Have the kernel refuse system calls to this process, as a container's seccomp profile does.
+"""Make the kernel refuse system calls of this process, as a container's seccomp profile does.
 
-Theory of operation.  A filter is a program of the classic Berkeley packet filter that looks at the number of each
-system call (seccomp(2), SECCOMP_SET_MODE_FILTER).  It can never be taken off again, so it belongs in a process of its
-own; threads that are started later have it too, those that run already do not.
+Theory of operation.  A filter is a program of the classic Berkeley packet filter that examines the number of each
+system call (seccomp(2), SECCOMP_SET_MODE_FILTER).  It cannot be removed, so it belongs in a process of its own.
+Threads that start later inherit it; running threads do not get it.
 
-`refuse` answers always the same.  `supervise` asks a function each time (seccomp_unotify(2)), so that a call may be
-refused once, late, or only in some state.
+`refuse` always gives the same answer.  `supervise` calls a function each time (seccomp_unotify(2)), so that a call can
+be refused once, late, or only in some state.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def refuse(error: int, numbers: tuple[int, ...] = IO_URING) -> None:
 
 
 def supervise(answer: Callable[[int, list[int]], int], numbers: tuple[int, ...] = IO_URING) -> None:
-    """Ask a function about each of these system calls, of this thread and of those that it starts from now on.
+    """Call a function for each of these system calls of this thread, and of threads that it starts from now on.
 
-    The function gets its number and arguments, in a thread of its own, and returns an errno, or 0 to let it go on.
+    The function gets its number and arguments, in a thread of its own, and returns an errno, or 0 to allow the call.
     """
     listening: SimpleQueue[int] = SimpleQueue()
     threading.Thread(target=_answer, args=(listening, answer), daemon=True).start()
@@ -66,7 +66,7 @@ def _answer(listening: SimpleQueue[int], answer: Callable[[int, list[int]], int]
 
 
 def _install(numbers: tuple[int, ...], verdict: int, flags: int) -> int:
-    """Load a filter for this thread.  Returns what seccomp(2) does."""
+    """Load a filter for this thread.  Returns the result of seccomp(2)."""
 
     def instruction(code: int, operand: int, if_true: int = 0, if_false: int = 0) -> bytes:
         return struct.pack("=HBBI", code, if_true, if_false, operand)

@@ -1,23 +1,22 @@
-"""A disk that can lose power: what it may hold after a crash, given what was asked of it.  Pure.
+"""A disk that can lose power: the states that it may have after a crash, given its operations.  Pure.
 
-Theory of operation.  A `Trace` is a disk as it durably was, and every operation on it since, in the order in which
-they were done.  `Trace.cut` stops the world after some of them and says what the disk then holds, which depends on
-how the operations fare that no fsync has covered:
+Theory of operation.  A `Trace` is a durable disk and the ordered operations on it since.  `Trace.cut` stops the world
+after some of them and returns the state of the disk, which depends on the fate of the operations that no fsync covers:
 
-* fsync of a file covers the file's bytes and length, as written before it; not the file's name.
-* fsync of a directory covers the names made, moved and removed in it before; not what they name.
+* fsync of a file covers the earlier bytes and length of the file, not its name.
+* fsync of a directory covers names that were made, moved and removed in it earlier, not the files that they name.
 * A rename is one unit, and is covered once both its directories have been synced.
-* A failed fsync covers nothing.  What was written to the file before it is never covered any more: the kernel may
-  have dropped the pages, and says at the next fsync that all is well (fsync(2), "Errors").
+* A failed fsync covers nothing.  Earlier writes to the file are never covered any more: the kernel may have dropped the
+  pages, and the next fsync succeeds (fsync(2), "Errors").
 
-An operation that is covered has happened.  Any other is kept, dropped or, if it is a write, torn: each of its sectors
-is kept, keeps its old content or, in the harsher mode, becomes garbage.  No choice limits another, but for one rule:
-an operation on a name is kept only if the name is there.  So nothing orders operations but fsync, which is less than
-any file system in use gives: what the engine survives here, it survives on those.
+A covered operation has happened.  Any other is kept, dropped or, if it is a write, torn: each of its sectors is kept,
+keeps its old content or, in the harsher mode, becomes garbage.  Fates are independent, with one exception: an operation
+on a name is kept only if the name exists.  So only fsync orders operations.  Every file system in use guarantees more,
+so an engine that survives here survives there.
 
-A stop between two operations is also a stop in the middle of the first, since what was asked of the disk but not
-done is not covered either.  `Trace.pending` lists what is not covered, and a `Fates` number chooses among what may
-become of it, so that a crash state has a number (`cases.Case`).
+A stop between two operations is also a stop in the middle of the first, because an unfinished operation is not covered.
+`Trace.pending` lists the operations that are not covered.  A `Fates` number chooses their fates, so that a crash state
+has a number (`cases.Case`).
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
-# What drives write as a whole at the very least; 4096 on many of them, so this tears more than they do.
+# The smallest unit that drives write as a whole.  Many write 4096, so this tears more than they do.
 SECTOR_BYTES = 512
 
 ROOT = 0  # the inode of the directory that is the world
@@ -86,14 +85,14 @@ class Truncate(NamedTuple):
 
 
 class Sync(NamedTuple):
-    """fsync(2) of a file or a directory, and what it returned."""
+    """fsync(2) of a file or a directory, and its result."""
 
     inode: int
     succeeded: bool
 
 
 class Rot(NamedTuple):
-    """The medium has changed by itself, in a file of a step's directory: nobody can keep or drop that."""
+    """The medium has changed by itself, in a file of a step's directory: always kept."""
 
     step: int
     directory: int
@@ -103,7 +102,7 @@ class Rot(NamedTuple):
 
 
 class Note(NamedTuple):
-    """Nothing that was asked of the disk, but something that was said: see `cases.Promise`."""
+    """A report of the engine, not an operation on the disk: see `cases.Promise`."""
 
     kind: str
     step: int
@@ -114,7 +113,7 @@ Operation = Create | Remove | Rename | Write | Extend | Truncate | Sync | Rot | 
 
 
 class Fate(Enum):
-    """What becomes of an operation that no fsync covers.  What cannot be torn is kept."""
+    """The fate of an operation that no fsync covers.  An operation that cannot be torn is kept."""
 
     KEPT = "kept"
     DROPPED = "dropped"
@@ -124,7 +123,7 @@ class Fate(Enum):
 
 @dataclass
 class Disk:
-    """Inodes and what they hold: bytes, or names of inodes."""
+    """Inodes and their contents: bytes, or names of inodes."""
 
     files: dict[int, bytes] = field(default_factory=dict)
     directories: dict[int, dict[str, int]] = field(default_factory=lambda: {ROOT: {}})
@@ -134,7 +133,7 @@ class Disk:
         return Disk(dict(self.files), {inode: dict(names) for inode, names in self.directories.items()})
 
     def walk(self, inode: int = ROOT, path: str = "") -> Iterator[tuple[str, int]]:
-        """Every path below a directory and its inode, directories before what is in them, in order of name."""
+        """Every path below a directory and its inode, directories before their entries, in order of name."""
         for name, entry in sorted(self.directories[inode].items()):
             yield path + name, entry
             if entry in self.directories:
@@ -151,7 +150,7 @@ class Disk:
         return inode
 
     def twice_named(self) -> list[str]:
-        """The paths of everything that lies under more than one."""
+        """The paths of all inodes with more than one."""
         paths: dict[int, list[str]] = {}
         for path, inode in self.walk():
             paths.setdefault(inode, []).append(path)
@@ -161,10 +160,10 @@ class Disk:
         """Do an operation.
 
         Args:
-            operation: what to do.
-            premise: do an operation on a name only if the name is there.
+            operation: the operation.
+            premise: do an operation on a name only if the name exists.
             sectors: the fate of each sector of a write, or None to keep all.
-            rng: where garbage comes from.
+            rng: the source of garbage.
         """
         if isinstance(operation, Create):
             self.directories[operation.directory][operation.name] = operation.inode
@@ -226,7 +225,7 @@ class Fates:
         self._fates = {index: self._choose(place) for place, index in enumerate(pending)}
 
     def __getitem__(self, index: int) -> Fate:
-        """The fate of the operation at this index of the trace; what is not pending is kept."""
+        """The fate of the operation at this index of the trace; an operation that is not pending is kept."""
         return self._fates.get(index, Fate.KEPT)
 
     def sectors(self, count: int) -> list[Fate]:
@@ -248,7 +247,7 @@ class Fates:
 
 
 class Trace:
-    """A disk, and what was asked of it.  Not changed once made."""
+    """A disk and the operations on it.  Immutable."""
 
     def __init__(self, disk: Disk, operations: Sequence[Operation]) -> None:
         self.disk = disk
@@ -260,7 +259,7 @@ class Trace:
         return [index for index in range(stop) if index in covered and covered[index] >= stop]
 
     def cut(self, stop: int, fates: Fates) -> Disk:
-        """What the disk holds when the power fails before the operation at `stop`."""
+        """The content of the disk if the power fails before the operation at `stop`."""
         disk = self.disk.copy()
         pending = set(self.pending(stop))
         for index, operation in enumerate(self.operations[:stop]):
@@ -281,7 +280,7 @@ class Trace:
         return disk
 
     def live(self, stop: int) -> Disk:
-        """What a process sees that looks before the operation at `stop`, or after a kill there."""
+        """The content that a process sees before the operation at `stop`, or after a kill there."""
         return self.cut(stop, Fates(0, self.pending(stop)))
 
     @functools.cached_property

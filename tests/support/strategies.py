@@ -1,7 +1,7 @@
-"""Hypothesis strategies for segment tables, the ways to cut them, and the manifests of that: for the pure modules.
+"""Hypothesis strategies for the pure modules: segment tables, ways to cut them, and their manifests.
 
-`nearly_valid` is what a hostile writer would store: a manifest as good as any, one field changed, and the digest right.
-`tagged` is the same for `engine.format.values`.  Both are used by tests and by the fuzz targets.
+`nearly_valid` is a manifest by a hostile writer: valid, with one field changed and the right digest.  `tagged` is the
+same for `engine.format.values`.  Tests and fuzz targets use both.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def specs(
 
 @st.composite
 def places(draw: st.DrawFn, layout: Layout) -> list[tuple[int, int]]:
-    """Where the segments lie: all in one arena (adopted), or each in a source of its own (wrapped)."""
+    """The locations of the segments: all in one arena (adopted), or each in a source of its own (wrapped)."""
     first = len(layout.files)
     if draw(st.booleans()):
         return [(first, segment.arena_offset) for segment in layout.segments]
@@ -75,7 +75,7 @@ def places(draw: st.DrawFn, layout: Layout) -> list[tuple[int, int]]:
 
 
 def plan_of(layout: Layout, where: Sequence[tuple[int, int]], block_bytes: int, chunk_bytes: int) -> Plan:
-    """The plan of segments that lie there."""
+    """The plan of segments at these locations."""
     return make_plan(layout, file_runs(layout, where), block_bytes, chunk_bytes)
 
 
@@ -83,7 +83,7 @@ def plan_of(layout: Layout, where: Sequence[tuple[int, int]], block_bytes: int, 
 def planned(
     draw: st.DrawFn, shapes: st.SearchStrategy[list[int]], max_count: int = 12
 ) -> tuple[Layout, list[tuple[int, int]], int, int]:
-    """The arguments of `plan_of`: a layout, its places, and sizes of blocks and chunks that cut it a few times."""
+    """The arguments of `plan_of`: a layout, its locations, and sizes of blocks and chunks that cut it a few times."""
     layout = lay_out(draw(specs(shapes, max_count)))
     # At most a few dozen pieces, however large the file: a plan has as many rows as blocks.
     least = align_up(max(file.nbytes for file in layout.files) // 16 + 1, ALIGNMENT)
@@ -92,7 +92,7 @@ def planned(
     return layout, draw(places(layout)), draw(sizes) * draw(multiples), draw(sizes) * draw(multiples)
 
 
-# What JSON holds and gives back as it was: `options` and `extra` are made of it.
+# Values that round trip through JSON: `options` and `extra` consist of them.
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 JSON_SCALARS = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | FLOATS
 JSON = st.recursive(
@@ -147,7 +147,7 @@ def sealed(body: bytes) -> bytes:
     return b'{"sha256":"%s","body":%s}\n' % (hashlib.sha256(body).hexdigest().encode(), body)
 
 
-# What a field may be told to hold: past every width of integer, and every way for a name to lead elsewhere.
+# Hostile values of a field: beyond every width of integer, and every way for a name to lead elsewhere.
 HOSTILE: st.SearchStrategy[Any] = st.sampled_from(
     [
         *(None, True, -1, 0, 1, 4095, 4096, 4097, 2**30, 2**31, 2**32, 2**53 + 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1),
@@ -182,7 +182,7 @@ def nearly_valid(draw: st.DrawFn, base: st.SearchStrategy[Manifest] | None = Non
 
 
 def change(draw: st.DrawFn, within: Any, key: Any) -> None:
-    """Change one value of a JSON tree in place: another value, a neighbour of it, gone, or there twice."""
+    """Change one value of a JSON tree in place: another value, a neighbouring one, removed or doubled."""
     value = within[key]
     kinds = ["hostile", "gone"]
     if type(value) is int:
@@ -222,6 +222,6 @@ def _tagged_around(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 
 def tagged() -> st.SearchStrategy[Any]:
-    """JSON that looks like what `engine.format.values.encode` makes, and often is."""
+    """JSON that resembles, and often is, a result of `engine.format.values.encode`."""
     leaves = JSON_SCALARS | st.sampled_from(TEXTS) | st.text(st.characters(exclude_categories=["Cs"]), max_size=4)
     return st.recursive(leaves, _tagged_around, max_leaves=12)

@@ -1,11 +1,11 @@
-"""SystemCalls: what `store.filesystem` asks of the kernel, recorded, and refused where told.
+"""SystemCalls: the system calls of `store.filesystem`, recorded, and refused on request.
 
-Theory of operation.  The module reaches the kernel through `os`, `fcntl.flock` and `allocate`, and no other module of
-the store does.  While a `SystemCalls` is installed it sees stand-ins that note each call and its path, refuse those
-that `refuse` has named, and otherwise do it, with one exception: an fsync that is not refused does nothing, since no
-test here cuts the power, and a sweep over thousands of refusals would wait for the disk most of its time.
+Theory of operation.  That module reaches the kernel through `os`, `fcntl.flock` and `allocate`, and no other module of
+the store does.  An installed `SystemCalls` replaces these with stand-ins.  A stand-in notes the call and its path,
+refuses it if `refuse` has named it, and otherwise does it.  One exception: an fsync that is not refused does nothing.
+No test here cuts the power, and a sweep over thousands of refusals would wait for the disk most of its time.
 
-A refused call has not happened, except for close(2): the kernel lets go of the descriptor whatever it returns.
+A refused call has not happened, except for close(2): the kernel closes the descriptor even if it returns an error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from unittest import mock
 
 from engine.io.binding import allocate
 
-# The calls that are refused, and what a StorageError calls them.
+# The calls that can be refused, and their names in a StorageError.
 _OPERATIONS = {
     "mkdir": "mkdir",
     "listdir": "readdir",
@@ -40,12 +40,12 @@ _OPERATIONS = {
     "close": "close",
 }
 
-# How a file is opened, and whether it is made: `Filesystem.is_ours_alone` opens to write what it does not make.
+# How a file is opened, and whether it is made: `Filesystem.is_ours_alone` opens an existing file to write.
 _ACCESS = os.O_ACCMODE | os.O_CREAT | os.O_TMPFILE
 
 
 class Call(NamedTuple):
-    """A call: what a StorageError would name it, and the path it is about.
+    """A call: its name in a StorageError, and its path.
 
     `is_probe`: it asks whether a file is ours alone, or writes a pid for people to read, and a refusal is no failure.
     `is_scratch`: it makes a file without a name, and no room for that is no failure either.

@@ -1,22 +1,22 @@
-"""The trainee: a training process that is there to be killed, and the server that forks one for each of its lives.
+"""The trainee: a training process to be killed, and the server that forks one for each of its lives.
 
     python tests/support/trainee.py        reads requests and writes answers, each a line of JSON
 
-Theory of operation.  A life opens an Engine, verifies every step that is there, restores the newest, trains on with a
-lazy save of every step, and is killed, or comes to its end.  What happens goes to a log, one append for each event,
-which a kill cannot take back: above all what `result()` has reported, only after it has returned.  `kills` reads it.
+Theory of operation.  A life opens an Engine, verifies every step, restores the newest, and trains on with a lazy save
+of every step until it is killed or reaches its end.  It logs events, one append each, which a kill cannot take back.
+It logs a report of `result()` only after that has returned.  `kills` reads the log.
 
-Where a life ends is in its `Life`.  "open" and "save" count the operations that the engine asks of its `Filesystem`
-while it opens, or on the thread that commits one save; number 2n ends it before operation n and 2n + 1 after it, and
-"before" a new file means with half of it written.  "write" ends it when that part of a save's bytes is written.
-These the process does itself, from within.  At "time", so many seconds after the fork, the server kills it.
+A `Life` says where a life ends.  "open" and "save" count the operations on the `Filesystem` during the open, or on the
+thread that commits one save.  Number 2n ends the life before operation n and 2n + 1 after it; "before" a new file
+means with half of it written.  "write" ends the life when a given part of a save's bytes is written.  In all these the
+process kills itself.  At "time" the server kills it, a number of seconds after the fork.
 
-So that these operations are the same each time, a life waits for its first saves one by one, which leaves spares that
-were whole checkpoints, and takes the next one.  With company, another save is in flight then, which waits before C1
-until the one that is counted has ended.
+So that the operations are the same each time, a life waits for its first saves one by one.  They leave spares that were
+whole checkpoints, and the next save takes one.  With company, another save is in flight then, and waits before C1 until
+the counted save has ended.
 
-Importing torch takes longer than a life, so the server has imported all of it that a training needs.  It has neither
-thread nor Engine when it forks, so what it forks is as good as a fresh process.
+Importing torch takes longer than a life, so the server imports everything that a training needs.  It has no threads and
+no Engine when it forks, so the fork is as good as a fresh process.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _HANG_S = 60.0
 
 @dataclass(frozen=True)
 class Life:
-    """What one process is to do.
+    """The task of one process.
 
     Attributes:
         directory: of the engine; empty for a training without one.
@@ -103,7 +103,7 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 class Training:
-    """A model whose every step depends on all that came before, dropout's random numbers and running means included."""
+    """A model whose every step depends on all earlier ones, dropout's random numbers and running means included."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -126,12 +126,12 @@ class Training:
         self._optimizer.step()
 
     def digest(self) -> str:
-        """What a checkpoint of this moment has to hold."""
+        """The required content of a checkpoint of this moment."""
         return digest(self.arena.state_dict())
 
 
 class _Thread(threading.local):
-    """How far the engine has come on this thread: in the opening, or in the save of a step."""
+    """The progress of the engine on this thread: in the opening, or in the save of a step."""
 
     step: int | None = None
     line = ""
@@ -139,7 +139,7 @@ class _Thread(threading.local):
 
 
 class DeadlyFilesystem(Filesystem):
-    """The real one, which logs what it is asked for, and ends the process where that is due."""
+    """The real one, which logs its operations, and ends the process at the chosen one."""
 
     def __init__(self, life: Life, log: Log) -> None:
         self._life = life
@@ -280,7 +280,7 @@ class _Trainee:
         self._saves: deque[tuple[engine.Save, str]] = deque()
 
     def live(self) -> None:
-        """From the opening to the end, if it comes to that."""
+        """From the opening to the end, unless it is killed."""
         life = self._life
         with engine.Engine(
             life.directory,
@@ -304,7 +304,7 @@ class _Trainee:
         self._log("closed")
 
     def _resume(self, eng: engine.Engine) -> int:
-        """Restore the newest step, if there is one; which step comes next."""
+        """Restore the newest step, if there is one; returns the next step."""
         if not eng.steps():
             return 1
         restored = eng.restore(self._training.arena)
@@ -370,14 +370,14 @@ def _fork(life: Life) -> int:
 
 
 def main() -> None:
-    """Fork a life for each request, see it to its end, and say how that came: -9 for a kill, after so many seconds.
+    """Fork a life for each request, wait for its end, and report its status (-9 for a kill) and its seconds.
 
-    One that hangs is killed as well, and told apart.
+    A life that hangs is killed as well, and reported as such.
     """
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", r"Retention\(.*keeps fewer")  # lives of one directory differ in `keep`
     warnings.filterwarnings("ignore", "the kernel did not register")  # an ordinary user's memlock limit
-    logging.getLogger("engine").addHandler(logging.StreamHandler())  # what the engine logs, the tests show
+    logging.getLogger("engine").addHandler(logging.StreamHandler())  # pytest shows the engine's log
     Training()  # torch imports a thousand modules late
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked safely"
     for request in sys.stdin:

@@ -1,6 +1,6 @@
-"""Small models and optimizers of every kind, trained for a few steps, and what can be read of them.
+"""Small models and optimizers of every kind, trained for a few steps, and their contents as bytes.
 
-Used by the tests of the arena; they train on one thread (`one_thread` of conftest), so that sums come out alike.
+The tests of the arena use them.  They train on one thread (`one_thread` of conftest), so that sums are reproducible.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Transformer(nn.Module):
 
 
 class OwnStep(torch.optim.Adam):
-    """An optimizer whose step expects no state before it."""
+    """An optimizer whose first step expects no state."""
 
     def step(self, closure: Any = None) -> Any:
         for param in self.param_groups[0]["params"]:
@@ -136,7 +136,7 @@ def read(arena: Arena, name: str) -> bytes:
 
 
 def assert_holds(arena: Arena) -> None:
-    """Every live tensor's bytes are what the engine would store under its name."""
+    """The bytes of every live tensor equal those that the engine would store under its name."""
     live = arena.state_dict()
     for segment in arena.segments:
         assert read(arena, segment.name) == bits(live[segment.name]), segment.name
@@ -148,7 +148,7 @@ def assert_inside(arena: Arena, tensor: Tensor) -> None:
 
 
 def copied(value: Any) -> Any:
-    """As if it had been to disk: equal, with no object shared."""
+    """As if read from disk: equal, with no object shared."""
     return copy.deepcopy(value)
 
 

@@ -1,17 +1,17 @@
-"""Volumes: real file systems for tests, on loop devices or in memory, mounted for as long as a test wants.
+"""Volumes: real file systems for tests, on loop devices or in memory, mounted while a test uses them.
 
-Theory of operation.  `volume` makes a directory of its own, with a sparse image file and a mount point in it, and takes
-it all away again at the end, whatever happened.  The image lies in memory where there is room for all of it, else under
-the system's temporary directory: it is the file system's code that is wanted, and a flush for every fsync on the disk
-below is not.  Mounting is root's: who is not root asks sudo, without a password if that works, and otherwise on the
-terminal.  The mounted root is the caller's.
+Theory of operation.  `volume` makes a directory with a sparse image file and a mount point, and removes both at the
+end, even after a failure.  The image is in memory if it fits there completely, else in the system's temporary
+directory: tests need the code of the file system, not a flush of the disk below for every fsync.  Mounting needs root.
+Other users run sudo, without a password if that works, and otherwise on the terminal.  The mounted root belongs to the
+caller.
 
-A run that is killed cannot clean up.  Every volume's directory is held by flock(2) while its maker lives, so the next
-run knows those that nobody holds, and removes them first.
+A killed run cannot clean up.  The maker of a volume holds a flock(2) on its directory while it lives, so the next run
+finds volumes without a holder, and removes them first.
 
-A killed process may hold its files a moment longer than its parent can see, because its io_uring is torn down in the
-background.  Unmounting that finds the volume busy is therefore done lazily: its name goes at once, and the kernel lets
-go of the image with the last file.
+A killed process may hold its files a moment longer than its parent can see, because the kernel tears down its io_uring
+in the background.  Unmounting a busy volume is therefore lazy: its name goes at once, and the kernel releases the
+image with the last file.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from pathlib import Path
 _PREFIX = "engine-volume-"
 _IMAGE, _MOUNT = "image", "mount"
 
-# What makes an empty file system in an image file, quietly.  ext4 as on a disk, however small the image: blocks of a
-# page, and none kept for root, so that root and others run out of space at the same byte.
+# Commands that make an empty file system in an image file, quietly.  ext4 has the settings of a disk in a small image
+# too: blocks of a page.  None are kept for root, so that root and others run out of space at the same byte.
 _MAKERS = {
     "ext4": ("mkfs.ext4", "-q", "-F", "-b", "4096", "-m", "0"),
     "xfs": ("mkfs.xfs", "-q", "-f"),
@@ -122,7 +122,7 @@ def _remove(base: Path) -> None:
             _run([*as_root(), "umount", str(mount)])
         except RuntimeError:
             _run([*as_root(), "umount", "--lazy", str(mount)])
-    # By name, not as a tree: what is still mounted must not be deleted.
+    # By name, not as a tree: a mounted file system must not be deleted.
     with suppress(FileNotFoundError):
         mount.rmdir()
     (base / _IMAGE).unlink(missing_ok=True)
@@ -131,7 +131,7 @@ def _remove(base: Path) -> None:
 
 @functools.cache
 def _remove_leftovers() -> None:
-    """Remove what killed runs have left; once in a process is enough."""
+    """Remove the volumes of killed runs, once per process."""
     for base in [found for place in (_MEMORY, tempfile.gettempdir()) for found in Path(place).glob(_PREFIX + "*")]:
         # Another user's, or gone in the meantime, or held by a run that lives.
         with suppress(PermissionError, FileNotFoundError, BlockingIOError):
@@ -145,7 +145,7 @@ def _remove_leftovers() -> None:
 
 @functools.cache
 def as_root() -> tuple[str, ...]:
-    """What to put before a command that only root may run."""
+    """The prefix of a command that only root may run."""
     if os.getuid() == 0:
         return ()
     quiet = subprocess.run(["sudo", "-n", "true"], capture_output=True, check=False)
