@@ -24,7 +24,9 @@ from unittest import mock
 
 import torch
 from disk import FAILURES
+from jobs import until
 from recorder import World
+from simulator import Sync
 from torch import nn
 
 import engine
@@ -252,16 +254,16 @@ def several_writers(world: World) -> None:
 
 
 class _Hold:
-    """Stops one save at one operation, the first time, and notices when another one has synced a file."""
+    """Stops one save at one operation, and the one after it before its manifest, so that traces are alike."""
 
     def __init__(self, step: int, operation: str, other: int) -> None:
         self._step, self._operation = f"step-{step:08d}.partial", operation
         self._other = f"step-{other:08d}.partial"
-        self.reached, self.released, self.other_syncs = threading.Event(), threading.Event(), threading.Event()
+        self.reached, self.released, self.ended = threading.Event(), threading.Event(), threading.Event()
 
     def __call__(self, operation: str, path: str) -> None:
-        if operation == "sync_file" and self._other in path:
-            self.other_syncs.set()
+        if operation == "write_new_file" and self._other in path:
+            assert self.ended.wait(_HANG_S), "a scenario forgot to release the later save"
         if operation == self._operation and self._step in path:
             self.reached.set()
             assert self.released.wait(_HANG_S), "a scenario forgot to release a save"
@@ -274,10 +276,14 @@ def overlapping(first: int, second: int, operation: str, world: World) -> None:
         world.hook = hold = _Hold(first, operation, second)
         held = it.begin(first)
         assert hold.reached.wait(_HANG_S), "the save never came so far"
+        count = len(world.operations)
         later = it.begin(second)
-        assert hold.other_syncs.wait(_HANG_S), "the later save never sealed"
+        until(
+            lambda: sum(isinstance(done, Sync) for done in world.operations[count:]) == 2
+        )  # both files: it has sealed
         hold.released.set()
         it.end(held)
+        hold.ended.set()
         it.end(later)
         it.save(5)
 
