@@ -11,9 +11,9 @@ thread that commits one save.  Number 2n ends the life before operation n and 2n
 means with half of it written.  "write" ends the life when a given part of a save's bytes is written.  In all these the
 process kills itself.  At "time" the server kills it, a number of seconds after the fork.
 
-So that the operations are the same each time, a life waits for its first saves one by one.  They leave spares that were
-whole checkpoints, and the next save takes one.  With company, another save is in flight then, and waits before C1 until
-the counted save has ended.
+So that the operations are the same each time, a life waits for its first saves one by one.  They leave spares that
+were whole checkpoints, and the next save takes one.  With company, the save of the next step is in flight then: the
+counted save commits once that one has come to C1 as well, where it waits until the counted save has ended.
 
 Importing torch takes longer than a life, so the server imports everything that a training needs.  It has no threads and
 no Engine when it forks, so the fork is as good as a fresh process.
@@ -147,10 +147,10 @@ class DeadlyFilesystem(Filesystem):
         self._thread = _Thread()
         self._target: int | None = None
         self._waiting: int | None = None
-        self._released = threading.Event()
+        self._arrived, self._released = threading.Event(), threading.Event()
 
     def aim(self, step: int, waiting: int | None) -> None:
-        """From now on: which save is counted, and which one waits for it."""
+        """From now on: the step of the counted save, and that of the one in its company."""
         self._target, self._waiting = step, waiting
 
     def release(self) -> None:
@@ -215,7 +215,10 @@ class DeadlyFilesystem(Filesystem):
             thread.step, thread.count = int(name.removeprefix("step-").removesuffix(".partial")), 0
         thread.line = line = (_line_of_save if is_worker() else _line_of_open)(operation, name, thread.line)
         if line == "C1" and thread.step is not None and thread.step == self._waiting:
+            self._arrived.set()
             assert self._released.wait(_HANG_S), "nobody released the save that waits"
+        if line == "C1" and thread.step == self._target and self._waiting is not None:
+            assert self._arrived.wait(_HANG_S), "the company never came"
         number, thread.count = 2 * thread.count, thread.count + 1
         fields = {"line": line, "operation": operation, "path": name, "step": thread.step, "number": number}
         if self._is_here(number):
@@ -295,10 +298,15 @@ class _Trainee:
                 self._log("loaded", step=step, digest=digest(eng.load(step)))
             first = self._resume(eng)
             unsettled = first + life.settled_count
-            target = unsettled + life.company
-            self._filesystem.aim(target, unsettled if life.company else None)
+            self._filesystem.aim(unsettled, unsettled + 1 if life.company else None)
             for step in range(first, first + life.step_count):
-                self._step(eng, step, wait=step < unsettled, is_target=step == target)
+                self._step(eng, step, wait=step < unsettled)
+                if step == unsettled:
+                    self._target = self._saves[-1][0]
+                if step == unsettled + life.company:
+                    self._attend(self._target)
+                while self._saves and self._saves[0][0].done():
+                    self._report()
             while self._saves:
                 self._report()
         self._log("closed")
@@ -313,20 +321,22 @@ class _Trainee:
         self._log("restored", step=restored.step, digest=self._training.digest(), passed_over=passed_over)
         return restored.step + 1
 
-    def _step(self, eng: engine.Engine, step: int, wait: bool, is_target: bool) -> None:
+    def _step(self, eng: engine.Engine, step: int, wait: bool) -> None:
         self._training.step(step)
         state = self._training.digest()
         self._log("began", step=step)
         save = eng.checkpoint(self._training.arena, step, extra={"rng": torch.get_rng_state()})
         self._saves.append((save, state))
-        if is_target and self._life.where == "write":
-            self._die_writing(save)
-        if wait or (is_target and self._life.where == "save"):
+        if wait:
             save.result(_HANG_S)
-        if is_target:
-            self._filesystem.release()
-        while self._saves and self._saves[0][0].done():
-            self._report()
+
+    def _attend(self, target: engine.Save) -> None:
+        """See the counted save to where its life ends, if it ends there, and let its company go on."""
+        if self._life.where == "write":
+            self._die_writing(target)
+        if self._life.where == "save":
+            target.result(_HANG_S)
+        self._filesystem.release()
 
     def _report(self) -> None:
         """Say that the oldest save is durable, once it is."""
