@@ -269,7 +269,10 @@ _REMEDIES = {
     errno.EAGAIN: "raise the limit on threads (ulimit -u, or pids.max of the cgroup)",
     errno.EINVAL: "use a kernel of 5.6 or later, or keep checkpoints on another file system",
 }
-_MEMLOCK = "raise it (ulimit -l, LimitMEMLOCK= in systemd, --ulimit memlock=-1 in docker) or lower staging_bytes"
+_MEMLOCK = "raise it (ulimit -l, LimitMEMLOCK= in systemd, --ulimit memlock=-1 in docker)"
+
+# Below this a suggestion of smaller slots would be slower than slots that are not pinned: blocks under 256 KiB.
+_MEMLOCK_BYTES_MIN = 2 << 20
 
 
 def _explain_open(error: OpenError, staging_bytes: int) -> PlatformError:
@@ -323,7 +326,15 @@ def _explain_buffers(error: int, staging_bytes: int) -> tuple[str, str] | None:
     if error != errno.ENOMEM or limit is None:  # without a limit it is memory that is short
         return None
     cause = f"RLIMIT_MEMLOCK is {limit}, and {staging_bytes} bytes of staging slots are to be pinned"
-    return f"{cause}, beside what this user has pinned already", _MEMLOCK
+    return f"{cause}, beside what this user has pinned already", _MEMLOCK + _smaller_slots(limit)
+
+
+def _smaller_slots(limit: int) -> str:
+    """Sizes of staging and blocks that a limit on locked memory allows; a quarter of it is left for the rest."""
+    if limit < _MEMLOCK_BYTES_MIN:
+        return ""
+    block_bytes = limit // 8 // ALIGNMENT * ALIGNMENT
+    return f", or use staging_bytes={6 * block_bytes} with block_bytes={block_bytes}"
 
 
 def _explain_files(error: int, _staging_bytes: int) -> tuple[str, str] | None:

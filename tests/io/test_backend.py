@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -178,7 +179,28 @@ def test_little_locked_memory_leaves_a_plain_ring() -> None:
         used, count, warning = on_a_host(Path(directory), change)
     assert (used, count) == ("io_uring_plain", "1")
     assert "RLIMIT_MEMLOCK is 8388608, and 268435456 bytes of staging slots are to be pinned" in warning
-    assert "ulimit -l" in warning and "staging_bytes" in warning
+    assert "ulimit -l" in warning
+    advised = re.search(r"use (staging_bytes=\d+) with (block_bytes=\d+)", warning)
+    assert advised is not None
+    with tempfile.TemporaryDirectory() as directory:
+        script = f"""
+            import os, resource, sys
+            import engine.engine
+            directory = sys.argv[1]
+            def unprivileged():
+                if os.geteuid() == 0:
+                    os.chmod(directory, 0o777)
+                    os.setgroups([])
+                    os.setgid(65534)
+                    os.setuid(65534)
+            {change}
+            with engine.engine.Engine(directory + "/run", {advised[1]}, {advised[2]}) as eng:
+                print(eng.backend)
+        """
+        command = [sys.executable, "-W", "error", "-c", textwrap.dedent(script), directory]
+        assert subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout == "io_uring\n", (
+            "the remedy"
+        )
 
 
 def test_few_descriptors_leave_a_plain_ring(tmp_path: Path) -> None:
