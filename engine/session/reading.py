@@ -7,6 +7,7 @@ they lend them, so each says that in `_lend`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from engine.session.restore import RestoreInfo, Tensors, load, restore
@@ -54,6 +55,10 @@ class Reading(ABC):
         Raises as `info`.
         """
         return decode(self._lend().reader.manifest(step).extra)
+
+    def metrics(self, step: int | None = None) -> Mapping[str, float | None]:
+        """The metrics that a checkpoint was saved with; a value that was not finite is None.  Raises as `info`."""
+        return self.info(step).metrics
 
     def restore(self, arena: Arena, step: int | None = None, *, select: Select = None) -> RestoreInfo:
         """Fill an arena from a checkpoint.  Blocks until every byte has been read and verified.

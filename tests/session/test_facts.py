@@ -28,6 +28,7 @@ def test_metrics_tag_and_files_are_read_back(tmp_path: Path) -> None:
             held, step=1, metrics=metrics, tag="before the drop", files={"config.json": b"{}"}
         ).result()
         assert saved == eng.info(1) == engine.open(tmp_path).info()
+        assert eng.metrics() == engine.open(tmp_path).metrics(1) == saved.metrics
         assert saved.metrics == {"loss": 2.5, "bad": None, "epoch": 3} and saved.tag == "before the drop"
         assert (Path(saved.path) / "config.json").read_bytes() == b"{}"
         assert eng.verify() == ()
