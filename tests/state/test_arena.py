@@ -259,6 +259,10 @@ def test_tensors_moved_by_share_memory_are_brought_back() -> None:
     assert_holds(arena)
 
 
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+
+
+@pytest.mark.skipif(TORCH < (2, 6), reason="torch 2.6 is the first whose optimizers take named parameters")
 @pytest.mark.parametrize("optimizer_name", ["adam", "sgd-momentum"])
 def test_an_optimizer_of_named_parameters(optimizer_name: str) -> None:
     plain = build("mlp", optimizer_name)
