@@ -32,7 +32,7 @@ demo: setup ## Train a small GPT, kill it, resume it, compare the weights
 
 test: lint types pytest ## Lint, check types, run the tests
 
-lint: setup ## Check style and formatting
+lint: setup lint-c ## Check style, formatting and imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache

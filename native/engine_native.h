@@ -32,23 +32,23 @@ enum {
      * table is registered when the ring is opened and counts against RLIMIT_NOFILE, so it stays at 512. */
     ENG_JOB_PLACES = 8,
     ENG_NO_PLACE = -1,
-    ENG_DIMS_MAX = 8         /* dimensions of a strided source, after merging those that continue each other */
+    ENG_DIMS_MAX = 8 /* dimensions of a strided source, after merging those that continue each other */
 };
 
 /* Ways of moving blocks.  Each is wholly what it says, or eng_open fails: a lower one is the caller's to choose. */
 enum {
     ENG_RING_REGISTERED = 0, /* io_uring, slots and files registered with it */
-    ENG_RING_PLAIN = 1,      /* io_uring, nothing registered */
-    ENG_THREADS = 2          /* pread(2) and pwrite(2) on threads of the pipeline */
+    ENG_RING_PLAIN = 1, /* io_uring, nothing registered */
+    ENG_THREADS = 2 /* pread(2) and pwrite(2) on threads of the pipeline */
 };
 
 /* What eng_open was refused. */
 enum {
     ENG_REFUSED_NOTHING = 0,
     ENG_REFUSED_RESOURCES = 1, /* the slots' memory, the eventfd, a thread */
-    ENG_REFUSED_RING = 2,      /* io_uring_setup(2) */
-    ENG_REFUSED_BUFFERS = 3,   /* io_uring_register(2) of the slots */
-    ENG_REFUSED_FILES = 4      /* io_uring_register(2) of a table of files */
+    ENG_REFUSED_RING = 2, /* io_uring_setup(2) */
+    ENG_REFUSED_BUFFERS = 3, /* io_uring_register(2) of the slots */
+    ENG_REFUSED_FILES = 4 /* io_uring_register(2) of a table of files */
 };
 
 /* Directions of a job. */
@@ -64,12 +64,12 @@ enum { ENG_URGENT = 1, ENG_ALL_STAGED = 2, ENG_DONE = 4 };
 /* Kinds of failure. */
 enum {
     ENG_NO_FAILURE = 0,
-    ENG_IO_FAILURE = 1,      /* the kernel refused a read or write: `error` is the errno */
-    ENG_SHORT_FAILURE = 2,   /* a read or write moved nothing, or too little to go on: the file ends early */
-    ENG_CHECKSUM_FAILURE = 3,/* a block read is not the block that was written */
-    ENG_TORN_FAILURE = 4,    /* a source changed while it was being staged */
+    ENG_IO_FAILURE = 1, /* the kernel refused a read or write: `error` is the errno */
+    ENG_SHORT_FAILURE = 2, /* a read or write moved nothing, or too little to go on: the file ends early */
+    ENG_CHECKSUM_FAILURE = 3, /* a block read is not the block that was written */
+    ENG_TORN_FAILURE = 4, /* a source changed while it was being staged */
     ENG_INVALID_FAILURE = 5, /* the job contradicts itself */
-    ENG_ABORTED_FAILURE = 6  /* eng_abort was called: `error` is what it was given */
+    ENG_ABORTED_FAILURE = 6 /* eng_abort was called: `error` is what it was given */
 };
 
 /* Where bytes come from or go to.  ndim 0: plain memory.  Otherwise a strided tensor, which is serialised in
@@ -109,43 +109,43 @@ typedef struct {
 typedef struct {
     /* Set by the caller before eng_submit. */
     uint32_t direction;
-    uint32_t checked;         /* hash every source again once all is staged, and fail if one changed */
+    uint32_t checked; /* hash every source again once all is staged, and fail if one changed */
     uint32_t source_count;
     uint32_t extent_count;
     uint32_t block_count;
-    uint32_t urgent_count;    /* the first so many of `order` are staged before ENG_URGENT */
+    uint32_t urgent_count; /* the first so many of `order` are staged before ENG_URGENT */
     uint32_t file_count;
     uint32_t reserved;
     const eng_source *sources;
     const eng_extent *extents;
     const eng_block *blocks;
-    const uint32_t *order;    /* block indices in the order to work through them */
-    eng_hash *checksums;      /* one a block: result of a write, expectation of a read */
-    uint8_t *states;          /* one a block, all ENG_PENDING at first; may be read at any time */
+    const uint32_t *order; /* block indices in the order to work through them */
+    eng_hash *checksums; /* one a block: result of a write, expectation of a read */
+    uint8_t *states; /* one a block, all ENG_PENDING at first; may be read at any time */
 
     /* Set by the pipeline.  Stable once ENG_DONE is reached, save for `milestones` itself. */
     uint32_t milestones;
     uint32_t failure;
     int32_t error;
     uint32_t failed_block;
-    uint64_t submitted_ns;    /* CLOCK_MONOTONIC, as Python's time.monotonic_ns() */
+    uint64_t submitted_ns; /* CLOCK_MONOTONIC, as Python's time.monotonic_ns() */
     uint64_t staged_ns;
     uint64_t done_ns;
-    uint64_t copying_ns;      /* time spent copying between sources and slots; of a write, with the checksums */
-    uint64_t hashing_ns;      /* time spent on the checksums of a read */
-    uint64_t io_bytes;        /* bytes that completions reported */
-    uint64_t skipped_bytes;   /* bytes not written because the file holds them already; whole blocks with padding */
-    uint32_t retry_count;     /* short, interrupted or refused operations that were tried again */
+    uint64_t copying_ns; /* time spent copying between sources and slots; of a write, with the checksums */
+    uint64_t hashing_ns; /* time spent on the checksums of a read */
+    uint64_t io_bytes; /* bytes that completions reported */
+    uint64_t skipped_bytes; /* bytes not written because the file holds them already; whole blocks with padding */
+    uint32_t retry_count; /* short, interrupted or refused operations that were tried again */
     uint32_t reserved_end;
 } eng_job;
 
 /* The seam for faults and simulation: every read and write goes through this table, whose functions are called
  * on the pipeline's thread only. */
 typedef struct {
-    uint32_t slot;            /* comes back in the completion; at most one operation a slot is under way */
+    uint32_t slot; /* comes back in the completion; at most one operation a slot is under way */
     uint32_t direction;
     int32_t fd;
-    int32_t place;            /* of the file, as given to set_files, or ENG_NO_PLACE */
+    int32_t place; /* of the file, as given to set_files, or ENG_NO_PLACE */
     uint32_t nbytes;
     uint64_t file_offset;
     uint8_t *address;
@@ -153,14 +153,14 @@ typedef struct {
 
 typedef struct {
     uint32_t slot;
-    int32_t result;           /* bytes moved, or a negative errno */
+    int32_t result; /* bytes moved, or a negative errno */
 } eng_completion;
 
 typedef struct {
     void *context;
     /* Put `count` files into the places from `first` on; -1 takes a file out again.  May be NULL. */
     int (*set_files)(void *context, uint32_t first, const int32_t *fds, uint32_t count);
-    int (*start)(void *context, const eng_io *io);                  /* queue one operation */
+    int (*start)(void *context, const eng_io *io); /* queue one operation */
     /* Hand over what is queued; with wait, block until something completes or the pipeline is woken.  Returns
      * how many completions were stored, or a negative errno. */
     int (*reap)(void *context, eng_completion *completions, uint32_t capacity, uint32_t wait);
@@ -168,10 +168,10 @@ typedef struct {
 
 typedef struct {
     uint32_t slot_count;
-    uint32_t slot_bytes;      /* a multiple of ENG_ALIGNMENT */
+    uint32_t slot_bytes; /* a multiple of ENG_ALIGNMENT */
     uint32_t way;
-    uint32_t refused;         /* set by eng_open when it fails */
-    const eng_io_table *io;   /* NULL: as `way` says */
+    uint32_t refused; /* set by eng_open when it fails */
+    const eng_io_table *io; /* NULL: as `way` says */
 } eng_config;
 
 typedef struct eng_pipeline eng_pipeline;
@@ -192,12 +192,12 @@ void eng_free(eng_pipeline **pipeline);
  * there was no room for timeout_ns, -ECANCELED if the job was aborted before, or -ESHUTDOWN. */
 int eng_submit(eng_pipeline *pipeline, eng_job *job, uint64_t timeout_ns);
 
-
 /* Give a job its `file_count` files.  A write may be told what they hold already: `known` has one hash a block, good
  * where `is_known` is not 0.  A block whose hash equals the known one is ENG_WRITTEN without I/O, and counted in
  * skipped_bytes.  Both may be NULL.  All three arrays are the job's until ENG_DONE.  Returns 0, -ESRCH if the job has
  * ended, or -ESHUTDOWN. */
-int eng_attach(eng_pipeline *pipeline, eng_job *job, const int32_t *fds, const eng_hash *known, const uint8_t *is_known);
+int eng_attach(eng_pipeline *pipeline, eng_job *job, const int32_t *fds, const eng_hash *known,
+               const uint8_t *is_known);
 
 /* Fail a job: what is in flight is drained, and then it is done.  One that was never submitted is done at once, and is
  * not taken any more; one that is done stays as it is. */

@@ -12,11 +12,11 @@
 
 /* Copy `count` elements between a strided row and packed bytes.  A size known to the compiler makes the copy of
  * one element one move. */
-#define COPY_ROW(size)                                                              \
-    for (uint64_t i = 0; i < count; i++, row += step, packed += (size))              \
-        if (scatter)                                                                \
-            memcpy(row, packed, (size));                                            \
-        else                                                                        \
+#define COPY_ROW(size)                                                  \
+    for (uint64_t i = 0; i < count; i++, row += step, packed += (size)) \
+        if (scatter)                                                    \
+            memcpy(row, packed, (size));                                \
+        else                                                            \
             memcpy(packed, row, (size))
 
 static void copy_row(uint8_t *row, int64_t step, uint8_t *packed, uint64_t count, uint32_t itemsize, int scatter)
