@@ -13,6 +13,7 @@ import threading
 from typing import Any
 
 from engine.engine import Engine
+from engine.errors import BusyError
 from engine.session.restore import RestoreInfo
 from engine.session.save import Save
 from engine.session.select import Select
@@ -20,7 +21,8 @@ from engine.state.arena import Arena
 from engine.store.directory import path_of
 
 _engines: dict[str, Engine] = {}
-_mutex = threading.Lock()
+_opening: set[str] = set()
+_mutex = threading.RLock()  # reentrant, for a signal handler that saves
 
 
 def checkpoint(arena: Arena, directory: str | os.PathLike[str], step: int | None = None, **options: Any) -> Save:
@@ -40,7 +42,15 @@ def _engine(directory: str | os.PathLike[str]) -> Engine:
     with _mutex:
         found = _engines.get(key)
         if found is None or not found.is_open:
-            found = _engines[key] = Engine(directory)
+            if key in _opening:  # by this very thread: a signal handler has interrupted it
+                raise BusyError(
+                    f"the Engine of {key} is being opened by the code that this interrupted; call again later"
+                )
+            _opening.add(key)
+            try:
+                found = _engines[key] = Engine(directory)
+            finally:
+                _opening.discard(key)
         return found
 
 
@@ -48,7 +58,8 @@ def _start_afresh_in_child() -> None:
     global _mutex
     _forgotten.append(dict(_engines))  # not collected: that would close the parent's
     _engines.clear()
-    _mutex = threading.Lock()
+    _mutex = threading.RLock()
+    _opening.clear()
 
 
 # The parent's Engines, in a child.

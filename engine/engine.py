@@ -31,7 +31,7 @@ from engine.session.checkpoint import Checkpointer, OnBusy, Request, Snapshot
 from engine.session.in_flight import InFlight
 from engine.session.reading import Lent, Reading
 from engine.session.save import Save
-from engine.session.workers import Workers, is_worker
+from engine.session.workers import Workers
 from engine.state.arena import Arena
 from engine.store.directory import path_of
 from engine.store.filesystem import Filesystem
@@ -84,13 +84,14 @@ class Engine(Reading):
             self._store = Store(path_of(directory), options, retention, filesystem or Filesystem())
             undo.callback(self._store.close)
             self._workers = _start_workers(options.max_async)
-            undo.pop_all()
-        self._lent = Lent(self._store.reader, self._store.verifier)
-        self._in_flight = InFlight(options.max_async)
-        self._checkpointer = Checkpointer(self._store, options, self._in_flight, self._workers)
-        self._closing = False
-        # For an Engine that is never closed: at its collection, or at exit.  In a forked child it does nothing.
-        self._closer = weakref.finalize(self, _shut_down, self._in_flight, self._workers, self._store)
+            undo.callback(self._workers.close)
+            self._lent = Lent(self._store.reader, self._store.verifier)
+            self._in_flight = InFlight(options.max_async)
+            self._checkpointer = Checkpointer(self._store, options, self._in_flight, self._workers)
+            self._closing = False
+            # For an Engine that is never closed: at its collection, or at exit.  In a forked child it does nothing.
+            self._closer = weakref.finalize(self, _shut_down, self._in_flight, self._workers, self._store)
+            undo.pop_all()  # last: Ctrl-C before it gives everything back
 
     # -- saving -----------------------------------------------------------------------------------------------
 
@@ -130,6 +131,7 @@ class Engine(Reading):
 
         Raises:
             ArenaError: a tensor of the arena cannot be stored, or a restore of it has failed half-way.
+            UsageError: a signal handler calls it that interrupts it.
             ArgumentError, ExtraError, StepError, BusyError, ClosedError: see the messages.
         """
         self._check_usable()
@@ -142,6 +144,8 @@ class Engine(Reading):
         A failed save raises from its own `result()`, not here.
         """
         self._check_usable()
+        if self._workers.is_current():
+            raise UsageError("wait() would wait for the very thread that calls it; call it from another")
         return self._in_flight.wait(timeout)
 
     def rollback(self, step: int) -> list[int]:
@@ -193,7 +197,7 @@ class Engine(Reading):
 
         May be called again: after Ctrl-C in the middle of it, that goes on where it was.
         """
-        if is_worker():
+        if self._workers.is_current():
             raise UsageError("close() would wait for the very thread that calls it; call it from another")
         self._closing = True
         _shut_down(self._in_flight, self._workers, self._store)
@@ -225,7 +229,7 @@ def _shut_down(in_flight: InFlight, workers: Workers, store: Store) -> None:
     """Drain and give back, in the order of use.  Each part may be done already."""
     if store.pipeline.is_forked:
         return
-    if is_worker():  # the collector ran there, and a thread cannot wait for itself
+    if workers.is_current():  # the collector ran there, and a thread cannot wait for itself
         threading.Thread(target=_shut_down, args=(in_flight, workers, store)).start()
         return
     in_flight.close()

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Real
 from typing import Any, Literal
 
-from engine.errors import ArenaError, ArgumentError, BusyError, StepError, warn
+from engine.errors import ArenaError, ArgumentError, BusyError, StepError, UsageError, warn
 from engine.format.checks import is_user_name
 from engine.format.layout import Layout
 from engine.format.manifest import STEP_MAX
@@ -70,11 +72,13 @@ class Request:
         if self.snapshot is not None:
             check_choice("snapshot", self.snapshot, Snapshot)
         check_choice("on_busy", self.on_busy, OnBusy)
-        for name, value in self.metrics.items():
-            if not isinstance(name, str) or isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ArgumentError(f"metrics has {name!r}: {value!r}; it must map names to numbers: pass .item()")
-        if self.tag is not None and (not isinstance(self.tag, str) or not self.tag.isprintable()):
-            raise ArgumentError(f"tag is {self.tag!r}; it must be printable text, or None")
+        object.__setattr__(self, "metrics", _plain_metrics(self.metrics))
+        if self.tag is not None:
+            if not isinstance(self.tag, str) or not self.tag.isprintable():
+                raise ArgumentError(f"tag is {self.tag!r}; it must be printable text, or None")
+            object.__setattr__(self, "tag", str.__str__(self.tag))  # of a subclass the plain text
+        if not isinstance(self.files, Mapping):
+            raise ArgumentError(f"files is {self.files!r}; it must map names to bytes")
         for name, content in self.files.items():
             if not isinstance(name, str) or not is_user_name(name) or not isinstance(content, bytes):
                 raise ArgumentError(
@@ -85,6 +89,26 @@ class Request:
     def is_lazy(self, arena: Arena) -> bool:
         """Whether the call returns while staging goes on."""
         return self.snapshot == "lazy" or (self.snapshot != "eager" and arena.fenced)
+
+
+def _plain_metrics(metrics: object) -> dict[str, float]:
+    """Metrics as plain floats by plain names: numpy's numbers are numbers, too."""
+    if not isinstance(metrics, Mapping):
+        raise ArgumentError(f"metrics is {metrics!r}; it must map names to numbers")
+    plain = {}
+    for name, value in metrics.items():
+        if (
+            not isinstance(name, str)
+            or not name.isprintable()
+            or isinstance(value, bool)
+            or not isinstance(value, Real)
+        ):
+            raise ArgumentError(f"metrics has {name!r}: {value!r}; it must map names to numbers: pass .item()")
+        try:
+            plain[str.__str__(name)] = float(value)
+        except OverflowError:
+            raise ArgumentError(f"metrics has {name!r}, an integer that no float can hold") from None
+    return plain
 
 
 @dataclass(slots=True)
@@ -105,10 +129,24 @@ class Checkpointer:
         self._options = options
         self._in_flight = in_flight
         self._workers = workers
+        self._inside: set[int] = set()  # the threads that are in `begin`
         self._packs: weakref.WeakKeyDictionary[Arena, _Packs] = weakref.WeakKeyDictionary()
 
     def begin(self, arena: Arena, request: Request) -> Save:
         """A save of the arena, in flight.  Blocks as `Engine.checkpoint` says, and raises likewise."""
+        me = threading.get_ident()
+        if me in self._inside:
+            raise UsageError(
+                "checkpoint() was called by a signal handler that interrupts checkpoint(), and would wait for it; set "
+                "a flag in the handler, and save after the step"
+            )
+        self._inside.add(me)
+        try:
+            return self._begin(arena, request)
+        finally:
+            self._inside.discard(me)
+
+    def _begin(self, arena: Arena, request: Request) -> Save:
         began_ns = time.monotonic_ns()
         if arena.torn:
             raise ArenaError("a restore of this arena failed half-way; restore it whole before saving it")
@@ -122,7 +160,7 @@ class Checkpointer:
             arena.refresh()
             content = self._gather(arena, request)
             write = writer.prepare(self._take_step(permit, request.step), content, request.snapshot == "checked")
-            save = Save(write.step, write)
+            save = Save(write.step, write, self._workers.is_current)
             arena.hold(save.wait_staged)
             writer.start(write)
             self._workers.submit(partial(_finish, self._in_flight, permit, self._store, write, save))
@@ -203,7 +241,8 @@ class Checkpointer:
             if write is not None:
                 error = writer.abandon(write)
                 if save is not None:
-                    save.set_exception(error)
+                    save.end(None, error)
+                    save.resolve()
         finally:
             self._in_flight.withdraw(permit)
 
@@ -221,13 +260,17 @@ def _finish(in_flight: InFlight, permit: Permit, store: Store, write: Write, sav
     except BaseException as error:  # whatever it is belongs to the Future, not to this thread
         with suppress(Exception):  # handlers are the user's, and may raise
             _log.error("the save of step %d failed: %s", save.step, error)
-        in_flight.withdraw(permit)  # before the Future resolves, so that its waiter finds the permit free
-        save.set_exception(error)
+        in_flight.free(permit)  # before the save has ended, so that its waiter finds the permit free
+        save.end(None, error)
+        in_flight.withdraw(permit)
+        save.resolve()
         return
     with suppress(Exception):
         _retire(store)
-    in_flight.withdraw(permit)
-    save.set_result(info)
+    in_flight.free(permit)
+    save.end(info, None)
+    in_flight.withdraw(permit)  # now the next step may become visible
+    save.resolve()
 
 
 def _retire(store: Store) -> None:

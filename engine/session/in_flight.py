@@ -42,6 +42,7 @@ class InFlight:
     def __init__(self, count_max: int) -> None:
         self._count_max = count_max
         self._permits: set[Permit] = set()
+        self._ending: set[Permit] = set()  # freed, and their saves not known to have ended
         # A lock and no Condition: entering and leaving a lock are one call into C each (see `gate`).
         self._lock = threading.RLock()
         self._closed = False
@@ -109,17 +110,25 @@ class InFlight:
         for earlier in self._before(permit):
             earlier.ended.wait()
 
+    def free(self, permit: Permit) -> None:
+        """Make room for another save: this one is about to end."""
+        with self._lock:
+            if permit in self._permits:
+                self._ending.add(permit)
+                self._permits.discard(permit)
+
     def withdraw(self, permit: Permit) -> None:
-        """Give a permit back, if it is held."""
+        """Give a permit back, if it is held: its save has ended."""
         with self._lock:
             self._permits.discard(permit)
+            self._ending.discard(permit)
         permit.ended.open()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until every save that is in flight now has ended; False if `timeout` seconds passed first."""
         end = None if timeout is None else time.monotonic() + timeout
         with self._lock:
-            permits = list(self._permits)
+            permits = [*self._permits, *self._ending]
         return all(p.ended.wait(None if end is None else max(0.0, end - time.monotonic())) for p in permits)
 
     def while_idle(self, action: Callable[[], T]) -> T:
@@ -143,7 +152,8 @@ class InFlight:
 
     def _before(self, permit: Permit) -> list[Permit]:
         with self._lock:
-            return [other for other in self._permits if _order(other) < _order(permit)]
+            every = (*self._permits, *self._ending)
+            return [other for other in every if _order(other) < _order(permit)]
 
 
 def _order(permit: Permit) -> float:

@@ -7,7 +7,7 @@ taken of it until a whole restore succeeds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -46,6 +46,7 @@ def restore(reader: Reader, arena: Arena, step: int | None, select: Select) -> R
     def fill(checkpoint: Checkpoint) -> RestoreInfo:
         manifest = checkpoint.manifest
         extra, options = decode(manifest.extra), _options(manifest)
+        _refuse_shards(manifest, manifest.segments)
         targets = _match(arena, manifest, selection)
         if selection.is_all:
             arena.check_options(options)
@@ -75,13 +76,11 @@ def load(reader: Reader, step: int | None, select: Select) -> Tensors:
         }
         aliases = {alias: name for alias, name in manifest.aliases.items() if selection.has_alias(alias)}
         needed = set(aliases.values())
-        stored: Tensors = {}
-        targets: list[Target] = []
-        for record in manifest.segments:
-            if record.name not in absent and (record.name in needed or selection.has(record)):
-                stored[record.name] = make_tensor(record)
-                targets.append(Target(record, len(targets), 0))
-        tensors = list(stored.values())
+        wanted = [r for r in manifest.segments if r.name not in absent and (r.name in needed or selection.has(r))]
+        _refuse_shards(manifest, wanted)
+        targets = [Target(record, index, 0) for index, record in enumerate(wanted)]
+        tensors = [make_tensor(record) for record in wanted]
+        stored = {record.name: tensor for record, tensor in zip(wanted, tensors, strict=True)}
         sources = pack_sources([Source(tensor.data_ptr(), tensor.element_size()) for tensor in tensors])
         reader.read(checkpoint, targets, sources, tensors, whole=selection.is_all)
         names = {target.record.name for target in targets if selection.has(target.record)}
@@ -107,6 +106,15 @@ def _options(manifest: Manifest) -> dict[str, Any]:
             "load() reads their tensors"
         )
     return decode_options(manifest.optimizers[""]) if "" in manifest.optimizers else {}
+
+
+def _refuse_shards(manifest: Manifest, records: Sequence[SegmentRecord]) -> None:
+    """Refuse parts of tensors: the format has them, and nothing here puts them together yet."""
+    shards = sorted({record.name for record in records if record.global_shape})
+    if shards:
+        raise MismatchError(
+            f"step {manifest.step} holds {', '.join(shards[:4])} in shards, which this engine cannot join"
+        )
 
 
 def _info(checkpoint: Checkpoint, extra: Any, nbytes: int) -> RestoreInfo:

@@ -76,6 +76,7 @@ class _Pipelines:
 
     def __init__(self, options: Options) -> None:
         self._options = options
+        self._pid = os.getpid()
         self._mutex = threading.Lock()
         self._pipeline: Pipeline | None = None
 
@@ -88,9 +89,11 @@ class _Pipelines:
 
     def close(self) -> None:
         """Stop the pipeline's thread, in the process that started it."""
+        if os.getpid() != self._pid:
+            return  # a forked child: the mutex may have been held at the fork
         with self._mutex:
             pipeline, self._pipeline = self._pipeline, None
-        if pipeline is not None and not pipeline.is_forked:
+        if pipeline is not None:
             pipeline.close()
 
 

@@ -10,12 +10,13 @@ So a Save waits at a `Gate`, and keeps its outcome itself as well.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from typing import NoReturn
 
-from engine.errors import BusyError
+from engine.errors import BusyError, UsageError
 from engine.format.plan import Plan
 from engine.io.job import Milestone
 from engine.session.gate import Gate
@@ -48,13 +49,14 @@ class Save(Future[CheckpointInfo]):
         step, checkpoint_id: which checkpoint this is.
     """
 
-    def __init__(self, step: int, write: Write | None) -> None:
+    def __init__(self, step: int, write: Write | None, is_commit_thread: Callable[[], bool] = lambda: False) -> None:
         """Not for callers: `Engine.checkpoint` makes Saves."""
         super().__init__()
         self.set_running_or_notify_cancel()
         self.step = step
         self.checkpoint_id = "" if write is None else write.checkpoint_id
         self._write = write
+        self._is_commit_thread = is_commit_thread
         self._ended = Gate()
         self._info: CheckpointInfo | None = None
         self._failure: BaseException | None = None
@@ -66,7 +68,8 @@ class Save(Future[CheckpointInfo]):
     def refused(cls, step: int, error: BusyError) -> Save:
         """A save that was never begun."""
         save = cls(step, None)
-        save.set_exception(error)
+        save.end(None, error)
+        save.resolve()
         return save
 
     def wait_staged(self, timeout: float | None = None) -> bool:
@@ -143,6 +146,7 @@ class Save(Future[CheckpointInfo]):
         Raises:
             TimeoutError: `timeout` seconds passed first.
             ForkedError: in a forked child, to which no result ever comes.
+            UsageError: in a done callback of the same Engine, for a save that has not ended.
             EngineError: the save has failed.
         """
         self._await_end(timeout)
@@ -159,17 +163,17 @@ class Save(Future[CheckpointInfo]):
         self._await_end(timeout)
         return self._failure
 
-    def set_result(self, result: CheckpointInfo) -> None:
-        """Called by the commit thread."""
-        self._info, self._durable_ns = result, time.monotonic_ns() - self._began_ns
-        self._ended.open()  # before the Future's callbacks, which may ask for the result
-        super().set_result(result)
-
-    def set_exception(self, exception: BaseException | None) -> None:
-        """Called by the thread that ends the save."""
-        self._failure = exception
+    def end(self, info: CheckpointInfo | None, failure: BaseException | None) -> None:
+        """Let `result()` return or raise.  Called by the thread that ends the save."""
+        self._info, self._failure, self._durable_ns = info, failure, time.monotonic_ns() - self._began_ns
         self._ended.open()
-        super().set_exception(exception)
+
+    def resolve(self) -> None:
+        """Run the Future's callbacks, once the save has ended.  Called by the same thread."""
+        if self._failure is not None:
+            self.set_exception(self._failure)
+        elif self._info is not None:
+            self.set_result(self._info)
 
     def mark_held(self, began_ns: int) -> None:
         """Called once, as `checkpoint()` returns: it began then, on the clock of time.monotonic_ns()."""
@@ -178,6 +182,11 @@ class Save(Future[CheckpointInfo]):
     def _await_end(self, timeout: float | None) -> None:
         if not self._ended.is_open and self._write is not None:
             self._write.pipeline.check_owner()
+            if self._is_commit_thread():
+                raise UsageError(
+                    "a done callback runs on the thread that commits saves, and would wait for itself; wait in another "
+                    "thread"
+                )
         if not self._ended.wait(timeout):
             raise FutureTimeoutError
 

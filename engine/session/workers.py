@@ -5,6 +5,9 @@ purpose: Ctrl-C may strike inside any Python code that the caller's thread runs,
 locks in Python that an interrupt leaves taken for ever.  Here the caller's side is one `SimpleQueue.put`, which is
 one call into C.
 
+A thread's end is waited for at a `Gate`, not with `Thread.join`: Ctrl-C inside that marks a thread as stopped that
+still runs (CPython 3.11), and the next `join` returns at once.
+
 The threads are daemons, so that a process is not kept alive by an engine that nobody has closed; the engine's
 finalizer drains them at exit, while Python still runs.  Called by `engine`.
 """
@@ -15,19 +18,16 @@ import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 
+from engine.session.gate import Gate
+
 Call = Callable[[], None]
 
 
 class _Local(threading.local):
-    is_worker = False
+    calls: SimpleQueue[Call | None] | None = None
 
 
 _local = _Local()
-
-
-def is_worker() -> bool:
-    """Whether this is a commit thread, of whichever engine."""
-    return _local.is_worker
 
 
 class Workers:
@@ -39,30 +39,39 @@ class Workers:
 
     def __init__(self, count: int) -> None:
         self._calls: SimpleQueue[Call | None] = SimpleQueue()
-        self._threads: list[threading.Thread] = []
+        self._threads: list[tuple[threading.Thread, Gate]] = []
         try:
             for index in range(count):
-                thread = threading.Thread(target=_work, args=(self._calls,), daemon=True, name=f"engine-commit-{index}")
+                ended, name = Gate(), f"engine-commit-{index}"
+                thread = threading.Thread(target=_work, args=(self._calls, ended), daemon=True, name=name)
+                self._threads.append((thread, ended))  # before it starts: Ctrl-C may come at any line
                 thread.start()
-                self._threads.append(thread)
         except BaseException:
             self.close()
             raise
+
+    def is_current(self) -> bool:
+        """Whether this thread is one of these."""
+        return _local.calls is self._calls
 
     def submit(self, call: Call) -> None:
         """Have a call run.  Returns at once."""
         self._calls.put(call)
 
     def close(self) -> None:
-        """Run all that has been submitted, and end the threads.  Blocks.  May be called again."""
+        """Run all that has been submitted, and end the threads.  Blocks.  May be called again, also after Ctrl-C."""
         for _ in self._threads:
             self._calls.put(None)
-        for thread in self._threads:
-            thread.join()
+        for thread, ended in self._threads:
+            if thread.ident is not None:  # else it was never started
+                ended.wait()
 
 
-def _work(calls: SimpleQueue[Call | None]) -> None:
-    _local.is_worker = True
-    for call in iter(calls.get, None):
-        call()
-        del call  # or the last save would live on until the next one
+def _work(calls: SimpleQueue[Call | None], ended: Gate) -> None:
+    _local.calls = calls
+    try:
+        for call in iter(calls.get, None):
+            call()
+            del call  # or the last save would live on until the next one
+    finally:
+        ended.open()

@@ -99,6 +99,9 @@ class ReadAccess(Protocol):
     def path(self, step: int) -> str:
         """Where a committed step lies."""
 
+    def distrust(self, step: int) -> None:
+        """A step was found damaged: no save may rely on the content of its files."""
+
     def opened(self, step: int) -> AbstractContextManager[Opened]:
         """Open a committed step for as long as it is read.
 

@@ -29,16 +29,26 @@ from __future__ import annotations
 import errno
 import functools
 import itertools
+import logging
 import os
 import re
 import stat
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from engine.errors import CheckpointError, CorruptError, NoSpaceError, StepError, StorageError, warn
+from engine.errors import (
+    CheckpointError,
+    ClosedError,
+    CorruptError,
+    NoSpaceError,
+    NotFoundError,
+    StepError,
+    StorageError,
+    warn,
+)
 from engine.format.manifest import MANIFEST_NAME, Manifest
 from engine.store.directory import PRIVATE_NAME, Directory, OpenedStep, committed_steps, step_name
 from engine.store.filesystem import Filesystem
@@ -52,7 +62,9 @@ from engine.store.retention import (
     encode_rule,
     to_retire,
 )
-from engine.store.spares import Spares, passing_over
+from engine.store.spares import Spares, Stamp, passing_over
+
+_log = logging.getLogger("engine")
 
 # ASCII: a regular expression takes the digits of other scripts for digits too.
 _PARTIAL_NAME = re.compile(r"step-\d{8,19}(?:\.\d+)?\.partial", re.ASCII)
@@ -116,6 +128,7 @@ class Catalog(Directory):
         self._pins: set[tuple[int, object]] = set()  # one for each reader
         self._load_facts = facts or self._read_facts
         self._facts: dict[int, StepFacts] = {}
+        self._untold: set[int] = set()  # steps whose facts could not be read, and were warned of
         self._make_directories()
         self._closing = threading.RLock()  # a signal handler may close in the middle of close
         self._lock: int | None = take_lock(filesystem, self._private, self.root)
@@ -210,7 +223,8 @@ class Catalog(Directory):
         Raises:
             StorageError: it was removed (ENOENT) or replaced (ESTALE).
         """
-        assert self._lock is not None
+        if self._lock is None:
+            raise ClosedError(f"{self.root} has been given back; open a new Engine")
         path = os.path.join(self._private, "lock")
         if not self.filesystem.is_at(self._lock, path):
             raise StorageError(errno.ESTALE, "stat", path)
@@ -237,8 +251,19 @@ class Catalog(Directory):
             spare = self._spares.take(step) if self._sound else None
         if spare is None:
             return Begun(partial, None, frozenset())
-        recycled = self._spares.manifest_of(spare)
-        return Begun(partial, recycled, self._spares.move_files(spare, partial, names))
+        recycled, stamps = self._spares.known(spare)
+        reused = self._spares.move_files(spare, partial, names)
+        return Begun(partial, recycled if self._spares.are_sealed(partial, reused, stamps) else None, reused)
+
+    def vouch(self, step: int, stamps: Mapping[str, Stamp]) -> None:
+        """This process has sealed and published a step, whose files had these stamps then."""
+        with self._mutex:
+            self._spares.vouch(step, stamps)
+
+    def distrust(self, step: int) -> None:
+        """A step was found damaged: no save may rely on the content of its files."""
+        with self._mutex:
+            self._spares.distrust(step)
 
     def publish(self, step: int) -> str:
         """The commit point: rename to `step-N`, and make that durable."""
@@ -258,7 +283,10 @@ class Catalog(Directory):
                     self.filesystem.rename(self.path(step), self.partial_path(step))
                 raise
             self._steps = tuple(sorted([*self._steps, step]))
-            self._end(step)
+            try:
+                self._end(step)
+            except Exception as error:  # the step is committed, and must not be reported as failed
+                _log.warning("what is left of a spare could not be deleted: %s", error)
         return self.path(step)
 
     def discard(self, step: int) -> None:
@@ -291,13 +319,16 @@ class Catalog(Directory):
 
         Raises:
             NotFoundError: this step is not committed.
-            StepError: a later one is being read.
+            StepError: a later one is being read, or has a tag.
         """
         with self._mutex, self.pinned(step):
             later = [s for s in reversed(self._steps) if s > step]
             read = sorted(self._read_steps().intersection(later))
             if read:
                 raise StepError(f"steps {read} are being read; wait for that before rolling back")
+            tagged = [s for s in reversed(later) if (facts := self._facts_of(s)) is not None and facts.tag is not None]
+            if tagged:
+                raise StepError(f"steps {tagged} have a tag; delete(step) each of them, or roll back to {tagged[-1]}")
             self._retire(later, demanded=True)
             if self._sound:
                 self._spares.trim(self._spare_max)
@@ -347,6 +378,11 @@ class Catalog(Directory):
             if self._lock is not None:
                 self.filesystem.close(self._lock)
                 self._lock = None
+
+    def close_in_child(self) -> None:
+        """Close a forked child's copy of the lock, whatever the parent's threads were doing at the fork."""
+        self._closing = threading.RLock()
+        self.close()
 
     # -- how: opening -----------------------------------------------------------------------------------------
 
@@ -483,14 +519,18 @@ class Catalog(Directory):
         return self._facts[step]
 
     def _read_facts(self, step: int) -> StepFacts | None:
-        """What a step's manifest says of tag and metrics: nothing where it is damaged, None where it cannot be read."""
+        """What a step's manifest says of tag and metrics; None where that cannot be read, and one warning."""
         try:
             with super().opened(step) as opened:
                 found = opened.summary()
-        except CheckpointError:
+        except NotFoundError:  # it was deleted by hand
             return StepFacts(step)
-        except StorageError as error:
-            warn(f"step {step} is kept, since its tag and metrics cannot be read: {error}")
+        except (CheckpointError, StorageError) as error:
+            if step not in self._untold:
+                self._untold.add(step)
+                warn(
+                    f"step {step} is kept, since its tag and metrics cannot be read: {error}; delete({step}) deletes it"
+                )
             return None
         return StepFacts(step, found.tag, {name: x for name, x in found.metrics.items() if x is not None})
 
@@ -539,7 +579,7 @@ _open_catalogs: weakref.WeakSet[Catalog] = weakref.WeakSet()
 def _close_all_in_child() -> None:
     """A forked child shares the lock's open file, and would hold the lock after its parent has died."""
     for catalog in tuple(_open_catalogs):
-        catalog.close()
+        catalog.close_in_child()
 
 
 os.register_at_fork(after_in_child=_close_all_in_child)

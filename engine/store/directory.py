@@ -14,6 +14,7 @@ Called by `catalog`, which is the write side, and by readers.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -155,6 +156,9 @@ class Directory:
         """Where a committed step lies."""
         return os.path.join(self.root, step_name(step))
 
+    def distrust(self, step: int) -> None:
+        """A reader relies on nothing but what it has verified."""
+
     @contextmanager
     def opened(self, step: int) -> Iterator[OpenedStep]:
         """Open a committed step for as long as it is read.
@@ -166,7 +170,12 @@ class Directory:
         path = self.path(step)
         if not self.filesystem.is_directory(path):
             raise self._not_found(step, self._list_steps())
-        descriptor = self.filesystem.open_directory(path)
+        try:
+            descriptor = self.filesystem.open_directory(path)
+        except StorageError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            raise self._not_found(step, self._list_steps()) from None  # it was retired just now
         opened = OpenedStep(self.filesystem, step, path, descriptor)
         try:
             yield opened

@@ -21,6 +21,7 @@ from engine.store.catalog import Catalog
 from engine.store.commit import WrittenFile, publish, seal
 from engine.store.filesystem import Filesystem
 from engine.store.retention import Retention
+from engine.store.spares import Stamp
 
 
 class Owner(Catalog):
@@ -48,7 +49,12 @@ class Owner(Catalog):
 
     def publish_save(self, step: int, manifest: bytes | bytearray) -> str:
         """Make a sealed save visible, durably; close its files, and return its path."""
+        files = self.files(step)
+        stamps = {
+            os.path.basename(f.path): Stamp.of(self.filesystem.descriptor_status(f.descriptor, f.path)) for f in files
+        }
         path = publish(self, step, manifest)
+        self.vouch(step, stamps)
         self._close_files(step)
         return path
 

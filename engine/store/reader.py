@@ -92,6 +92,8 @@ class Reader:
                     raise
                 # else it was retired since it was listed: a save in flight has committed a newer one
             except (CorruptError, StorageError) as error:
+                if is_damage(error):
+                    self._directory.distrust(candidate)
                 if step is not None:
                     raise
                 demand_damage(error)
@@ -286,9 +288,14 @@ def _is_touched(chunk: ChunkRecord, runs: Extents) -> bool:
     return first < len(runs) and runs.file_offsets[first] < chunk.offset + chunk.nbytes
 
 
+def is_damage(error: Exception) -> bool:
+    """Whether an error says that a checkpoint is damaged, and not that it could not be read."""
+    return isinstance(error, CorruptError) or getattr(error, "errno", None) in MEDIA_ERRORS
+
+
 def demand_damage(error: Exception) -> None:
     """Raise an error that says nothing of the checkpoint: a refusal for want of descriptors, memory or permission."""
-    if not isinstance(error, CorruptError) and getattr(error, "errno", None) not in MEDIA_ERRORS:
+    if not is_damage(error):
         raise error
 
 

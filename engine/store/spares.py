@@ -4,8 +4,9 @@ Theory of operation.  `.engine/spare/` holds directories K, numbered in the orde
 oldest: its wanted files are moved into the save's partial directory, one rename each, and its others are deleted.  The
 empty directory stays until the save has ended, so that the moves can be made durable by its fsync.
 
-Nothing is trusted that a spare's manifest says, with one exception: a spare that this process moved here from a
-committed step, and that no save has taken since.  Any other may have been overwritten before a power cut, which then
+Nothing is trusted that a spare's manifest says, with one exception: a spare whose files this process sealed itself, if
+each still has the inode, length and time of change that it had then, and if no reader has found the step damaged.  Any
+other may have been overwritten before a power cut, which then
 brought the file back here (docs/durability.md, I13).
 
 What may not be moved or deleted (immutable, another user's, a mount point) is passed over, told of once, and no
@@ -19,8 +20,9 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from engine.errors import CheckpointError, StorageError, warn
 from engine.format.manifest import MANIFEST_NAME, Manifest
@@ -35,6 +37,19 @@ _SPARE_NAME = re.compile(r"\d{8,19}", re.ASCII)
 _NOT_OURS = (errno.EPERM, errno.EACCES, errno.EBUSY)
 
 
+class Stamp(NamedTuple):
+    """What changes when a file is written, cut or replaced: inode, length, and time of change of its bytes."""
+
+    inode: int
+    nbytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Stamp:
+        """The stamp of a file of this status."""
+        return cls(status.st_ino, status.st_size, status.st_mtime_ns)
+
+
 class Spares:
     """The spares of one run.
 
@@ -47,7 +62,8 @@ class Spares:
         self.path = path
         self._filesystem = filesystem
         self._taken: dict[int, str] = {}  # by step in flight, the spare that its files came from
-        self._known: dict[str, int] = {}  # those moved here from a committed step by this process, and its number
+        self._sealed: dict[int, Mapping[str, Stamp]] = {}  # by committed step, its files as this process sealed them
+        self._known: dict[str, tuple[int, Mapping[str, Stamp]]] = {}  # the same by spare, once it is moved here
         self._stuck: set[str] = set()  # paths that could not be moved or deleted
 
     def names(self) -> list[str]:
@@ -82,10 +98,23 @@ class Spares:
                 raise
             self._delete_checkpoint(path)
             return
-        if step is None:
-            self._known.pop(name, None)
-        else:
-            self._known[name] = step
+        self._known.pop(name, None)  # its number may be given again
+        if step is not None and step in self._sealed:
+            self._known[name] = step, self._sealed.pop(step)
+
+    def are_sealed(self, directory: str, names: Collection[str], stamps: Mapping[str, Stamp]) -> bool:
+        """Whether these files still have their stamps."""
+        statuses = {name: self._filesystem.status(os.path.join(directory, name)) for name in names}
+        return all(status is not None and stamps.get(n) == Stamp.of(status) for n, status in statuses.items())
+
+    def vouch(self, step: int, stamps: Mapping[str, Stamp]) -> None:
+        """A step was committed by this process, with these files."""
+        self._sealed[step] = stamps
+
+    def distrust(self, step: int) -> None:
+        """A step was found damaged: what its manifest says of its files is not believed any more."""
+        self._sealed.pop(step, None)
+        self._known = {name: known for name, known in self._known.items() if known[0] != step}
 
     def _delete_checkpoint(self, path: str) -> None:
         """Delete a directory, the manifest durably first: without it nobody takes the rest for a checkpoint."""
@@ -109,19 +138,19 @@ class Spares:
         name = self._taken.get(step)
         return None if name is None else os.path.join(self.path, name)
 
-    def manifest_of(self, spare: str) -> Manifest | None:
-        """What the files of a spare hold that was just taken, or None where that is not certain."""
-        step = self._known.pop(os.path.basename(spare), None)
+    def known(self, spare: str) -> tuple[Manifest | None, Mapping[str, Stamp]]:
+        """What the files of a spare held that was just taken, and their stamps; nothing where that is uncertain."""
+        step, stamps = self._known.pop(os.path.basename(spare), (None, {}))
         if step is None:
-            return None
+            return None, {}
         try:
             descriptor = self._filesystem.open_directory(spare)
         except StorageError:
-            return None
+            return None, {}
         try:
-            return OpenedStep(self._filesystem, step, spare, descriptor).manifest()[0]
+            return OpenedStep(self._filesystem, step, spare, descriptor).manifest()[0], stamps
         except (CheckpointError, StorageError):
-            return None
+            return None, {}
         finally:
             self._filesystem.close(descriptor)
 
@@ -170,7 +199,7 @@ class Spares:
         empty = [n for n in names if not self._filesystem.list_directory(os.path.join(self.path, n))]
         full = [name for name in names if name not in empty]
         for name in [*empty, *full[: max(0, len(full) - count)]]:
-            self._known.pop(name, None)  # its number may be given again
+            self._known.pop(name, None)
             self.pass_over(os.path.join(self.path, name), self.remove)
 
     def delete_newest(self) -> None:

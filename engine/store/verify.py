@@ -59,6 +59,8 @@ class Verifier:
             try:
                 with self._directory.opened(candidate) as opened:
                     damage = self._verify(opened)
+                    if damage:
+                        self._directory.distrust(candidate)
                     if damage and not opened.is_in_place():
                         raise CorruptError(damage[0].reason)  # which `opened` makes a RetiredError of
                     return damage

@@ -46,6 +46,7 @@ from engine.format.plan import ALIGNMENT
 from engine.store.catalog import Catalog, step_name
 from engine.store.filesystem import Filesystem
 from engine.store.retention import KEEP_ALL, Retention, StepFacts
+from engine.store.spares import Stamp
 
 DATA_NAME = "model.safetensors"
 SPARE = Path(".engine", "spare")
@@ -89,7 +90,7 @@ def filesystem() -> Recorded:
 
 @pytest.fixture
 def catalog(tmp_path: Path, filesystem: Recorded) -> Iterator[Catalog]:
-    opened = Catalog(str(tmp_path), filesystem, spare_max=2)
+    opened = Catalog(str(tmp_path), filesystem, spare_max=2, facts=StepFacts)
     yield opened
     opened.close()
 
@@ -286,7 +287,7 @@ def test_nothing_is_moved_in_a_directory_that_replaced_ours(tmp_path: Path, move
     with ExitStack() as opened:
 
         def open_and_save() -> Catalog:
-            catalog = Catalog(str(root), Filesystem(), spare_max=1)
+            catalog = Catalog(str(root), Filesystem(), spare_max=1, facts=StepFacts)
             opened.callback(catalog.close)
             save(catalog, 1)
             save(catalog, 2)
@@ -309,7 +310,7 @@ def test_nothing_is_moved_in_a_directory_that_replaced_ours(tmp_path: Path, move
 
 def test_a_directory_is_made_with_its_parents(tmp_path: Path, filesystem: Recorded) -> None:
     root = tmp_path / "runs" / "exp1"
-    with_parents = Catalog(str(root), filesystem, spare_max=1)
+    with_parents = Catalog(str(root), filesystem, spare_max=1, facts=StepFacts)
     assert with_parents.steps() == []
     assert (root / SPARE).is_dir()
     for made in (root.parent, root, root / ".engine", root / SPARE):
@@ -339,7 +340,7 @@ def test_steps_are_listed_by_number_not_by_time(catalog: Catalog, tmp_path: Path
         save(catalog, step)
     assert catalog.steps() == [3, 20, 100_000_000]
     catalog.close()
-    again = Catalog(str(tmp_path), Filesystem(), spare_max=2)
+    again = Catalog(str(tmp_path), Filesystem(), spare_max=2, facts=StepFacts)
     assert again.steps() == [3, 20, 100_000_000]
     again.close()
 
@@ -395,7 +396,7 @@ def test_spares_beyond_max_async_are_deleted(catalog: Catalog, tmp_path: Path, c
     assert kept == inodes[:-1][-2:], "the newest two"
     # They are also kept across an open.
     catalog.close()
-    again = Catalog(str(tmp_path), Filesystem(), spare_max=1)
+    again = Catalog(str(tmp_path), Filesystem(), spare_max=1, facts=StepFacts)
     assert [os.stat(tmp_path / SPARE / name / DATA_NAME).st_ino for name in spares(tmp_path)] == kept[-1:]
     again.close()
 
@@ -570,7 +571,7 @@ def test_a_spare_manifest_is_trusted_if_this_process_retired_the_step(
     assert begun.recycled == stored[0] and begun.reused == {DATA_NAME}
     catalog.discard(4)
     catalog.close()
-    with_spare = Catalog(str(tmp_path), Filesystem(), spare_max=2)
+    with_spare = Catalog(str(tmp_path), Filesystem(), spare_max=2, facts=StepFacts)
     begun = with_spare.begin(4, [DATA_NAME])
     assert begun.recycled is None and begun.reused == {DATA_NAME}
     with_spare.close()
@@ -643,7 +644,9 @@ class Stubborn(Filesystem):
 
 @pytest.mark.parametrize("error", [errno.EPERM, errno.EACCES, errno.EBUSY], ids=errno.errorcode.__getitem__)
 def test_a_step_that_cannot_be_retired_is_passed_over_with_one_warning(tmp_path: Path, error: int) -> None:
-    catalog = Catalog(str(tmp_path), Stubborn(step_name(1), error), spare_max=1, retention=Retention(last=2))
+    catalog = Catalog(
+        str(tmp_path), Stubborn(step_name(1), error), spare_max=1, retention=Retention(last=2), facts=StepFacts
+    )
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         for step in range(8):
@@ -654,14 +657,16 @@ def test_a_step_that_cannot_be_retired_is_passed_over_with_one_warning(tmp_path:
     with pytest.raises(StorageError):  # asked for by name it is an error
         catalog.delete(1)
     catalog.close()
-    again = Catalog(str(tmp_path), Filesystem(), spare_max=1)
+    again = Catalog(str(tmp_path), Filesystem(), spare_max=1, facts=StepFacts)
     again.retire()
     assert again.steps() == [6, 7]
     again.close()
 
 
 def test_saves_go_on_beside_a_file_that_cannot_be_moved_or_deleted(tmp_path: Path) -> None:
-    catalog = Catalog(str(tmp_path), Stubborn("stuck", errno.EPERM), spare_max=1, retention=Retention(last=1))
+    catalog = Catalog(
+        str(tmp_path), Stubborn("stuck", errno.EPERM), spare_max=1, retention=Retention(last=1), facts=StepFacts
+    )
     save(catalog, 0)
     Path(catalog.path(0), "stuck").touch()
     with pytest.warns(EngineWarning, match="stays, and is not used") as told:
@@ -672,27 +677,27 @@ def test_saves_go_on_beside_a_file_that_cannot_be_moved_or_deleted(tmp_path: Pat
     assert len(told) == 1 and len(set(inodes[1:])) == 2, "the others are recycled all the same"
     catalog.close()
     with pytest.warns(EngineWarning, match="is passed over"):
-        again = Catalog(str(tmp_path), Stubborn("stuck", errno.EPERM), spare_max=1)
+        again = Catalog(str(tmp_path), Stubborn("stuck", errno.EPERM), spare_max=1, facts=StepFacts)
     assert again.steps() == [5]
     again.close()
 
 
 def test_a_directory_that_cannot_be_renamed_to_spare_is_deleted(tmp_path: Path) -> None:
     """As for a directory in the lower layer of an overlay."""
-    before = Catalog(str(tmp_path), Filesystem(), spare_max=1, retention=Retention(last=2))
+    before = Catalog(str(tmp_path), Filesystem(), spare_max=1, retention=Retention(last=2), facts=StepFacts)
     save(before, 1)
     save(before, 2)
     fill(begin(before, 9, [DATA_NAME]), b"9")
     before.close()
     filesystem = Stubborn(step_name(1), errno.EXDEV)
-    catalog = Catalog(str(tmp_path), filesystem, spare_max=1)
+    catalog = Catalog(str(tmp_path), filesystem, spare_max=1, facts=StepFacts)
     save(catalog, 3)
     catalog.retire()
     assert catalog.steps() == [2, 3] and names(tmp_path) == [step_name(2), step_name(3)]
     catalog.close()
     (tmp_path / f"{step_name(4)}.partial").mkdir()
     filesystem.name = f"{step_name(4)}.partial"
-    Catalog(str(tmp_path), filesystem, spare_max=1).close()
+    Catalog(str(tmp_path), filesystem, spare_max=1, facts=StepFacts).close()
     assert names(tmp_path) == [step_name(2), step_name(3)]
 
 
@@ -703,7 +708,7 @@ def reopened(root: Path, retention: Retention | None = None) -> tuple[Retention,
     """The rule in effect after an open, the warnings, and the steps after one more save."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        catalog = Catalog(str(root), Filesystem(), spare_max=1, retention=retention)
+        catalog = Catalog(str(root), Filesystem(), spare_max=1, retention=retention, facts=StepFacts)
         save(catalog, max(catalog.steps(), default=0) + 1)
         catalog.retire()
     rule, steps = catalog.retention, catalog.steps()
@@ -752,7 +757,7 @@ def test_a_rule_that_cannot_be_stored_is_kept_in_memory(tmp_path: Path) -> None:
             raise StorageError(errno.ENOSPC, "write", path)
 
     with pytest.warns(EngineWarning, match="could not be stored"):
-        catalog = Catalog(str(tmp_path), Full(), spare_max=1, retention=Retention(last=3))
+        catalog = Catalog(str(tmp_path), Full(), spare_max=1, retention=Retention(last=3), facts=StepFacts)
     assert catalog.retention == Retention(last=3)
     catalog.close()
 
@@ -856,7 +861,7 @@ def test_a_damaged_step_is_set_aside_and_not_deleted(catalog: Catalog, filesyste
     assert names(tmp_path) == [f"step-00000001.damaged{again}" for again in ("", "-again", "-again-again")]
     save(catalog, 2)
     catalog.close()
-    again = Catalog(str(tmp_path), Filesystem(), spare_max=2)
+    again = Catalog(str(tmp_path), Filesystem(), spare_max=2, facts=StepFacts)
     assert again.steps() == [2]
     again.close()
 
@@ -919,6 +924,7 @@ def stored(catalog: Catalog) -> tuple[Manifest, Path]:
     save(catalog, 1)
     path = Path(catalog.path(1), MANIFEST_NAME)
     path.write_bytes(encode(manifest))
+    catalog.vouch(1, {DATA_NAME: Stamp.of(os.stat(Path(catalog.path(1), DATA_NAME)))})
     return manifest, path
 
 
@@ -970,7 +976,7 @@ def test_an_unfinished_save_becomes_a_spare(tmp_path: Path, filesystem: Recorded
     for name in ("step-00000007.partial", "step-123456789.partial"):
         (tmp_path / name).mkdir()
         inodes.append(fill(str(tmp_path / name), b"unfinished"))
-    catalog = Catalog(str(tmp_path), filesystem, spare_max=2)
+    catalog = Catalog(str(tmp_path), filesystem, spare_max=2, facts=StepFacts)
     assert (catalog.steps(), names(tmp_path), len(spares(tmp_path))) == ([], [], 2)
     assert {save(catalog, 8), save(catalog, 9)} == set(inodes)
     assert Path(catalog.path(8), DATA_NAME).read_bytes() == b"8"
@@ -979,7 +985,7 @@ def test_an_unfinished_save_becomes_a_spare(tmp_path: Path, filesystem: Recorded
 
 
 def test_foreign_files_are_not_touched(tmp_path: Path) -> None:
-    save_one = Catalog(str(tmp_path), Filesystem(), spare_max=2)
+    save_one = Catalog(str(tmp_path), Filesystem(), spare_max=2, facts=StepFacts)
     save(save_one, 5)
     save_one.close()
     directories = ["step-5", "step-000000005", "step-00000006.damaged", "step-00000006.partial.old", "xstep-00000007"]
@@ -991,7 +997,7 @@ def test_foreign_files_are_not_touched(tmp_path: Path) -> None:
     (tmp_path / "step-00000012.partial").write_text("a file")
     (tmp_path / "step-00000013.partial").symlink_to(tmp_path / "notes")
     before = names(tmp_path)
-    catalog = Catalog(str(tmp_path), Filesystem(), spare_max=2)
+    catalog = Catalog(str(tmp_path), Filesystem(), spare_max=2, facts=StepFacts)
     assert catalog.steps() == [5]
     assert names(tmp_path) == before
     assert spares(tmp_path) == []
@@ -1000,21 +1006,23 @@ def test_foreign_files_are_not_touched(tmp_path: Path) -> None:
 
 def test_renames_of_an_earlier_process_are_synced_at_open(tmp_path: Path, filesystem: Recorded) -> None:
     (tmp_path / "step-00000001").mkdir()
-    catalog = Catalog(str(tmp_path), filesystem, spare_max=2)
+    catalog = Catalog(str(tmp_path), filesystem, spare_max=2, facts=StepFacts)
     assert catalog.steps() == [1]
     assert ("sync", str(tmp_path)) in filesystem.done
     catalog.close()
 
     filesystem.refuse("sync_directory")
     with pytest.raises(StorageError):
-        Catalog(str(tmp_path), filesystem, spare_max=2)
-    Catalog(str(tmp_path), filesystem, spare_max=2).close()  # the one that failed does not hold the lock
+        Catalog(str(tmp_path), filesystem, spare_max=2, facts=StepFacts)
+    Catalog(
+        str(tmp_path), filesystem, spare_max=2, facts=StepFacts
+    ).close()  # the one that failed does not hold the lock
 
 
 def test_a_path_where_no_directory_can_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError) as caught:
-        Catalog(str(tmp_path / "file" / "runs"), Filesystem(), spare_max=1)
+        Catalog(str(tmp_path / "file" / "runs"), Filesystem(), spare_max=1, facts=StepFacts)
     assert caught.value.errno == errno.ENOTDIR
 
 
@@ -1023,7 +1031,7 @@ def test_a_path_too_long_for_a_save_is_refused_at_open(tmp_path: Path) -> None:
     while len(str(root)) < 3_900:
         root = root / ("d" * 200)
     with pytest.raises(StorageError, match="use a directory with a shorter path"):
-        Catalog(str(root), Filesystem(), spare_max=1)
+        Catalog(str(root), Filesystem(), spare_max=1, facts=StepFacts)
     assert os.listdir(tmp_path) == []
 
 
@@ -1032,16 +1040,16 @@ def test_a_path_too_long_for_a_save_is_refused_at_open(tmp_path: Path) -> None:
 
 def test_a_directory_has_one_catalog_at_a_time(catalog: Catalog, tmp_path: Path) -> None:
     with pytest.raises(LockedError, match=rf"{tmp_path} is in use by another Engine \(process {os.getpid()}\)"):
-        Catalog(str(tmp_path), Filesystem(), spare_max=1)
+        Catalog(str(tmp_path), Filesystem(), spare_max=1, facts=StepFacts)
     catalog.close()
     catalog.close()
-    Catalog(str(tmp_path), Filesystem(), spare_max=1).close()
+    Catalog(str(tmp_path), Filesystem(), spare_max=1, facts=StepFacts).close()
 
 
 def test_a_refused_catalog_changes_nothing(catalog: Catalog, tmp_path: Path) -> None:
     catalog.begin(1, [DATA_NAME])
     with pytest.raises(LockedError):
-        Catalog(str(tmp_path), Filesystem(), spare_max=1)
+        Catalog(str(tmp_path), Filesystem(), spare_max=1, facts=StepFacts)
     assert names(tmp_path) == ["step-00000001.partial"], "another's save in flight was taken for a leftover"
 
 
@@ -1050,7 +1058,7 @@ def test_a_lock_that_is_a_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / ".engine").mkdir()
     (tmp_path / ".engine" / "lock").symlink_to(tmp_path / "precious")
     with pytest.raises(StorageError) as caught:
-        Catalog(str(tmp_path), Filesystem(), spare_max=1)
+        Catalog(str(tmp_path), Filesystem(), spare_max=1, facts=StepFacts)
     assert caught.value.errno == errno.ELOOP
     assert (tmp_path / "precious").read_text() == "precious"
 
@@ -1059,7 +1067,7 @@ def test_a_started_program_does_not_hold_the_lock(catalog: Catalog, tmp_path: Pa
     with subprocess.Popen(["sleep", "60"], close_fds=False) as sleeper:
         catalog.close()
         try:
-            Catalog(str(tmp_path), Filesystem(), spare_max=1).close()
+            Catalog(str(tmp_path), Filesystem(), spare_max=1, facts=StepFacts).close()
         finally:
             sleeper.kill()
 
@@ -1087,10 +1095,12 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path, how: str) -> None:
     child = int(holder.stdout.readline())
     try:
         with pytest.raises(LockedError, match=rf"process {holder.pid}\b"):
-            Catalog(str(tmp_path), Filesystem(), spare_max=1)
+            Catalog(str(tmp_path), Filesystem(), spare_max=1, facts=StepFacts)
         holder.kill()
         assert holder.wait() == -signal.SIGKILL
-        Catalog(str(tmp_path), Filesystem(), spare_max=1).close()  # the forked child lives on, and does not hold it
+        Catalog(
+            str(tmp_path), Filesystem(), spare_max=1, facts=StepFacts
+        ).close()  # the forked child lives on, and does not hold it
     finally:
         holder.stdout.close()
         holder.kill()
@@ -1101,16 +1111,16 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path, how: str) -> None:
 @pytest.mark.parametrize("first", ["run", "copy"])
 def test_a_copy_made_of_hard_links_is_not_in_use(tmp_path: Path, first: str) -> None:
     root, copy = tmp_path / "run", tmp_path / "copy"
-    running = Catalog(str(root), Filesystem(), spare_max=1)
+    running = Catalog(str(root), Filesystem(), spare_max=1, facts=StepFacts)
     if first == "copy":  # copied while no engine has it open
         running.close()
     subprocess.run(["cp", "-al", str(root), str(copy)], check=True)
     if first == "copy":
-        running = Catalog(str(root), Filesystem(), spare_max=1)
-    of_copy = Catalog(str(copy), Filesystem(), spare_max=1)
+        running = Catalog(str(root), Filesystem(), spare_max=1, facts=StepFacts)
+    of_copy = Catalog(str(copy), Filesystem(), spare_max=1, facts=StepFacts)
     for taken in (root, copy):
         with pytest.raises(LockedError, match=rf"{taken} is in use by another Engine \(process {os.getpid()}\)"):
-            Catalog(str(taken), Filesystem(), spare_max=1)
+            Catalog(str(taken), Filesystem(), spare_max=1, facts=StepFacts)
     for catalog in (running, of_copy):
         save(catalog, 1)
         catalog.close()
@@ -1120,13 +1130,13 @@ def test_a_copy_made_of_hard_links_is_not_in_use(tmp_path: Path, first: str) -> 
 def test_one_of_many_concurrent_opens_of_a_copy_succeeds(tmp_path: Path) -> None:
     root, copy = tmp_path / "run", tmp_path / "copy"
     with ExitStack() as opened:
-        opened.callback(Catalog(str(root), Filesystem(), spare_max=1).close)
+        opened.callback(Catalog(str(root), Filesystem(), spare_max=1, facts=StepFacts).close)
         subprocess.run(["cp", "-al", str(root), str(copy)], check=True)
         got: list[Catalog | None] = []
 
         def attempt() -> None:
             try:
-                got.append(Catalog(str(copy), Filesystem(), spare_max=1))
+                got.append(Catalog(str(copy), Filesystem(), spare_max=1, facts=StepFacts))
             except LockedError:
                 got.append(None)
 
@@ -1146,9 +1156,9 @@ def test_a_holder_in_another_pid_namespace_is_not_named_as_a_process_here(tmp_pa
         def pid_namespace(self) -> int:
             return 1
 
-    holder = Catalog(str(tmp_path), Elsewhere(), spare_max=1)
+    holder = Catalog(str(tmp_path), Elsewhere(), spare_max=1, facts=StepFacts)
     with pytest.raises(LockedError, match=rf"a process of another PID namespace, {os.getpid()} there"):
-        Catalog(str(tmp_path), Filesystem(), spare_max=1)
+        Catalog(str(tmp_path), Filesystem(), spare_max=1, facts=StepFacts)
     holder.close()
 
 
@@ -1175,7 +1185,7 @@ class Directory(RuleBasedStateMachine):
     @initialize(spare_max=st.integers(1, 3))
     def open(self, spare_max: int) -> None:
         self.spare_max = spare_max
-        self.catalog = Catalog(self.root, self.filesystem, spare_max)
+        self.catalog = Catalog(self.root, self.filesystem, spare_max, facts=StepFacts)
 
     def teardown(self) -> None:
         for pin in self.pins.values():
@@ -1287,7 +1297,7 @@ class Directory(RuleBasedStateMachine):
             pin.close()
         self.pins = {}
         self.catalog.close()
-        self.catalog = Catalog(self.root, self.filesystem, self.spare_max)
+        self.catalog = Catalog(self.root, self.filesystem, self.spare_max, facts=StepFacts)
         self.partial, self.sound = set(), True
         assert len(os.listdir(Path(self.root) / SPARE)) <= self.spare_max
 

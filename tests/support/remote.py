@@ -224,6 +224,9 @@ class RemoteOwner:
         _close(self._descriptors.pop(step, []))
         self._request("discard_save", step)
 
+    def distrust(self, step: int) -> None:
+        self._request("distrust", step)
+
     def retire(self) -> None:
         self._request("retire")
 

@@ -43,7 +43,6 @@ import torch
 from torch import nn
 
 import engine
-from engine.session.workers import is_worker
 from engine.store.filesystem import Filesystem
 
 MAX_ASYNC = 2
@@ -234,6 +233,11 @@ class DeadlyFilesystem(Filesystem):
     def _is_here(self, number: int) -> bool:
         where, step = ("save", self._target) if is_worker() else ("open", None)
         return self._life.where == where and self._life.at == number and self._thread.step == step
+
+
+def is_worker() -> bool:
+    """Whether this is a commit thread."""
+    return threading.current_thread().name.startswith("engine-commit")
 
 
 def _line_of_open(operation: str, name: str, before: str) -> str:
