@@ -45,8 +45,7 @@ class Options:
             1024 slots are made of it.  256 MiB: 500 MB are staged in 63 ms with it, and in 30 ms where all of them fit
             (docs/perf.md).
         block_bytes: the size of one write or read and of a slot, a multiple of 4096 of at most 1 GiB.  4 MiB: a drive
-        is
-            busy with its bandwidth times its latency, some 2 MB.
+            is busy with its bandwidth times its latency, some 2 MB.
         chunk_bytes: the size of a chunk, the unit of status, rounded up to a multiple of 4096.  64 MiB: some tens of
             milliseconds of a fast drive.
         max_async: how many saves may be in flight, 1 to 32.  2: one is written while the next one is staged.

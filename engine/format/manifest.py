@@ -15,8 +15,6 @@ Bytes read from disk are hostile until they are checked.  `decode` checks the di
 that number has been checked against the manifest's own length.
 
 A reader ignores fields that it does not know, and refuses a manifest whose `min_reader` is above `READER`.
-
-Called by `arena` (rows), `commit` (through `writer`), `catalog` and `reader`.
 """
 
 from __future__ import annotations

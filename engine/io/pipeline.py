@@ -12,7 +12,6 @@ was aborted before.  So there is nothing here that an interrupt or another threa
 A fork has neither the thread nor the slots: a Pipeline touched in a forked child raises `ForkedError`, and the
 child's copies of its descriptors are closed at the fork (native/pipeline/service.c).
 
-Called by `watch`, `backend`, `writer`, `reader` and `engine`.
 """
 
 from __future__ import annotations

@@ -12,16 +12,15 @@ move and directories do not, so a reader that has an old step's directory open f
 later step.  `retire` makes its renames durable before anything may be taken from the spare, and `publish` makes the
 moves out of the spare durable before the rename to the final name (docs/durability.md, I4 and I5).
 
-A move that is not durable may revert at a power cut, after the file was overwritten.  So a spare found at open may hold
-torn files under a valid manifest, and its manifest is never read.  Only a spare that this process retired from a
-committed step tells what its files hold.
+A move that is not durable may revert at a power cut, after the file was overwritten.  So a spare found at open may
+hold torn files under a valid manifest, which is not believed.  Only a spare that this process sealed and retired
+tells what its files hold, and only while they are as they were sealed.
 
 After a failed sync of a directory nobody knows which renames will last, so from then on nothing is retired, taken
 from spare or deleted; saves go on in fresh directories, and the next open starts from what is there.  Their names
 are numbered, step-N.1.partial, since a save of the same step may have failed and must stay as it is.
 
 A reader pins the step it reads, and a pinned step is not retired.  All methods may be called from any thread.
-Called by `commit`, `writer`, `reader` and `engine`.
 """
 
 from __future__ import annotations
