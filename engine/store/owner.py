@@ -49,10 +49,7 @@ class Owner(Catalog):
 
     def publish_save(self, step: int, manifest: bytes | bytearray) -> str:
         """Make a sealed save visible, durably; close its files, and return its path."""
-        files = self.files(step)
-        stamps = {
-            os.path.basename(f.path): Stamp.of(self.filesystem.descriptor_status(f.descriptor, f.path)) for f in files
-        }
+        stamps = self.stamps(step)
         path = publish(self, step, manifest)
         self.vouch(step, stamps)
         self._close_files(step)
@@ -62,6 +59,11 @@ class Owner(Catalog):
         """Close and delete what a failed save has left."""
         self._close_files(step)
         self.discard(step)
+
+    def stamps(self, step: int) -> Mapping[str, Stamp]:
+        """What changes about the files of a sealed save if anybody writes to them from now on."""
+        statuses = {f.path: self.filesystem.descriptor_status(f.descriptor, f.path) for f in self.files(step)}
+        return {os.path.basename(path): Stamp.of(status) for path, status in statuses.items()}
 
     def files(self, step: int) -> Sequence[WrittenFile]:
         """The files of a save in flight."""
