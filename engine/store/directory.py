@@ -122,7 +122,7 @@ class OpenedStep:
             return False
 
     def close(self) -> None:
-        """Close the directory and the files; for whoever has opened it."""
+        """Close the directory and the files."""
         for descriptor in (*self._files, self._descriptor):
             self._filesystem.close(descriptor)
 
@@ -157,7 +157,7 @@ class Directory:
         return os.path.join(self.root, step_name(step))
 
     def distrust(self, step: int) -> None:
-        """A reader relies on nothing but what it has verified."""
+        """Nothing to do: a reader relies only on blocks that it has verified."""
 
     @contextmanager
     def opened(self, step: int) -> Iterator[OpenedStep]:

@@ -107,7 +107,7 @@ def _holder(filesystem: Filesystem, descriptor: int) -> str:
 
 
 def _content(filesystem: Filesystem, descriptor: int) -> tuple[int, int, int]:
-    """The three numbers that a holder writes; 0 for what is not there."""
+    """The three numbers that a holder writes; 0 for a missing one."""
     words = filesystem.read_lock(descriptor, _CONTENT_BYTES_MAX).split()
     pid, namespace, inode, *_ = [int(word) if word.isdigit() else 0 for word in words] + [0, 0, 0]
     return pid, namespace, inode
