@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from hypothesis import given
@@ -31,9 +31,10 @@ from strategies import nearly_valid
 import engine
 from engine.errors import EngineError, EngineWarning
 from engine.format.manifest import decode
+from fuzz.choices import fuzz_one_input
 from fuzz.limits import allocating_at_most
 
-SMALL = {"keep": 2, "max_async": 1, "staging_bytes": 1 << 16, "block_bytes": 4096}
+SMALL: dict[str, Any] = {"keep": 2, "max_async": 1, "staging_bytes": 1 << 16, "block_bytes": 4096}
 
 # A manifest is read several times, one after the other, and takes the bounds of `fuzz/manifest.py` and
 # `fuzz/extra.py` together.  A plan of it takes less.
@@ -243,7 +244,7 @@ FORGERIES = st.none() | st.sampled_from([1, 2]).flatmap(
 
 def one_input(data: bytes) -> None:
     """Hold the invariant for one input."""
-    changed.hypothesis.fuzz_one_input(data)
+    fuzz_one_input(changed, data)
 
 
 @given(st.lists(CHANGES, max_size=4), FORGERIES)
@@ -321,7 +322,12 @@ def check_save(eng: engine.Engine) -> None:
 
 def check_step(eng: engine.Engine, root: Path, step: int, honest: bool) -> None:
     """A step restores to the state saved under its number, or is refused; all ways to read it agree."""
-    reads = (lambda: eng.load(step), lambda: eng.restore(training(), step) and training().state_dict())
+
+    def restored() -> Mapping[str, torch.Tensor]:
+        eng.restore(training(), step)
+        return training().state_dict()
+
+    reads: tuple[Callable[[], Mapping[str, torch.Tensor]], ...] = (lambda: eng.load(step), restored)
     answers: list[bool] = []
     for read in reads:
         try:

@@ -15,6 +15,7 @@ from strategies import NAMES, SMALL_SHAPES, specs
 from engine.errors import ArenaError
 from engine.format.layout import DTYPES, Layout, TensorSpec, lay_out
 from engine.format.manifest import segment_records
+from fuzz.choices import fuzz_one_input
 
 ANY_NAMES = st.text(max_size=12) | st.sampled_from(["__metadata__", "\ud800", "\0", '"', "\\", "\u2028", "a/../b"])
 # A prime, so that no two locations of a file within a page have the same bytes.
@@ -23,7 +24,7 @@ PATTERN_BYTES = 251
 
 def one_input(data: bytes) -> None:
     """Hold the invariant for one input."""
-    laid_out.hypothesis.fuzz_one_input(data)
+    fuzz_one_input(laid_out, data)
 
 
 @given(

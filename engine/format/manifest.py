@@ -280,7 +280,7 @@ def digest_of(name: str, raw: bytes | bytearray) -> DigestedFile:
     return DigestedFile(name, len(raw), hashlib.sha256(raw).hexdigest())
 
 
-def decode(raw: bytes, read_part: Callable[[DigestedFile], bytes] | None = None) -> Manifest:
+def decode(raw: bytes | bytearray, read_part: Callable[[DigestedFile], bytes] | None = None) -> Manifest:
     """The manifest in these bytes, its parts merged into it.
 
     Args:
@@ -315,7 +315,7 @@ def decode_part(raw: bytes, record: DigestedFile) -> Part:
     return part
 
 
-def decode_summary(raw: bytes) -> Summary:
+def decode_summary(raw: bytes | bytearray) -> Summary:
     """What a listing asks of the manifest in these bytes.  Checks the digest, and makes no chunk and no segment.
 
     Raises:
@@ -373,7 +373,7 @@ def _seal(record: Manifest | Part, rows: Rows | None) -> bytearray:
     return raw
 
 
-def _open(raw: bytes, name: str, record: type[_Record]) -> _Record:
+def _open(raw: bytes | bytearray, name: str, record: type[_Record]) -> _Record:
     """The record in an envelope whose digest is right; `name` is for messages."""
     prefix = _PREFIX.match(raw)
     if prefix is None or not raw.endswith(_SUFFIX):

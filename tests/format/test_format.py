@@ -62,7 +62,8 @@ CUTS = [(4096, 4096), (4096, 12288), (12288, 4096), (8192, 20480), (1 << 20, 64 
 
 def fenced(language: str) -> str:
     """The page's one code block of a language."""
-    [text] = re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    found: list[str] = re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    [text] = found
     return text
 
 
@@ -357,8 +358,8 @@ def test_every_rule_holds_for_several_files_optimizers_and_ranks(tmp_path: Path)
         parts.append(digest_of(part_name(index), part))
         assert set(load_file(path / name)) == {row.name for row in segments}
     (path / INDEX).write_bytes(model_index(layout) or b"")
-    fields = (FORMAT, VERSION, READER, 5, "0" * 32, 0, 4096, tuple(files), (), (), {}, {}, None)
-    head = Manifest(*fields, parts=tuple(parts))
+    first = (FORMAT, VERSION, READER, 5, "0" * 32, 0, 4096)
+    head = Manifest(*first, tuple(files), (), (), {}, {}, None, parts=tuple(parts))
     (path / "manifest.json").write_bytes(encode(head))
     reader = Reader(path)
     assert {name: stored.content for name, stored in reader.tensors.items()} == content
@@ -388,7 +389,7 @@ def test_momentum_that_does_not_exist_is_absent_and_zero(tmp_path: Path) -> None
 
 
 def test_encoded_values_are_as_the_table_says(tmp_path: Path) -> None:
-    extra = {
+    extra: dict[str, Any] = {
         "plain": [None, True, False, 0, -(2**53), 2**53, 1.0, -0.0, 1e300, 5e-324, "ä\n"],
         "tagged": (2**53 + 1, -(2**200), b"hi", {1, 2}, frozenset({(1, "a")}), {3: {None: 4}, (1, b"k"): 5}),
         "dicts": [OrderedDict(b=1, a=2), Counter("aab")],

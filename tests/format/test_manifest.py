@@ -13,7 +13,7 @@ import json
 import math
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from typing import Any
 
@@ -32,6 +32,7 @@ from engine.format.manifest import (
     READER,
     VERSION,
     ChunkRecord,
+    DigestedFile,
     FileRecord,
     Manifest,
     Part,
@@ -58,7 +59,7 @@ from engine.format.plan import ceil_div, plan_geometry
 ROW_COUNTS = (0, 1, *(_ROWS_AT_ONCE + more for more in (-1, 0, 1, _ROWS_AT_ONCE)))
 
 
-def signed(body: bytes) -> bytes:
+def signed(body: bytes | bytearray) -> bytes:
     """A manifest.json with this body: docs/format.md, in one line."""
     return b'{"sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'","body":' + body + b"}\n"
 
@@ -656,12 +657,17 @@ def in_parts(manifest: Manifest, owners: list[int]) -> tuple[Manifest, dict[str,
     return msgspec.structs.replace(manifest, chunks=(), segments=(), aliases={}, parts=records), parts
 
 
+def reader_of(parts: Mapping[str, bytes]) -> Callable[[DigestedFile], bytes]:
+    """Reads the parts of a manifest from memory."""
+    return lambda record: parts[record.name]
+
+
 @given(manifests(), st.data())
 def test_parts_are_merged_to_the_whole(manifest: Manifest, data: st.DataObject) -> None:
     owners = data.draw(st.lists(st.integers(0, 3), min_size=len(manifest.chunks), max_size=len(manifest.chunks)))
     head, parts = in_parts(manifest, owners)
     raw = bytes(encode(head))
-    merged = decode(raw, lambda record: parts[record.name])
+    merged = decode(raw, reader_of(parts))
     assert msgspec.structs.replace(merged, parts=()) == manifest
     assert decode_summary(raw).nbytes == manifest.nbytes
     with pytest.raises(CorruptError, match="parts, and no part is read"):
@@ -678,7 +684,7 @@ def test_a_part_that_is_not_the_recorded_one_is_refused() -> None:
         for damaged in (parts[name][:-1], parts[name] + b"x", parts[name].replace(b"float32", b"float64"), b""):
             if damaged != parts[name]:
                 with pytest.raises(CorruptError, match=f"{name} is not the part"):
-                    decode(raw, lambda record, name=name, damaged=damaged: {**parts, name: damaged}[record.name])
+                    decode(raw, reader_of({**parts, name: damaged}))
 
 
 def with_part(edit: Callable[[Part], Part]) -> None:
@@ -686,7 +692,7 @@ def with_part(edit: Callable[[Part], Part]) -> None:
     head, parts = in_parts(EXAMPLE, OWNERS)
     parts[part_name(1)] = bytes(encode_part(edit(decode_part(parts[part_name(1)], head.parts[1]))))
     head = msgspec.structs.replace(head, parts=tuple(digest_of(name, raw) for name, raw in parts.items()))
-    decode(bytes(encode(head)), lambda record: parts[record.name])
+    decode(bytes(encode(head)), reader_of(parts))
 
 
 def test_parts_that_do_not_make_a_whole_are_refused() -> None:

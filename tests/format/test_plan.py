@@ -217,7 +217,8 @@ def test_a_part_is_laid_into_the_blocks_it_lies_in_and_no_others(arguments: Argu
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 3), st.integers(0, 2), st.integers(0, 3)), max_size=12))
 def test_merged_runs_are_the_same_bytes_in_the_fewest_runs(steps: list[tuple[int, int, int, int]]) -> None:
-    runs, file_offset = [], 0
+    runs: list[Extent] = []
+    file_offset = 0
     for source, source_offset, gap_bytes, nbytes in steps:
         follows = runs and source_offset == 0  # half of the time, go on where the last run ended
         start = runs[-1].source_offset + runs[-1].nbytes if follows else source_offset

@@ -46,7 +46,8 @@ from jobs import (
     whole,
 )
 
-from engine.format.plan import ALIGNMENT, Extent, align_up
+from engine.format.layout import align_up
+from engine.format.plan import ALIGNMENT, Extent
 from engine.io.binding import DIMS_MAX, JOBS_MAX, block_checksum
 from engine.io.job import BlockState, Direction, Failure, FailureKind, Job, Milestone
 from engine.io.pipeline import Pipeline
@@ -210,10 +211,8 @@ def test_strided_tensors_are_gathered_and_scattered(stage: Stage, drawn: list[Vi
     stored = b"".join(map(bytes_of, tensors))
     assert content(stage.fd, len(stored)) == stored
 
-    bases = [torch.zeros_like(view.of_noise()._base) for view in drawn]
-    targets = [
-        base.reshape(view.shape)[view.slices].permute(view.order) for base, view in zip(bases, drawn, strict=True)
-    ]
+    bases = [torch.zeros(view.shape, dtype=view.dtype) for view in drawn]
+    targets = [base[view.slices].permute(view.order) for base, view in zip(bases, drawn, strict=True)]
     targets.sort(key=lambda tensor: -tensor.element_size())
     job = make_job(READ, plan, [*map(strided, targets)], checksums=written.checksums())
     assert run(stage.pipeline, job, [stage.fd]).failure is None

@@ -36,7 +36,8 @@ from jobs import (
     whole,
 )
 
-from engine.format.plan import ALIGNMENT, align_up
+from engine.format.layout import align_up
+from engine.format.plan import ALIGNMENT, Source
 from engine.io.job import BlockState, Direction, Failure, FailureKind, Job
 from engine.io.packing import pack_blocks, pack_extents, pack_order, pack_sources
 from engine.io.pipeline import Pipeline
@@ -285,7 +286,7 @@ def one_block(direction: Direction, file_offset: int) -> Job:
     tensor = noise(SLOT_BYTES)
     extents = pack_extents([0], [0], [SLOT_BYTES], [0])
     blocks = pack_blocks([(file_offset, SLOT_BYTES, 0, 0, 1)])
-    sources = pack_sources([plain(tensor)])
+    sources = pack_sources([Source(tensor.data_ptr())])
     return Job(direction, sources, extents, blocks, pack_order([0]), 1, checksums=[bytes(16)], owners=tensor)
 
 

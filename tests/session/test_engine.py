@@ -10,6 +10,7 @@ import random
 import shutil
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -68,7 +69,7 @@ class Net(nn.Module):
         self.norm = nn.BatchNorm1d(64)
         self.head = nn.Linear(64, 50, bias=False)
         self.head.weight = self.embed.weight
-        self.conv.to(memory_format=torch.channels_last)
+        self.conv.weight.data = self.conv.weight.data.contiguous(memory_format=torch.channels_last)
 
     def forward(self, tokens: Tensor) -> Tensor:
         image = self.conv(torch.ones(1, 3, 5, 5)).mean()
@@ -90,7 +91,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None
 
 
 @pytest.fixture
-def opened(tmp_path: Path):
+def opened(tmp_path: Path) -> Iterator[engine.Engine]:
     with engine.Engine(tmp_path, **SMALL) as eng:
         yield eng
 
@@ -168,7 +169,7 @@ def test_stock_safetensors_loads_a_model_with_tied_weights(opened: engine.Engine
 
 @pytest.mark.parametrize("cut", [{"chunk_count": 1}, {"chunk_count": 5}, {"chunk_bytes": 1}, {"chunk_bytes": 100_000}])
 @pytest.mark.parametrize("block_bytes", [4096, 256 << 10, 4 << 20])
-def test_a_restore_does_not_depend_on_the_chunks(tmp_path: Path, cut: dict[str, int], block_bytes: int) -> None:
+def test_a_restore_does_not_depend_on_the_chunks(tmp_path: Path, cut: dict[str, Any], block_bytes: int) -> None:
     """Also where the stored blocks are larger than the restoring engine's slots."""
     tensors = {"a": torch.randn(300_001), "b": torch.arange(70_001)}
     want = clones(tensors)
@@ -251,8 +252,9 @@ def test_select_takes_a_layer_with_its_optimizer_state(opened: engine.Engine) ->
 
 
 def test_select_takes_the_name_of_a_layer(opened: engine.Engine) -> None:
-    model = nn.ModuleDict({"layers": nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(32))})
-    model["layers"][3].scale = nn.Parameter(torch.ones(2))
+    layers = [nn.Sequential(nn.Linear(2, 2)) for _ in range(32)]
+    model = nn.ModuleDict({"layers": nn.ModuleList(layers)})
+    layers[3].scale = nn.Parameter(torch.ones(2))
     opened.checkpoint(engine.Arena.adopt(model, torch.optim.Adam(model.parameters()))).result()
     assert set(opened.load(select="layers.3.0")) == {
         f"{prefix}layers.3.0.{name}{suffix}"
@@ -329,7 +331,7 @@ class Lion(torch.optim.Optimizer):
         super().__init__(params, {"lr": 0.01})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for param in self.param_groups[0]["params"]:
             state = self.state[param]
             if not state:
@@ -338,7 +340,7 @@ class Lion(torch.optim.Optimizer):
             param.sub_(state["exp_avg"].lerp_(param.grad, 0.1).sign(), alpha=0.01 / state["count"])
 
 
-LATE = {
+LATE: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "lbfgs": lambda model: torch.optim.LBFGS(model.parameters(), max_iter=2),
     "sparse adam": lambda model: torch.optim.SparseAdam(model.parameters()),
     "own": lambda model: Lion(model.parameters()),
@@ -347,17 +349,17 @@ LATE = {
 
 @pytest.mark.parametrize("kind", LATE)
 def test_state_that_is_made_late_is_restored_after_a_step(opened: engine.Engine, kind: str) -> None:
-    def make() -> tuple[nn.Module, torch.optim.Optimizer]:
+    def make() -> tuple[nn.Embedding, torch.optim.Optimizer]:
         torch.manual_seed(0)
         model = nn.Embedding(4, 3, sparse=kind == "sparse adam")
         return model, LATE[kind](model)
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        def loss() -> Tensor:
+        def loss() -> float:
             optimizer.zero_grad()
             out: Tensor = model(torch.tensor([1, 2])).square().sum()
             out.backward()
-            return out
+            return out.item()
 
         optimizer.step(loss) if kind == "lbfgs" else (loss(), optimizer.step())
 
@@ -674,7 +676,7 @@ def test_steps_go_forward_and_rollback_goes_back(tmp_path: Path) -> None:
         ({"extra": {"a": [object()]}}, r'extra\["a"\]\[0\]'),
     ],
 )
-def test_bad_arguments_of_checkpoint(opened: engine.Engine, call: dict[str, object], message: str) -> None:
+def test_bad_arguments_of_checkpoint(opened: engine.Engine, call: dict[str, Any], message: str) -> None:
     arena = engine.Arena.wrap({"a": torch.zeros(10)})
     with pytest.raises(engine.UsageError, match=message):
         opened.checkpoint(arena, **call)
@@ -694,7 +696,7 @@ def test_bad_arguments_of_checkpoint(opened: engine.Engine, call: dict[str, obje
         ({"keep": "2"}, "keep is '2'"),
     ],
 )
-def test_bad_arguments_of_engine(tmp_path: Path, call: dict[str, object], message: str) -> None:
+def test_bad_arguments_of_engine(tmp_path: Path, call: dict[str, Any], message: str) -> None:
     with pytest.raises(engine.ArgumentError, match=message):
         engine.Engine(tmp_path / "new", **call)
     assert not (tmp_path / "new").exists(), "a refused Engine touched the disk"
@@ -806,6 +808,7 @@ def test_a_later_step_commits_after_an_earlier_one_fails(tmp_path: Path) -> None
     with engine.Engine(tmp_path, filesystem=gated, **SMALL) as eng:
         first = eng.checkpoint(arena, step=2)
         second = eng.checkpoint(arena, step=3)
+        assert first._write is not None
         first._write.pipeline.abort(first._write.job, 5)
         held.set()
         assert second.result().step == 3

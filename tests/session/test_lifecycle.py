@@ -58,7 +58,11 @@ def threads() -> list[str]:
 def native_threads(count: int) -> bool:
     """Whether there are so many native threads, looked at again for a while: a worker of the kernel's, which io_uring
     may start for a write, bears its creator's name for a moment."""
-    return any(threads().count("engine-io") == count or time.sleep(0.01) for _ in range(500))
+    for _ in range(500):
+        if threads().count("engine-io") == count:
+            return True
+        time.sleep(0.01)
+    return False
 
 
 def rings() -> int:
@@ -357,7 +361,8 @@ def test_close_wakes_callers_that_wait_for_a_permit(tmp_path: Path) -> None:
 
 
 def test_close_on_a_commit_thread_is_refused(tmp_path: Path) -> None:
-    eng = engine.Engine(tmp_path, **SMALL)
+    gated = GatedFilesystem()
+    eng = engine.Engine(tmp_path, filesystem=gated, **SMALL)
     outcomes: list[BaseException | None] = []
 
     def close(_: object) -> None:
@@ -366,8 +371,6 @@ def test_close_on_a_commit_thread_is_refused(tmp_path: Path) -> None:
         except engine.UsageError as error:
             outcomes.append(error)
 
-    gated = GatedFilesystem()
-    eng._store.catalog.filesystem = gated
     save = eng.checkpoint(engine.Arena.wrap({"a": torch.zeros(10)}))
     save.add_done_callback(close)
     gated.gate.set()

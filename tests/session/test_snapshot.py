@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -20,6 +20,7 @@ from disk import GatedFilesystem, same, stored
 from torch import Tensor, nn
 
 import engine
+from engine.session.checkpoint import Snapshot
 
 pytestmark = [pytest.mark.every_backend, pytest.mark.remote_owner]
 
@@ -52,7 +53,7 @@ def held(tmp_path: Path) -> Iterator[Held]:
     opened.close()
 
 
-def make_training(buffers: bool = False) -> tuple[nn.Module, torch.optim.Optimizer]:
+def make_training(buffers: bool = False) -> tuple[nn.Sequential, torch.optim.Optimizer]:
     layers: list[nn.Module] = [nn.Linear(300, 300) for _ in range(6)]
     if buffers:
         layers.append(nn.BatchNorm1d(300))
@@ -74,8 +75,8 @@ def assert_stored(directory: Path, step: int, want: dict[str, Tensor]) -> None:
     assert not torn, f"these reached disk changed: {torn}"
 
 
-def is_blocked(future: object) -> bool:
-    return not wait([future], timeout=0.1).done  # type: ignore[list-item]
+def is_blocked(future: Future[Any]) -> bool:
+    return not wait([future], timeout=0.1).done
 
 
 def test_the_step_waits_until_the_arena_is_staged(held: Held) -> None:
@@ -135,17 +136,17 @@ def test_the_call_returns_before_the_rest_is_staged_but_after_module_buffers(hel
     assert_stored(held.directory, 1, want)
 
 
-def by_another_optimizer(model: nn.Module, trained: list[nn.Parameter]) -> Callable[[], object]:
+def by_another_optimizer(model: nn.Sequential, trained: list[nn.Parameter]) -> Callable[[], object]:
     return torch.optim.SGD(model[-1].parameters(), lr=0.1).step
 
 
-def by_forward(model: nn.Module, trained: list[nn.Parameter]) -> Callable[[], object]:
+def by_forward(model: nn.Sequential, trained: list[nn.Parameter]) -> Callable[[], object]:
     """A frozen teacher that forward averages the student into, left out of the optimizer."""
     model[-1].requires_grad_(False)
     return lambda: [teacher.mul_(0.5) for teacher in model[-1].parameters()]
 
 
-def by_forward_though_owned(model: nn.Module, trained: list[nn.Parameter]) -> Callable[[], object]:
+def by_forward_though_owned(model: nn.Sequential, trained: list[nn.Parameter]) -> Callable[[], object]:
     """The same, with the optimizer made of all of `model.parameters()`."""
     trained += model[-1].parameters()
     return by_forward(model, trained)
@@ -154,7 +155,7 @@ def by_forward_though_owned(model: nn.Module, trained: list[nn.Parameter]) -> Ca
 @pytest.mark.parametrize("late", [False, True], ids=["from the start", "later"])
 @pytest.mark.parametrize("make_writer", [by_another_optimizer, by_forward, by_forward_though_owned])
 def test_parameters_that_the_step_does_not_train_are_staged_before_the_call_returns(
-    held: Held, make_writer: Callable[[nn.Module, list[nn.Parameter]], Callable[[], object]], late: bool
+    held: Held, make_writer: Callable[[nn.Sequential, list[nn.Parameter]], Callable[[], object]], late: bool
 ) -> None:
     model = nn.Sequential(*(nn.Linear(300, 300) for _ in range(6)), nn.Linear(50, 50))
     trained = list(model[:-1].parameters())
@@ -207,12 +208,13 @@ def test_a_step_hook_that_was_there_first_waits_too(held: Held) -> None:
 def test_a_module_added_later_waits_too(held: Held) -> None:
     model, optimizer = make_training()
     arena = engine.Arena.adopt(model, optimizer)
-    model.add_module("more", nn.Linear(300, 300))
-    optimizer.add_param_group({"params": model.more.parameters()})
+    more = nn.Linear(300, 300)
+    model.add_module("more", more)
+    optimizer.add_param_group({"params": more.parameters()})
     arena.refresh()
     want = copies(arena)
     save = held.engine.checkpoint(arena, step=1)
-    loading = held.pool.submit(model.more.load_state_dict, {n: t + 1 for n, t in model.more.state_dict().items()})
+    loading = held.pool.submit(more.load_state_dict, {n: t + 1 for n, t in more.state_dict().items()})
     assert is_blocked(loading)
     held.release()
     loading.result()
@@ -267,7 +269,7 @@ def test_tensors_moved_to_shared_memory_during_a_save_are_saved(held: Held) -> N
 
 
 @pytest.mark.parametrize("snapshot", ["eager", None])
-def test_a_wrapped_arena_is_staged_before_the_call_returns(held: Held, snapshot: str | None) -> None:
+def test_a_wrapped_arena_is_staged_before_the_call_returns(held: Held, snapshot: Snapshot | None) -> None:
     tensors = {"a": torch.zeros(100_000)}
     calling = held.pool.submit(held.engine.checkpoint, engine.Arena.wrap(tensors), step=1, snapshot=snapshot)
     assert is_blocked(calling)
@@ -328,7 +330,7 @@ def test_checked_catches_a_writer(held: Held, disturb: bool) -> None:
         sleep(0.001)
     if disturb:
         with torch.no_grad():
-            model[0].weight[0, 0] += 1  # in the first block, which has been staged
+            model.get_parameter("0.weight")[0, 0] += 1  # in the first block, which has been staged
     held.release()
     if disturb:
         with pytest.raises(engine.TornSnapshot, match=r"0\.weight"):

@@ -85,15 +85,27 @@ def test_created_state_is_that_of_the_first_step(optimizer_name: str) -> None:
     assert everything(*adopted) == everything(*plain)
 
 
+def old_init_group(
+    self: torch.optim.AdamW,
+    group: Any,
+    params: Any,
+    grads: Any,
+    amsgrad: Any,
+    avgs: Any,
+    sqs: Any,
+    max_sqs: Any,
+    steps: Any,
+) -> None:
+    torch.optim.AdamW._init_group(self, {**group, "amsgrad": amsgrad}, params, grads, avgs, sqs, max_sqs, steps)
+
+
+old_init_group.__module__ = "torch.optim.adamw"
+
+
 class OldAdamW(torch.optim.AdamW):
     """As AdamW was up to torch 2.6: one argument of `_init_group` is a hyperparameter."""
 
-    def _init_group(
-        self, group: Any, params: Any, grads: Any, amsgrad: Any, avgs: Any, sqs: Any, max_sqs: Any, steps: Any
-    ) -> None:
-        super()._init_group({**group, "amsgrad": amsgrad}, params, grads, avgs, sqs, max_sqs, steps)
-
-    _init_group.__module__ = "torch.optim.adamw"
+    _init_group: Any = old_init_group
 
 
 @pytest.mark.parametrize("amsgrad", [True, False])
@@ -160,11 +172,11 @@ def test_state_of_an_unknown_optimizer_is_taken_in_after_its_step() -> None:
 
 
 def lbfgs_steps(model: nn.Module, optimizer: Optimizer, after: Callable[[], None]) -> None:
-    def loss() -> Tensor:
+    def loss() -> float:
         optimizer.zero_grad()
         out: Tensor = model(torch.ones(4, 6)).square().sum()
         out.backward()
-        return out
+        return out.item()
 
     for _ in range(3):
         optimizer.step(loss)
@@ -335,7 +347,7 @@ def test_parameters_that_share_memory_stay_tied() -> None:
 
 def test_optimizer_may_own_more_than_the_model() -> None:
     model, extra = nn.Linear(2, 2), nn.Parameter(torch.ones(3))
-    groups = [{"params": model.parameters()}, {"params": [extra], "lr": 0.5}]
+    groups: list[dict[str, Any]] = [{"params": model.parameters()}, {"params": [extra], "lr": 0.5}]
     optimizer = torch.optim.Adam(groups)
     arena = Arena.adopt(model, optimizer)
     names = {segment.name: segment.role for segment in arena.segments}

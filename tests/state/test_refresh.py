@@ -205,7 +205,8 @@ def test_the_next_refresh_completes_one_interrupted_between_tensors(
     arena = Arena.adopt(model, optimizer)
     assign(model, optimizer)
     expected = everything(model, optimizer)
-    point, moved = engine.state.arena._point, []
+    point = engine.state.arena._point
+    moved: list[Tensor] = []
 
     def interrupted(tensor: Tensor, view: Tensor) -> None:
         if len(moved) == moved_count:
@@ -288,7 +289,7 @@ def test_state_dict_has_the_present_tensors() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     arena = Arena.adopt(model)
     model[0] = nn.Linear(2, 2)
-    assert arena.state_dict()["0.weight"].data_ptr() == model[0].weight.data_ptr()
+    assert arena.state_dict()["0.weight"].data_ptr() == model.get_parameter("0.weight").data_ptr()
     model[0] = nn.Linear(2, 2, bias=False)
     assert list(arena.state_dict()) == ["0.weight"]
 
@@ -318,7 +319,7 @@ def test_a_replaced_dictionary_of_modules_is_noticed(kind: Callable[..., Any]) -
     del model[1:]  # deletes nothing, but puts the modules into another dictionary
     model[0] = nn.Linear(2, 2)
     arena.refresh()
-    assert_inside(arena, model[0].weight)
+    assert_inside(arena, model.get_parameter("0.weight"))
     assert_holds(arena)
 
 
@@ -327,8 +328,8 @@ def test_a_swap_of_persistent_and_hidden_buffers_is_noticed() -> None:
     model.register_buffer("a", torch.ones(2))
     model.register_buffer("b", torch.zeros(2), persistent=False)
     arena = Arena.adopt(model)
-    model.register_buffer("a", model.a, persistent=False)
-    model.register_buffer("b", model.b)
+    model.register_buffer("a", model.get_buffer("a"), persistent=False)
+    model.register_buffer("b", model.get_buffer("b"))
     assert list(arena.state_dict()) == list(model.state_dict()) == ["b"]
 
 

@@ -311,11 +311,10 @@ def test_lazy_negation_is_noticed(shape: tuple[int, ...]) -> None:
 class Angry(nn.Parameter):
     raised: BaseException | None = None
 
-    @property
-    def requires_grad(self) -> bool:
-        if self.raised is not None:
+    def __getattribute__(self, name: str) -> Any:
+        if name == "requires_grad" and self.raised is not None:
             raise self.raised
-        return True
+        return super().__getattribute__(name)
 
 
 def test_a_subclass_whose_attributes_raise_is_a_difference() -> None:

@@ -279,8 +279,8 @@ def check_goes_on(eng: engine.Engine, held_steps: Mapping[int, int], visible: se
     if visible:  # a step that this Engine does not count is in the way of one of the same number
         with logged(logging.ERROR), pytest.raises(engine.StepError, match="open a new Engine"):
             save(eng, max(visible), 20)
-    step = max([*eng.steps(), *visible], default=0) + 1 if visible else None
-    step = save(eng, step, 21)
+    free = max([*eng.steps(), *visible], default=0) + 1 if visible else None
+    step = save(eng, free, 21)
     assert eng.restore(training().arena).step == step and training().content() == content(21)
 
 
