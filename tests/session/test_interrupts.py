@@ -1,21 +1,27 @@
 """Ctrl-C at any moment of `checkpoint()` and `restore()`: no torn snapshot, no lost permit, and the engine works on.
+Ctrl-C while an Engine is opened: nothing of it is left.
 
 First at the moments that make a difference, one by one; then at random ones.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
 from disk import GatedFilesystem
+from jobs import until
+from leaks import held
 
 import engine
 from engine.io.backend import LADDER
@@ -149,6 +155,35 @@ def test_an_interrupt_before_the_handover_abandons_the_save(
     assert it.engine.steps() == []
     it.check_goes_on("raise")
     assert it.engine.steps() == [0], "neither a place nor a step is taken"
+
+
+@pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("place", ["Lent", "InFlight", "Checkpointer", "finalize"])
+def test_an_interrupt_while_an_engine_is_opened_leaves_nothing_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, done: bool
+) -> None:
+    real = weakref.finalize if place == "finalize" else getattr(engine.engine, place)
+
+    def interrupt(*arguments: Any) -> None:
+        if done:
+            real(*arguments)
+        raise KeyboardInterrupt
+
+    if place == "finalize":  # in that module only: the pipeline needs the real one
+        monkeypatch.setattr(engine.engine, "weakref", SimpleNamespace(finalize=interrupt))
+    else:
+        monkeypatch.setattr(engine.engine, place, interrupt)
+    gc.collect()  # what earlier tests have left
+    before, threads_before = held(), set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt) as caught:
+        engine.Engine(tmp_path, **TINY)
+    until(lambda: held() == before)  # a worker of the kernel's may end a moment after its ring
+    assert caught.tb is not None, "the frame of __init__ is kept, so nothing here is the collector's work"
+    monkeypatch.undo()
+    for thread in set(threading.enumerate()) - threads_before:
+        thread.join(HANG_S)  # it has been told to end
+        assert not thread.is_alive()
+    engine.Engine(tmp_path, **TINY).close()
 
 
 # A timer interrupts at random moments of calls that take about as long.  In a process of its own: an interrupt may

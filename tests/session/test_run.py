@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import in_a_process_of_its_own
 from volumes import mounted_read_only
 
 import engine
@@ -133,6 +134,68 @@ def test_a_closed_run_raises_and_a_dropped_one_stops_its_thread(tmp_path: Path) 
     del dropped
     gc.collect()
     assert threads() == before
+
+
+FORKED = """
+import os, signal, sys, threading, time, warnings
+import engine
+from engine.session import run as run_module
+
+run, opening, forked = engine.open(sys.argv[1]), threading.Event(), threading.Event()
+open_to_read = run_module.open_to_read
+
+def held_back(*arguments):
+    opening.set()
+    assert forked.wait(60)
+    return open_to_read(*arguments)
+
+run_module.open_to_read = held_back
+loaded = []
+loading = threading.Thread(target=lambda: loaded.append(run.load()))
+if sys.argv[2] == "during the first load":
+    loading.start()
+    assert opening.wait(60)
+else:
+    forked.set()
+    loading.start()
+    loading.join()
+warnings.simplefilter("ignore", DeprecationWarning)  # a fork of several threads is the point
+child = os.fork()
+if child == 0:
+    try:
+        run.load()
+    except engine.ForkedError as error:
+        assert "call engine.open in this process" in str(error)
+    else:
+        os._exit(3)
+    if sys.argv[3] == "closes it":
+        run.close()
+    sys.exit(0)
+deadline = time.monotonic() + 20
+while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
+    time.sleep(0.01)
+if ended[0] == 0:
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    forked.set()
+    sys.exit("the child hangs")
+forked.set()
+loading.join()
+assert len(loaded) == 1 and run.load().keys() == loaded[0].keys()
+run.close()
+sys.exit(os.waitstatus_to_exitcode(ended[1]))
+"""
+
+
+@pytest.mark.parametrize("child", ["closes it", "lets it go"])
+@pytest.mark.parametrize("when", ["during the first load", "after a load"])
+def test_a_forked_child_that_has_a_run_exits_and_leaves_the_parents_alone(
+    tmp_path: Path, when: str, child: str
+) -> None:
+    """During the first load another thread of the parent has the lock of the Run's pipelines."""
+    saved(tmp_path, 1)
+    result = in_a_process_of_its_own(FORKED, str(tmp_path), when, child)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def threads() -> int:

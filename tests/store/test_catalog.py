@@ -1127,6 +1127,58 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path, how: str) -> None:
             os.kill(child, signal.SIGKILL)
 
 
+FORK_IN_CLOSE = """
+import os, select, signal, sys, threading, warnings
+from engine.store.catalog import Catalog
+from engine.store.filesystem import Filesystem
+
+class Stopping(Filesystem):
+    def close(self, descriptor):
+        if sys.argv[2] == "after":
+            super().close(descriptor)
+        if threading.current_thread() is closing:
+            inside.set()
+            assert forked.wait(60)
+        if sys.argv[2] == "before":
+            super().close(descriptor)
+
+inside, forked, closing = threading.Event(), threading.Event(), None
+catalog = Catalog(sys.argv[1], Stopping(), spare_max=1)
+closing = threading.Thread(target=catalog.close)
+closing.start()
+assert inside.wait(60)
+told, tell = os.pipe()
+warnings.simplefilter("ignore", DeprecationWarning)  # a fork of several threads is the point
+child = os.fork()
+if child == 0:
+    catalog.close()
+    os.write(tell, b"x")
+    signal.pause()
+try:
+    assert select.select([told], [], [], 20)[0], "the child hangs"
+    forked.set()
+    closing.join()
+    Catalog(sys.argv[1], Filesystem(), spare_max=1).close()  # the child lives on, and does not hold the lock
+finally:
+    forked.set()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_fork_while_another_thread_closes_the_lock_harms_neither_process(tmp_path: Path, moment: str) -> None:
+    """The child's one thread is not the one that has the lock of close, which nobody there gives back."""
+    result = subprocess.run(
+        [sys.executable, "-c", FORK_IN_CLOSE, str(tmp_path), moment],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("first", ["run", "copy"])
 def test_a_copy_made_of_hard_links_is_not_in_use(tmp_path: Path, first: str) -> None:
     root, copy = tmp_path / "run", tmp_path / "copy"
