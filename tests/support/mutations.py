@@ -186,8 +186,8 @@ MUTATIONS: dict[str, Mutation] = {
     "C5 left out: fsync of the spare that the files came from": Mutation(
         without(Drop("publish", "/00000001")), "recycled_save"
     ),
-    "C3 left out: fsync of a writer's part": Mutation(without(Drop("seal", ".json")), "several_writers"),
-    "C4 left out: fsync of the partial, of all writers": Mutation(
+    "S1 left out: fsync of a writer's part": Mutation(without(Drop("seal", ".json")), "several_writers"),
+    "S1 and C4 left out: fsync of the partial, of all writers": Mutation(
         without(Drop("publish", ".partial"), Drop("seal", ".partial")), "several_writers"
     ),
     "O6 left out: fsync of the spares": Mutation(
