@@ -1,7 +1,7 @@
 """Write the C of the compiled module `engine._native`; CMake runs this while it builds.
 
-Theory of operation.  `engine_native.h` is the one description of the C interface: the compiler reads it whole,
-and cffi reads it without the preprocessor's lines, which it does not understand.  The module is cffi's
+Theory of operation.  `engine_native.h` alone describes the C interface.  The compiler reads all of it, and cffi
+reads it without the preprocessor's lines, which cffi does not understand.  The module is cffi's
 out-of-line API mode, so the compiler checks every declaration against the same header.
 
 Usage: python binding.py engine_native.h _native.c

@@ -2,19 +2,19 @@
  * engine_native.h: the C interface of the native pipeline, read by the C compiler and by cffi alike.
  * (cffi drops the lines that begin with '#', so constants are enumerators.)
  *
- * What it is.  A pipeline is one POSIX thread that owns a fixed set of staging slots and one way of moving them: an
- * io_uring, or where there is none a few threads that call pread and pwrite.  A job is one save (ENG_WRITE) or one
- * restore (ENG_READ): arrays of blocks and extents that the thread works through.
- * A write copies each block's extents from their sources into a slot, hashing them on the way, and writes the slot at
- * the block's file offset.  A read does the reverse, and lets no block out of its slot that does not verify.
+ * Theory of operation.  A pipeline is one POSIX thread that owns a fixed set of staging slots and one way of moving
+ * them: an io_uring, or a few threads that call pread and pwrite.  A job is one save (ENG_WRITE) or one restore
+ * (ENG_READ): arrays of blocks and extents that the thread works through.  A write copies each block's extents from their
+ * sources into a slot, hashing them on the way, and writes the slot at the block's file offset.  A read reads each block
+ * into a slot, and copies its extents out only if the block verifies.
  *
  * Threads.  Between eng_open and eng_free every function may be called from any thread, also beside and after
  * eng_close; eng_free is called once, with no other call under way.  Only the pipeline's own thread touches the ring
  * (IORING_SETUP_SINGLE_ISSUER demands it).
  *
- * Ownership.  The caller owns the eng_job and everything it points to, and keeps all of it, the sources' memory
- * and the file descriptors unchanged and alive until ENG_DONE has been reached.  The pipeline owns the slots.
- * It allocates nothing after eng_open, but when a ring has broken and is replaced.
+ * Ownership.  The caller owns the eng_job and everything it points to.  It keeps all of it, the sources' memory and the
+ * file descriptors alive and unchanged until ENG_DONE is reached.  The pipeline owns the slots.  It allocates nothing
+ * after eng_open, except when it replaces a broken ring.
  *
  * Errors.  Functions return 0 or a negative errno.  A job's first failure is latched in `failure`, `error` and
  * `failed_block`; the rest of the job is dropped, what is in flight is drained, and then ENG_DONE is reached.
@@ -35,14 +35,14 @@ enum {
     ENG_DIMS_MAX = 8 /* dimensions of a strided source, after merging those that continue each other */
 };
 
-/* Ways of moving blocks.  Each is wholly what it says, or eng_open fails: a lower one is the caller's to choose. */
+/* Ways of moving blocks.  If the kernel refuses a part of a way, eng_open fails; the caller chooses another way. */
 enum {
     ENG_RING_REGISTERED = 0, /* io_uring, slots and files registered with it */
     ENG_RING_PLAIN = 1, /* io_uring, nothing registered */
     ENG_THREADS = 2 /* pread(2) and pwrite(2) on threads of the pipeline */
 };
 
-/* What eng_open was refused. */
+/* The part of eng_open that the kernel refused. */
 enum {
     ENG_REFUSED_NOTHING = 0,
     ENG_REFUSED_RESOURCES = 1, /* the slots' memory, the eventfd, a thread */
@@ -65,15 +65,15 @@ enum { ENG_URGENT = 1, ENG_ALL_STAGED = 2, ENG_DONE = 4 };
 enum {
     ENG_NO_FAILURE = 0,
     ENG_IO_FAILURE = 1, /* the kernel refused a read or write: `error` is the errno */
-    ENG_SHORT_FAILURE = 2, /* a read or write moved nothing, or too little to go on: the file ends early */
-    ENG_CHECKSUM_FAILURE = 3, /* a block read is not the block that was written */
+    ENG_SHORT_FAILURE = 2, /* a read or write moved nothing, or too little to continue: the file ends early */
+    ENG_CHECKSUM_FAILURE = 3, /* a block that was read does not match its hash */
     ENG_TORN_FAILURE = 4, /* a source changed while it was being staged */
     ENG_INVALID_FAILURE = 5, /* the job contradicts itself */
-    ENG_ABORTED_FAILURE = 6 /* eng_abort was called: `error` is what it was given */
+    ENG_ABORTED_FAILURE = 6 /* eng_abort or eng_close was called: `error` is its argument */
 };
 
-/* Where bytes come from or go to.  ndim 0: plain memory.  Otherwise a strided tensor, which is serialised in
- * row-major order; strides are in elements. */
+/* Memory that bytes come from or go to.  With ndim 0 it is plain memory.  Otherwise it is a strided tensor, serialised
+ * in row-major order; strides are in elements. */
 typedef struct {
     uint64_t address;
     uint32_t itemsize;
@@ -113,17 +113,17 @@ typedef struct {
     uint32_t source_count;
     uint32_t extent_count;
     uint32_t block_count;
-    uint32_t urgent_count; /* the first so many of `order` are staged before ENG_URGENT */
+    uint32_t urgent_count; /* ENG_URGENT is reached when this many blocks, the first of `order`, are staged */
     uint32_t file_count;
     uint32_t reserved;
     const eng_source *sources;
     const eng_extent *extents;
     const eng_block *blocks;
     const uint32_t *order; /* block indices in the order to work through them */
-    eng_hash *checksums; /* one a block: result of a write, expectation of a read */
+    eng_hash *checksums; /* one a block: a write stores them, a read compares with them */
     uint8_t *states; /* one a block, all ENG_PENDING at first; may be read at any time */
 
-    /* Set by the pipeline.  Stable once ENG_DONE is reached, save for `milestones` itself. */
+    /* Set by the pipeline.  Final once ENG_DONE is reached. */
     uint32_t milestones;
     uint32_t failure;
     int32_t error;
@@ -134,7 +134,7 @@ typedef struct {
     uint64_t copying_ns; /* time spent copying between sources and slots; of a write, with the checksums */
     uint64_t hashing_ns; /* time spent on the checksums of a read */
     uint64_t io_bytes; /* bytes that completions reported */
-    uint64_t skipped_bytes; /* bytes not written because the file holds them already; whole blocks with padding */
+    uint64_t skipped_bytes; /* of whole blocks, padding included, not written because the file holds them already */
     uint32_t retry_count; /* short, interrupted or refused operations that were tried again */
     uint32_t reserved_end;
 } eng_job;
@@ -161,8 +161,8 @@ typedef struct {
     /* Put `count` files into the places from `first` on; -1 takes a file out again.  May be NULL. */
     int (*set_files)(void *context, uint32_t first, const int32_t *fds, uint32_t count);
     int (*start)(void *context, const eng_io *io); /* queue one operation */
-    /* Hand over what is queued; with wait, block until something completes or the pipeline is woken.  Returns
-     * how many completions were stored, or a negative errno. */
+    /* Submit the queued operations; with wait, block until one completes or the pipeline is woken.  Returns the number of
+     * completions stored, or a negative errno. */
     int (*reap)(void *context, eng_completion *completions, uint32_t capacity, uint32_t wait);
 } eng_io_table;
 
@@ -179,45 +179,45 @@ typedef struct eng_pipeline eng_pipeline;
 /* Map the slots, start the thread, set up the way.  Blocks until the thread runs or has failed. */
 int eng_open(eng_config *config, eng_pipeline **pipeline);
 
-/* Take no job any more, end all that are there, and stop the thread, which gives back slots and descriptors.  Jobs are
- * drained if `error` is 0, but for those without files, which are aborted with ECANCELED; otherwise all are aborted
- * with `error`.  Returns 1 when that is done, 0 if timeout_ns passed first: it goes on all the same, and may be waited
- * for with another call.  In a forked child it does nothing and returns 1. */
+/* Refuse new jobs, end the jobs that there are, and stop the thread, which releases slots and descriptors.  With `error`
+ * 0 the jobs are drained, except those without files, which are aborted with ECANCELED; otherwise all are aborted with
+ * `error`.  Returns 1 when that is done, 0 if timeout_ns passed first: closing then continues, and another call waits
+ * for it.  In a forked child it does nothing and returns 1. */
 int eng_close(eng_pipeline *pipeline, int32_t error, uint64_t timeout_ns);
 
-/* Close, aborting with ECANCELED, free the pipeline, and set the pointer to NULL.  Of NULL: nothing. */
+/* Close, aborting with ECANCELED, free the pipeline, and set the pointer to NULL.  Does nothing if it is NULL. */
 void eng_free(eng_pipeline **pipeline);
 
 /* Queue a job.  Staging of a write begins at once; nothing is written or read before eng_attach.  Returns 0, -EAGAIN if
- * there was no room for timeout_ns, -ECANCELED if the job was aborted before, or -ESHUTDOWN. */
+ * no entry became free within timeout_ns, -ECANCELED if the job was aborted before, or -ESHUTDOWN. */
 int eng_submit(eng_pipeline *pipeline, eng_job *job, uint64_t timeout_ns);
 
-/* Give a job its `file_count` files.  A write may be told what they hold already: `known` has one hash a block, good
- * where `is_known` is not 0.  A block whose hash equals the known one is ENG_WRITTEN without I/O, and counted in
- * skipped_bytes.  Both may be NULL.  All three arrays are the job's until ENG_DONE.  Returns 0, -ESRCH if the job has
+/* Give a job its `file_count` files.  For a write, `known` may hold one hash for each block of the files, valid where
+ * `is_known` is not 0.  A block whose hash equals the known one becomes ENG_WRITTEN without I/O, and is counted in
+ * skipped_bytes.  Both may be NULL.  The caller keeps all three arrays until ENG_DONE.  Returns 0, -ESRCH if the job has
  * ended, or -ESHUTDOWN. */
 int eng_attach(eng_pipeline *pipeline, eng_job *job, const int32_t *fds, const eng_hash *known,
                const uint8_t *is_known);
 
-/* Fail a job: what is in flight is drained, and then it is done.  One that was never submitted is done at once, and is
- * not taken any more; one that is done stays as it is. */
+/* Fail a job: its operations in flight are drained, and then it is done.  A job that was never submitted is done at
+ * once, and eng_submit refuses it; a job that is done stays as it is. */
 void eng_abort(eng_pipeline *pipeline, eng_job *job, int32_t error);
 
 /* Wait until a milestone is reached: 1 if it is, 0 if timeout_ns passed first, or -ESHUTDOWN if it never will be. */
 int eng_wait(eng_pipeline *pipeline, const eng_job *job, uint32_t milestone, uint64_t timeout_ns);
 
-/* Whether a milestone has been reached.  Touches the job only. */
+/* 1 if a milestone has been reached.  Reads only the job. */
 int eng_reached(const eng_job *job, uint32_t milestone);
 
-/* The alignment that O_DIRECT wants of offsets and lengths on an open file (statx(2), STATX_DIOALIGN), or 0 where
- * the kernel does not say or direct I/O is not to be had. */
+/* The alignment of offsets and lengths that O_DIRECT requires on an open file (statx(2), STATX_DIOALIGN).  0 if the
+ * kernel does not report it, or the file has no direct I/O. */
 uint32_t eng_direct_alignment(int32_t fd);
 
 /* Reserve the blocks of a range of a file (fallocate(2)): 0 or a negative errno, -EOPNOTSUPP where the file system
  * cannot. */
 int eng_allocate(int32_t fd, uint64_t offset, uint64_t nbytes);
 
-/* The hash that a block of these stored bytes has. */
+/* The hash of a block with these stored bytes. */
 eng_hash eng_hash_bytes(const void *bytes, uint64_t nbytes);
 
 #endif

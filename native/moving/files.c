@@ -4,7 +4,7 @@
  * Alignment: for O_DIRECT a file system may need more than the device's logical block (open(2), NOTES).  statx(2)
  * reports it since Linux 6.1.  With older headers or an older kernel it is unknown.
  *
- * Allocation: fallocate(2), not posix_fallocate(3).  Without fallocate in the file system the latter writes a byte to
+ * Allocation: fallocate(2), not posix_fallocate(3).  If the file system has no fallocate, the latter writes a byte to
  * every block, and O_DIRECT refuses those writes.
  */
 #include <errno.h>

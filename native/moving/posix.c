@@ -16,8 +16,8 @@
 #include <string.h>
 #include <unistd.h>
 
-/* The number of blocks in flight: the lesser of the two depths at which `make bench` has fio move blocks of 4
- * MiB.  Each block is many requests of the drive's own, and each further thread costs a stack. */
+/* The number of blocks in flight: the smaller of the two depths at which `make bench` runs fio with blocks of 4 MiB.
+ *  Each block is many requests of the drive's own, and each further thread costs a stack. */
 enum { WORKER_COUNT = 4 };
 
 struct posix {

@@ -1,8 +1,7 @@
 /*
  * posix.h: pread(2) and pwrite(2) on a few threads behind a pipeline, as an eng_io_table, for hosts without io_uring.
  *
- * Opened, used and closed on the pipeline's thread.  Files opened with O_DIRECT
- * bypass the page cache, others do not.
+ * Opened, used and closed on the pipeline's thread.  A file that is open with O_DIRECT bypasses the page cache.
  */
 #ifndef POSIX_H
 #define POSIX_H

@@ -27,7 +27,7 @@ struct ring {
     int registered;
 };
 
-/* Names that liburing 2.1, which Ubuntu 22.04 has, does not know yet (linux/io_uring.h). */
+/* Names from linux/io_uring.h that liburing 2.1 of Ubuntu 22.04 lacks. */
 #ifndef IORING_SETUP_SUBMIT_ALL
 #define IORING_SETUP_SUBMIT_ALL (1U << 7)
 #endif
@@ -92,7 +92,7 @@ static int register_slots(ring *ring, const eng_config *config, uint8_t *slots)
 static int ring_set_files(void *context, uint32_t first, const int32_t *fds, uint32_t count)
 {
     ring *ring = context;
-    for (uint32_t done = 0; done < count;) { /* once, unless a file is refused: then the next call returns its error */
+    for (uint32_t done = 0; done < count;) { /* one call, unless a file is refused: the next call returns its error */
         const int result = io_uring_register_files_update(&ring->uring, first + done, fds + done, count - done);
         if (result <= 0)
             return result < 0 ? result : -EIO;
@@ -137,9 +137,9 @@ static void arm_wake(ring *ring)
     ring->wake_armed = 1;
 }
 
-/* Run what DEFER_TASKRUN has deferred, so that completions show (io_uring_enter(2), IORING_ENTER_GETEVENTS).  The
- * kernel flags it (IORING_SETUP_TASKRUN_FLAG), and liburing's submission runs it in the same call; only work that
- * arrived since, or all of it with liburing 2.1, needs a call of its own. */
+/* Run the work that DEFER_TASKRUN has deferred, so that its completions appear (io_uring_enter(2),
+ * IORING_ENTER_GETEVENTS).  The kernel sets a flag for such work (IORING_SETUP_TASKRUN_FLAG), and liburing's submission
+ * runs it in the same call.  Only later work, or with liburing 2.1 all of it, needs this extra call. */
 static int get_events(const ring *ring)
 {
     if (!(__atomic_load_n(ring->uring.sq.kflags, __ATOMIC_RELAXED) & IORING_SQ_TASKRUN))
@@ -166,7 +166,7 @@ static int ring_reap(void *context, eng_completion *completions, uint32_t capaci
         seen++;
         if (cqe->user_data == WAKE) {
             ring->wake_armed = 0;
-            /* The woken thread empties it, or it would wake again at once. */
+            /* Empty the descriptor, or the next poll would complete at once. */
             if (read(ring->wake_fd, &wakes, sizeof wakes) < 0 && errno != EAGAIN)
                 abort();
         } else {

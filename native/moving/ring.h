@@ -19,8 +19,8 @@ int ring_open(eng_config *config, int wake_fd, ring **ring, eng_io_table *table)
  * `config` what the kernel refused. */
 int ring_register(ring *ring, eng_config *config, uint8_t *slots);
 
-/* Unregister buffers and files now, not when the last descriptor of the ring is closed: a forked child may have one.
- * No operation may be in flight. */
+/* Unregister buffers and files now.  Closing the ring does not do so while a forked child has its descriptor.  No
+ * operation may be in flight. */
 void ring_unregister(ring *ring);
 
 void ring_close(ring *ring);

@@ -1,6 +1,6 @@
 /*
  * job.h: the consistency check of a job.  The pipeline's thread checks a job before it touches a byte, so that no
- * job, however wrong, makes the pipeline read or write outside its slots.
+ * job, even a wrong one, makes the pipeline read or write outside its slots.
  */
 #ifndef JOB_H
 #define JOB_H

@@ -8,9 +8,9 @@
  * A write waits in STAGED until its job has files, so that staging begins before the files are made.  If the job has
  * files, the write starts at once.  Jobs are served in order of arrival: an older save frees its arena first.
  *
- * Staging comes first, because training waits for the arena, and the device is slower than memory.  For reads, too, the
- * device gets its next blocks before delivered ones are verified, as long as slots are free.  So only some of the slots
- * are in flight at a time, and the others are verified meanwhile.
+ * Staging comes first, because training waits for the arena, and the device is slower than memory.  A restore starts its
+ * next reads before it verifies blocks that have arrived, as long as slots are free and READ_WINDOW_BYTES allow.  So some
+ * slots are read into while others are verified.
  */
 #include "pipeline/pipeline.h"
 
@@ -26,8 +26,8 @@ enum {
     /* Blocks staged before their writes are submitted together: few, so that the device starts early (4 MiB stage in
      * about half a millisecond), but more than one, to share the cost of a submission. */
     BATCH_BLOCKS = 2,
-    /* Bytes read at a time.  A drive is busy with its bandwidth times its latency, some 2 MB, and an array of drives
-     * with a few times that.  More in flight delays the first block, and leaves nothing to read while the last blocks
+    /* Bytes of reads in flight.  Bandwidth times latency keeps a drive busy, some 2 MB, and a few times that keeps an
+     * array of drives busy.  More in flight delays the first block, and leaves nothing to read while the last blocks
      * are verified.  500 MB in blocks of 4 MiB took, on the host of docs/perf.md: 139 ms with 16 MiB in flight, 135
      * with 64, 140 with 128, 146 with 256. */
     READ_WINDOW_BYTES = 64 << 20,
@@ -167,7 +167,7 @@ static int is_rechecked(const entry *e)
     return !due || e->recheck_next == e->job->block_count;
 }
 
-/* Whether a block is left to hash a second time. */
+/* 1 if a block is left to hash a second time. */
 static int may_recheck(const entry *e)
 {
     return e->next == e->job->block_count && !is_rechecked(e);
@@ -301,7 +301,7 @@ static void recheck_block(eng_pipeline *p, uint32_t entry_index)
     }
 }
 
-/* Whether the next block of a job may begin now: a write only needs a slot, a read also its file and the device. */
+/* 1 if the next block of a job may begin now: a write needs a slot, a read also its file and room in the window. */
 static int may_begin(const eng_pipeline *p, const entry *e)
 {
     if (e->failed || e->next == e->job->block_count)
@@ -323,13 +323,13 @@ uint32_t pipeline_fill(eng_pipeline *p)
         } else if (!e->failed && may_recheck(e)) {
             recheck_block(p, entry_index);
         } else if (p->unverified.count > 0 && p->slots[p->unverified.slots[0]].entry == entry_index) {
-            break; /* its blocks come first: younger jobs could begin blocks for ever */
+            break; /* verify its blocks first: younger jobs could begin blocks for ever */
         } else {
             at++;
             continue;
         }
         begun++;
-        settle(p, entry_index); /* may remove the job from the queue; `at` then is the next one */
+        settle(p, entry_index); /* may remove the job from the queue; `at` is then the index of the next one */
     }
     return begun;
 }
@@ -404,7 +404,7 @@ static void complete(eng_pipeline *p, uint32_t index, int32_t result)
     settle(p, entry_index);
 }
 
-/* The ring itself has failed: every job fails, and the next one gets a new ring.  Slots that the kernel may still write
+/* The ring itself has failed: every job fails, and the next job gets a new ring.  Slots that the kernel may still write
  * to are never used again. */
 static void break_down(eng_pipeline *p, int error)
 {
@@ -445,8 +445,8 @@ void pipeline_reap(eng_pipeline *p, uint32_t wait)
 
 /* ---- the inbox ---- */
 
-/* Give a job its files, and start the writes that waited for them, in the order of staging.  0 if the ring turns out to
- * have failed, and the job with it. */
+/* Give a job its files, and start the writes that waited for them, in the order of staging.  Returns 0 if the
+ * ring has failed, and with it the job. */
 static int attach_files(eng_pipeline *p, uint32_t entry_index)
 {
     entry *e = &p->entries[entry_index];
@@ -454,7 +454,7 @@ static int attach_files(eng_pipeline *p, uint32_t entry_index)
         return 1;
     e->has_files = 1;
     const int result = set_files(p, entry_index, 1);
-    if (result == -EOPNOTSUPP || result == -ENXIO) { /* it is no ring any more (io_uring_register(2), ERRORS) */
+    if (result == -EOPNOTSUPP || result == -ENXIO) { /* the descriptor is no ring now (io_uring_register(2), ERRORS) */
         break_down(p, -result);
         return 0;
     }

@@ -1,13 +1,12 @@
 /*
  * pipeline.h: the structures that both halves of a pipeline share.
  *
- * pipeline.c is the slot state machine: it runs on the pipeline's thread only, and blocks in reap only.
- * service.c is the thread itself and the functions of engine_native.h, which other threads call.  They reach the
- * machine only through the inbox half of an entry.
+ * pipeline.c is the slot state machine: it runs on the pipeline's thread only, and blocks in reap only.  service.c is
+ * the thread and the functions of engine_native.h, which other threads call.  They reach the machine only through the
+ * inbox half of an entry.
  *
- * Locks.  `mutex` guards the inbox half of every entry, changes of `state`, and the broadcast of both and of
- * milestones.  All else belongs to the thread, or is a single word written atomically (a job's states and milestones,
- * `dirty`, `state`).
+ * Locks.  `mutex` guards the inbox half of every entry, changes of `state`, and the broadcasts of `changed`.  All else
+ * belongs to the thread, or is a single word written atomically (a job's states and milestones, `dirty`, `state`).
  */
 #ifndef PIPELINE_H
 #define PIPELINE_H
@@ -68,7 +67,7 @@ struct eng_pipeline {
     slot_list waiting;        /* staged, and their jobs have no files yet */
     slot_list unverified;     /* read, and to be verified */
     uint32_t moving_count;    /* operations in flight */
-    uint32_t reading_count;   /* those of them that are reads */
+    uint32_t reading_count;   /* of these, the reads */
     uint32_t refusal_count;
     int broken;               /* errno that broke the ring, until it is replaced */
     entry entries[ENG_JOBS_MAX];
@@ -80,7 +79,7 @@ struct eng_pipeline {
     eng_pipeline *next_pipeline; /* this and the next three: see "forks" in service.c */
     int wake_fd;              /* -1: closed */
     int ring_fd;              /* the same */
-    int forked;               /* this process is a fork of the one that opened the pipeline */
+    int forked;               /* this process is a forked child of the one that opened the pipeline */
     int dirty;                /* something is in the inbox */
     enum service_state state; /* changed with the mutex held */
     int open_error;           /* negative errno of a failed set-up; valid once it is closed */
@@ -100,13 +99,13 @@ int service_replace_ring(struct eng_pipeline *p);
 /* Abort the jobs that have no files: the pipeline is closing, and they will never get any. */
 void pipeline_cancel_unattached(struct eng_pipeline *p);
 
-/* Begin a few blocks, oldest job first.  Returns how many. */
+/* Begin a few blocks, oldest job first.  Returns their number. */
 uint32_t pipeline_fill(struct eng_pipeline *p);
 
 /* Verify the oldest unverified block that was read, and copy it out.  Returns 1, or 0 if there is none. */
 uint32_t pipeline_verify(struct eng_pipeline *p);
 
-/* Submit started operations and reap completed ones; with `wait`, sleep until there is one. */
+/* Submit started operations and reap completed ones; with `wait`, sleep until one completes. */
 void pipeline_reap(struct eng_pipeline *p, uint32_t wait);
 
 #endif

@@ -18,15 +18,15 @@
 
 #include "pipeline/pipeline.h"
 
-/* Of x86-64, and of aarch64 with pages of 4 KiB. */
+/* The size on x86-64, and on aarch64 with pages of 4 KiB. */
 static const size_t HUGE_PAGE_BYTES = 2 << 20;
 
 /* ---- forks ----
  *
  * A forked child has none of the threads.  A ring that it inherits keeps the slots' memory pinned for as long as the
  * child lives, so the child closes its copies of all our descriptors at the fork.  `fork_mutex` is held across a fork,
- * and by every pipeline while a descriptor or a mapping is made and noted, or forgotten and closed.  So a child finds
- * in the list exactly the descriptors that it has inherited, and no mapping that a fork would copy. */
+ * and by every pipeline while a descriptor or a mapping is made and noted, or forgotten and closed.  So a child's
+ * list has exactly the descriptors that it has inherited, and no fork copies a mapping before MADV_DONTFORK. */
 
 static pthread_mutex_t fork_mutex = PTHREAD_MUTEX_INITIALIZER;
 static eng_pipeline *pipelines; /* all, from eng_open to eng_free, linked by `next_pipeline`; guarded by fork_mutex */
@@ -59,8 +59,8 @@ static void after_fork_in_child(void)
     pthread_mutex_unlock(&fork_mutex);
 }
 
-/* When the module is loaded, and not in the first eng_open: another thread may be forking then, and that
- * fork would run none of these.  (Python forks under its import lock.) */
+/* Runs when the module is loaded, not in the first eng_open: another thread may fork during eng_open, and that fork
+ * would run none of these handlers.  (Python forks under its import lock.) */
 __attribute__((constructor)) static void watch_forks(void)
 {
     if (pthread_atfork(before_fork, after_fork, after_fork_in_child) != 0)
@@ -166,7 +166,7 @@ static int open_way(eng_pipeline *p)
     return open_ring(p);
 }
 
-/* Map memory that begins where a huge page may: kernels align only some mappings by themselves, or none. */
+/* Map memory that begins on a huge page boundary: a kernel aligns only some mappings itself, or none. */
 static uint8_t *map_aligned(size_t nbytes)
 {
     const size_t page_bytes = (size_t)sysconf(_SC_PAGESIZE), whole_bytes = (nbytes + page_bytes - 1) & -page_bytes;
@@ -181,7 +181,7 @@ static uint8_t *map_aligned(size_t nbytes)
     return mapped + before_bytes;
 }
 
-/* All slots, free. */
+/* Map the slots; all are free. */
 static int map_slots(eng_pipeline *p)
 {
     const size_t nbytes = (size_t)p->config.slot_count * p->config.slot_bytes;
@@ -199,11 +199,11 @@ static int map_slots(eng_pipeline *p)
     return 0;
 }
 
-/* Give the slots' memory back, and their addresses unless the kernel may still use those.
+/* Unmap the slots, and release their addresses unless the kernel may still use them.
  *
- * A broken ring may have reads in flight.  Pinned memory stays the kernel's until they end.  But a read that has not
- * begun, or that goes through the page cache, would write to the next mapping at the same address.  So after a break
- * the addresses stay reserved, and are never mapped again. */
+ * A broken ring may have reads in flight.  Pinned memory is not reused until they end.  But a read that has not begun,
+ * or that goes through the page cache, would write to the next mapping at the same address.  So the addresses of a
+ * broken ring's slots stay reserved, and are never mapped again. */
 static void unmap_slots(eng_pipeline *p)
 {
     if (p->memory == MAP_FAILED)
@@ -230,10 +230,10 @@ int service_replace_ring(eng_pipeline *p)
     return p->broken;
 }
 
-/* A thread that wakes after a long sleep takes the CPU of the thread that woke it: a caller of eng_submit is held up
- * until some of the arena is staged.  Under SCHED_BATCH the woken thread waits for its turn (sched(7)).  In a training
- * on every core checkpoint() took 0.6 ms in some runs and 2 to 5 ms in others; with SCHED_BATCH it takes 0.6 ms.  Where
- * the kernel refuses the policy the thread works without it.  A policy that the user has chosen stays. */
+/* A thread that wakes after a long sleep preempts the thread that woke it: a caller of eng_submit is held up until some
+ * of the arena is staged.  Under SCHED_BATCH the woken thread waits for its turn (sched(7)).  Beside a
+ * training on every core, checkpoint() took 0.6 ms in some runs and 2 to 5 ms in others; with SCHED_BATCH it takes 0.6
+ * ms.  If the kernel refuses the policy, the thread works without it.  A policy that the user chose stays. */
 static void lower_priority(void)
 {
     struct sched_param parameters;
@@ -270,7 +270,7 @@ static void serve(eng_pipeline *p)
         else if (idle && p->queue_count == 0 && closing)
             break;
         else if (idle && !is_closing(p))
-            sleep_until_woken(p); /* not after a close: its wake may have been read already */
+            sleep_until_woken(p); /* not while closing: the wake of eng_close may have been read already */
     }
 }
 
@@ -297,12 +297,12 @@ static void *run(void *argument)
     return NULL;
 }
 
-/* ---- called by others ---- */
+/* ---- calls of other threads ---- */
 
 static int start_thread(eng_pipeline *p)
 {
-    /* Signals belong to the program's own threads: a handler must not run here, nor interrupt the ring.  Signals of
-     * a crash stay unblocked, so that the program's crash handler runs. */
+    /* The program's own threads take signals: a handler must not run here or interrupt the ring.  Crash signals stay
+     * unblocked, so that the program's crash handler runs. */
     static const int CRASHES[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP};
     sigset_t blocked, before;
     sigfillset(&blocked);
@@ -366,7 +366,7 @@ int eng_open(eng_config *config, eng_pipeline **pipeline)
     return 0;
 }
 
-/* Wait for a change until a point of time of pipeline_now_ns: 0 if that has passed.  The mutex is held. */
+/* Wait for a change until a time of pipeline_now_ns.  Returns 0 if that has passed.  The mutex is held. */
 static int await_change(eng_pipeline *p, uint64_t until_ns)
 {
     const struct timespec until = {(time_t)(until_ns / 1000000000u), (long)(until_ns % 1000000000u)};
@@ -419,7 +419,7 @@ void eng_free(eng_pipeline **pipeline)
     if (!p->forked) {
         if (p->has_thread)
             eng_close(p, ECANCELED, UINT64_MAX);
-        unmap_slots(p); /* and the descriptor, where there never was a thread to do so */
+        unmap_slots(p); /* this and the descriptor are left only if there was no thread */
         close_wake_fd(p);
         unlist_pipeline(p);
         pthread_cond_destroy(&p->changed);
@@ -432,7 +432,7 @@ void eng_free(eng_pipeline **pipeline)
     free(p);
 }
 
-/* The entry of a job, or NULL if it has ended; of NULL, one that is free.  The mutex is held. */
+/* The entry of a job, or NULL if it has ended.  For a job of NULL, a free entry.  The mutex is held. */
 static entry *find(eng_pipeline *p, const eng_job *job)
 {
     for (uint32_t i = 0; i < ENG_JOBS_MAX; i++)

@@ -1,16 +1,15 @@
 /*
- * bulk.c: one variant of what moves and hashes bytes in bulk.
+ * bulk.c: one variant of the functions that copy and hash long runs of bytes.
  *
  * Compiled once for each variant with its own machine flags and ENGINE_BULK_SUFFIX (see CMakeLists.txt).
  *
- * What is copied into a slot is next read by the device, and what is copied out of one by a training, much later. So
- * long runs are stored past the caches: a cached store first reads the line that it overwrites, which costs a third of
- * the memory's bandwidth.  Measured with 500 MB in blocks of 4 MiB: on one AMD EPYC memcpy moved 7.2 GB/s, this 9.4, and
+ * The device reads a filled slot next, and a training reads restored tensors much later.  So long runs are stored past
+ * the caches: a cached store first reads the line that it overwrites, which costs a third of the memory's bandwidth.  Measured with 500 MB in blocks of 4 MiB: on one AMD EPYC memcpy moved 7.2 GB/s, this 9.4, and
  * two pages at a time 10.7; on a newer one (family 26) memcpy 20.5, this 24.5, and two pages at a time 14.2.
  *
- * What is hashed on its way is loaded once, stored past the caches and, as well, into a piece that stays in the nearest
- * one, and hashed there: read again from where it went it would be a third more of what memory moves, at the time when
- * the device reads from it too (docs/decisions/0015-blocks-are-hashed-while-they-are-copied.md).
+ * Bytes that are hashed on the way are loaded once and stored twice: past the caches, and into a piece that stays in the
+ * nearest cache, where they are hashed.  Reading them back from memory instead would add a third to the memory's
+ * traffic, while the device reads from memory too (docs/decisions/0015-blocks-are-hashed-while-they-are-copied.md).
  */
 #include "staging/bulk.h"
 
@@ -19,7 +18,7 @@
 #include <emmintrin.h>
 #endif
 
-/* The canonical form, highest byte first: the digits of a manifest, and what other tools print. */
+/* The canonical form, highest byte first: the digits in a manifest and in the output of other tools. */
 static eng_hash canonical(XXH128_hash_t value)
 {
     XXH128_canonical_t digest;
@@ -62,13 +61,13 @@ static void copy_and_add_cached(XXH3_state_t *state, uint8_t *to, const uint8_t 
 #if defined(__x86_64__)
 enum {
     LINE_BYTES = 64,
-    PREFETCH_BYTES = 256, /* four lines ahead, into the next page too, where the hardware's prefetchers do not go */
-    STREAM_BYTES_MIN = 64 << 10 /* below this a run may be in the cache, and the setting up is worth more */
+    PREFETCH_BYTES = 256, /* four lines ahead, also into the next page, which hardware prefetchers do not reach */
+    STREAM_BYTES_MIN = 64 << 10 /* a shorter run may be in the cache, and the set-up costs more than it saves */
 };
 
-/* A line in registers: in names, since a compiler that does not unroll keeps an array in memory.  Moves of 16 bytes with
- * AVX2, too: a source that is not aligned has each second one of 32 across two lines, and 500 MB took 40 ms instead of
- * 31. */
+/* A line in registers.  Four named fields: a compiler that does not unroll keeps an array in memory.  Moves are 16 bytes
+ * also with AVX2: from an unaligned source every second move of 32 bytes crosses a line, and 500 MB took 40 ms instead
+ * of 31. */
 typedef struct {
     __m128i a, b, c, d;
 } cache_line;
@@ -102,7 +101,7 @@ static void prefetch(const uint8_t *from)
     _mm_prefetch((const char *)from + PREFETCH_BYTES, _MM_HINT_T0);
 }
 
-/* How many bytes there are before the first line of `to`. */
+/* The number of bytes before the first full line of `to`. */
 static size_t head_bytes(const uint8_t *to)
 {
     return (size_t)(-(uintptr_t)to & (LINE_BYTES - 1));
@@ -121,7 +120,7 @@ static void copy(uint8_t *to, const uint8_t *from, size_t nbytes)
         stream_line(to + done, load_line(from + done));
     }
     memcpy(to + done, from + done, nbytes - done);
-    _mm_sfence(); /* before whoever is told of it looks */
+    _mm_sfence(); /* streamed stores are visible before the block's state says so */
 }
 
 static void copy_and_add(XXH3_state_t *state, uint8_t *to, const uint8_t *from, size_t nbytes)
@@ -144,7 +143,7 @@ static void copy_and_add(XXH3_state_t *state, uint8_t *to, const uint8_t *from, 
         add(state, piece, kept);
     }
     copy_and_add_cached(state, to + done, from + done, nbytes - done);
-    _mm_sfence(); /* once: with one a piece it took half as long again */
+    _mm_sfence(); /* once: with one for each piece the call took 1.5 times as long */
 }
 #else
 static void copy(uint8_t *to, const uint8_t *from, size_t nbytes)

@@ -1,8 +1,8 @@
 /*
- * host.c: staging between host memory and slots (host.h says what; this is how).
+ * host.c: staging between host memory and slots, as host.h specifies.
  *
- * Runs of plain memory are bulk.c's; tensors with strides are walked here, a piece at a time, so that each is hashed while
- * it is in the nearest cache.
+ * bulk.c copies runs of plain memory.  Strided tensors are copied here, a piece at a time, so that each piece is hashed
+ * while it is in the nearest cache.
  */
 #include "staging/host.h"
 
@@ -61,7 +61,7 @@ static void copy_strided(const eng_source *source, uint64_t offset, uint8_t *pac
     }
 }
 
-/* Pack a range of a strided tensor, and add what has arrived. */
+/* Pack a range of a strided tensor, and add the packed bytes to the hash. */
 static void pack_and_add(const bulk_functions *bulk, XXH3_state_t *state, const eng_source *source, uint64_t offset,
                          uint8_t *to, uint64_t nbytes)
 {
@@ -109,7 +109,7 @@ void host_scatter(const eng_job *job, const eng_block *block, const uint8_t *slo
         const uint8_t *from = slot + extent->block_offset;
         if (source->ndim == 0)
             bulk->copy(source_memory(source, extent->source_offset), from, extent->nbytes);
-        else /* which does not write to the slot when it scatters */
+        else /* scattering does not write to the slot */
             copy_strided(source, extent->source_offset, (uint8_t *)from, extent->nbytes, 1);
     }
 }

@@ -1,7 +1,7 @@
 /*
  * host.h: staging between host memory and slots.  Called by the pipeline's thread only.
  *
- * A job has been validated before it comes here: extents lie inside their block, and the extents of a write cover it
+ * The job is already validated: extents lie inside their block, and the extents of a write cover it
  * without gaps.
  */
 #ifndef HOST_H
@@ -10,7 +10,7 @@
 #include "engine_native.h"
 
 /* Copy a block's extents from their sources into `slot`, and zero the padding up to ENG_ALIGNMENT.  Returns the hash of
- * what is in the slot, whatever was written to the sources meanwhile. */
+ * the bytes in the slot, even if the sources change during the call. */
 eng_hash host_gather(const eng_job *job, const eng_block *block, uint8_t *slot);
 
 /* Copy a block's extents from `slot` out to their sources. */
