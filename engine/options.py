@@ -1,7 +1,7 @@
-"""Options: every tunable of an Engine, once, with its unit, its default and where the default comes from.
+"""Options: every tunable of an Engine, with its unit, its default and the source of the default.
 
 Theory of operation.  `Options` is an immutable value that is checked when it is made.  `Engine`, `engine.open` and
-`engine.probe` take one, and single values by keyword, which replace those of the given or the default Options.
+`engine.probe` take one, and single values by keyword, which replace those of the Options.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Choice = Literal["auto", "io_uring", "io_uring_plain", "threads", "buffered"]
 # Half of the pipeline's room for jobs (ENG_JOBS_MAX), so that restores always find room.
 MAX_ASYNC_MAX = 32
 
-# Far beyond the depth that any drive gains from, and within what the kernel takes: 32,768 entries of a ring and
+# Far above the queue depth that any drive gains from, and within the kernel's limits: 32,768 entries of a ring and
 # 16,384 registered buffers (IORING_MAX_ENTRIES and IORING_MAX_REG_BUFFERS in io_uring/).
 SLOT_COUNT_MAX = 1024
 
@@ -38,19 +38,19 @@ class Tunables(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How an Engine works.
+    """The tunables of an Engine.
 
     Attributes:
         staging_bytes: memory for staging slots, at least two blocks; pinned if the locked-memory limit allows; at most
-            1024 slots are made of it.  256 MiB: 500 MB are staged in 63 ms with it, and in 30 ms where all of them fit
+            1024 slots are made of it.  256 MiB: 500 MB are staged in 63 ms with it, and in 30 ms if all of them fit
             (docs/perf.md).
-        block_bytes: the size of one write or read and of a slot, a multiple of 4096 of at most 1 GiB.  4 MiB: a drive
-            is busy with its bandwidth times its latency, some 2 MB.
-        chunk_bytes: the size of a chunk, the unit of status, rounded up to a multiple of 4096.  64 MiB: some tens of
-            milliseconds of a fast drive.
+        block_bytes: the size of one write or read and of a slot, a multiple of 4096 of at most 1 GiB.  4 MiB:
+            bandwidth times latency, some 2 MB, keeps a drive busy.
+        chunk_bytes: the size of a chunk, the unit of status, rounded up to a multiple of 4096.  64 MiB take
+            a fast drive some tens of milliseconds.
         max_async: how many saves may be in flight, 1 to 32.  2: one is written while the next one is staged.
-        backend: how blocks are moved.  ``"auto"`` takes the best that works; any other is insisted on.
-        rewrite_all: write every block, even one that the recycled file holds already by its hash.
+        backend: how blocks are moved.  ``"auto"`` takes the best that works; of any other name only that one is tried.
+        rewrite_all: write every block, even if its hash says that the recycled file holds it already.
 
     Raises:
         ArgumentError: a value is out of range.
@@ -74,7 +74,7 @@ class Options:
 
     @property
     def slot_count(self) -> int:
-        """How many slots there are."""
+        """The number of slots."""
         return min(self.staging_bytes // self.block_bytes, SLOT_COUNT_MAX)
 
 

@@ -1,8 +1,8 @@
-"""Checks: whether the numbers of a manifest agree with each other.  Pure.
+"""Checks: the numbers of a manifest must agree with each other.  Pure.
 
-Theory of operation.  `manifest` has checked digests and types; here every number is checked against every other.  After
-that a reader may trust that chunks partition files, blocks partition chunks, segments partition the data without holes,
-shards partition their tensor, and every name is a plain file of the checkpoint's own directory.
+Theory of operation.  `manifest` has checked digests and types; here the numbers are checked against each other.  Then a
+reader may rely on this: chunks partition files, blocks partition chunks, segments partition the data without holes,
+shards partition their tensor, and every name is a plain file of the checkpoint's directory.
 
 Called by `manifest`.
 """
@@ -28,13 +28,13 @@ MANIFEST_NAME = "manifest.json"
 # A block must fit a staging slot of the engine that restores; the native pipeline counts a block's bytes in 32 bits.
 BLOCK_BYTES_MAX = 1 << 30
 
-# Steps are stored as JSON integers, and other languages read those as signed 64-bit.
+# Steps are stored as JSON integers, which other languages read as signed 64-bit.
 STEP_MAX = (1 << 63) - 1
 
-# Offsets are signed 64-bit in the kernel (lseek(2)), and are rounded up to a block.
+# Offsets are signed 64-bit in the kernel (lseek(2)); lengths are rounded up to a block.
 FILE_BYTES_MAX = (1 << 63) - 1 - BLOCK_BYTES_MAX
 
-# Dimensions in which one tensor is cut.  Device meshes cut it in one or two; each doubles the cost of the check.
+# Dimensions in which one tensor is cut into shards.  Device meshes cut in one or two; each doubles the check's cost.
 SPLIT_DIMS_MAX = 4
 
 _HASH_CHARS = 32  # of XXH3-128, in hexadecimal
@@ -46,7 +46,7 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def require(truth: bool, what: str) -> None:
-    """Refuse a manifest of which something is not true."""
+    """Raise CorruptError unless a statement about the manifest is true."""
     if not truth:
         raise _inconsistent(what)
 
@@ -65,7 +65,7 @@ def check_head(manifest: Manifest | Summary) -> None:
 
 
 def check_parts(manifest: Manifest) -> None:
-    """What must be true before a part is read."""
+    """The checks that come before a part is read."""
     _check_digested(manifest.parts)
     for part in manifest.parts:
         require(_PART_NAME.fullmatch(part.name) is not None, f"{part.name!r} cannot be a part's name")
@@ -74,13 +74,13 @@ def check_parts(manifest: Manifest) -> None:
 
 
 def is_user_name(name: str) -> bool:
-    """Whether a user's file may have this name: a plain one, and none that the engine gives."""
+    """Whether a user's file may have this name: a plain name that the engine does not use."""
     ours = name in (MANIFEST_NAME, INDEX_NAME) or name.endswith(".safetensors") or _PART_NAME.fullmatch(name)
     return _USER_NAME.fullmatch(name) is not None and not ours
 
 
 def check_part_rank(name: str, rank: int) -> None:
-    """A part is the one that its name says; `check_parts` has seen the name."""
+    """A part is of the rank in its name; `check_parts` has checked the name."""
     require(name == f"manifest-{rank:05d}.json", f"{name} says it is the part of rank {rank}")
 
 
@@ -117,7 +117,7 @@ def _check_chunks(manifest: Manifest) -> None:
         require(end == file_bytes or end % ALIGNMENT == 0, f"{where} ends unaligned")
         count = ceil_div(chunk.nbytes, manifest.block_bytes)
         require(len(chunk.checksums) == count, f"{where} has {len(chunk.checksums)} checksums for {count} blocks")
-        # All at once, as there may be a hundred thousand; one by one only to name the one that is wrong.
+        # All at once, as there may be a hundred thousand; one by one only to name the wrong one.
         if set(map(len, chunk.checksums)) != {_HASH_CHARS} or _HEX.fullmatch("".join(chunk.checksums)) is None:
             wrong = next(text for text in chunk.checksums if len(text) != _HASH_CHARS or not _HEX.fullmatch(text))
             raise _inconsistent(f"{where} has checksum {wrong!r}")
@@ -150,7 +150,7 @@ def _check_segments(manifest: Manifest) -> None:
 
 
 def _wrong_segment(segment: SegmentRecord, ends: Sequence[int]) -> str | None:
-    """What is wrong with a segment by itself, and after the segments before it; there may be a hundred thousand."""
+    """The fault of a segment in itself or after the segments before it, or None.  There may be a hundred thousand."""
     if segment.dtype not in DTYPES or segment.role not in ROLES:
         return f"is {segment.dtype}, {segment.role}"
     if not 0 <= segment.file < len(ends):
@@ -165,10 +165,10 @@ def _wrong_segment(segment: SegmentRecord, ends: Sequence[int]) -> str | None:
 
 
 def _nbytes(segment: SegmentRecord) -> int | None:
-    """Bytes of a segment by dtype and shape, or None once the product leaves what a file can hold."""
+    """Bytes of a segment by dtype and shape, or None if they exceed the limits of a file."""
     nbytes = DTYPES[segment.dtype].itemsize
     for extent in segment.shape:
-        if not 0 <= extent < 1 << 63:  # beyond what a tensor can have, also where another dimension is 0
+        if not 0 <= extent < 1 << 63:  # no tensor has such a dimension, even beside one of 0
             return None
         nbytes = min(nbytes * extent, FILE_BYTES_MAX + 1)
     return nbytes if nbytes <= FILE_BYTES_MAX else None
@@ -182,10 +182,10 @@ def _lies_within(shard: SegmentRecord) -> bool:
 
 
 def _wrong_shards(rows: Sequence[SegmentRecord]) -> str | None:
-    """What is wrong with the shards of one tensor, each of which lies within it.
+    """The fault of the shards of one tensor, each of which is within it, or None.
 
-    Boxes partition a box exactly if their signed corners add up to its own: each corner of a box counts +1 or -1 by the
-    number of its upper ends.
+    Boxes partition a box exactly if their signed corners add up to the corners of that box.  A corner counts +1 or -1
+    by the number of its upper ends.
     """
     first = rows[0]
     whole = first.global_shape

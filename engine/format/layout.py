@@ -1,20 +1,20 @@
 """Layout: from a table of tensors to arena offsets and safetensors files.  Pure.
 
-Theory of operation.  A `TensorSpec` says what a tensor is; `lay_out` decides where it goes, twice over:
+Theory of operation.  A `TensorSpec` describes a tensor; `lay_out` gives it two locations:
 
 * in the **arena**, where each segment starts on a multiple of `ARENA_ALIGNMENT` bytes, and
 * in a **safetensors file** chosen by role and optimizer, where segments are packed without holes, because the format
   forbids holes (safetensors `Metadata::validate`), and the data start on a `HEADER_ALIGNMENT` boundary.
 
-The order is the same in both, so that a long run of the arena is a long run of the file.  Within a file
-the largest element size comes first, so every tensor in the file is aligned to its own element size
-without padding; then module buffers (which change in forward and so are staged first) come together.
+The order is the same in both, so that a long run of the arena is a long run of the file.  A file is sorted by falling
+element size, so every tensor in it is aligned to its own element size without padding; then by role, so that module
+buffers, which change in forward and are staged first, are contiguous.
 
 A model may be cut into several files, as Hugging Face does: `model-00001-of-00003.safetensors` and so on, with an index
-that says which tensor is in which file.
+of the file of each tensor.
 
-Rules: no torch, no I/O, integers of any size, the same input always gives the same bytes.  Called by
-`arena` with what it gathered, and by `manifest` for the dtype table.
+Rules: no torch, no I/O, integers of any size, the same input always gives the same bytes.  Called by `arena`, and by
+`manifest` for the dtype table.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class DType(NamedTuple):
 
     code: str
     itemsize: int
-    components: int  # 2 where safetensors lacks the complex type: stored as (..., 2) real numbers
-    packed: int = 1  # numbers in one of torch's elements: the header counts them in the last dimension
+    components: int  # 2 if safetensors lacks the complex type: stored as (..., 2) real numbers
+    packed: int = 1  # numbers in one element of torch: the header counts them in the last dimension
 
     def header_shape(self, shape: Sequence[int]) -> list[int]:
-        """The shape that the header says."""
+        """The shape in the header."""
         if self.components > 1:
             return [*shape, self.components]
         return [*shape[:-1], self.packed * math.prod(shape[-1:])] if self.packed > 1 else [*shape]
@@ -80,13 +80,13 @@ DTYPES: Mapping[str, DType] = {
     "bool": DType("BOOL", 1, 1),
 }
 
-# Which kind of file a role is stored in.  `grad` shares the optimizer's: both are of no use to inference.
+# The kind of file for each role.  `grad` shares the optimizer's: inference needs neither.
 FILE_STEMS: Mapping[str, str] = {"model": "model", "buffer": "model", "optimizer": "optimizer", "grad": "optimizer"}
 ROLES = tuple(FILE_STEMS)
 
 _MODEL_FILE = "model.safetensors"
 
-# The index that Hugging Face's loaders read where a model is in several files.
+# The index that Hugging Face's loaders read if a model is in several files.
 INDEX_NAME = "model.safetensors.index.json"
 
 # An optimizer's name is part of its file's name, which has at most 100 characters before the suffix.
@@ -94,10 +94,10 @@ OPTIMIZER_NAME = re.compile("[a-z0-9-]{0,64}")
 
 
 class TensorSpec(NamedTuple):
-    """What a tensor is, before it has a place.  `dtype` is torch's name, e.g. ``"float32"``.
+    """A tensor before it has a location.  `dtype` is torch's name, e.g. ``"float32"``.
 
     `optimizer` is the name of the optimizer that owns it, "" for the only one.  A shard of a larger tensor also has the
-    shape of the whole and its own place in it; both are empty for a whole tensor.
+    shape of the whole tensor and its offset in that; both are empty for a whole tensor.
     """
 
     name: str
@@ -116,7 +116,7 @@ class TensorSpec(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """One named tensor with its place in the arena and in its file.  Offsets and sizes are in bytes."""
+    """One named tensor with its locations in the arena and in its file.  Offsets and sizes are in bytes."""
 
     name: str
     dtype: str
@@ -141,7 +141,7 @@ class FileLayout(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where everything goes.  `segments` are in arena order, which is file order."""
+    """The locations of all tensors.  `segments` are in arena order, which is file order."""
 
     segments: tuple[Segment, ...]
     files: tuple[FileLayout, ...]
@@ -156,14 +156,14 @@ def align_up(value: int, alignment: int) -> int:
 def lay_out(
     specs: Iterable[TensorSpec], aliases: Mapping[str, str] | None = None, model_file_bytes_max: int | None = None
 ) -> Layout:
-    """Give every tensor its place.
+    """Give every tensor its locations.
 
     Args:
-        specs: the tensors, in the order in which their owner knows them; names are unique.
+        specs: the tensors, in their owner's order; names are unique.
         aliases: other names of the same tensors (tied weights), alias to stored name.  They are kept in
             the header's metadata as `safetensors.torch.save_model` does, so its `load_model` finds them.
-        model_file_bytes_max: cut the model between tensors into files of at most so many bytes of tensors; a larger
-            tensor has a file of its own.
+        model_file_bytes_max: cut the model between tensors into files of at most this many bytes of tensors; a larger
+            tensor gets a file to itself.
 
     Raises:
         ArenaError: a name twice or not storable, an unknown dtype or role, or a header over 100 MB.
@@ -224,7 +224,7 @@ def encode_header(members: Sequence[TensorSpec], aliases: Mapping[str, str]) -> 
 
 
 def model_index(layout: Layout) -> bytes | None:
-    """The content of `INDEX_NAME`; None where the model is in one file, or is shards, which its readers do not know."""
+    """The content of `INDEX_NAME`; None if the model is in one file or in shards, which its readers do not know."""
     weights = [segment for segment in layout.segments if FILE_STEMS[segment.role] == "model"]
     weight_map = {segment.name: layout.files[segment.file_index].name for segment in weights}
     if len(set(weight_map.values())) < 2 or any(segment.global_shape for segment in weights):
@@ -263,8 +263,8 @@ def _file_order(spec: TensorSpec) -> tuple[str, int, int]:
         )
     if spec.role not in FILE_STEMS:
         raise ArenaError(f"tensor {spec.name!r} has role {spec.role!r}; roles are {', '.join(ROLES)}")
-    # Element sizes are powers of two, so falling order keeps every offset a multiple of its own element size,
-    # and no block boundary (a multiple of 4096) ever cuts an element.
+    # Element sizes are powers of two, so falling order keeps every offset a multiple of its own element size, and no
+    # block boundary (a multiple of 4096) cuts an element.
     return _file_name(spec), -dtype.itemsize, ROLES.index(spec.role)
 
 

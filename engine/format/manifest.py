@@ -1,17 +1,17 @@
 """Manifest: the commit record of one checkpoint.  Typed, encoded, decoded, validated.  Pure.
 
-Theory of operation.  `manifest.json` says everything that a reader must know before it opens a data file: the
-files and their lengths, the chunks with a checksum for every block, every tensor's place, and the caller's
-`extra`.  On disk it is one JSON object,
+Theory of operation.  `manifest.json` has everything that a reader needs before it opens a data file: the files and
+their lengths, the chunks with a checksum for every block, every tensor's location, and the caller's `extra`.  On disk
+it is one JSON object,
 
     {"sha256":"<64 hex digits>","body":{...}}
 
-whose digest covers the very bytes of the body, so nothing depends on how JSON may be reformatted.  Where several ranks
-write one checkpoint, each writes its chunks and segments to a part, `manifest-00003.json` of rank 3, in the same
-envelope; `manifest.json` then holds the digest of every part.
+whose digest covers the exact bytes of the body, so no canonical form of JSON is needed.  If several ranks write one
+checkpoint, each writes its chunks and segments to a part, `manifest-00003.json` for rank 3, in the same envelope;
+`manifest.json` then holds the digest of every part.
 
 Bytes read from disk are hostile until they are checked.  `decode` checks the digest, msgspec checks every type, and
-`checks` compares every number with every other.  Nothing is allocated in proportion to a number in the manifest before
+`checks` compares the numbers with each other.  Nothing is allocated in proportion to a number in the manifest before
 that number has been checked against the manifest's own length.
 
 A reader ignores fields that it does not know, and refuses a manifest whose `min_reader` is above `READER`.
@@ -39,10 +39,10 @@ from engine.format.plan import Chunk, Plan, PlannedFile, plan_geometry
 FORMAT = "engine.checkpoint"
 VERSION = 1
 
-# What this engine reads: the `min_reader` of a manifest says what it takes.
+# The version that this engine reads; a manifest's `min_reader` may not be above it.
 READER = 1
 
-# 100,000 tensors make about 15 MB, so this is room for some seven million.  More is not a manifest.
+# 100,000 tensors make about 15 MB, so this is room for some seven million.
 MANIFEST_BYTES_MAX = 1 << 30
 
 # Tensors named in an error before the rest are counted.
@@ -52,9 +52,9 @@ _PREFIX = re.compile(rb'\{"sha256":"([0-9a-f]{64})","body":')
 _SUFFIX = b"}\n"
 _DIGEST_CHARS = 64  # of SHA-256, in hexadecimal
 _ENCODER = msgspec.json.Encoder()
-# Rows made and encoded in two calls into C: half a millisecond, after which the training's thread may have Python.
+# Rows made and encoded in two calls into C: half a millisecond, after which another thread may take the GIL.
 _ROWS_AT_ONCE = 1000
-# The columns of `SegmentRecord`, of a layout's segment.
+# The columns of `SegmentRecord`, from a layout's segment.
 _row = attrgetter(
     *("name", "dtype", "shape", "role", "layer", "file_index", "file_offset", "nbytes", "global_shape", "global_offset")
 )
@@ -63,7 +63,7 @@ _Record = TypeVar("_Record")
 
 
 class ChunkRecord(msgspec.Struct, frozen=True):
-    """One chunk: its place, the layers it holds a part of, and the XXH3-128 of every block in hex."""
+    """One chunk: its location, the layers it holds a part of, and the XXH3-128 of every block in hex."""
 
     file: int
     index: int
@@ -82,7 +82,7 @@ class FileRecord(msgspec.Struct, frozen=True):
 
 
 class DigestedFile(msgspec.Struct, frozen=True):
-    """A file of which the manifest knows the content by its SHA-256: a user's file, or a rank's part."""
+    """A file whose SHA-256 the manifest holds: a user's file, or a rank's part."""
 
     name: str
     nbytes: int
@@ -90,9 +90,9 @@ class DigestedFile(msgspec.Struct, frozen=True):
 
 
 class SegmentRecord(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One tensor and its place: an array in JSON, as there may be a hundred thousand; no cycle can go through one.
+    """One tensor and its location: an array in JSON, as there may be a hundred thousand; no cycle can go through one.
 
-    A shard also has the shape of the whole tensor and its own place in it; both are empty where the segment is whole.
+    A shard also has the shape of the whole tensor and its offset in that; both are empty for a whole tensor.
     """
 
     name: str
@@ -107,12 +107,12 @@ class SegmentRecord(msgspec.Struct, frozen=True, array_like=True, gc=False):
     global_offset: tuple[int, ...] = ()
 
 
-# The segments of a manifest, encoded already.
+# The encoded segments of a manifest.
 Rows = msgspec.Raw
 
 
 class _Head(msgspec.Struct, frozen=True):
-    """What every version of the manifest says first."""
+    """The fields that every version of the manifest has."""
 
     format: str
     version: int
@@ -120,7 +120,7 @@ class _Head(msgspec.Struct, frozen=True):
 
 
 class Part(msgspec.Struct, frozen=True):
-    """What one rank has written: its chunks and segments.  `file` counts in its own `files`."""
+    """The chunks and segments that one rank wrote.  Their `file` is an index into the part's own `files`."""
 
     rank: int
     files: tuple[FileRecord, ...]
@@ -130,7 +130,7 @@ class Part(msgspec.Struct, frozen=True):
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """What a listing and a retention rule ask of a checkpoint."""
+    """The fields of a manifest that a listing and a retention rule need."""
 
     step: int
     checkpoint_id: str
@@ -146,10 +146,10 @@ class Summary(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """Everything a reader must know.
+    """The record of a checkpoint.
 
-    `optimizers` has, by its name, what an optimizer keeps besides tensors; the only optimizer may be called "".  Its
-    values and `extra` are in the form of `engine.format.values`.  A metric that is not finite is None.
+    `optimizers` has each optimizer's options by its name; the only optimizer may be called "".  These and `extra` are
+    in the form of `engine.format.values`.  A metric that is not finite is None.
     """
 
     format: str
@@ -176,7 +176,7 @@ class Manifest(msgspec.Struct, frozen=True):
         return sum(file.nbytes for file in self.files)
 
     def geometry(self, chunks: Sequence[ChunkRecord]) -> Plan:
-        """The plan of the files as they were cut, or of as many of its chunks as are asked for, without extents."""
+        """The plan of the files with these chunks, without extents."""
         files = tuple(PlannedFile(file.name, file.nbytes, file.header_bytes) for file in self.files)
         planned = tuple(Chunk(chunk.file, chunk.index, chunk.offset, chunk.nbytes) for chunk in chunks)
         return plan_geometry(files, planned, self.block_bytes)
@@ -188,7 +188,7 @@ def segment_records(layout: Layout) -> tuple[SegmentRecord, ...]:
 
 
 def encode_rows(layout: Layout) -> Rows:
-    """The rows as they stand in a manifest: the same for every save of an arena, so they are encoded once."""
+    """The rows as a manifest has them: the same for every save of an arena, so they are encoded once."""
     count = len(layout.segments)
     slices = (layout.segments[start : start + _ROWS_AT_ONCE] for start in range(0, count, _ROWS_AT_ONCE))
     return Rows(b"[" + b",".join([_ENCODER.encode(list(map(_row, each)))[1:-1] for each in slices]) + b"]")
@@ -207,7 +207,7 @@ def chunk_layers(plan: Plan, layout: Layout) -> tuple[tuple[str, ...], ...]:
 
 
 def affected(segments: Iterable[SegmentRecord], file_index: int, offset: int, nbytes: int) -> str:
-    """The tensors that lie in a range of a file, shortened where they are many."""
+    """The names of the tensors in a range of a file; of many, the first few and a count."""
     end = offset + nbytes
     here = (s for s in segments if s.file == file_index and s.nbytes > 0)
     names = [s.name for s in here if s.offset < end and s.offset + s.nbytes > offset]
@@ -231,12 +231,12 @@ def chunk_records(plan: Plan, layers: Sequence[tuple[str, ...]], checksums: Sequ
 
 
 def known_hashes(plan: Plan, manifest: Manifest, names: Collection[str]) -> list[bytes | None]:
-    """For each block of a plan, the hash that a manifest records of the same place, where there is one.
+    """For each block of a plan, the hash that a manifest records for the same file and range, or None.
 
     Args:
-        plan: what is to be written.
-        manifest: of the checkpoint whose files are written over.
-        names: those of its files that are there.
+        plan: of the checkpoint to write.
+        manifest: of the checkpoint whose files are overwritten.
+        names: the names of its files that are reused.
     """
     recorded: dict[tuple[str, int], tuple[int, str]] = {}
     for chunk in manifest.chunks:
@@ -253,14 +253,14 @@ def known_hashes(plan: Plan, manifest: Manifest, names: Collection[str]) -> list
 
 
 def encode(manifest: Manifest, rows: Rows | None = None) -> bytearray:
-    """The bytes of `manifest.json`, made in one piece of memory: there may be megabytes of them.
+    """The bytes of `manifest.json`, in one buffer without copies: there may be megabytes.
 
     Args:
-        manifest: what they say.
-        rows: its segments, from `encode_rows`, if they are encoded already; it has none then.
+        manifest: the record.
+        rows: its segments, encoded by `encode_rows`; the manifest then has none itself.
 
     Raises:
-        ArgumentError: there are more of them than a reader would take; only `extra` can make so many.
+        ArgumentError: there are more bytes than a reader accepts; only `extra` can make so many.
     """
     return _seal(manifest, rows)
 
@@ -316,7 +316,7 @@ def decode_part(raw: bytes, record: DigestedFile) -> Part:
 
 
 def decode_summary(raw: bytes | bytearray) -> Summary:
-    """What a listing asks of the manifest in these bytes.  Checks the digest, and makes no chunk and no segment.
+    """The summary in these bytes of a manifest.  Checks the digest, and decodes no chunk and no segment.
 
     Raises:
         CorruptError, NewerFormatError: as `decode`.
@@ -364,7 +364,7 @@ def _seal(record: Manifest | Part, rows: Rows | None) -> bytearray:
     segments = Rows(_ENCODER.encode(record.segments)) if rows is None else rows
     _ENCODER.encode_into(msgspec.structs.replace(record, segments=segments), raw, body_start)
     body_bytes = len(raw) - body_start
-    if body_bytes > MANIFEST_BYTES_MAX // 2:  # half, so that no reader's limit is ever near
+    if body_bytes > MANIFEST_BYTES_MAX // 2:  # half, to stay far from the limit of any reader
         raise ArgumentError(f"the manifest would have {body_bytes} bytes; store less in `extra`")
     with memoryview(raw) as view:
         digest = hashlib.sha256(view[body_start:]).hexdigest()
@@ -374,7 +374,7 @@ def _seal(record: Manifest | Part, rows: Rows | None) -> bytearray:
 
 
 def _open(raw: bytes | bytearray, name: str, record: type[_Record]) -> _Record:
-    """The record in an envelope whose digest is right; `name` is for messages."""
+    """Check the digest of an envelope, and decode its record; `name` is for messages."""
     prefix = _PREFIX.match(raw)
     if prefix is None or not raw.endswith(_SUFFIX):
         raise CorruptError(f"{name} does not have the form of a manifest")

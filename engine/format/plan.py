@@ -3,18 +3,17 @@
 Theory of operation.  A file is cut twice.  **Chunks** are the unit of status and of the manifest: the data
 section is cut every `chunk_bytes`, and the first chunk carries the header as well.  **Blocks** are the unit
 of one write or read: a chunk is cut every `block_bytes`.  Headers, chunk sizes and block sizes are all
-multiples of `ALIGNMENT`, so every block starts aligned, as O_DIRECT demands; only the last block of a file
-holds a number of bytes that is not a multiple, and its write is padded with zeros that a final truncate
-removes.  **Extents** join the two worlds: a run contiguous both in its source and in its file.
+multiples of `ALIGNMENT`, so every block starts aligned, as O_DIRECT requires.  Only the last block of a file may have a
+length that is not a multiple.  Its write is padded with zeros, which a final truncate removes.  An **extent** is a run
+contiguous both in its source and in its file.
 
     file   |header| segment | segment |   segment        | seg |
     chunk  |--------------------|--------------------|---------|
     block  |-------|-------|----|-------|-------|----|-------|-|
     extent |--|----|--|----|----|-------|-------|-|--|---|---|-|
 
-A source is a number that whoever runs the plan turns into an address: the headers come first, one per file,
-then what the arena says.  A plan thus holds no address and no tensor: it is computed once per arena and
-reused by every later save.
+A source is a number, which the writer turns into an address: first the headers, one per file, then the arena's sources.
+A plan holds no address and no tensor, so it is computed once per arena and reused by every later save.
 
 Rules: no torch, no I/O, integers of any size, deterministic.  Called by `manifest` (geometry), `arena`
 (runs), `writer` and `reader`.
@@ -32,12 +31,12 @@ from typing import NamedTuple, overload
 from engine.errors import ArgumentError
 from engine.format.layout import DTYPES, HEADER_ALIGNMENT, Layout, align_up
 
-# O_DIRECT wants offsets, lengths and addresses aligned to the logical block of the device (open(2), statx(2)
-# STATX_DIOALIGN): 512 or 4096 on every NVMe drive, and a page is the most any Linux filesystem asks for.
+# O_DIRECT requires offsets, lengths and addresses aligned to the logical block of the device (open(2), statx(2)
+# STATX_DIOALIGN): 512 or 4096 on every NVMe drive, and at most a page on any Linux file system.
 ALIGNMENT = 4096
 
-# A chunk is what a watcher sees move: 64 MiB is a few tens of milliseconds of a fast drive, and keeps the
-# chunk table of a 1 TB checkpoint at 16,000 rows.
+# A chunk is the unit of progress: 64 MiB take a fast drive a few tens of milliseconds, and the chunk table of a 1 TB
+# checkpoint has 16,000 rows.
 CHUNK_BYTES_DEFAULT = 64 << 20
 
 assert HEADER_ALIGNMENT % ALIGNMENT == 0
@@ -67,8 +66,11 @@ class Extent(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Extents(Sequence[Extent]):
-    """Extents in columns, because there may be a hundred thousand.  So many tuples take a second, most of it in
-    Python's garbage collector, which comes to walk them; columns of integers are worked on by loops of C's."""
+    """Extents in columns, because there may be a hundred thousand.
+
+    That many tuples take a second, most of it in Python's garbage collector, which visits them.  Columns of integers
+    are processed by loops in C.
+    """
 
     sources: list[int]
     source_offsets: list[int]
@@ -89,26 +91,26 @@ class Extents(Sequence[Extent]):
         return Extent(*(column[index] for column in columns))
 
     def chosen(self, choice: Iterable[object]) -> Extents:
-        """Those for which there is something true in `choice`."""
+        """The extents whose entry in `choice` is true."""
         truths = list(choice)
         columns = (self.sources, self.source_offsets, self.file_offsets, self.nbytes)
         return Extents(*(list(compress(column, truths)) for column in columns))
 
     def index_at(self, offset: int) -> int:
-        """The first that ends beyond this offset of the file.  They are in order and do not overlap."""
+        """The index of the first extent that ends beyond this offset of the file.  They are in order and disjoint."""
         after = bisect_right(self.file_offsets, offset)
         reaches = after > 0 and self.file_offsets[after - 1] + self.nbytes[after - 1] > offset
         return after - 1 if reaches else after
 
     def append(self, source: int, source_offset: int, file_offset: int, nbytes: int) -> None:
-        """Add one."""
+        """Add one extent."""
         self.sources.append(source)
         self.source_offsets.append(source_offset)
         self.file_offsets.append(file_offset)
         self.nbytes.append(nbytes)
 
     def append_within(self, extents: Extents, start: int, end: int) -> None:
-        """Add what of these lies in a range of the file; each of them does in part, and there is one at least."""
+        """Add extents, cut to a range of the file.  There is at least one, and each overlaps the range."""
         first = len(self)
         self.sources.extend(extents.sources)
         self.source_offsets.extend(extents.source_offsets)
@@ -222,12 +224,12 @@ def chunk_size(layout: Layout, chunk_count: int | None, chunk_bytes: int | None)
 
 
 def file_runs(layout: Layout, places: Sequence[tuple[int, int]]) -> tuple[Extents, ...]:
-    """For each file what it is made of, its header first: as much of a plan as does not depend on how it is cut.
+    """For each file its runs, the header first: the part of a plan that does not depend on chunks and blocks.
 
     Args:
         layout: segments and files.
-        places: for each segment, the source it is read from and its offset there.  Sources below
-            ``len(layout.files)`` are the files' headers.
+        places: for each segment, its source and its offset there.  Sources below ``len(layout.files)`` are the
+            files' headers.
     """
     assert len(places) == len(layout.segments), (len(places), len(layout.segments))
     sources = [source for source, _ in places]
@@ -261,7 +263,7 @@ def make_plan(layout: Layout, runs: Sequence[Extents], block_bytes: int, chunk_b
 
 
 def cut_file(file_index: int, file: PlannedFile, chunk_bytes: int) -> Iterable[Chunk]:
-    """Cut a file into chunks: the data every `chunk_bytes`, the header with the first."""
+    """Cut a file into chunks of `chunk_bytes` of data; the first has the header as well."""
     assert chunk_bytes > 0 and chunk_bytes % ALIGNMENT == 0, chunk_bytes
     assert file.header_bytes % ALIGNMENT == 0 and file.nbytes >= file.header_bytes > 0, file
     count = max(1, ceil_div(file.nbytes - file.header_bytes, chunk_bytes))
@@ -272,7 +274,7 @@ def cut_file(file_index: int, file: PlannedFile, chunk_bytes: int) -> Iterable[C
 
 
 def plan_geometry(files: tuple[PlannedFile, ...], chunks: tuple[Chunk, ...], block_bytes: int) -> Plan:
-    """A plan with chunks and blocks but no extents yet: all that a manifest records of the cutting."""
+    """A plan with chunks and blocks but no extents: as much as a manifest records."""
     assert block_bytes > 0 and block_bytes % ALIGNMENT == 0, block_bytes
     blocks: list[Block] = []
     block_starts = [0]
@@ -289,7 +291,7 @@ def lay_extents(plan: Plan, runs: Sequence[Extents]) -> Plan:
 
     Args:
         plan: of `plan_geometry`, with its blocks in order of file and offset.
-        runs: for each file, what to read or write, as `merge_runs` gives it.
+        runs: for each file, the runs to read or write, as `merge_runs` returns them.
     """
     assert not plan.extents, "blocks that nothing touches would keep what they have"
     extents = Extents([], [], [], [])

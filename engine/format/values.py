@@ -1,29 +1,29 @@
 """Values: a tree of plain values and tensors, as values that JSON can hold, and back.  Pure.
 
-Theory of operation.  `extra` travels inside the manifest, and the manifest is JSON.  What JSON holds exactly
-goes there as it is: None, bool, str, finite float, list, and int as far as every JSON reader keeps it.
-Anything else becomes an object of one key, its **tag**.  Plain objects are not used otherwise, so no value of the
-caller can be mistaken for a tag:
+Theory of operation.  `extra` is stored in the manifest, and the manifest is JSON.  Values that JSON holds exactly are
+stored as they are: None, bool, str, finite float, list, and int in the range that every JSON reader keeps.  Any other
+value becomes an object of one key, its **tag**.  JSON objects have no other use, so no value of the caller can be
+mistaken for a tag:
 
     (1, None)        {"tuple": [1, null]}
     {3: "a"}         {"dict": [[3, "a"]]}                  pairs: keys keep their type, and their order
-    {"a"}            {"set": ["a"]}                        sorted by its own encoding, so equal sets encode equally
+    {"a"}            {"set": ["a"]}                        sorted by encoding, so equal sets encode equally
     2**64            {"int": "0x10000000000000000"}        hexadecimal: Python limits the digits of decimals only
     nan              {"float": "7ff8000000000000"}         the bits of a binary64, highest byte first
     b"hi"            {"bytes": "aGk="}
     torch.ones(1)    {"tensor": ["float32", [1], "AACAPw=="]}   torch's dtype, shape, row-major bytes
 
-Types are exact: a subclass (an enum, a namedtuple, a numpy number) would come back as something else, and is
-refused with its path and a remedy.  An optimizer's options have the same form, but the caller did not choose what is
-in them (schedulers put numpy's floats there): `encode_options` stores a subclass of a number, of text or of a tuple
-as the plain value that it equals.  Attributes of an OrderedDict, such as the `_metadata` of `Module.state_dict()`, are
+Types are exact: a subclass (an enum, a namedtuple, a numpy number) would come back as another type, and is refused with
+its path and a remedy.  An optimizer's options have the same form, but the caller did not choose their values
+(schedulers put numpy's floats there).  So `encode_options` stores a subclass of a number, of text or of a tuple as the
+plain value that it equals.  Attributes of an OrderedDict, such as the `_metadata` of `Module.state_dict()`, are
 not values and are not stored.  A tensor that occurs twice is stored twice.
 
 This module knows no torch.  A tensor is a `TensorValue`: the caller of `encode` passes an `adapt` that makes one of a
 foreign value, and the caller of `decode` passes a `make` that turns one back (`state.tensors` does both).
 
-Rules: nothing is pickled, and nothing that was read is executed.  `decode` trusts nothing, allocates no more than it
-was given, and raises `CorruptError` only.
+Rules: nothing is pickled, and nothing that was read is executed.  `decode` trusts no input, allocates memory in
+proportion to its input, and raises only `CorruptError`.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ from engine.format.layout import DTYPES
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
-# State dicts nest five or six deep.  A level costs three frames of Python's stack of 1000 (sys.getrecursionlimit)
-# and three levels of JSON, and a value that contains itself has to end somewhere.
+# State dicts nest five or six deep.  A level costs three frames of Python's stack of 1000 (sys.getrecursionlimit) and
+# three levels of JSON.  The limit also ends a value that contains itself.
 DEPTH_MAX = 100
 
-# The manifest is read whole, and before any tensor is: 64 MiB of tensors and bytes keeps that below a second.
+# The whole manifest is read before any tensor: a limit of 64 MiB keeps that below a second.
 BINARY_BYTES_MAX = 64 << 20
 
-# Integers that a binary64, and so every JSON reader, holds exactly (RFC 8259, section 6).
+# Integers up to this a binary64 holds exactly, and so every JSON reader (RFC 8259, section 6).
 EXACT_INT_MAX = 2**53
 
-# How a refused subclass becomes a storable value: by the constructor of the type it extends.
+# A value of a subclass of one of these becomes storable by the constructor of that type.
 CONVERTIBLE = (int, float, str, tuple, list, set, frozenset, dict)
 
 
@@ -64,7 +64,7 @@ class TensorValue:
     Attributes:
         dtype: torch's name of it, one of `layout.DTYPES`.
         shape: in elements.
-        data: gives the row-major bytes of its elements, little-endian; called once, after their number was checked.
+        data: returns the row-major bytes of its elements, little-endian; called once, after their number is checked.
     """
 
     dtype: str
@@ -73,7 +73,7 @@ class TensorValue:
 
 
 class Refused(NamedTuple):
-    """A foreign value that cannot be stored: what it is, as it follows "is", and what to do instead."""
+    """A value that cannot be stored: a description that follows "is" in the message, and advice."""
 
     what: str
     advice: str
@@ -84,25 +84,25 @@ Make: TypeAlias = Callable[[TensorValue], object]
 
 
 def adapt_nothing(_: object) -> None:
-    """Every value that is not plain is refused."""
+    """Refuse every value that is not plain."""
 
 
 def keep(tensor: TensorValue) -> object:
-    """A tensor stays a `TensorValue`."""
+    """Leave a tensor as a `TensorValue`."""
     return tensor
 
 
 class Names(list[str]):
-    """Strings that are known to be text, encoded as a list of them without another look: there may be one a tensor."""
+    """Strings that are known to be valid text, encoded without a further check: there may be one for each tensor."""
 
     __slots__ = ()
 
 
 class _Spot(NamedTuple):
-    """Where in the tree a value stands: the spot around it, its own step of the path, and how deep that is.
+    """The location of a value in the tree: the spot around it, the last step of its path, and its depth.
 
-    The path is put together only for an error: one string for each value would take time and memory in proportion to
-    the square of what was given.
+    The path is built only for an error: a string for each value would take time and memory in proportion to the square
+    of the input.
     """
 
     around: _Spot | None
@@ -112,12 +112,12 @@ class _Spot(NamedTuple):
 
     @classmethod
     def root(cls, name: str, depth: int = 0) -> _Spot:
-        """The outermost value, as the caller calls it."""
+        """The outermost value, by the caller's name."""
         return cls(None, name, None, depth)
 
     @property
     def path(self) -> str:
-        """The path, as one would write it in Python."""
+        """The path, as a Python expression."""
         steps: list[str] = []
         spot: _Spot | None = self
         while spot is not None:
@@ -126,15 +126,15 @@ class _Spot(NamedTuple):
         return "".join(reversed(steps))
 
     def at(self, step: str) -> _Spot:
-        """Inside it, at something that has no key."""
+        """The spot of a value inside this one that has no key."""
         return _Spot(self, step, None, self.depth + 1)
 
     def item(self, key: object) -> _Spot:
-        """Inside it, under a key."""
+        """The spot of a value inside this one, under a key."""
         return _Spot(self, None, key, self.depth + 1)
 
     def corrupt(self, problem: str) -> CorruptError:
-        """The error that says so."""
+        """An error about the value here."""
         return CorruptError(f"{self.path} {problem}; the manifest is damaged, restore another step")
 
 
@@ -146,12 +146,12 @@ def _subscript(key: object) -> str:
 
 
 def encode(value: object, where: str = "extra", adapt: Adapt = adapt_nothing) -> Json:
-    """The value as JSON-able Python values, a snapshot that shares nothing with it.
+    """The value as Python values that JSON can hold; the result shares nothing with the value.
 
     Args:
         value: dicts, lists, tuples, sets, None, bool, int, float, str, bytes and `TensorValue`, nested.
         where: the caller's name of the value; error messages start their path with it.
-        adapt: makes a `TensorValue` of any other value, says why it is refused, or returns None.
+        adapt: returns a `TensorValue` for another value, or why it is refused, or None.
 
     Raises:
         ExtraError: something in it cannot be stored; the message holds the path to it and the remedy.
@@ -160,24 +160,24 @@ def encode(value: object, where: str = "extra", adapt: Adapt = adapt_nothing) ->
 
 
 def decode(value: object, where: str = "extra", make: Make = keep) -> object:
-    """The value that `encode` was given, from what JSON gave back.
+    """The value that was given to `encode`, from its decoded JSON.
 
     Args:
-        value: what JSON gave back.
+        value: the decoded JSON.
         where: the name of the value, as for `encode`.
         make: turns a `TensorValue` into the tensor.
 
     Raises:
-        CorruptError: this is not what `encode` makes.
+        CorruptError: the value does not have the form of `encode`.
     """
     return _Decoder(make).decode(value, _Spot.root(where))
 
 
 def encode_options(options: Mapping[str, object], adapt: Adapt = adapt_nothing) -> Json:
-    """What `Arena.options` gives, likewise; `decode` reads it.
+    """The options of `Arena.options` in the same form; `decode_options` reads it.
 
     Raises:
-        ExtraError: the optimizer keeps something that cannot be stored.
+        ExtraError: the optimizer has an option that cannot be stored.
     """
     encoder = _Encoder(_OPTIONS, adapt)
     pairs: list[Json] = [
@@ -187,10 +187,10 @@ def encode_options(options: Mapping[str, object], adapt: Adapt = adapt_nothing) 
 
 
 def decode_options(value: object, make: Make = keep) -> dict[str, Any]:
-    """What `encode_options` was given: an optimizer's options, or {} where there is no optimizer.
+    """The options that were given to `encode_options`; {} if there is no optimizer.
 
     Raises:
-        CorruptError: this is not what `encode_options` makes of an optimizer's options.
+        CorruptError: the value does not have the form of `encode_options`.
     """
     options = decode(value, "options", make)
     shape = {"param_groups": list, "state": dict, "absent": list}
@@ -204,7 +204,7 @@ def decode_options(value: object, make: Make = keep) -> dict[str, Any]:
 
 
 class _Holder(NamedTuple):
-    """What the values belong to: how its errors call it, what they advise, and the subclasses that it takes."""
+    """The owner of the values: its name and advice in errors, and the subclasses that it accepts."""
 
     name: str
     advice: str
@@ -222,13 +222,13 @@ _OPTIONS = _Holder(
     name="a checkpoint",
     advice="have the optimizer keep a plain value or a tensor there: a number's .item(), the name of a function",
     size_advice="have the optimizer keep less there (LBFGS: a smaller history_size)",
-    # Not the subclass's own conversion: str() of an enum's member is its name.
+    # Conversions of the base type, not the subclass's: str() of an enum's member is its name.
     plain={int: int.__int__, float: float.__float__, str: str.__str__, tuple: tuple},
 )
 
 
 class _Encoder:
-    """One call of `encode`: it adds up the bytes that it has met."""
+    """One call of `encode`; it adds up the bytes of tensors and bytes objects."""
 
     def __init__(self, holder: _Holder, adapt: Adapt) -> None:
         self.holder = holder
@@ -322,7 +322,7 @@ class _Encoder:
 
 
 def _conversion(value: object) -> str:
-    """How to make a value of it that can be stored; empty where that is not known."""
+    """Advice on how to convert the value into one that can be stored; empty if unknown."""
     for base in CONVERTIBLE:
         if isinstance(value, base):
             return f"pass {base.__name__}(...) of it"
@@ -330,10 +330,10 @@ def _conversion(value: object) -> str:
 
 
 def _is_json(value: object) -> TypeGuard[bool | int | float | str | None]:
-    """Whether JSON holds a value as it is, and there is nothing in it to refuse.
+    """Whether JSON holds the value as it is.
 
-    Most values are such, and a spot for each would be most of the work: every save encodes the optimizer's options in
-    the caller's time.
+    This is true of most values, and a spot for each would be most of the work: every save encodes the optimizer's
+    options in the caller's time.
     """
     if type(value) is str:
         return value.isascii()
@@ -353,7 +353,7 @@ def _is_text(value: str) -> bool:
 
 
 def _is_hashable(value: object) -> bool:
-    """Whether the value, one that `encode` takes or `decode` gives, equals its own copy when used as a key."""
+    """Whether a decoded copy of the value equals it when it is used as a key."""
     if isinstance(value, (tuple, frozenset)):
         return all(map(_is_hashable, value))
     return value is None or isinstance(value, (bool, int, float, str, bytes))
@@ -466,12 +466,12 @@ def _read_binary(payload: object, spot: _Spot) -> bytes:
 
 
 def _is_possible(shape: Iterable[int]) -> bool:
-    """Whether a tensor of this shape has strides that fit 64 bits, as torch demands even where it has no elements."""
+    """Whether a tensor of this shape has strides that fit 64 bits, as torch requires even without elements."""
     return math.prod(max(extent, 1) for extent in shape) < 1 << 63
 
 
 def _tensor_bytes(dtype: str, shape: list[int], at_most: int) -> int:
-    """Bytes of a tensor, or any number beyond `at_most`: many large sizes would make a number of millions of digits."""
+    """Bytes of a tensor, or any number above `at_most`: a product of many large sizes may have millions of digits."""
     nbytes = 0 if 0 in shape else DTYPES[dtype].itemsize
     for extent in shape:
         nbytes *= extent

@@ -1,20 +1,19 @@
-"""Backend: which way blocks are moved on this host, found out by moving one.
+"""Backend: find the best way of moving blocks that works in a directory, by moving one.
 
-Theory of operation.  There is a ladder of four, best first:
+Theory of operation.  There is a ladder of four ways, best first:
 
     io_uring         one ring, slots and files registered with it, O_DIRECT
     io_uring_plain   one ring, nothing registered, O_DIRECT
     threads          threads that call pread(2) and pwrite(2), O_DIRECT
     buffered         the same through the page cache
 
-Versions and configurations say little about what a container, a limit or a file system allows, so each rung is tried
-with the very slots that it would work with, by writing one block to a file without a name in the directory and
-reading it back.  The first that works is taken.  Plan, statuses, checksums and commit are the same for all of them.
+Versions and configurations say little about what a container, a limit or a file system allows.  So each rung is tried
+with the slots that it would use: it writes one block to a file without a name in the directory, and reads it back.  The
+first that works is taken.  Plan, statuses, checksums and commit are the same for all of them.
 
-A rung is refused by what is wrong with the way.  A full or failing disk is not: every other rung would meet it too,
-and an Engine must open on a full disk to restore from it.  Where the disk has not even room for the file, a rung is
-taken that could be opened.  Each cause has its own text, with its own remedy.
-
+A full or failing disk rules out no rung: it would fail all of them, and an Engine must open on a full disk to restore
+from it.  If the disk has no room for the file, the first rung that can be opened is taken.  Each cause has its own text
+and remedy.
 """
 
 from __future__ import annotations
@@ -36,11 +35,11 @@ from engine.options import Backend, Choice
 
 LADDER: tuple[Backend, ...] = get_args(Backend)
 
-# What a disk, or a limit on what may lie there, may say of a write, whichever way it comes: nothing about the way.
+# Errors of a write that come from the disk or a limit on its use, and not from the way of moving blocks.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _STORAGE_ERRORS = (*_NO_ROOM, errno.EROFS, errno.EFBIG, errno.ENXIO, errno.ENODEV, *MEDIA_ERRORS)
 
-# What is written and read back: no two of its 8-byte words are equal.
+# The block that is written and read back: no two of its 8-byte words are equal.
 _PATTERN = b"".join(number.to_bytes(8, "little") for number in range(ALIGNMENT // 8))
 
 _SYSCTL = "/proc/sys/kernel/io_uring_disabled"
@@ -57,7 +56,7 @@ class Scratch(Protocol):
 
 
 class Attempt(NamedTuple):
-    """One rung that was tried: why not, and what to do about it; both None where it works."""
+    """One rung that was tried, with the cause of its failure and the remedy; both None if it works."""
 
     backend: Backend
     cause: str | None = None
@@ -68,7 +67,7 @@ class Attempt(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """What was tried in a directory, best first.  `backend` is the one that works, or None."""
+    """The rungs tried in a directory, best first.  `backend` is the one that works, or None."""
 
     directory: str
     backend: Backend | None
@@ -98,7 +97,7 @@ def open_pipeline(
 
 
 def find(directory: str, filesystem: Scratch, slot_count: int, slot_bytes: int) -> Probe:
-    """What `open_pipeline` would find in a directory.  Blocks on the disk; leaves nothing open or behind.
+    """The result that `open_pipeline` would have in a directory.  Blocks on the disk; leaves nothing open or behind.
 
     Raises:
         StorageError: no file can be made in the directory.
@@ -113,7 +112,7 @@ def open_like(pipeline: Pipeline, slot_count: int, slot_bytes: int) -> Pipeline:
     """A second pipeline of the same backend; its slots are not registered, because it is not kept for long.
 
     Raises:
-        PlatformError: the host has not the memory, descriptors or threads for it.
+        PlatformError: the host lacks the memory, descriptors or threads for it.
     """
     try:
         backend: Backend = "io_uring_plain" if pipeline.backend == "io_uring" else pipeline.backend
@@ -125,10 +124,10 @@ def open_like(pipeline: Pipeline, slot_count: int, slot_bytes: int) -> Pipeline:
 def open_to_read(slot_count: int, slot_bytes: int) -> Pipeline:
     """A pipeline that reads, on a ring if one works here; its slots are not registered.
 
-    Nothing is written: the trial is to read a block of the compiled module's own file.
+    Nothing is written: the trial reads a block of the compiled module's own file.
 
     Raises:
-        PlatformError: the host has not the memory, descriptors or threads for it.
+        PlatformError: the host lacks the memory, descriptors or threads for it.
     """
     try:
         return _try_to_read("io_uring_plain", slot_count, slot_bytes)
@@ -144,7 +143,7 @@ def _try_to_read(backend: Backend, slot_count: int, slot_bytes: int) -> Pipeline
     try:
         with open(NATIVE_PATH, "rb") as file:
             job = _move(pipeline, Direction.READ, file.fileno(), bytearray(ALIGNMENT), [bytes(16)])
-        if job.failure is not None and job.failure.kind != FailureKind.CHECKSUM:  # it was read: that is all we ask
+        if job.failure is not None and job.failure.kind != FailureKind.CHECKSUM:  # a wrong checksum: it was read
             _refused(job, "read", backend)
     except BaseException:
         pipeline.close()
@@ -153,7 +152,7 @@ def _try_to_read(backend: Backend, slot_count: int, slot_bytes: int) -> Pipeline
 
 
 def degradation(probe: Probe) -> str | None:
-    """What to tell the user where the best backend did not work; None where it did."""
+    """The warning for the user if the best backend did not work; None if it did."""
     refused = [attempt for attempt in probe.attempts if attempt.cause is not None]
     if not refused:
         return None
@@ -198,14 +197,13 @@ def _try(directory: str, filesystem: Scratch, backend: Backend, slot_count: int,
 
 
 def _open_scratch(directory: str, filesystem: Scratch, direct: bool) -> int | None:
-    """A nameless file, or None where there is no room for one; PlatformError if it cannot have O_DIRECT with blocks
-    aligned as ours are."""
+    """A file without a name, or None if there is no room; PlatformError if it refuses O_DIRECT with our alignment."""
     try:
         descriptor = filesystem.open_scratch(directory, direct)
     except StorageError as error:
         if error.errno in _NO_ROOM:  # no inode is left
             return None
-        if not direct or error.errno != errno.EINVAL:  # what open(2) says where there is no O_DIRECT
+        if not direct or error.errno != errno.EINVAL:  # open(2): no O_DIRECT
             raise
         raise PlatformError(f"the file system of {directory} has no direct I/O (O_DIRECT)", _ELSEWHERE) from None
     wanted = direct_alignment(descriptor)
@@ -220,7 +218,7 @@ def _round_trip(pipeline: Pipeline, descriptor: int) -> None:
     """Write one block and read it back; PlatformError if the way does not work."""
     written = _move(pipeline, Direction.WRITE, descriptor, _PATTERN, None)
     if _refused(written, "write", pipeline.backend):
-        return  # nothing is there to be read
+        return  # there is nothing to read back
     read = _move(pipeline, Direction.READ, descriptor, bytearray(ALIGNMENT), written.checksums())
     _refused(read, "read", pipeline.backend)
 
@@ -257,7 +255,7 @@ def _refused(job: Job, operation: str, backend: Backend) -> bool:
 
 # -- causes and remedies ----------------------------------------------------------------------------------------------
 
-# The backends to which what is said of io_uring applies.
+# The backends that use io_uring.
 _RINGS: tuple[Backend, ...] = ("io_uring", "io_uring_plain")
 
 _ELSEWHERE = "keep checkpoints on ext4, XFS or another file system with direct I/O"
@@ -276,7 +274,7 @@ _MEMLOCK_BYTES_MIN = 2 << 20
 
 
 def _explain_open(error: OpenError, staging_bytes: int) -> PlatformError:
-    """Why a pipeline could not be opened, and what would help: each cause its own text."""
+    """The cause and the remedy when a pipeline could not be opened; each cause has its own text."""
     explain: Callable[[int, int], tuple[str, str] | None] = {
         Refused.RESOURCES: lambda *_: None,
         Refused.RING: _explain_ring,
@@ -323,7 +321,7 @@ def _explain_ring(error: int, _staging_bytes: int) -> tuple[str, str] | None:
 def _explain_buffers(error: int, staging_bytes: int) -> tuple[str, str] | None:
     """io_uring_register(2), IORING_REGISTER_BUFFERS, ERRORS."""
     limit = _limit(resource.RLIMIT_MEMLOCK)
-    if error != errno.ENOMEM or limit is None:  # without a limit it is memory that is short
+    if error != errno.ENOMEM or limit is None:  # without a limit, memory itself is short
         return None
     cause = f"RLIMIT_MEMLOCK is {limit}, and {staging_bytes} bytes of staging slots are to be pinned"
     return f"{cause}, beside what this user has pinned already", _MEMLOCK + _smaller_slots(limit)
@@ -347,7 +345,7 @@ def _explain_files(error: int, _staging_bytes: int) -> tuple[str, str] | None:
 
 
 def _limit(which: int) -> int | None:
-    """A limit of this process, or None where there is none."""
+    """A limit of this process, or None if it is unlimited."""
     soft = resource.getrlimit(which)[0]
     return None if soft == resource.RLIM_INFINITY else soft
 
@@ -357,9 +355,9 @@ def _named(error: int) -> str:
 
 
 def _content(path: str) -> str:
-    """What a file of the kernel's says; nothing where it is not there."""
+    """The content of a file of the kernel, or "" if it cannot be read."""
     try:
-        # A process may have any bytes for its name, which /proc/self/status begins with.
+        # /proc/self/status begins with the name of the process, which may have any bytes.
         return Path(path).read_text(encoding="ascii", errors="replace").strip()
     except OSError:
         return ""

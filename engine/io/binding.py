@@ -1,4 +1,4 @@
-"""Binding: the compiled module `engine._native`, and the calls that need no more than it.
+"""Binding: the compiled module `engine._native`, and the calls that need nothing else.
 
 Theory of operation.  `native/engine_native.h` is the C interface.  This is the only importer of `engine._native`; the
 rest of the engine takes `ffi`, `lib` and the constants from here.  Every call releases the GIL.
@@ -18,7 +18,7 @@ except ImportError as error:
         f"the compiled module engine._native is missing; build it with 'pip install .' ({error})"
     ) from error
 
-# Long enough to cost nothing, short enough that Ctrl-C feels prompt.
+# Long enough to cost nothing, and short enough for a prompt Ctrl-C.
 WAIT_SLICE_NS = 50_000_000
 
 # The file of the compiled module.
@@ -48,5 +48,5 @@ def allocate(descriptor: int, offset: int, nbytes: int) -> int:
 
 
 def direct_alignment(descriptor: int) -> int:
-    """The alignment that O_DIRECT wants on this file (statx(2)), or 0 where the kernel does not say."""
+    """The alignment that O_DIRECT requires on this file (statx(2)), or 0 if the kernel does not report it."""
     return int(lib.eng_direct_alignment(descriptor))

@@ -1,4 +1,4 @@
-"""Job: one save or restore, as native code works on it.
+"""Job: one save or restore, in the form that native code executes.
 
 Theory of operation.  A job's arrays are Python's memory that the pipeline reads and writes, so its `Pipeline` keeps it
 alive until it is done.  Its states and milestones may be read at any time, from any thread.
@@ -34,7 +34,7 @@ class BlockState(IntEnum):
 
 
 class Milestone(IntEnum):
-    """What a job can be waited for."""
+    """A point in a job that can be waited for."""
 
     URGENT = lib.ENG_URGENT
     STAGED = lib.ENG_ALL_STAGED
@@ -67,7 +67,7 @@ class Job:
         direction: which way.
         sources, extents, blocks, order: packed; see `engine_native.h`.
         file_count: how many files `Pipeline.attach` will be given.
-        urgent_count: the first so many of `order` are staged before `Milestone.URGENT`.
+        urgent_count: `Milestone.URGENT` is reached when this many blocks, the first of `order`, are staged.
         checked: hash the sources again once all is staged.
         checksums: for a read, the content hash that each block must have, `HASH_BYTES` each.
         owners: objects to keep alive as long as the pipeline may touch the sources.
@@ -132,7 +132,7 @@ class Job:
         return bool(lib.eng_reached(self.c_job, milestone))
 
     def release(self) -> None:
-        """Let go of the sources and their owners: a job that is done may be looked at for long after."""
+        """Let go of the sources and their owners: a job may be kept long after it is done."""
         self._kept = None
 
     def states(self) -> bytes:
@@ -155,6 +155,6 @@ class Job:
 
     @property
     def counters(self) -> dict[str, int]:
-        """What the pipeline measured: times in ns on the clock of time.monotonic_ns(), bytes and retries."""
+        """Measurements of the pipeline: times in ns on the clock of time.monotonic_ns(), bytes and retries."""
         times = ("submitted_ns", "staged_ns", "done_ns", "copying_ns", "hashing_ns")
         return {name: int(getattr(self.c_job, name)) for name in (*times, "io_bytes", "skipped_bytes", "retry_count")}

@@ -33,7 +33,7 @@ class Packed(NamedTuple):
 def pack_extents(
     source_offsets: Sequence[int], block_offsets: Sequence[int], nbytes: Sequence[int], sources: Sequence[int]
 ) -> Packed:
-    """Pack extents, which are given in columns, and by columns: there may be a hundred thousand."""
+    """Pack extents, given in columns.  Packs whole columns, because there may be a hundred thousand."""
     offset_halves = array("I", array("Q", source_offsets).tobytes())
     columns = (offset_halves[0::2], offset_halves[1::2], block_offsets, nbytes, sources)
     words_each = _EXTENT.size // offset_halves.itemsize
@@ -49,7 +49,7 @@ def pack_blocks(rows: Iterable[tuple[int, int, int, int, int]]) -> Packed:
 
 
 def pack_sources(sources: Iterable[Source]) -> Packed:
-    """Pack sources; their memory stays the caller's to keep."""
+    """Pack sources; the caller keeps their memory alive."""
     rows = []
     for source in sources:
         ndim = len(source.shape)
@@ -60,7 +60,7 @@ def pack_sources(sources: Iterable[Source]) -> Packed:
 
 
 def address_of(memory: bytes | bytearray) -> int:
-    """The address of an object's bytes, good as long as the object lives and, if it can, does not change its size."""
+    """The address of an object's bytes, valid while the object lives and is not resized."""
     return int(ffi.cast("uintptr_t", ffi.from_buffer(memory)))
 
 

@@ -2,16 +2,15 @@
 
 Theory of operation.  A `Pipeline` is one native thread with one way of moving blocks, an io_uring or threads; a `Job`
 is one save or restore handed to it.  The job's arrays live in Python-owned memory that the pipeline reads and writes,
-so a Job and the owners of its sources are kept alive until it is done (`_Held`), whatever becomes of the Job's owner or
-of the Pipeline.  A Pipeline that nobody closes is stopped when it is collected, or at exit.  Every call that waits
-releases the GIL and comes back every `WAIT_SLICE_NS`, so that Ctrl-C works.
+so `_Held` keeps a Job and the owners of its sources alive until the job is done, even if its owner and the Pipeline are
+gone.  A Pipeline that is not closed is stopped when it is collected, or at exit.  Every call that waits releases the
+GIL and returns to Python every `WAIT_SLICE_NS`, so that Ctrl-C works.
 
-Every decision about a pipeline's life is made in C under its mutex: whether it is closed, whether a job is submitted or
-was aborted before.  So there is nothing here that an interrupt or another thread could leave half done.
+C decides under its mutex whether a pipeline is closed, and whether a job is submitted or was aborted before.  So an
+interrupt or another thread can leave nothing half done here.
 
-A fork has neither the thread nor the slots: a Pipeline touched in a forked child raises `ForkedError`, and the
-child's copies of its descriptors are closed at the fork (native/pipeline/service.c).
-
+A forked child has no native thread and no slots: a Pipeline used there raises `ForkedError`, and the child's copies of
+the descriptors are closed at the fork (native/pipeline/service.c).
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _FOREVER = 2**64 - 1
 
 _CLOSED = "the Engine has been closed; open a new one"
 
-# What moves the blocks for each backend.  The last two differ in how the files are opened: see `Pipeline.direct`.
+# The native way of each backend.  The last two differ in how files are opened: see `Pipeline.direct`.
 _WAYS: dict[Backend, int] = {
     "io_uring": lib.ENG_RING_REGISTERED,
     "io_uring_plain": lib.ENG_RING_PLAIN,
@@ -43,7 +42,7 @@ _WAYS: dict[Backend, int] = {
 
 
 class Refused(IntEnum):
-    """What the kernel refused when a pipeline was opened."""
+    """The part of opening a pipeline that the kernel refused."""
 
     RESOURCES = lib.ENG_REFUSED_RESOURCES
     RING = lib.ENG_REFUSED_RING
@@ -52,7 +51,7 @@ class Refused(IntEnum):
 
 
 class OpenError(Exception):
-    """A pipeline could not be opened: `refused` says at what, `errno` why.  `backend` makes a PlatformError of it."""
+    """Opening a pipeline failed with `errno` at the part `refused`; `backend` makes a PlatformError of it."""
 
     def __init__(self, refused: Refused, error: int) -> None:
         super().__init__(refused, error)
@@ -61,10 +60,10 @@ class OpenError(Exception):
 
 
 class _Held:
-    """All that a native thread may touch, and what holds the thread itself.
+    """The native pipeline, and all memory that its thread may touch.
 
-    It lives in `_running` until the thread has stopped, whatever becomes of the Pipeline.  The C struct is freed with
-    `cell`, that is, when no thread is in a method of the Pipeline any more.
+    It is in `_running` until the thread has stopped, even if the Pipeline is collected earlier.  The C struct is freed
+    with `cell`, so no thread is still in a method of the Pipeline then.
     """
 
     def __init__(self, io_table: Any) -> None:
@@ -74,14 +73,14 @@ class _Held:
         _running.add(self)
 
     def keep(self, job: Job) -> None:
-        """Keep a job until it is done.  Those that nobody has waited for go here."""
+        """Keep a job until it is done.  Drops the kept jobs that are done."""
         for kept in tuple(self._jobs):
             if kept.reached(Milestone.DONE):
                 self.drop(kept)
         self._jobs.add(job)
 
     def drop(self, job: Job) -> None:
-        """Let go of a job that the thread does not have, or has no more."""
+        """Let go of a job that the thread never had, or has finished."""
         self._jobs.discard(job)
         job.release()
 
@@ -96,9 +95,9 @@ _running: set[_Held] = set()
 
 
 def _stop(held: _Held) -> None:
-    """End a Pipeline that was collected, or that is there at exit: its jobs are aborted, unless it is closed already.
+    """Stop a Pipeline that is collected, or still open at exit: its jobs are aborted.
 
-    One call into C, which no Ctrl-C interrupts.  In a forked child it does nothing.
+    It is one call into C, which Ctrl-C cannot interrupt.  In a forked child it does nothing.
     """
     if held.cell[0]:
         lib.eng_close(held.cell[0], errno.ECANCELED, _FOREVER)
@@ -111,7 +110,7 @@ class Pipeline:
     Args:
         slot_count: at least 1.
         slot_bytes: a multiple of `ALIGNMENT`; no block may be larger.
-        backend: how blocks are moved; nothing else is tried.
+        backend: how blocks are moved; no other is tried.
         io_table: a cffi ``eng_io_table *`` that moves them instead; the seam for fault injection.
 
     Raises:
@@ -125,7 +124,7 @@ class Pipeline:
         if io_table is not None:
             config.io = io_table
         self._held = _Held(io_table)
-        weakref.finalize(self, _stop, self._held)  # before there is something to stop: Ctrl-C may come at any line
+        weakref.finalize(self, _stop, self._held)  # before the thread exists: Ctrl-C may come at any line
         result = lib.eng_open(config, self._held.cell)
         if result < 0:
             raise OpenError(Refused(config.refused), -result)
@@ -134,9 +133,9 @@ class Pipeline:
         self.backend = backend
 
     def submit(self, job: Job) -> None:
-        """Queue a job; staging begins at once.  Blocks only while `JOBS_MAX` jobs are under way.
+        """Queue a job; staging begins at once.  Blocks only while `JOBS_MAX` jobs are in the pipeline.
 
-        A job that was aborted before is not begun: it is done, and its failure says so.
+        A job that was aborted before is not begun: it is done, and its failure is ABORTED.
 
         Raises:
             ClosedError: `close` was called, perhaps while this waited.
@@ -152,13 +151,13 @@ class Pipeline:
             raise RuntimeError(f"eng_submit refused a job: {os.strerror(-result)}")
 
     def attach(self, job: Job, descriptors: Sequence[int], known: Sequence[bytes | None] | None = None) -> None:
-        """Give a job its files.  A job that has failed meanwhile does not take them.
+        """Give a job its files.  Does nothing for a job that has failed.
 
         Args:
             job: submitted.
             descriptors: its files, open.
-            known: of a write, the hash of what the file holds already at each block, or None.  A block with that hash
-                is not written.
+            known: for a write, the hash of each block that the file holds already, or None.  A block with that
+                hash is not written.
 
         Raises:
             ClosedError: `close` has ended the job.
@@ -172,7 +171,7 @@ class Pipeline:
             raise RuntimeError(f"eng_attach refused a job's files: {os.strerror(-result)}")
 
     def abort(self, job: Job, error: int) -> None:
-        """Fail a job with an errno; what is in flight is drained, and then it is done.
+        """Fail a job with an errno: its operations in flight are drained, and then it is done.
 
         A job that was never submitted is done at once, and one that is done already stays as it is.
         """
@@ -201,10 +200,10 @@ class Pipeline:
         return True
 
     def close(self) -> None:
-        """Drain every job, other threads' too, and stop the thread.  Blocks.
+        """Drain every job, also those of other threads, and stop the native thread.  Blocks.
 
         May be called again, from several threads, and from a signal handler that interrupts it: each call returns when
-        the thread has stopped.  After Ctrl-C the pipeline goes on closing by itself.
+        the thread has stopped.  After Ctrl-C the pipeline continues to close.
         """
         self.check_owner()
         while not lib.eng_close(self._c_pipeline, 0, WAIT_SLICE_NS):

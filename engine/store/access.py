@@ -1,9 +1,9 @@
-"""Access: what saves and reads ask of the owner of a directory.
+"""Access: the interface between saves and reads, and the owner of a directory.
 
-Theory of operation.  The owner of a directory has its lock and its names; the native pipeline moves blocks through open
-files.  `Writer`, `Reader` and `Verifier` ask the owner through these protocols and get descriptors.  They open, sync
-and close nothing themselves, so the owner may be another process: every argument and every answer but a descriptor is
-a value, and a descriptor can be sent through a Unix socket (unix(7), SCM_RIGHTS).
+Theory of operation.  The owner of a directory holds its lock and changes its names; the native pipeline moves blocks
+through open files.  `Writer`, `Reader` and `Verifier` call the owner through these protocols and get descriptors.  They
+open, sync and close nothing themselves, so the owner may be another process: arguments and results are plain values or
+descriptors, and a descriptor can be sent through a Unix socket (unix(7), SCM_RIGHTS).
 
 `Directory` gives the read side, and `Owner` gives both.  Every method may block on the disk, and may be called from any
 thread.
@@ -27,7 +27,7 @@ class NewFile(NamedTuple):
 
 
 class OpenFile(NamedTuple):
-    """A data file that is open to be read, and its length."""
+    """A data file open for reading, and its length."""
 
     descriptor: int
     nbytes: int
@@ -38,8 +38,8 @@ class BegunSave(NamedTuple):
 
     Attributes:
         path: the partial directory.
-        descriptors: of the files, in the order asked for; open until the save is published or discarded.
-        recycled: what the reused files hold, or None where that is not certain.
+        descriptors: of the files, in the order of the request; open until the save is published or discarded.
+        recycled: the manifest of the reused files, or None if their content is not certain.
         reused: the names of the files that were moved from a spare.
     """
 
@@ -54,11 +54,11 @@ class Opened(Protocol):
 
     @property
     def step(self) -> int:
-        """Which."""
+        """Its number."""
 
     @property
     def path(self) -> str:
-        """Its directory, or where that was."""
+        """The path at which its directory was opened."""
 
     def manifest(self) -> tuple[Manifest, int]:
         """The manifest and its length in bytes.
@@ -68,7 +68,7 @@ class Opened(Protocol):
         """
 
     def summary(self) -> Summary:
-        """What a listing asks of the manifest; raises as `manifest`."""
+        """The summary in the manifest; raises as `manifest`."""
 
     def read_small(self, name: str, bytes_max: int) -> bytes:
         """A small file of the step, whole.
@@ -89,7 +89,7 @@ class Opened(Protocol):
 
 
 class ReadAccess(Protocol):
-    """A directory of checkpoints, to be read."""
+    """A directory of checkpoints, for reading."""
 
     root: str
 
@@ -97,17 +97,17 @@ class ReadAccess(Protocol):
         """Committed steps, oldest first."""
 
     def path(self, step: int) -> str:
-        """Where a committed step lies."""
+        """The path of a committed step."""
 
     def distrust(self, step: int) -> None:
-        """A step was found damaged: no save may rely on the content of its files."""
+        """Record that a step is damaged: no save may rely on the content of its files."""
 
     def opened(self, step: int) -> AbstractContextManager[Opened]:
         """Open a committed step for as long as it is read.
 
         Raises:
             NotFoundError: the step is not committed.
-            RetiredError: the step was retired while it was read, and what was asked for is gone.
+            RetiredError: the step was retired while it was read, and a part of it is gone.
         """
 
 
@@ -123,33 +123,33 @@ class WriteAccess(ReadAccess, Protocol):
     retention: Retention
 
     def begin_save(self, step: int, files: Sequence[NewFile], direct: bool) -> BegunSave:
-        """Make the files of a save, with room for every block.  With `direct` past the page cache.
+        """Create the files of a save, with room for every block.  With `direct` they bypass the page cache.
 
         Raises:
-            NoSpaceError: there is no room for it.
-            StepError: something that is no checkpoint of ours has the step's name.
+            NoSpaceError: there is not enough room.
+            StepError: something that is not a checkpoint has the step's name.
         """
 
     def seal_save(self, step: int, small_files: Mapping[str, bytes]) -> None:
-        """Make the files durable, once all their blocks have been written, and write the small ones."""
+        """Make the files durable, after all their blocks are written, and write the small files."""
 
     def publish_save(self, step: int, manifest: bytes | bytearray) -> str:
         """Make a sealed save visible, durably; close its files, and return its path."""
 
     def discard_save(self, step: int) -> None:
-        """Close and delete what a failed save has left.  Its blocks are not moved any more."""
+        """Close and delete the files of a failed save, none of whose blocks is in flight."""
 
     def retire(self) -> None:
-        """Take all steps out of service that the rule does not keep, save those that are being read."""
+        """Retire all steps that the rule does not keep, except those that are being read."""
 
     def retire_after(self, step: int) -> list[int]:
-        """Take every step later than this one out of service, and return them."""
+        """Retire every step later than this one, and return them."""
 
     def delete(self, step: int) -> None:
         """Delete a committed step."""
 
     def set_aside(self, step: int) -> str | None:
-        """Rename a damaged step out of the way, and return its new path; None where it was deleted by hand."""
+        """Rename a damaged step, and return its new path; None if it was deleted by hand."""
 
     def close(self) -> None:
         """Give the directory back.  May be called again."""

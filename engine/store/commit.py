@@ -3,12 +3,12 @@
 Theory of operation.  A checkpoint is written by one writer or by several, each with files of its own in one partial
 directory.  When a writer's blocks have all been written and every completion read, it calls `seal`: its files become
 durable under the partial name.  When all have sealed, one of them, the owner of the lock, calls `publish`: the
-checkpoint becomes visible, and from its return on a power cut cannot take it away (docs/durability.md, C1 to C7).  A
+checkpoint becomes visible, and after the return a power cut cannot remove it (docs/durability.md, C1 to C7).  A
 single writer calls `commit`, which is both, through the owner of the directory.
 
 With several writers each writes a part of the manifest.  `publish` reads every part again and compares its digest with
-the one that its writer has told.  The order of the lines is the product; the mutation table in docs/durability.md says
-which test sees each of them dropped or swapped.
+the one that its writer reported.  The order of the lines is the product; the mutation table in docs/durability.md names
+the test that fails if one is dropped or swapped.
 
 A failure before the rename leaves no `step-N`.  `seal` and `publish` are called by `owner`, and `commit` by
 `writer`, on the engine's commit threads.
@@ -45,10 +45,10 @@ def seal(
     """Make one writer's files durable under the partial name.  Blocks.
 
     Args:
-        filesystem: how to reach them.
-        partial: the directory that they are in.
+        filesystem: the file operations.
+        partial: the directory of the files.
         files: this writer's data files, written.
-        small_files: this writer's other files, by name, to be written here.
+        small_files: this writer's other files, by name; they are written here.
         part: the name and the content of its part of the manifest; None for a single writer.
 
     Raises:
@@ -72,12 +72,12 @@ def publish(catalog: Catalog, step: int, manifest: bytes | bytearray, parts: Seq
     """Make a checkpoint visible that every writer has sealed; return its path.  Blocks.
 
     Raises:
-        CorruptError: a part is not what its writer has sealed.
+        CorruptError: a part differs from the one that its writer sealed.
         StorageError: the kernel refused one operation; the save has failed, and nothing is retried.
     """
     filesystem = catalog.filesystem
     partial = catalog.partial_path(step)
-    catalog.check_place()  # the descriptors lead to what was locked, and names may not any more
+    catalog.check_place()  # the descriptors lead to the locked directory, but the names may lead to another one
     for part in parts:
         path = os.path.join(partial, part.name)
         if digest_of(part.name, filesystem.read_file(path, part.nbytes)) != part:
@@ -96,7 +96,7 @@ def commit(
 ) -> str:
     """Seal and publish a checkpoint of one writer; return its path.  Blocks; raises as they do.
 
-    `await_turn` is called in between: steps become visible in order, and seal at the same time.
+    `await_turn` is called in between: steps become visible in order, but several may seal at the same time.
     """
     access.seal_save(step, small_files)
     await_turn()

@@ -3,12 +3,11 @@
 Theory of operation.  A `Directory` takes no lock and creates nothing, so it works beside a training, on a read-only
 mount and in a directory of another user.  `steps` lists afresh each time.
 
-A step may be retired while it is read.  `opened` therefore opens the step's directory once, and every file relative to
-it.  Retiring renames the directory and recycling moves its files out of it, so a reader finds the step's own files, or
-finds them gone, and never the files of a later step.  What fails after the directory has lost its name fails with
-`RetiredError`.
+A step may be retired while it is read.  So `opened` opens the step's directory once, and every file relative to it.
+Retiring renames the directory and recycling moves its files out of it, so a reader finds the step's own files or none,
+and never the files of a later step.  An operation that fails after the directory was renamed raises `RetiredError`.
 
-Rules: nothing here changes anything.  A manifest is believed only if it is that of the step whose directory it is in.
+Rules: this module changes nothing on disk.  A manifest is accepted only if its step is the one of its directory.
 Called by `catalog`, which is the write side, and by readers.
 """
 
@@ -43,7 +42,7 @@ from engine.store.filesystem import Filesystem
 
 PRIVATE_NAME = ".engine"
 
-# ASCII: a regular expression takes the digits of other scripts for digits too.
+# ASCII: without it \d matches the digits of other scripts too.
 _STEP_NAME = re.compile(r"step-(\d{8,19})", re.ASCII)
 
 
@@ -53,7 +52,7 @@ def step_name(step: int) -> str:
 
 
 def path_of(directory: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> str:
-    """The path that a caller has given, as text.
+    """A path given by a caller, as text.
 
     Raises:
         ArgumentError: it is empty, or has a NUL character in it.
@@ -88,7 +87,7 @@ class OpenedStep:
         return manifest, len(raw)
 
     def summary(self) -> Summary:
-        """What a listing asks of the manifest; raises as `manifest`."""
+        """The summary in the manifest; raises as `manifest`."""
         path = os.path.join(self.path, MANIFEST_NAME)
         summary = decode_summary(self._filesystem.read_file(path, MANIFEST_BYTES_MAX, directory=self._descriptor))
         if summary.step != self.step:
@@ -115,7 +114,7 @@ class OpenedStep:
         return OpenFile(descriptor, self._filesystem.size(descriptor, path))
 
     def is_in_place(self) -> bool:
-        """Whether the step's name still leads to this directory: if not, the step was retired since it was opened."""
+        """Whether the step's name still leads to this directory; if not, the step was retired after it was opened."""
         try:
             return self._filesystem.is_at(self._descriptor, self.path)
         except StorageError:
@@ -128,14 +127,14 @@ class OpenedStep:
 
 
 class Directory:
-    """The checkpoints of one directory, to be read.
+    """The checkpoints of one directory, for reading.
 
     Args:
         root: the directory.
-        filesystem: how to reach it.
+        filesystem: the file operations.
 
     Raises:
-        NotFoundError: there is no run: no such directory, or one that holds nothing of an engine.
+        NotFoundError: there is no such directory, or it has neither `.engine` nor a step.
         StorageError: the directory cannot be read.
     """
 
@@ -153,7 +152,7 @@ class Directory:
         return self._list_steps()
 
     def path(self, step: int) -> str:
-        """Where a committed step lies."""
+        """The path of a committed step."""
         return os.path.join(self.root, step_name(step))
 
     def distrust(self, step: int) -> None:
@@ -165,7 +164,7 @@ class Directory:
 
         Raises:
             NotFoundError: the step is not committed.
-            RetiredError: the step was retired while it was read, and what was asked for is gone.
+            RetiredError: the step was retired while it was read, and a part of it is gone.
         """
         path = self.path(step)
         if not self.filesystem.is_directory(path):
@@ -198,8 +197,8 @@ class Directory:
 
 def committed_steps(filesystem: Filesystem, root: str, names: Collection[str]) -> list[int]:
     """The steps among the names in a directory: directories with exactly a step's name, oldest first."""
-    # A set: step-000000001 has the number of step-00000001, but is not its name.  No manifest has a step beyond
-    # STEP_MAX, and the step after one could not be named.
+    # A set, and the names are compared: step-000000001 has the number of step-00000001, but not its name.  A manifest
+    # cannot hold a step above STEP_MAX.
     steps = {int(match.group(1)) for match in map(_STEP_NAME.fullmatch, names) if match}
     named = (step for step in steps if step <= STEP_MAX and step_name(step) in names)
     return sorted(step for step in named if filesystem.is_directory(os.path.join(root, step_name(step))))

@@ -1,8 +1,8 @@
-"""Filesystem: the file operations that durability is made of, in one table that tests can replace.
+"""Filesystem: the file operations that durability depends on, in one class that tests can replace.
 
 Theory of operation.  Everything that this package does to names and files goes through an instance of `Filesystem`,
-one small method an operation.  A fault injector or a crash simulator subclasses it; the data blocks themselves go
-through the native pipeline, whose seam is `eng_io_table`.  No other module of the package calls `os` or `fcntl` on a
+one small method for each operation.  A fault injector or a crash simulator subclasses it.  Data blocks go through the
+native pipeline, whose seam is `eng_io_table`.  No other module of the package calls `os` or `fcntl` on a
 name or a descriptor.
 
 Rules: every refusal by the kernel becomes a `StorageError` with errno, operation and path; every descriptor is
@@ -30,25 +30,25 @@ _F_SETSIG = 10
 # The unit of st_blocks, whatever the file system's own (stat(3type)).
 _STAT_BLOCK_BYTES = 512
 
-# New files are the user's to share or not: the umask decides (open(2)).
+# The user's umask decides who may access new files (open(2)).
 _FILE_MODE = 0o666
 
-# What open(2) says of O_TMPFILE where the file system does not have it, or the kernel did not know it.
+# Errors of open(2) for O_TMPFILE on a file system or kernel without it.
 _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT)
 
-# What fallocate(2) says where the file system, or a filter on system calls, does not have it.
+# Errors of fallocate(2) if the file system does not have it, or a filter on system calls refuses it.
 _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS)
 
 # The unit of allocation of every file system named in docs/durability.md, or a multiple of it.
 _PAGE_BYTES = 4096
 
-# What open(2) says of a file that is not there, is a link, or lies under something that is no directory.
+# Errors of open(2) for a file that does not exist, is a link, or whose parent is not a directory.
 _NOT_THERE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR)
 
 
 @contextmanager
 def telling(operation: str, path: str) -> Iterator[None]:
-    """Turn the kernel's refusal into a StorageError that says what was refused."""
+    """Turn the kernel's refusal of an operation into a StorageError."""
     try:
         yield
     except OSError as error:
@@ -58,7 +58,7 @@ def telling(operation: str, path: str) -> Iterator[None]:
 
 
 class Filesystem:
-    """The real one.  Paths are absolute; sizes and offsets are in bytes; every method may block on the disk."""
+    """The real operations.  Paths are absolute; sizes and offsets are in bytes; every method may block on the disk."""
 
     def make_directory(self, path: str) -> None:
         """Create one directory; its parent exists."""
@@ -71,11 +71,11 @@ class Filesystem:
             return sorted(os.listdir(path))
 
     def real_path(self, path: str) -> str:
-        """The absolute path without links; what does not exist yet is kept as it is (realpath(3))."""
+        """The absolute path without links; components that do not exist are kept (realpath(3))."""
         return os.path.realpath(path)
 
     def status(self, path: str) -> os.stat_result | None:
-        """What lstat(2) says of a name; None where there is none."""
+        """The result of lstat(2) for a name; None if it does not exist."""
         with telling("stat", path):
             try:
                 return os.lstat(path)
@@ -88,29 +88,29 @@ class Filesystem:
         return status is not None and stat.S_ISDIR(status.st_mode)
 
     def open_directory(self, path: str) -> int:
-        """Open a directory itself, not a link to one, so that files in it can be reached whatever its name becomes."""
+        """Open a directory, not a link to one, so that its files can be reached even after it is renamed."""
         with telling("open", path):
             return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
 
     def descriptor_status(self, descriptor: int, path: str) -> os.stat_result:
-        """What fstat(2) says of a descriptor."""
+        """The result of fstat(2) for a descriptor."""
         with telling("stat", path):
             return os.fstat(descriptor)
 
     def is_at(self, descriptor: int, path: str) -> bool:
-        """Whether the name still leads to what the descriptor was opened on.
+        """Whether the name still leads to the file or directory of the descriptor.
 
         Raises:
-            StorageError: the name is gone (ENOENT), or cannot be looked at.
+            StorageError: the name is gone (ENOENT), or stat is refused.
         """
         with telling("stat", path):
             return os.path.samestat(os.lstat(path), os.fstat(descriptor))
 
     def is_ours_alone(self, path: str) -> bool:
-        """Whether nobody could see this file change: it is a regular file with one name, and nobody has it open or
-        mapped.
+        """Whether no process could see this file change: it is a regular file with one name, and no process has it open
+        or mapped.
 
-        A write lease tells (fcntl(2), F_SETLEASE): the kernel grants it only where ours is the one open file.  Where
+        A write lease decides (fcntl(2), F_SETLEASE): the kernel grants it only if our descriptor is the only one.  If
         it grants none, as on network file systems, the answer is no.
         """
         try:
@@ -121,8 +121,8 @@ class Filesystem:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
                 return False
-            # Whoever opens it while we hold the lease has us sent a signal: one that is ignored, not SIGIO, which
-            # ends a process by default.
+            # If a process opens the file while we hold the lease, the kernel sends us a signal: SIGURG, which is
+            # ignored by default, instead of SIGIO, which would end the process.
             fcntl.fcntl(descriptor, _F_SETSIG, signal.SIGURG)
             fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
             fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
@@ -133,8 +133,7 @@ class Filesystem:
         return True
 
     def rename(self, source: str, target: str) -> None:
-        """Rename within one file system; atomic for whoever looks (rename(2)), durable only after fsync of both
-        directories."""
+        """Rename within one file system; atomic (rename(2)), durable only after fsync of both directories."""
         with telling("rename", source):
             os.rename(source, target)
 
@@ -158,24 +157,24 @@ class Filesystem:
             self.close(descriptor)
 
     def open_for_blocks(self, path: str, write: bool, direct: bool, directory: int | None = None) -> int:
-        """Open a data file for aligned blocks, past the page cache if `direct` and if the file takes that.
+        """Open a data file for aligned blocks, past the page cache if `direct` and if the file allows that.
 
-        With `write` the file is created if it is not there; otherwise it must be a regular file.  With `directory` it
-        is the file of this name in that open directory, and `path` only says where that was.
+        With `write` the file is created if it does not exist; otherwise it must be a regular file.  With `directory` it
+        is the file of this name in that open directory, and `path` is for messages.
         """
         flags = os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_RDWR | os.O_CREAT if write else os.O_RDONLY)
         if direct:
             try:
                 return self._open_regular(path, flags | os.O_DIRECT, directory)
             except StorageError as error:
-                # One file may lack O_DIRECT where its directory has it, as a file of an overlay's other layer.  Aligned
-                # blocks are as good for the page cache.
+                # A file may refuse O_DIRECT though its directory takes it: a file of an overlay's other layer.  The
+                # page cache takes aligned blocks too.
                 if error.errno != errno.EINVAL:
                     raise
         return self._open_regular(path, flags, directory)
 
     def open_scratch(self, directory: str, direct: bool) -> int:
-        """Open an empty file in a directory, to read and write, that has no name and is gone when it is closed."""
+        """Open an empty file without a name, to read and write; it is deleted when it is closed."""
         flags = os.O_RDWR | (os.O_DIRECT if direct else 0)
         try:
             with telling("open", directory):
@@ -204,16 +203,16 @@ class Filesystem:
             return os.fstat(descriptor).st_size
 
     def free_bytes(self, directory: str) -> int | None:
-        """What a file system has left for this user, quotas aside (statvfs(3)); None where it does not say, as ramfs
-        and some of FUSE."""
+        """The free bytes for this user, without quotas (statvfs(3)); None if the file system does not report them, as
+        ramfs and some FUSE file systems."""
         with telling("statvfs", directory):
             status = os.statvfs(directory)
-        # What ext4 reserves is root's to use.
+        # The blocks that ext4 reserves are for root.
         free = status.f_bfree if os.geteuid() == 0 else status.f_bavail
         return free * status.f_frsize if status.f_blocks else None
 
     def allocated_bytes(self, path: str) -> int:
-        """What a file takes up on disk by itself, holes left out: nothing if it has another name."""
+        """The bytes of a file's blocks on disk; 0 if it has another name, as deleting this one frees nothing."""
         with telling("stat", path):
             status = os.lstat(path)
         return status.st_blocks * _STAT_BLOCK_BYTES if status.st_nlink == 1 else 0
@@ -221,9 +220,9 @@ class Filesystem:
     def allocate(self, descriptor: int, nbytes: int, path: str) -> None:
         """Reserve the blocks that a file of this length lacks, so that no write can run out of space.
 
-        Only holes are asked for: XFS reserves as much free space as the whole range that fallocate(2) names, though
-        blocks are there already (xfs_alloc_file_space in fs/xfs/xfs_bmap_util.c), so a full disk would refuse to
-        overwrite.  A file system without fallocate allocates as blocks are written, and may run out of space then.
+        Only holes are allocated: for blocks that exist XFS still requires free space for the whole range of
+        fallocate(2) (xfs_alloc_file_space in fs/xfs/xfs_bmap_util.c), so a full disk would refuse to overwrite.  A file
+        system without fallocate allocates when blocks are written, and may run out of space then.
         """
         for offset, end in self._holes(descriptor, nbytes, path):
             error = allocate(descriptor, offset, end - offset)
@@ -236,14 +235,14 @@ class Filesystem:
                 os.ftruncate(descriptor, nbytes)
 
     def _holes(self, descriptor: int, nbytes: int, path: str) -> Iterator[tuple[int, int]]:
-        """The ranges of a file's first `nbytes` in which it has no blocks, as far as lseek(2) knows."""
+        """The ranges of a file's first `nbytes` without blocks, according to lseek(2)."""
         with telling("stat", path):
             size = min(os.fstat(descriptor).st_size, nbytes)
         offset = 0
         while offset < size:
             try:
                 hole = min(os.lseek(descriptor, offset, os.SEEK_HOLE), size)
-            except OSError:  # not known: all of it may be one
+            except OSError:  # unknown: the rest may be a hole
                 hole = offset
             if hole == size:
                 break
@@ -262,18 +261,21 @@ class Filesystem:
             os.ftruncate(descriptor, nbytes)
 
     def sync_file(self, descriptor: int, path: str) -> None:
-        """Make a file's bytes and length durable.  A failure is final: the kernel may have dropped what it could
-        not write, and a second fsync would say all is well (fsync(2), "Errors")."""
+        """Make a file's bytes and length durable.
+
+        A failure is final: the kernel may have dropped the pages that it could not write, and a second fsync would
+        report success (fsync(2), "Errors").
+        """
         with telling("fsync", path):
             os.fsync(descriptor)
 
     def close(self, descriptor: int) -> None:
-        """Close a descriptor; nothing depends on the result, since everything was synced before."""
+        """Close a descriptor.  Its result does not matter, because everything was synced before."""
         with suppress(OSError):
             os.close(descriptor)
 
     def write_new_file(self, path: str, content: bytes | bytearray) -> None:
-        """Create a file that is not there yet, write it and make it durable."""
+        """Create a new file, write it and make it durable."""
         with telling("open", path):
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, _FILE_MODE)
         try:
@@ -297,12 +299,12 @@ class Filesystem:
     # -- the lock ---------------------------------------------------------------------------------------------
 
     def open_lock(self, path: str) -> int:
-        """Open a lock file, and create it if it is not there."""
+        """Open a lock file, and create it if it does not exist."""
         with telling("open", path):
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, _FILE_MODE)
 
     def lock(self, descriptor: int, path: str, wait: bool = False) -> bool:
-        """Lock an open file or directory for this process alone (flock(2)); False if somebody else has it locked."""
+        """Lock an open file or directory exclusively (flock(2)); False if another process holds the lock."""
         try:
             with telling("flock", path):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -313,13 +315,13 @@ class Filesystem:
         return True
 
     def read_lock(self, descriptor: int, bytes_max: int) -> bytes:
-        """What the holder of a lock has written into it; nothing where that cannot be read."""
+        """The content of a lock file, written by its holder; empty if it cannot be read."""
         with suppress(OSError):
             return os.pread(descriptor, bytes_max, 0)
         return b""
 
     def write_lock(self, descriptor: int, content: bytes) -> None:
-        """Say in a lock file which process holds it.  Best effort: a full disk must not keep a restore out."""
+        """Write the holder into a lock file.  Best effort: a full disk must not prevent a restore."""
         with suppress(OSError):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, content, 0)
@@ -331,10 +333,10 @@ class Filesystem:
         except OSError:
             return 0
 
-    # -- how --------------------------------------------------------------------------------------------------
+    # -- opening ----------------------------------------------------------------------------------------------
 
     def _open_regular(self, path: str, flags: int, directory: int | None = None) -> int:
-        """Open a file of a checkpoint, which is a regular file and there, or else the checkpoint is damaged."""
+        """Open a file of a checkpoint.  If it is missing or not a regular file, the checkpoint is damaged."""
         name = path if directory is None else os.path.basename(path)
         try:
             with telling("open", path):

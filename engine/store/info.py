@@ -1,6 +1,6 @@
-"""Info: what the store tells of a checkpoint and of damage to it.
+"""Info: the public facts of a checkpoint.
 
-Theory of operation.  Plain values, which `Writer`, `Reader` and `Verifier` return and the public API hands on.
+Theory of operation.  A plain value that `Writer` and `Reader` return and the public API passes on.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ class CheckpointInfo(NamedTuple):
     """A committed checkpoint.
 
     Attributes:
-        step, checkpoint_id: which; the id is 32 random hexadecimal digits.
+        step, checkpoint_id: its number, and 32 random hexadecimal digits.
         path: its directory.
         nbytes: bytes of its data files.
-        created_ns: when it was saved, in ns since 1970 by the clock of the host.
+        created_ns: time of the save, in ns since 1970 by the host's clock.
         metrics: as given to `checkpoint()`; a value that is not finite is None.
         tag: as given to `checkpoint()`.
     """

@@ -1,13 +1,13 @@
 """Lock: one engine at a time in a directory.
 
-Theory of operation.  `.engine/lock` is locked by flock(2) on a descriptor that the ring never sees, and that a forked
-child closes, so neither can hold the lock on after the engine has gone.  The holder writes into the file: its process
+Theory of operation.  `.engine/lock` is locked by flock(2) on a descriptor that the ring never gets and that a forked
+child closes, so neither can hold the lock after the engine has ended.  The holder writes into the file: its process
 number, its PID namespace, and the inode number of `.engine`.
 
 A copy made of hard links (``cp -al``) shares the lock's inode, so a lock on one is a lock on both.  A lock file with a
-second name is therefore replaced by a new file, renamed over it.  That is done only if nobody holds the shared inode,
-or if its holder has written that it holds another directory; two openers that replace at the same time are kept apart
-by a lock on `.engine` itself.  A lock counts only if its file still has the name after it was locked.
+second name is therefore replaced by a new file, renamed over it.  That is done only if no process holds the shared
+inode, or if its holder has written another `.engine` into it.  A lock on `.engine` itself serialises two openers that
+replace at the same time.  A lock counts only if its file still has the name after it was locked.
 
 Called by `catalog`.
 """
@@ -29,7 +29,7 @@ def take_lock(filesystem: Filesystem, private: str, root: str) -> int:
     """Lock a directory; returns the descriptor that holds the lock.
 
     Args:
-        filesystem: how to reach it.
+        filesystem: the file operations.
         private: its `.engine`.
         root: the directory, for messages.
 
@@ -47,11 +47,11 @@ def take_lock(filesystem: Filesystem, private: str, root: str) -> int:
         except BaseException:
             filesystem.close(descriptor)
             raise
-        filesystem.close(descriptor)  # the name leads to another file now
+        filesystem.close(descriptor)  # another file has the name now
 
 
 def _lock(filesystem: Filesystem, descriptor: int, path: str, root: str) -> bool:
-    """Lock an open lock file; False if its name leads to another file, which is to be opened instead."""
+    """Lock an open lock file; False if another file has its name now, which must be opened instead."""
     status = filesystem.descriptor_status(descriptor, path)
     if not stat.S_ISREG(status.st_mode):
         raise CorruptError(f"{path} is not a regular file; remove it")
@@ -74,14 +74,14 @@ def _lock(filesystem: Filesystem, descriptor: int, path: str, root: str) -> bool
 
 
 def _replace(filesystem: Filesystem, path: str) -> None:
-    """Give the directory a lock file of its own, in place of one that has a second name."""
+    """Replace a lock file that has a second name by a new one."""
     private, new = os.path.dirname(path), path + ".new"
     directory = filesystem.open_directory(private)
     try:
         filesystem.lock(directory, private, wait=True)
         status = filesystem.status(path)
         if status is None or status.st_nlink == 1:
-            return  # another opener was as quick
+            return  # another opener has replaced it
         with suppress(StorageError):
             filesystem.unlink(new)  # left by a kill
         filesystem.write_new_file(new, b"")
@@ -91,9 +91,9 @@ def _replace(filesystem: Filesystem, path: str) -> None:
 
 
 def _is_of_another(filesystem: Filesystem, descriptor: int, path: str) -> bool:
-    """Whether the holder has written that it holds another directory."""
+    """Whether the holder has written the inode of another `.engine`."""
     _, _, inode = _content(filesystem, descriptor)
-    # Not the device number: two clients of a network file system give it different ones.
+    # Not the device number: it differs between two clients of a network file system.
     return inode not in (0, _inode(filesystem, os.path.dirname(path)))
 
 

@@ -1,8 +1,8 @@
 """Owner: a catalog with the files of its saves in flight.
 
-Theory of operation.  `begin_save` makes a save's files and keeps their descriptors; sealing and publishing use those,
-so whoever moves the blocks needs no path and syncs nothing.  The descriptors are closed when the save ends.  This is
-the whole of `access.WriteAccess` in the process that holds the lock.
+Theory of operation.  `begin_save` creates a save's files and keeps their descriptors; sealing and publishing use those,
+so the writer of the blocks needs no path and syncs nothing.  The descriptors are closed when the save ends.  This class
+is `access.WriteAccess` in the process that holds the lock.
 
 Called by `store`.
 """
@@ -25,7 +25,7 @@ from engine.store.spares import Stamp
 
 
 class Owner(Catalog):
-    """The checkpoints of one directory, and the files of the saves in flight; made as a `Catalog`."""
+    """The checkpoints of one directory, and the files of the saves in flight.  Arguments as of `Catalog`."""
 
     def __init__(self, root: str, filesystem: Filesystem, spare_max: int, retention: Retention | None = None) -> None:
         self._files: dict[int, list[WrittenFile]] = {}  # by step in flight
@@ -56,12 +56,12 @@ class Owner(Catalog):
         return path
 
     def discard_save(self, step: int) -> None:
-        """Close and delete what a failed save has left."""
+        """Close and delete the files of a failed save."""
         self._close_files(step)
         self.discard(step)
 
     def stamps(self, step: int) -> Mapping[str, Stamp]:
-        """What changes about the files of a sealed save if anybody writes to them from now on."""
+        """The stamps of the files of a sealed save, which change with any later write."""
         statuses = {f.path: self.filesystem.descriptor_status(f.descriptor, f.path) for f in self.files(step)}
         return {os.path.basename(path): Stamp.of(status) for path, status in statuses.items()}
 
@@ -70,7 +70,7 @@ class Owner(Catalog):
         return self._files[step]
 
     def _allocate(self, file: WrittenFile) -> None:
-        """Reserve a file's blocks; where there is no room, once more without the checkpoints that no rule keeps."""
+        """Reserve a file's blocks.  If there is no room, delete checkpoints that no rule keeps, and try once more."""
         nbytes = align_up(file.nbytes, ALIGNMENT)
         try:
             self.filesystem.allocate(file.descriptor, nbytes, file.path)

@@ -1,11 +1,11 @@
 """Reader: from a committed checkpoint to memory.
 
-Theory of operation.  The manifest gives every segment's location and what every block must hash to.  A read plans only
-the blocks that hold a part of what is wanted; the native pipeline reads each into a slot, verifies it, and only then
-copies it out.  Nothing read from disk reaches the caller's memory unverified.
+Theory of operation.  The manifest has every segment's location and every block's hash.  A read plans only the blocks
+that hold a part of the targets; the native pipeline reads each into a slot, verifies it, and only then copies it out.
+No byte from disk reaches the caller's memory unverified.
 
-The disk's fault makes an explicit `step=` raise, and makes "the newest" pass over to the next older checkpoint with a
-warning.  The caller's fault is raised as it is, and is never answered by trying another checkpoint.
+Damage on disk raises if a step was asked for; if the newest was asked for, the reader passes over to the next older
+checkpoint with a warning.  An error of the caller is always raised, and no other checkpoint is tried.
 
 Rules: no torch.  Targets are addresses, and `owners` keeps their memory alive.
 """
@@ -27,22 +27,21 @@ from engine.io.pipeline import Pipeline
 from engine.store.access import Opened, OpenFile, ReadAccess
 from engine.store.info import CheckpointInfo, info_of
 
-# Slots of a pipeline opened for a checkpoint whose blocks do not fit the engine's: one is read, the other is copied
-# out.
+# Slots of a pipeline for blocks that do not fit the engine's slots: one is read into while the other is copied out.
 _LARGE_SLOT_COUNT = 2
 
 T = TypeVar("T")
 
 
 class PassedOver(NamedTuple):
-    """A committed checkpoint that a restore could not use, and why."""
+    """A committed checkpoint that a restore could not use, and the reason."""
 
     step: int
     reason: str
 
 
 class Target(NamedTuple):
-    """A wanted segment of the checkpoint, and where its bytes go: a source of the job and an offset there."""
+    """A segment to read, and the location for its bytes: a source of the job and an offset there."""
 
     record: SegmentRecord
     source: int
@@ -63,11 +62,11 @@ class Reader:
     """Reads the checkpoints of a directory.
 
     Args:
-        directory: which; its owner keeps the step that is read from being retired.
-        pipeline: gives the native thread that reads.
+        directory: of the checkpoints; its owner does not retire a step that is being read.
+        pipeline: returns the native thread that reads.
 
     Attributes:
-        damaged: steps that this reader has found damaged; training may take their numbers when it comes past them.
+        damaged: steps that this reader has found damaged; a later save may take their numbers.
     """
 
     def __init__(self, directory: ReadAccess, pipeline: Callable[[], Pipeline]) -> None:
@@ -76,11 +75,11 @@ class Reader:
         self.damaged: set[int] = set()
 
     def use(self, step: int | None, use: Callable[[Checkpoint], T]) -> tuple[T, tuple[PassedOver, ...]]:
-        """Run `use` on the step asked for, or with None on the newest that it does not find damaged.  Blocks.
+        """Run `use` on a step, or with None on the newest that it does not find damaged.  Blocks.
 
         Raises:
             NotFoundError: there is no such checkpoint.
-            CorruptError, StorageError: the step asked for, or every one, is damaged or cannot be read.
+            CorruptError, StorageError: the step, or with None every step, is damaged or cannot be read.
         """
         passed_over: list[PassedOver] = []
         for candidate in self.candidates(step):
@@ -90,7 +89,7 @@ class Reader:
             except NotFoundError:
                 if step is not None:
                     raise
-                # else it was retired since it was listed: a save in flight has committed a newer one
+                # else it was retired after it was listed: a save in flight has committed a newer one
             except (CorruptError, StorageError) as error:
                 if is_damage(error):
                     self._directory.distrust(candidate)
@@ -110,7 +109,7 @@ class Reader:
         return self._directory.steps()
 
     def manifest(self, step: int | None) -> Manifest:
-        """The manifest of the step asked for, or with None of the newest.
+        """The manifest of a step, or with None of the newest.
 
         Raises:
             NotFoundError: there is no such checkpoint.
@@ -126,7 +125,7 @@ class Reader:
         raise self.nothing()
 
     def info(self, step: int | None) -> CheckpointInfo:
-        """What is known of a checkpoint without its tensors; raises as `manifest`."""
+        """The facts of a checkpoint without its tensors; raises as `manifest`."""
         for candidate in self.candidates(step):
             try:
                 with self._directory.opened(candidate) as opened:
@@ -137,11 +136,11 @@ class Reader:
         raise self.nothing()
 
     def nothing(self) -> NotFoundError:
-        """The error that says that there is no checkpoint."""
+        """An error: there is no checkpoint."""
         return NotFoundError(f"{self._directory.root} holds no committed checkpoint")
 
     def candidates(self, step: int | None) -> Iterator[int]:
-        """The step asked for, or all, the newest first; listed anew each time, since saves may be in flight."""
+        """The given step, or with None all, newest first.  Lists them anew each time, since saves may be in flight."""
         if step is not None:
             yield step
             return
@@ -158,9 +157,9 @@ class Reader:
         Args:
             checkpoint: from `use`.
             targets: in the order of the manifest.
-            sources: what the targets refer to, packed.
+            sources: the packed sources that the targets refer to.
             owners: keeps the sources' memory alive.
-            whole: verify every block, also those that hold nothing but header.
+            whole: verify every block, also those with only a header.
 
         Raises:
             CorruptError, StorageError: a block is damaged or cannot be read; the sources may hold a part.
@@ -185,10 +184,10 @@ class Reader:
 
     @contextmanager
     def pipeline_for(self, blocks: Sequence[Block]) -> Iterator[Pipeline]:
-        """The engine's pipeline, or one of larger slots that lives as long as it is needed.
+        """The engine's pipeline, or one with larger slots until the end of the `with` block.
 
-        Slots are as large as the largest block that is there, and not as the manifest says that one may be: they are
-        allocated and pinned, and a few bytes on disk must not cost gigabytes.
+        Its slots have the size of the largest block, not of the manifest's `block_bytes`: slots are allocated, and a
+        few bytes on disk must not cost gigabytes.
         """
         ours = self._pipeline()
         slot_bytes = max((block.write_bytes for block in blocks), default=0)
@@ -199,7 +198,7 @@ class Reader:
                 yield pipeline
 
     def open_file(self, opened: Opened, manifest: Manifest, index: int) -> OpenFile:
-        """A data file, to read; CorruptError if it is missing, or no regular file."""
+        """Open a data file to read; CorruptError if it is missing, or no regular file."""
         file = manifest.files[index]
         try:
             return opened.open_file(file.name, self._pipeline().direct)
@@ -208,7 +207,7 @@ class Reader:
             raise CorruptError(f"{error}; affected: {names}") from None
 
     def wrong_length(self, manifest: Manifest, path: str, index: int, nbytes: int) -> WrongLength | None:
-        """How the length of a file differs from what the manifest says, if it does."""
+        """The difference between a file's length and the manifest, or None."""
         file = manifest.files[index]
         file_path = os.path.join(path, file.name)
         if nbytes == file.nbytes:
@@ -221,7 +220,7 @@ class Reader:
         return WrongLength(chunk, nbytes, names, f"{reason}; it ends in chunk {chunk}; affected: {names}")
 
     def _open(self, opened: Opened) -> Checkpoint:
-        """A step's files, open and of the length that the manifest says, before anything is allocated."""
+        """Open a step's files and check their lengths against the manifest, before anything is allocated."""
         manifest, manifest_bytes = opened.manifest()
         descriptors: list[int] = []
         for index in range(len(manifest.files)):
@@ -234,7 +233,7 @@ class Reader:
 
 
 class WrongLength(NamedTuple):
-    """A file that is longer or shorter than its manifest says: from where on, and what that affects."""
+    """A file that is longer or shorter than its manifest says: the first wrong offset, and the affected tensors."""
 
     chunk: int | None
     offset: int
@@ -268,14 +267,14 @@ def drive(pipeline: Pipeline, job: Job, descriptors: Sequence[int]) -> None:
         pipeline.submit(job)
         pipeline.attach(job, descriptors)
         pipeline.wait(job, Milestone.DONE)
-    except BaseException:  # Ctrl-C: the kernel must be done with the arena before anyone else is
+    except BaseException:  # Ctrl-C: the pipeline must be done with the targets before this raises
         pipeline.abort(job, 0)
         pipeline.wait(job, Milestone.DONE)
         raise
 
 
 def _target_runs(manifest: Manifest, targets: Sequence[Target]) -> list[Extents]:
-    """For each file what is wanted of it, in order."""
+    """For each file the runs of the targets in it, in order."""
     runs = [Extents([], [], [], []) for _ in manifest.files]
     for record, source, offset in targets:
         runs[record.file].append(source, offset, record.offset, record.nbytes)
@@ -283,18 +282,18 @@ def _target_runs(manifest: Manifest, targets: Sequence[Target]) -> list[Extents]
 
 
 def _is_touched(chunk: ChunkRecord, runs: Extents) -> bool:
-    """Whether a chunk holds a part of what is wanted of its file."""
+    """Whether a chunk holds a part of these runs of its file."""
     first = runs.index_at(chunk.offset)
     return first < len(runs) and runs.file_offsets[first] < chunk.offset + chunk.nbytes
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether an error says that a checkpoint is damaged, and not that it could not be read."""
+    """Whether an error means that a checkpoint is damaged, and not that it could not be read."""
     return isinstance(error, CorruptError) or getattr(error, "errno", None) in MEDIA_ERRORS
 
 
 def demand_damage(error: Exception) -> None:
-    """Raise an error that says nothing of the checkpoint: a refusal for want of descriptors, memory or permission."""
+    """Raise an error that does not come from the checkpoint: no descriptors, memory or permission."""
     if not is_damage(error):
         raise error
 
@@ -305,7 +304,7 @@ def chunk_at(manifest: Manifest, file_index: int, offset: int) -> int:
 
 
 def explain(failure: Failure, manifest: Manifest, path: str, blocks: Sequence[Block]) -> Exception:
-    """The native failure as the error that says whose fault it is, and what it affects."""
+    """The native failure as an error, by its cause, with the affected tensors."""
     if failure.kind == FailureKind.ABORTED:
         return ClosedError("the Engine was closed before the restore had begun; open a new one")
     if failure.block is None:

@@ -1,11 +1,11 @@
-"""Retention: which committed steps a rule keeps.  Pure.
+"""Retention: the rule that says which committed steps are kept.  Pure.
 
-Theory of operation.  A step is kept if any part of the rule wants it: it is among the `last`, its number is a multiple
-of `every`, its metric is among the `best`, or it has a tag.  The newest step and a step that is being read are always
-kept.  All others are to be retired.
+Theory of operation.  A step is kept if any part of the rule applies to it: it is among the `last`, its number is a
+multiple of `every`, its metric is among the `best`, or it has a tag.  The newest step and a step that is being read are
+always kept.  All others are to be retired.
 
-What a step's manifest says of tag and metrics is asked for only where the rule depends on it, through a callback.  A
-step whose facts cannot be read at the moment is kept.
+The tag and metrics in a step's manifest are read through a callback, only if the rule depends on them.  A step whose
+facts cannot be read at the moment is kept.
 
 A rule is stored with the run as JSON, and is hostile when it is read.  Called by `catalog`.
 """
@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from engine.errors import ArgumentError, CorruptError
 
-# A rule has a few numbers and the name of a metric; what is longer is none of ours.
+# A rule has a few numbers and the name of a metric; a longer file is not a rule.
 RETENTION_BYTES_MAX = 4096
 
 # The largest number in a rule, so that one read from disk stays a machine word: the largest step (format.manifest).
@@ -32,9 +32,9 @@ class Retention:
     """A rule that says which checkpoints are kept.
 
     Attributes:
-        last: so many of the newest; None keeps every checkpoint.
-        every: also each checkpoint whose step is a multiple of this.
-        best: also those with the best values of a metric: its name, ``"min"`` or ``"max"``, and how many.
+        last: the number of newest checkpoints to keep; None keeps every one.
+        every: keep also each checkpoint whose step is a multiple of this.
+        best: keep also the best by a metric: its name, ``"min"`` or ``"max"``, and their number.
 
     Raises:
         ArgumentError: a value is out of range.
@@ -57,7 +57,7 @@ KEEP_ALL = Retention(last=None)
 
 @dataclass(frozen=True, slots=True)
 class StepFacts:
-    """What a rule asks about a step: its tag, or None, and its metrics by name."""
+    """The facts of a step that a rule depends on: its tag, or None, and its metrics by name."""
 
     step: int
     tag: str | None = None
@@ -70,9 +70,9 @@ def to_retire(
     """The steps that a rule does not keep, oldest first.
 
     Args:
-        rule: which are kept.
-        steps: all that are committed.
-        facts: what is known of a step; None where that cannot be read now.
+        rule: the rule.
+        steps: all committed steps.
+        facts: returns the facts of a step, or None if they cannot be read now.
         being_read: steps that readers have pinned.
     """
     if rule.last is None:
@@ -96,7 +96,7 @@ def _best(
     steps: Sequence[int],
     facts: Callable[[int], StepFacts | None],
 ) -> list[int]:
-    """The steps with the best values; of equal ones the newer.  A value that is no number is none."""
+    """The steps with the best values; of equal ones the newer.  NaN does not count as a value."""
     found = ((step, facts(step)) for step in steps)
     values = [(known.metrics[metric], step) for step, known in found if known is not None and metric in known.metrics]
     numbers = [(value, step) for value, step in values if not math.isnan(value)]

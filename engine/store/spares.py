@@ -4,13 +4,12 @@ Theory of operation.  `.engine/spare/` holds directories K, numbered in the orde
 oldest: its wanted files are moved into the save's partial directory, one rename each, and its others are deleted.  The
 empty directory stays until the save has ended, so that the moves can be made durable by its fsync.
 
-Nothing is trusted that a spare's manifest says, with one exception: a spare whose files this process sealed itself, if
-each still has the inode, length and time of change that it had then, and if no reader has found the step damaged.  Any
-other may have been overwritten before a power cut, which then
-brought the file back here (docs/durability.md, I13).
+A spare's manifest is trusted only if this process sealed its files itself, each still has the inode, length and time of
+change that it had then, and no reader has found the step damaged.  A file of any other spare may have been overwritten
+before a power cut that then brought it back here (docs/durability.md, I13).
 
-What may not be moved or deleted (immutable, another user's, a mount point) is passed over, told of once, and no
-obstacle to the others.
+A file or directory that may not be moved or deleted (immutable, another user's, a mount point) is passed over with one
+warning, and the others are still processed.
 
 Rules: the caller holds the catalog's lock for everything but `move_files` and `manifest_of`.  Called by `catalog`.
 """
@@ -29,16 +28,15 @@ from engine.format.manifest import MANIFEST_NAME, Manifest
 from engine.store.directory import OpenedStep
 from engine.store.filesystem import Filesystem
 
-# ASCII: a regular expression takes the digits of other scripts for digits too.
+# ASCII: without it \d matches the digits of other scripts too.
 _SPARE_NAME = re.compile(r"\d{8,19}", re.ASCII)
 
-# What rename(2) and unlink(2) say of one thing that may not be moved or deleted: it is immutable, another user's, or a
-# mount point.  Others beside it can be.
+# Errors of rename(2) and unlink(2) about one file or directory: it is immutable, another user's, or a mount point.
 _NOT_OURS = (errno.EPERM, errno.EACCES, errno.EBUSY)
 
 
 class Stamp(NamedTuple):
-    """What changes when a file is written, cut or replaced: inode, length, and time of change of its bytes."""
+    """Values that change with a write to a file or its replacement: inode, length, and time of change of its bytes."""
 
     inode: int
     nbytes: int
@@ -46,7 +44,7 @@ class Stamp(NamedTuple):
 
     @classmethod
     def of(cls, status: os.stat_result) -> Stamp:
-        """The stamp of a file of this status."""
+        """The stamp of a file with this status."""
         return cls(status.st_ino, status.st_size, status.st_mtime_ns)
 
 
@@ -54,7 +52,7 @@ class Spares:
     """The spares of one run.
 
     Args:
-        filesystem: how to reach them.
+        filesystem: the file operations.
         path: `.engine/spare`.
     """
 
@@ -67,7 +65,7 @@ class Spares:
         self._stuck: set[str] = set()  # paths that could not be moved or deleted
 
     def names(self) -> list[str]:
-        """The spares that a save may take, oldest first.  Nothing else there is ours, a link above all."""
+        """The spares that a save may take, oldest first: directories with a number for a name, never links."""
         passed = {*self._taken.values(), *map(os.path.basename, self._stuck)}
         names = [name for name in self._all_names() if name not in passed]
         return [name for name in names if self._filesystem.is_directory(os.path.join(self.path, name))]
@@ -80,14 +78,14 @@ class Spares:
         files = self._filesystem.list_directory(path)
         return sum(self._filesystem.allocated_bytes(os.path.join(path, name)) for name in files)
 
-    # -- what comes -------------------------------------------------------------------------------------------
+    # -- adding -----------------------------------------------------------------------------------------------
 
     def add(self, path: str, step: int | None = None) -> None:
-        """Move a directory here, as the last in line; not durable yet.
+        """Move a directory here, as the newest spare; not durable yet.
 
         Args:
             path: the directory.
-            step: the committed step that it was; None for anything else.
+            step: the committed step that it was; None for any other directory.
         """
         name = f"{max(map(int, self._all_names()), default=0) + 1:08d}"
         try:
@@ -98,7 +96,7 @@ class Spares:
                 raise
             self._delete_checkpoint(path)
             return
-        self._known.pop(name, None)  # its number may be given again
+        self._known.pop(name, None)  # of an earlier spare of this number
         if step is not None and step in self._sealed:
             self._known[name] = step, self._sealed.pop(step)
 
@@ -108,23 +106,23 @@ class Spares:
         return all(status is not None and stamps.get(n) == Stamp.of(status) for n, status in statuses.items())
 
     def vouch(self, step: int, stamps: Mapping[str, Stamp]) -> None:
-        """A step was committed by this process, with these files."""
+        """Record that this process committed a step with these files."""
         self._sealed[step] = stamps
 
     def distrust(self, step: int) -> None:
-        """A step was found damaged: what its manifest says of its files is not believed any more."""
+        """Record that a step is damaged: its manifest is no longer trusted."""
         self._sealed.pop(step, None)
         self._known = {name: known for name, known in self._known.items() if known[0] != step}
 
     def _delete_checkpoint(self, path: str) -> None:
-        """Delete a directory, the manifest durably first: without it nobody takes the rest for a checkpoint."""
+        """Delete a directory, durably the manifest first: without it the rest does not count as a checkpoint."""
         manifest = os.path.join(path, MANIFEST_NAME)
         if self._filesystem.status(manifest) is not None:
             self.unlink(manifest)
             self._filesystem.sync_directory(path)
         self.remove(path)
 
-    # -- what goes --------------------------------------------------------------------------------------------
+    # -- taking -----------------------------------------------------------------------------------------------
 
     def take(self, step: int) -> str | None:
         """Give the oldest spare to a save; returns its path, or None if there is none."""
@@ -139,7 +137,7 @@ class Spares:
         return None if name is None else os.path.join(self.path, name)
 
     def known(self, spare: str) -> tuple[Manifest | None, Mapping[str, Stamp]]:
-        """What the files of a spare held that was just taken, and their stamps; nothing where that is uncertain."""
+        """The manifest and the stamps of a spare that was just taken; None and {} if it is not trusted."""
         step, stamps = self._known.pop(os.path.basename(spare), (None, {}))
         if step is None:
             return None, {}
@@ -165,8 +163,8 @@ class Spares:
                     self.unlink(source)
                     continue
                 self._filesystem.rename(source, target)
-                # Asked after the move, when no reader of the spare can open it any more.  A file with a second name
-                # (cp --link), or that a reader has mapped (safetensors does), is not ours to overwrite.
+                # Checked after the move, when no reader of the spare can open the file.  A file with a second name
+                # (cp --link), or that a reader has mapped (safetensors does), must not be overwritten.
                 if self._filesystem.is_ours_alone(target):
                     reused.add(name)
                 else:
@@ -177,7 +175,7 @@ class Spares:
         return frozenset(reused)
 
     def release(self, step: int) -> None:
-        """Delete the empty spare that a save has taken, if it has taken one: the save has ended."""
+        """Delete the empty spare of a save that has ended, if it took one."""
         name = self._taken.pop(step, None)
         if name is not None:
             path = os.path.join(self.path, name)
@@ -185,16 +183,16 @@ class Spares:
                 self._filesystem.remove_directory(path)
             except StorageError as error:
                 if error.errno == errno.ENOTEMPTY:
-                    return  # the save failed before all had left it: the next one takes it, if it is not stuck
+                    return  # the save failed before it moved every file: the next save takes the spare, unless stuck
                 self._stuck.add(path)
                 warn(f"{error}; {path} stays, and is not used")
 
     def forget_taken(self, step: int) -> None:
-        """A save that had taken a spare has failed, and what it left must stay as it is."""
+        """Forget which spare a failed save took: its leftovers must stay as they are."""
         self._taken.pop(step, None)
 
     def trim(self, count: int) -> None:
-        """Delete the empty ones, which kills have left, and all others but the newest `count`."""
+        """Delete empty spares, which kills leave, and all others but the newest `count`."""
         names = self.names()
         empty = [n for n in names if not self._filesystem.list_directory(os.path.join(self.path, n))]
         full = [name for name in names if name not in empty]
@@ -203,15 +201,15 @@ class Spares:
             self.pass_over(os.path.join(self.path, name), self.remove)
 
     def delete_newest(self) -> None:
-        """Delete the spare that came last."""
+        """Delete the newest spare."""
         if names := self.names():
             self._known.pop(names[-1], None)
             self.remove(os.path.join(self.path, names[-1]))
 
-    # -- how --------------------------------------------------------------------------------------------------
+    # -- deleting ---------------------------------------------------------------------------------------------
 
     def pass_over(self, path: str, act: Callable[[str], object]) -> bool:
-        """Do something to one of several directories; whether it may be done.  If not, that is told the first time."""
+        """Apply `act` to one of several directories; False, with one warning for each, if that is not permitted."""
         with passing_over() as failed:
             act(path)
         if failed and path not in self._stuck:
@@ -220,10 +218,10 @@ class Spares:
         return not failed
 
     def remove(self, path: str) -> None:
-        """Delete a directory, if it is there, with all that the user may have put in it."""
+        """Delete a directory with all its content, if it exists."""
         if not self._filesystem.is_directory(path):
             return
-        # A stack of our own: directories nest deeper than Python's does.
+        # An explicit stack: directories may nest deeper than Python's recursion limit.
         pending = [(path, iter(self._filesystem.list_directory(path)))]
         while pending:
             directory, names = pending[-1]
@@ -238,7 +236,7 @@ class Spares:
                 pending.pop()
 
     def unlink(self, path: str) -> None:
-        """Delete a file, or whatever the user may have put in its place."""
+        """Delete a file, or a directory in its place."""
         if self._filesystem.is_directory(path):
             self.remove(path)
         else:
@@ -250,7 +248,7 @@ class Spares:
 
 @contextmanager
 def passing_over(failed: list[StorageError] | None = None) -> Iterator[list[StorageError]]:
-    """Swallow the refusal to move or delete one thing; the list then holds it."""
+    """Suppress the error that one file or directory may not be moved or deleted, and append it to the list."""
     failed = [] if failed is None else failed
     try:
         yield failed

@@ -1,8 +1,8 @@
 """Store: one directory of checkpoints, and the native thread that moves their blocks.
 
-Theory of operation.  A `Store` has the directory's owner, who holds its lock, and one native pipeline with its slots,
-and hands them to `Writer`, `Reader` and `Verifier`.  It knows bytes and steps, and neither tensors nor training: it
-runs without torch.
+Theory of operation.  A `Store` has the owner of the directory, which holds the lock, and one native pipeline with its
+slots.  `Writer`, `Reader` and `Verifier` use both.  It knows bytes and steps, and neither tensors nor training: it runs
+without torch.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ class Store:
     """One directory of checkpoints, open for writing.
 
     Args:
-        directory: created if it is not there.
+        directory: created if it does not exist.
         options: how blocks are moved.
         retention: which checkpoints are kept, or None for the rule that is stored with the run.
-        filesystem: how to reach the directory.
-        own: takes the directory, and is given it with the file system, the number of spares and the rule.
+        filesystem: the file operations.
+        own: makes the owner from the directory, the file system, the number of spares and the rule.
 
     Raises:
         LockedError: another Engine has the directory.
-        PlatformError: the backend insisted on does not work here; says why, and what would help.
-        StorageError: the directory cannot be made, read or synced.
+        PlatformError: the requested backend does not work here; has the cause and the remedy.
+        StorageError: the directory cannot be created, read or synced.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Store:
             undo.callback(self.pipeline.close)
             degraded = degradation(self.probe)
             if degraded is not None:
-                warn(degraded)  # which may raise, if the user wants it so
+                warn(degraded)  # raises if the user's filters turn warnings into errors
             undo.pop_all()
         self.writer = Writer(self.catalog, self.pipeline, options.rewrite_all)
         self.reader = Reader(self.catalog, lambda: self.pipeline)
@@ -74,7 +74,7 @@ class Store:
         return self.catalog.steps()
 
     def retire(self) -> None:
-        """Take every step out of service that the retention rule does not keep."""
+        """Retire every step that the retention rule does not keep."""
         self.catalog.retire()
 
     def close(self) -> None:

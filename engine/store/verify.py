@@ -1,7 +1,8 @@
 """Verify: every damaged part of a checkpoint.
 
-Theory of operation.  Verification reads the same blocks through the same jobs as a restore, into no memory: one job a
-chunk, and after a failure one job a block, since a job ends at its first failure and verification is to find them all.
+Theory of operation.  Verification reads the same blocks through the same jobs as a restore, but copies none out.  There
+is one job for each chunk.  A job ends at its first failure, so after a failure there is one job for each remaining
+block, to find all damage.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from engine.io.pipeline import Pipeline
 from engine.store.access import Opened, ReadAccess
 from engine.store.reader import Checkpoint, Reader, chunk_at, demand_damage, drive, explain, read_job
 
-# In the place of a descriptor: the file is not there (engine_native.h, set_files).
+# The descriptor of a missing file (engine_native.h, set_files).
 _NO_FILE = -1
 
 
 class Damage(NamedTuple):
-    """A part of a checkpoint that is not what was written.
+    """A part of a checkpoint that differs from the saved one.
 
     Attributes:
         path: the file.
-        chunk, offset: where in the file; None where the file as a whole is meant, or what lies beyond its chunks.
-        tensors: the names of those affected, shortened where they are many.
-        reason: what is wrong, in a sentence that holds all of the above.
+        chunk, offset: the location in the file; None for the whole file, or for bytes beyond its chunks.
+        tensors: the names of the affected tensors; of many, the first few and a count.
+        reason: a sentence with all of the above.
     """
 
     path: str
@@ -45,8 +46,8 @@ class Verifier:
     """Verifies the checkpoints of a directory.
 
     Args:
-        directory: which.
-        reader: reads its blocks.
+        directory: of the checkpoints.
+        reader: reads their blocks.
     """
 
     def __init__(self, directory: ReadAccess, reader: Reader) -> None:
@@ -54,7 +55,7 @@ class Verifier:
         self._reader = reader
 
     def verify(self, step: int | None) -> tuple[Damage, ...]:
-        """Read every block of a committed checkpoint and tell what is not as it was written.  Blocks."""
+        """Read every block of a committed checkpoint, and return all damage.  Blocks."""
         for candidate in self._reader.candidates(step):
             try:
                 with self._directory.opened(candidate) as opened:
@@ -86,7 +87,7 @@ class Verifier:
         return tuple(self._verify_files(opened, manifest, manifest_bytes))
 
     def _verify_files(self, opened: Opened, manifest: Manifest, manifest_bytes: int) -> Iterator[Damage]:
-        """Everything wrong with the data files.  One of a wrong length is read all the same."""
+        """All damage in the files.  A file of a wrong length is read too."""
         descriptors: list[int] = []
         for index, file in enumerate(manifest.files):
             descriptors.append(_NO_FILE)
@@ -104,7 +105,7 @@ class Verifier:
         yield from self._verify_blocks(Checkpoint(opened.step, manifest, manifest_bytes, opened.path, descriptors))
 
     def _verify_blocks(self, found: Checkpoint) -> Iterator[Damage]:
-        """Everything wrong with the blocks of the files that are there."""
+        """All damage in the blocks of the files that exist."""
         plan = found.manifest.geometry(found.manifest.chunks)
         checksums = block_checksums(found.manifest.chunks)
         with self._reader.pipeline_for(plan.blocks) as pipeline:
@@ -127,7 +128,7 @@ def _verify_user_files(opened: Opened, manifest: Manifest) -> Iterator[Damage]:
 def _verify_chunk(
     pipeline: Pipeline, found: Checkpoint, blocks: Sequence[Block], checksums: Sequence[bytes]
 ) -> Iterator[Damage]:
-    """Read a chunk's blocks into no tensor; after a failure, those that it has left open one by one."""
+    """Read a chunk's blocks and copy none out; after a failure, read the remaining ones one by one."""
     nothing, no_extents = pack_sources(()), ExtentColumns((), (), (), ())
 
     def read(start: int, end: int) -> Job:
@@ -148,7 +149,7 @@ def _verify_chunk(
 
 
 def _damage(failure: Failure, found: Checkpoint, blocks: Sequence[Block]) -> Damage:
-    """The native failure as damage, or raise it where the disk is not to blame."""
+    """The native failure as damage.  Raises it if the disk is not the cause."""
     error = explain(failure, found.manifest, found.path, blocks)
     demand_damage(error)
     if failure.block is None:

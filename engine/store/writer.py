@@ -1,11 +1,11 @@
 """Writer: one save, from memory to a committed checkpoint.
 
-Theory of operation.  What a checkpoint holds is gathered once into a `Content` and handed down.  `Writer.start` hands
-the native pipeline a job over it, and staging starts at once.  `Writer.finish` runs on a commit thread: it has the
-directory's owner make the files while staging is under way, gives them to the job, waits for the last completion, and
-commits.  No Python thread touches a byte of the sources.
+Theory of operation.  The content of a checkpoint is gathered once into a `Content` and handed down.  `Writer.start`
+hands the native pipeline a job over it, and staging starts at once.  `Writer.finish` runs on a commit thread.  While
+staging is under way, it has the directory's owner create the files.  It gives them to the job, waits for the last
+completion, and commits.  No Python thread touches a byte of the sources.
 
-A failure at any point drains the job, then has the owner close its files and delete what was written, and is raised.
+After a failure at any point the job is drained, the owner closes and deletes the files, and the error is raised.
 
 Rules: no torch.  The directory is reached through `access` alone; its owner may be another process.  Sources are
 addresses, and `Content.owners` keeps their memory alive.
@@ -51,10 +51,10 @@ from engine.store.info import CheckpointInfo, info_of
 
 @dataclass(slots=True)
 class PackedPlan:
-    """A plan with all that every save of the same layout has in common, ready for the pipeline.
+    """A plan, packed for the pipeline: everything that all saves of one layout have in common.
 
-    The layers of its chunks are made when they are first asked for, on a commit thread and so in no caller's time.  Two
-    threads that ask at once make the same.
+    The layers of its chunks are computed at first use, on a commit thread, so not in a caller's time.  If two threads
+    compute them at once, both get the same result.
     """
 
     plan: Plan
@@ -76,14 +76,14 @@ class PackedPlan:
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What one checkpoint holds, and where its bytes are: all that a save needs.
+    """The content of one checkpoint and the location of its bytes: all that a save needs.
 
     Attributes:
         packed: the plan.
-        sources: where the plan's sources are now, the headers first (`pack_all_sources`).
+        sources: the locations of the plan's sources, the headers first (`pack_all_sources`).
         owners: keeps the sources' memory alive.
         aliases, optimizers, extra, metrics, tag: of the manifest, encoded.
-        user_files: small files that are written beside the tensors, by name.
+        user_files: content of small files that are written beside the data files, by name.
     """
 
     packed: PackedPlan
@@ -109,7 +109,7 @@ def pack_plan(
 
     Args:
         layout, runs, rows: of the tensors, from `lay_out`, `file_runs` and `encode_rows`.
-        urgent_names: segments that are staged first.
+        urgent_names: the segments to stage first.
         block_bytes, chunk_bytes: multiples of `ALIGNMENT`.
     """
     plan = make_plan(layout, runs, block_bytes, chunk_bytes)
@@ -127,7 +127,7 @@ def pack_plan(
 
 
 def pack_all_sources(layout: Layout, sources: Sequence[Source]) -> Packed:
-    """A plan's sources: the headers, which the layout keeps alive, then the tensors' own."""
+    """A plan's sources: the headers, which the layout keeps alive, then those of the tensors."""
     headers = [Source(address_of(file.header)) for file in layout.files]
     return pack_sources([*headers, *sources])
 
@@ -172,21 +172,21 @@ class Write:
         )
 
     def wait(self, milestone: Milestone, timeout_ns: int | None = None) -> bool:
-        """Block until the job has come so far, or has failed; False if `timeout_ns` passed first.
+        """Block until the job has reached a milestone, or has failed; False if `timeout_ns` passed first.
 
-        In a forked child it returns at once: what a child sees of the sources is its own copy, which no save reads.
+        Returns at once in a forked child: its copy of the sources is read by no save.
         """
         if self.job.reached(milestone) or self.pipeline.is_forked:
             return True
         return self.pipeline.wait(self.job, milestone, timeout_ns)
 
     def chunk_states(self) -> list[BlockState]:
-        """For each chunk how far the least of its blocks has come, at this moment."""
+        """For each chunk the state of its least advanced block, at this moment."""
         states = self.job.states()
         return [_least(states[start:end]) for start, end in pairwise(self.packed.plan.block_starts)]
 
     def let_go(self) -> None:
-        """Forget the content: a save may be looked at long after its end, and must not keep the sources' memory."""
+        """Forget the content: a save may be kept long after its end, and must not keep the sources' memory."""
         self.content = None
 
 
@@ -198,9 +198,9 @@ class Writer:
     """Runs saves: `prepare` and `start` in the caller, `finish` on a commit thread.
 
     Args:
-        access: the directory.
+        access: the owner of the directory.
         pipeline: the native thread.
-        rewrite_all: write every block, even one that a recycled file holds already.
+        rewrite_all: write every block, even if a recycled file holds it already.
     """
 
     def __init__(self, access: WriteAccess, pipeline: Pipeline, rewrite_all: bool) -> None:
@@ -209,7 +209,7 @@ class Writer:
         self._rewrite_all = rewrite_all
 
     def prepare(self, step: int, content: Content, checked: bool) -> Write:
-        """Make a save that `start` will begin.  Nothing has happened yet."""
+        """Make a save for `start`; begins nothing."""
         return Write(step, content, self._pipeline, checked)
 
     def start(self, write: Write) -> None:
@@ -217,26 +217,26 @@ class Writer:
         self._pipeline.submit(write.job)
 
     def interrupt(self, write: Write) -> None:
-        """Make a save fail that is still reading its sources.  Blocks until it has let go of them."""
+        """Make a save fail if it is still staging.  Blocks until it no longer reads its sources."""
         if not write.job.reached(Milestone.STAGED):
             self._pipeline.abort(write.job, errno.ECANCELED)
             self._pipeline.wait(write.job, Milestone.DONE)
 
     def abandon(self, write: Write) -> StorageError:
-        """End a prepared or started save that no commit thread will finish, and return its error.  Blocks."""
+        """End a prepared or started save that no commit thread will finish; returns its error.  Blocks."""
         self._pipeline.abort(write.job, errno.ECANCELED)
         self._pipeline.wait(write.job, Milestone.DONE)
         return StorageError(errno.ECANCELED, "write", self._access.path(write.step))
 
     def finish(self, write: Write, await_turn: Callable[[], None]) -> CheckpointInfo:
-        """See a started save through to its commit.  Blocks.
+        """Complete a started save up to its commit.  Blocks.
 
         Args:
             write: started.
-            await_turn: called when all is written, before it becomes visible; may block.
+            await_turn: called after sealing, before the checkpoint becomes visible; may block.
 
         Raises:
-            TornSnapshot, StorageError, ...: it has failed, and what it wrote has been deleted.
+            TornSnapshot, StorageError, ...: the save has failed, and its files are deleted.
         """
         try:
             return self._write_and_commit(write, await_turn)
@@ -248,14 +248,14 @@ class Writer:
             write.let_go()
 
     def _write_and_commit(self, write: Write, await_turn: Callable[[], None]) -> CheckpointInfo:
-        # The content is in no variable here: the traceback of a failure would keep the sources' memory alive.
+        # No variable here holds the content: the traceback of a failure would keep the sources' memory alive.
         job, packed = write.job, write.packed
         files = [NewFile(file.name, file.nbytes) for file in packed.plan.files]
         try:
             begun = self._access.begin_save(write.step, files, self._pipeline.direct)
             self._pipeline.attach(job, begun.descriptors, self._known(packed.plan, begun))
             self._pipeline.wait(job, Milestone.STAGED)
-            _ = packed.layers  # made now: the caller goes on, and the device writes
+            _ = packed.layers  # computed now, while the device writes
         except BaseException as error:
             self._pipeline.abort(job, getattr(error, "errno", None) or errno.ECANCELED)
             raise
@@ -268,14 +268,14 @@ class Writer:
         return info_of(manifest, path)
 
     def _known(self, plan: Plan, begun: BegunSave) -> list[bytes | None] | None:
-        """What is known of the blocks that the files hold already."""
+        """For each block the hash that its file holds already; None if nothing is known or all is to be written."""
         if begun.recycled is None or self._rewrite_all:
             return None
         return known_hashes(plan, begun.recycled, begun.reused)
 
 
 def _records(write: Write) -> tuple[Manifest, Mapping[str, bytes]]:
-    """The manifest of a save that is written, and its small files."""
+    """The manifest and the small files of a save whose blocks are written."""
     content = write.content
     assert content is not None, "finished twice"
     small_files = dict(content.user_files)
@@ -285,7 +285,7 @@ def _records(write: Write) -> tuple[Manifest, Mapping[str, bytes]]:
 
 
 def _manifest(write: Write, content: Content) -> Manifest:
-    if set(write.job.states()) != {BlockState.WRITTEN}:  # ours to prevent, and never to be committed
+    if set(write.job.states()) != {BlockState.WRITTEN}:  # a bug of ours; must never be committed
         raise RuntimeError(f"step {write.step} has blocks that were not written, and no failure; report this as a bug")
     packed = write.packed
     return Manifest(
@@ -298,7 +298,7 @@ def _manifest(write: Write, content: Content) -> Manifest:
         block_bytes=packed.plan.block_bytes,
         files=tuple(FileRecord(*file) for file in packed.plan.files),
         chunks=chunk_records(packed.plan, packed.layers, write.job.checksums()),
-        segments=(),  # `encode` is given their rows
+        segments=(),  # `encode` gets their rows
         aliases=dict(content.aliases),
         optimizers=dict(content.optimizers),
         extra=content.extra,
@@ -309,7 +309,7 @@ def _manifest(write: Write, content: Content) -> Manifest:
 
 
 def _explain(failure: Failure, packed: PackedPlan, partial: str) -> Exception:
-    """The native failure as an error with its remedy; `partial` is the directory of the files."""
+    """The native failure as an error with a remedy; `partial` is the directory of the files."""
     block = None if failure.block is None else packed.plan.blocks[failure.block]
     path = partial if block is None else os.path.join(partial, packed.plan.files[block.file_index].name)
     offset = None if block is None else block.file_offset
