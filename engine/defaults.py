@@ -3,7 +3,7 @@
 Theory of operation.  A script with one run directory should not need to name an Engine.  The first call for a
 directory opens an Engine with the default options; later calls find it by the directory's real path, so that two
 spellings of one path share it.  It lives until the interpreter exits, which drains it.  A forked child starts with no
-default Engines, and with a lock of its own: another thread may have held the parent's at the fork.
+default Engines, and with a new lock: another thread may have held the parent's at the fork.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ class Engine(Reading):
                 ``"skip"``: the Save returned has failed with BusyError and nothing was done.
             metrics: numbers by name, for listings and for ``Retention(best=...)``.
             tag: a label; a checkpoint that has one is never retired, only deleted by `delete`.
-            files: small files to lie beside the tensors, such as a model's config.json: plain names to bytes.
+            files: small files to store beside the tensors, such as a model's config.json: plain names to bytes.
 
         Raises:
             ArenaError: a tensor of the arena cannot be stored, or a restore of it has failed half-way.

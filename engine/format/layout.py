@@ -263,7 +263,7 @@ def _file_order(spec: TensorSpec) -> tuple[str, int, int]:
         )
     if spec.role not in FILE_STEMS:
         raise ArenaError(f"tensor {spec.name!r} has role {spec.role!r}; roles are {', '.join(ROLES)}")
-    # Element sizes are powers of two, so falling order keeps every offset a multiple of its own element size, and no
+    # Element sizes are powers of two, so falling order keeps every offset a multiple of the element size, and no
     # block boundary (a multiple of 4096) cuts an element.
     return _file_name(spec), -dtype.itemsize, ROLES.index(spec.role)
 

@@ -92,7 +92,7 @@ class Request:
 
 
 def _plain_metrics(metrics: object) -> dict[str, float]:
-    """Metrics as plain floats by plain names: numpy's numbers are numbers, too."""
+    """Metrics as plain floats by plain names; numbers of numpy are accepted."""
     if not isinstance(metrics, Mapping):
         raise ArgumentError(f"metrics is {metrics!r}; it must map names to numbers")
     plain = {}
@@ -113,7 +113,7 @@ def _plain_metrics(metrics: object) -> dict[str, float]:
 
 @dataclass(slots=True)
 class _Packs:
-    """What is kept of an arena between saves: its plans by chunk size, and its sources at their last location."""
+    """Kept for an arena between saves: its plans by chunk size, and its packed sources."""
 
     layout: Layout
     plans: dict[int, PackedPlan] = field(default_factory=dict)
@@ -133,7 +133,7 @@ class Checkpointer:
         self._packs: weakref.WeakKeyDictionary[Arena, _Packs] = weakref.WeakKeyDictionary()
 
     def begin(self, arena: Arena, request: Request) -> Save:
-        """A save of the arena, in flight.  Blocks as `Engine.checkpoint` says, and raises likewise."""
+        """Begin a save of the arena.  Blocks and raises as `Engine.checkpoint`."""
         me = threading.get_ident()
         if me in self._inside:
             raise UsageError(
@@ -213,7 +213,7 @@ class Checkpointer:
         return Save.refused(step, busy)
 
     def _take_step(self, permit: Permit, step: int | None) -> int:
-        """Reserve a step, and set aside the damaged checkpoints that training comes past."""
+        """Reserve a step, and set aside damaged checkpoints of that step and later ones."""
         committed, damaged = self._store.steps, self._store.reader.damaged
         if step is None:
             taken = self._in_flight.reserve(permit, None, committed)
@@ -221,7 +221,7 @@ class Checkpointer:
                 raise StepError(f"step {taken - 1} is the last that there can be; roll back to an earlier one")
         else:
             taken = self._in_flight.reserve(permit, step, lambda: [s for s in committed() if s not in damaged])
-        # Only damaged ones: a later step may be committed at this moment by a save that was in flight.
+        # Only damaged ones: a save in flight may commit a later step at this moment.
         for passed in [s for s in committed() if s >= taken and s in damaged]:
             aside = self._store.catalog.set_aside(passed)
             damaged.discard(passed)
@@ -231,9 +231,9 @@ class Checkpointer:
         return taken
 
     def _take_back(self, permit: Permit, write: Write | None, save: Save | None) -> None:
-        """After Ctrl-C or a failure in `begin`: nothing that has begun may go on reading the arena."""
+        """After Ctrl-C or a failure in `begin`: make every part of the save stop reading the arena."""
         writer = self._store.writer
-        if not self._in_flight.claim(permit):  # a commit thread has it, and sees it to its end
+        if not self._in_flight.claim(permit):  # a commit thread has it, and will end it
             assert write is not None
             writer.interrupt(write)
             return
@@ -248,16 +248,16 @@ class Checkpointer:
 
 
 def _finish(in_flight: InFlight, permit: Permit, store: Store, write: Write, save: Save) -> None:
-    """What a commit thread runs: from staging to the commit or the failure.  Never raises.
+    """Run by a commit thread, from staging to the commit or the failure.  Never raises.
 
-    No method of the engine's: a save in flight must not keep an Engine alive that its owner has dropped, or the Engine
-    would be closed on the very thread that its closing waits for.
+    It is not a method: a save in flight must not keep an Engine alive that its owner has dropped, or the Engine would
+    be closed on the thread that its closing waits for.
     """
     if not in_flight.claim(permit):
         return
     try:
         info = store.writer.finish(write, partial(in_flight.await_turn, permit))
-    except BaseException as error:  # whatever it is belongs to the Future, not to this thread
+    except BaseException as error:  # every error goes to the Future, none to this thread
         with suppress(Exception):  # handlers are the user's, and may raise
             _log.error("the save of step %d failed: %s", save.step, error)
         in_flight.free(permit)  # before the save has ended, so that its waiter finds the permit free
@@ -274,7 +274,7 @@ def _finish(in_flight: InFlight, permit: Permit, store: Store, write: Write, sav
 
 
 def _retire(store: Store) -> None:
-    """After the commit: what goes wrong here costs disk space, not the checkpoint."""
+    """Retire after the commit: a failure here costs disk space, not the checkpoint."""
     try:
         store.retire()
     except Exception as error:

@@ -1,9 +1,9 @@
-"""Gate: something that opens once, and can be waited for.
+"""Gate: opens once, and can be waited for.
 
 Theory of operation.  `threading.Event` and `Condition` wait in Python code, where Ctrl-C can strike between any two
 lines and leave a lock taken for ever.  A gate is a lock of the interpreter's own: it is taken when the gate is made
 and released when it opens.  A waiter takes it and gives it back, each in one call into C.  An interrupt between the
-two keeps the lock from other waiters, so those look at the flag, too, every `_SLICE_S`.
+two calls leaves the lock taken, so other waiters also check the flag every `_SLICE_S`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 import time
 from contextlib import suppress
 
-# Long enough to cost nothing, short enough for a waiter that was kept from the lock.
+# Long enough to cost nothing, and short enough for a waiter that cannot get the lock.
 _SLICE_S = 0.05
 
 

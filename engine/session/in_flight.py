@@ -1,10 +1,9 @@
-"""In flight: how many saves there may be, which steps they have, and in which order they become visible.
+"""In flight: the number of saves, their steps, and the order in which they become visible.
 
 Theory of operation.  A save holds one of `max_async` permits, and its step, from the moment `checkpoint()` admits it
 until it is committed or has failed.  Ctrl-C can strike between any two lines of `checkpoint()`, so a permit is not a
-count but a `Permit` in a set: to put it in or take it out twice does no harm, and the caller's ``except`` need not
-know how far it came.  Between the caller and the commit thread a permit is claimed exactly once; the first to claim
-it sees the save to its end.
+count but a `Permit` in a set: adding or removing it twice does no harm, and the caller's ``except`` need not know how
+far the call came.  The caller and the commit thread compete to claim a permit; the first one ends the save.
 
 Saves commit in the order of their steps: `await_turn` blocks a commit thread until every earlier step has been
 committed or has failed.

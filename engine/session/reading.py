@@ -1,7 +1,7 @@
-"""Reading: the methods that read checkpoints, which an `Engine` and a `Run` have alike.
+"""Reading: the methods that read checkpoints, which `Engine` and `Run` share.
 
-Theory of operation.  Both own a `Reader` and a `Verifier` of the store.  They differ in what they must check before
-they lend them, so each says that in `_lend`.
+Theory of operation.  Both own a `Reader` and a `Verifier` of the store.  Each checks in `_lend` that it is open
+before it lends them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Reading(ABC):
         return self._lend().reader.steps()
 
     def info(self, step: int | None = None) -> CheckpointInfo:
-        """What is known of a checkpoint without its tensors.
+        """The facts of a checkpoint without its tensors.
 
         Args:
             step: which; None for the newest.

@@ -1,8 +1,8 @@
 """Restore: from a checkpoint to an arena, or to new tensors.
 
-Theory of operation.  The caller's fault (names, shapes, dtypes that do not fit) is found before a byte of the arena
-changes.  While bytes arrive the arena is marked torn; if the restore fails half-way it stays so, and no checkpoint is
-taken of it until a whole restore succeeds.
+Theory of operation.  Names, shapes and dtypes that do not fit are found before a byte of the arena changes.  While
+bytes arrive the arena is marked torn.  If the restore fails half-way it stays torn, and no checkpoint is taken of it
+until a whole restore succeeds.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def restore(reader: Reader, arena: Arena, step: int | None, select: Select) -> R
         targets = _match(arena, manifest, selection)
         if selection.is_all:
             arena.check_options(options)
-        arena.mark_torn()  # until everything that belongs together is there, whatever interrupts it
+        arena.mark_torn()  # before the first byte, so that an interrupt leaves it torn
         nbytes = reader.read(checkpoint, targets, pack_sources(arena.sources), arena.memory, whole=selection.is_all)
         if selection.is_all:
             arena.restored(options)
@@ -70,7 +70,7 @@ def load(reader: Reader, step: int | None, select: Select) -> Tensors:
 
     def fill(checkpoint: Checkpoint) -> tuple[int, Tensors]:
         manifest = checkpoint.manifest
-        decode(manifest.extra)  # a manifest is sound as a whole, or the checkpoint is damaged
+        decode(manifest.extra)  # a manifest with a damaged part is damaged as a whole
         absent = {
             name for options in manifest.optimizers.values() for name in decode_options(options).get("absent", ())
         }
@@ -94,7 +94,7 @@ def load(reader: Reader, step: int | None, select: Select) -> Tensors:
 
 
 def _options(manifest: Manifest) -> dict[str, Any]:
-    """What the only optimizer kept besides tensors; {} where there was none.
+    """The options of the only optimizer; {} if there was none.
 
     Raises:
         MismatchError: there are several optimizers, which an arena cannot hold.
@@ -109,7 +109,7 @@ def _options(manifest: Manifest) -> dict[str, Any]:
 
 
 def _refuse_shards(manifest: Manifest, records: Sequence[SegmentRecord]) -> None:
-    """Refuse parts of tensors: the format has them, and nothing here puts them together yet."""
+    """Refuse shards: the format has them, but this engine does not join them yet."""
     shards = sorted({record.name for record in records if record.global_shape})
     if shards:
         raise MismatchError(
@@ -137,7 +137,7 @@ class _Here(NamedTuple):
 
 
 def _match(arena: Arena, manifest: Manifest, selection: Selection) -> list[Target]:
-    """Pair the checkpoint's segments with the arena's, or say everything that does not fit.
+    """Pair the checkpoint's segments with the arena's, or list all differences.
 
     Raises:
         MismatchError: listing every name, shape and dtype that differs.
@@ -171,10 +171,10 @@ def _match(arena: Arena, manifest: Manifest, selection: Selection) -> list[Targe
 
 
 def _picked(arena: Arena, manifest: Manifest, selection: Selection) -> Mapping[str, SegmentRecord]:
-    """The checkpoint's segments that are to be restored into an arena.
+    """The checkpoint's segments to restore into an arena.
 
-    A tied name picks the segment that stores it.  An arena without an optimizer has no use for the optimizer's state
-    of a layer, so a pattern that matches only the layer leaves it out.
+    A tied name picks the segment that stores it.  An arena without an optimizer does not need the optimizer state of a
+    layer, so a pattern that matches only the layer leaves that out.
     """
     tied = {name for alias, name in manifest.aliases.items() if not selection.is_all and selection.has_alias(alias)}
     picked = {}

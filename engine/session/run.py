@@ -2,10 +2,10 @@
 
 Theory of operation.  A `Run` takes no lock and creates nothing, so it works beside a training, on a read-only mount,
 and in another user's or a container's directory.  Each call lists the steps afresh.  The native thread that reads
-blocks is started when the first block is wanted; it pins no memory, so that it takes none of the training's limit.
+blocks is started for the first block; it pins no memory, so that it takes none of the training's limit.
 
-A step that is retired while it is read is a `RetiredError`, or the next newest where the newest was asked for, and
-never another step's bytes: see `store.directory`.
+If a step is retired while it is read, the call raises `RetiredError`, or reads the next newest if the newest was asked
+for.  It never gets another step's bytes: see `store.directory`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Run(Reading):
 
 
 class _Pipelines:
-    """At most one pipeline, opened when it is first asked for."""
+    """At most one pipeline, opened at first use."""
 
     def __init__(self, options: Options) -> None:
         self._options = options

@@ -1,7 +1,7 @@
-"""Save: a checkpoint in flight, as its owner sees it.
+"""Save: a checkpoint in flight, for its caller.
 
 Theory of operation.  A `Save` is a Future over a `Write` of the store.  Its chunks' status is read live from memory
-that the native thread writes: a chunk is as far as the least of its blocks.
+that the native thread writes: the least advanced block of a chunk counts.
 
 A Future's own lock is taken in Python, where Ctrl-C could leave it taken for ever, and a fork could copy it taken.
 So a Save waits at a `Gate`, and keeps its outcome itself as well.

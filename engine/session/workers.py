@@ -5,11 +5,11 @@ purpose: Ctrl-C may strike inside any Python code that the caller's thread runs,
 locks in Python that an interrupt leaves taken for ever.  Here the caller's side is one `SimpleQueue.put`, which is
 one call into C.
 
-A thread's end is waited for at a `Gate`, not with `Thread.join`: Ctrl-C inside that marks a thread as stopped that
-still runs (CPython 3.11), and the next `join` returns at once.
+The end of a thread is awaited at a `Gate`, not with `Thread.join`: Ctrl-C inside `join` marks a running thread as
+stopped (CPython 3.11), and the next `join` returns at once.
 
-The threads are daemons, so that a process is not kept alive by an engine that nobody has closed; the engine's
-finalizer drains them at exit, while Python still runs.  Called by `engine`.
+The threads are daemons, so that an engine that is not closed does not keep the process alive; the engine's finalizer
+drains them at exit, while Python still runs.  Called by `engine`.
 """
 
 from __future__ import annotations

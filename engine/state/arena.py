@@ -6,15 +6,15 @@ objects that they hold.  A **wrapped** arena moves nothing: its tensors are read
 
     buffer   | segment  .| segment   .|seg.| reserved .|      . is padding to 256 bytes, always zero
     source 0 |-----------------------------------------|      contiguous segments are read here
-    source 1             |-----------|                        a channels_last segment has a source of its own
+    source 1             |-----------|                        a channels_last segment has its own source
 
 Training code may take a tensor out again (`p.data = ...`, `model.half()`, `share_memory()`), so every save begins with
 `refresh()`.  Its fast path compares containers and tensors with the last inventory.  Only after a difference is another
 inventory taken.  If it has the same segments, the tensors that left are copied back to their segments.  Otherwise there
 is a new layout in a new buffer.  A layout is never changed, so callers may cache by its identity.
 
-While a save is staged nobody may write here.  `fence.py` says which writers wait for that by themselves.  Segments that
-change without those writers are `unfenced`, and are staged first.
+No writer may change the arena while a save is staged.  `fence.py` lists the writers that wait by themselves.  Segments
+that change without those writers are `unfenced`, and are staged first.
 
 Rules: a refused tensor leaves everything as it was.  An interrupted `refresh()` is completed by the next one.  An arena
 is not thread-safe.  Adoption leaves other views of a tensor's old memory behind (a flat buffer): wrap such tensors
@@ -154,7 +154,7 @@ class Arena:
 
     @property
     def makes_state_late(self) -> bool:
-        """Whether the optimizer makes its state in its first step, and nobody knows that state before."""
+        """Whether the optimizer makes its state in its first step, so that it is unknown before."""
         return self._optimizer is not None and makes_state_late(self._optimizer)
 
     @property

@@ -48,7 +48,7 @@ class Found(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One memory: what is stored once, and every tensor object that shares it (none of a reserved one)."""
+    """One memory that is stored once, and all tensor objects that share it (none if it is reserved)."""
 
     spec: TensorSpec
     like: Tensor
@@ -90,7 +90,7 @@ def gather(model: nn.Module, optimizer: Optimizer | None) -> Inventory:
     Raises:
         ArenaError: a tensor cannot be stored; nothing was changed.
     """
-    inventory = _walk(model, optimizer)  # refuses what is there before anything is created
+    inventory = _walk(model, optimizer)  # refuses existing tensors before anything is created
     if optimizer is None:
         return inventory
     created: list[Tensor] = []

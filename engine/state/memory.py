@@ -1,8 +1,8 @@
 """Memory: pages of the host, tensors over them, and how a tensor occupies memory.
 
-Theory of operation.  An adopted arena lies in one `HostMemory`, an anonymous mapping.  Its pages come from the kernel
+Theory of operation.  An adopted arena is one `HostMemory`, an anonymous mapping.  Its pages come from the kernel
 and cost nothing until they are touched, so adoption needs no second copy of a training: as the new pages fill, the old
-memory of the tensors is freed.  Each `view` has a storage and a version counter of its own, so a tensor copies, pickles
+memory of the tensors is freed.  Each `view` has its own storage and version counter, so a tensor copies, pickles
 and shares as before, and autograd sees no write to a neighbour.
 
 A mapping lives as long as a view of it or a `HostMemory` does.

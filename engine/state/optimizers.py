@@ -1,4 +1,4 @@
-"""Optimizers: what is known of torch's optimizers, and what they keep besides tensors.
+"""Optimizers: the state that torch's optimizers make, and their options.
 
 Theory of operation.  An arena has one layout, so the state of an optimizer should exist before its first step.
 

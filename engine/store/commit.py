@@ -1,6 +1,6 @@
 """Commit: the durability sequence, in two readable functions.
 
-Theory of operation.  A checkpoint is written by one writer or by several, each with files of its own in one partial
+Theory of operation.  A checkpoint is written by one writer or by several, each with its own files in one partial
 directory.  When a writer's blocks have all been written and every completion read, it calls `seal`: its files become
 durable under the partial name.  When all have sealed, one of them, the owner of the lock, calls `publish`: the
 checkpoint becomes visible, and after the return a power cut cannot remove it (docs/durability.md, C1 to C7).  A
