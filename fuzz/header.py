@@ -1,8 +1,8 @@
-"""For any tensors, the file that we lay out is one that the stock safetensors library reads, and each tensor's bytes
-are where the manifest says.
+"""For any tensors, the stock safetensors library reads the file of our layout, and each tensor's bytes are where the
+manifest says.
 
-We read no safetensors header ourselves, so this holds what we write: every input is choices for hypothesis, which make
-a table of tensors, names of any kind included.  Names that cannot be stored are refused with ArenaError.
+The engine reads no safetensors header, so this checks its writing.  Every input is choices for hypothesis, which make a
+table of tensors, names of any kind included.  Names that cannot be stored are refused with ArenaError.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 /*
- * No job, however wrong, makes the pipeline read or write memory that is not its own, hang, or report what is not so.
+ * No job, not even a wrong one, makes the pipeline access memory that is not the job's, hang, or report a false result.
  *
- * Every input makes a job that is right, changes a few of its numbers, and gives it to a pipeline whose I/O table is
- * in memory and fails as the input says.  What must hold: ASan and UBSan find nothing; the job is done; one that
- * contradicts itself fails as invalid before a byte moves; one that has not failed has every block in state WRITTEN;
- * what reaches the table of a write is what its checksum says, and only a block that is known to be there does not.
+ * Every input makes a right job, changes a few of its numbers, and gives it to a pipeline whose I/O table is in memory
+ * and fails as the input says.  The invariants: ASan and UBSan report nothing; the job ends; a contradictory job fails as
+ * invalid before a byte moves; a job that has not failed has every block in state WRITTEN; a block that reaches the table
+ * of a write has its checksum, and only known blocks do not reach it.
  *
- * The caller's side of the contract (engine_native.h, "Ownership") is kept: arrays are as long as their counts say, and
- * addresses are the caller's to give.  A job that passes validation and would break that is not run.
+ * The caller's side of the contract (engine_native.h, "Ownership") is kept: arrays have the length of their counts, and
+ * addresses are valid.  A job that passes validation and would break that is not run.
  */
 #include <errno.h>
 #include <stdio.h>
@@ -32,7 +32,7 @@ enum {
     REFUSALS_MAX = 16   /* well below those after which the pipeline takes the ring for gone (pipeline.c) */
 };
 
-/* Far beyond what any input takes: it ends one that hangs. */
+/* Far above the time of any input: it ends one that hangs. */
 static const uint64_t HANG_NS = 20000000000u;
 
 typedef struct {
@@ -48,13 +48,13 @@ typedef struct {
     uint32_t order[BLOCKS_MAX];
     eng_hash checksums[BLOCKS_MAX];
     uint8_t states[BLOCKS_MAX];
-    eng_hash known[BLOCKS_MAX]; /* what a write that is right would have written */
+    eng_hash known[BLOCKS_MAX]; /* the hashes that a right write would have */
     uint8_t is_known[BLOCKS_MAX];
     uint8_t *memory[SOURCES_MAX];
     uint64_t memory_bytes[SOURCES_MAX];
 } trial;
 
-/* What the pipeline's thread works on, set while it has nothing to do. */
+/* The state of the pipeline's thread, set while it has no job. */
 static trial *current;
 static input script;
 static eng_completion completed[SLOTS];
@@ -187,7 +187,7 @@ static void make_job(trial *t, input *in)
     job->order = t->order, job->checksums = t->checksums, job->states = t->states;
 }
 
-/* ---- and what is changed in it ---- */
+/* ---- changes of the job ---- */
 
 static uint64_t hostile(input *in)
 {
@@ -257,8 +257,8 @@ static int set_files(void *context, uint32_t first, const int32_t *fds, uint32_t
     return first + count <= ENG_JOBS_MAX * ENG_JOB_PLACES ? 0 : -EINVAL;
 }
 
-/* What reached the table whole from a block's start, as the checksums that it could have: more than one only where
- * several blocks have one place. */
+/* The possible checksums of the bytes that reached the table from a block's start: more than one only if several blocks
+ * have the same location. */
 static eng_hash arrived[BLOCKS_MAX][BLOCKS_MAX];
 static uint32_t arrived_count[BLOCKS_MAX];
 
@@ -383,7 +383,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t nbytes);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t nbytes)
 {
     input in = {data, nbytes};
-    /* On the heap, so that ASan sees what leaves it. */
+    /* On the heap, so that ASan detects accesses outside of it. */
     trial *t = calloc(1, sizeof *t);
     REQUIRE(t != NULL);
     make_job(t, &in);

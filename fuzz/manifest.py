@@ -1,7 +1,7 @@
 """Any bytes are a manifest that holds together, or CorruptError or NewerFormatError, within 64 bytes of memory a byte.
 
-What `decode` returns encodes and decodes to itself, has a geometry that partitions its files into blocks with one
-checksum each, and names no file outside its directory.
+A decoded manifest encodes and decodes to itself, has a geometry that partitions its files into blocks with one checksum
+each, and names no file outside its directory.
 
 An input that begins with a NUL is choices for hypothesis: a manifest with one field changed and the digest right.  One
 that begins as a manifest.json is taken as it is, and any other as the body of one whose digest is right.

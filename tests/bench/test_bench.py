@@ -200,7 +200,7 @@ class Failing(TorchSave):
         return super().save(step)
 
 
-def test_a_peer_that_is_not_installed_or_fails_is_a_row_that_says_why(tmp_path: Path) -> None:
+def test_a_peer_that_is_not_installed_or_fails_gets_a_row_with_the_reason(tmp_path: Path) -> None:
     class Missing(TorchSave):
         name = "missing"
         packages = ("no_such_package",)
@@ -254,7 +254,7 @@ def like_fio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> measure.Rounds:
 
 
 @pytest.mark.parametrize("nbytes", [10_000_000, 2_000_000], ids=["no whole number of blocks", "less than a block"])
-def test_fio_writes_to_the_files_that_are_there(like_fio: measure.Rounds, nbytes: int) -> None:
+def test_fio_writes_to_existing_files(like_fio: measure.Rounds, nbytes: int) -> None:
     for turn in limits.fio_turns(like_fio, nbytes, goals.JOBS, {}).values():
         for _ in range(3):
             assert turn()["seconds_s"] > 0  # or it would have raised
@@ -371,7 +371,7 @@ def test_a_copy_that_fails_fails_the_job_beside_it() -> None:
         pass
 
 
-def test_a_missing_fio_is_a_row_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_fio_gets_a_row_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     rounds = measure.Rounds(make_record(), tmp_path)
     assert limits.fio_turns(rounds, 4096, goals.JOBS, {}) == {}
@@ -421,7 +421,7 @@ def test_names_are_unique_and_usable_on_the_command_line() -> None:
 
 
 @pytest.mark.parametrize("kind", [Ours, TorchSave], ids=lambda kind: kind.name)
-def test_memory_is_what_a_saver_needs_beyond_the_state(kind: type[Saver], tmp_path: Path) -> None:
+def test_memory_counts_bytes_beyond_the_state(kind: type[Saver], tmp_path: Path) -> None:
     """The engine needs its staging, and torch.save nothing beyond its process.
 
     Without the right to lock so much memory slots are not pinned, and only their written pages count.
@@ -670,7 +670,7 @@ def test_a_goal_is_computed_from_samples(what: str, samples: list[Sample], measu
     assert found.verdict == verdict
 
 
-def test_one_in_a_hundred_steps_costs_what_one_in_ten_does() -> None:
+def test_every_hundred_steps_is_computed_from_every_ten() -> None:
     record = make_record([sample("slowdown", "engine", "every 10", excess_s=0.5, step_s=0.1, rest_s=0)])
     assert goals.slowdown_settings(record) == ["every 10", *goals.COMPUTED]
     assert goals.slowdowns(record, "engine", "computed: every 100") == [pytest.approx(0.5 / (100 * 0.1))]

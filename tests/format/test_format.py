@@ -1,8 +1,8 @@
-"""The disk format, held against docs/format.md by a reader that was written from that page alone.
+"""The disk format, checked by a reader that was written from docs/format.md alone.
 
-Theory of operation.  `Reader` knows json, hashlib, struct, numpy and xxhash, and takes nothing from the engine.
-Opening a checkpoint with it checks every rule of the page; the tests then compare what it gives with what was
-saved.  The tables and the worked example are read out of the page itself, so the page cannot drift from the code.
+Theory of operation.  `Reader` uses json, hashlib, struct, numpy and xxhash, and nothing of the engine.  Opening a
+checkpoint with it checks every rule of the page; the tests then compare its result with the saved values.  The tables
+and the worked example are read from the page, so the page cannot differ from the code.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def fenced(language: str) -> str:
 
 
 def dtype_table() -> dict[str, tuple[str, str, int]]:
-    """The page's table of dtypes: code, what the header does to the shape, element size."""
+    """The page's table of dtypes: code, change of the shape in the header, element size."""
     rows = re.findall(r"^\| `(\w+)` \| `(\w+)`(?:, with (.*?))? \| (\d+) \|$", PAGE, re.MULTILINE)
     return {dtype: (code, shape, int(size)) for dtype, code, shape, size in rows}
 
@@ -87,7 +87,7 @@ def header_shape(dtype: str, shape: list[int]) -> list[int]:
 
 
 class Stored(NamedTuple):
-    """One tensor as it lies on disk."""
+    """One tensor as it is on disk."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -271,7 +271,7 @@ def raw_bytes(tensor: Tensor) -> bytes:
 
 
 def check_against(reader: Reader, tensors: dict[str, Tensor]) -> None:
-    """Everything stored, and every alias, is what was in memory."""
+    """Every stored tensor and alias equals the one in memory."""
     assert {*reader.tensors, *reader.body["aliases"]} == set(tensors)
     for name, tensor in tensors.items():
         stored = reader.tensors[reader.body["aliases"].get(name, name)]
@@ -339,7 +339,7 @@ def test_every_rule_holds_for_a_training(tmp_path: Path, block_bytes: int, chunk
 
 
 def test_every_rule_holds_for_several_files_optimizers_and_ranks(tmp_path: Path) -> None:
-    """A model cut into files and two optimizers, each file written by a rank of its own."""
+    """A model cut into files and two optimizers, each file written by its own rank."""
     path = tmp_path / "step-00000005"
     path.mkdir()
     owners = [("w.1", "model", ""), ("w\n2", "model", ""), ("m", "optimizer", "gen"), ("n", "optimizer", "")]
@@ -369,14 +369,14 @@ def test_every_rule_holds_for_several_files_optimizers_and_ranks(tmp_path: Path)
     ]
 
 
-def test_no_tensors_are_an_empty_model_file(tmp_path: Path) -> None:
+def test_no_tensors_make_an_empty_model_file(tmp_path: Path) -> None:
     with engine.Engine(tmp_path, staging_bytes=8192, block_bytes=4096) as eng:
         info = eng.checkpoint(engine.Arena.wrap({})).result()
     reader = Reader(Path(info.path))
     assert reader.tensors == {} and [file["name"] for file in reader.body["files"]] == ["model.safetensors"]
 
 
-def test_momentum_that_does_not_exist_is_absent_and_zero(tmp_path: Path) -> None:
+def test_momentum_before_the_first_step_is_absent_and_zero(tmp_path: Path) -> None:
     model = nn.Linear(3, 2)
     arena = engine.Arena.adopt(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
     with engine.Engine(tmp_path, staging_bytes=8192, block_bytes=4096) as eng:
@@ -388,7 +388,7 @@ def test_momentum_that_does_not_exist_is_absent_and_zero(tmp_path: Path) -> None
     assert not any(any(reader.tensors[name].content) for name in absent)
 
 
-def test_encoded_values_are_as_the_table_says(tmp_path: Path) -> None:
+def test_encoded_values_follow_the_table(tmp_path: Path) -> None:
     extra: dict[str, Any] = {
         "plain": [None, True, False, 0, -(2**53), 2**53, 1.0, -0.0, 1e300, 5e-324, "ä\n"],
         "tagged": (2**53 + 1, -(2**200), b"hi", {1, 2}, frozenset({(1, "a")}), {3: {None: 4}, (1, b"k"): 5}),
@@ -403,7 +403,7 @@ def test_encoded_values_are_as_the_table_says(tmp_path: Path) -> None:
     decoded = decode(body["extra"])
     dtype, shape, content = decoded.pop("tensor")
     assert (dtype, shape, content) == ("int16", [2, 3], raw_bytes(extra.pop("tensor")))
-    assert repr(decoded) == repr(extra), "a value, its type or the order of keys is not what was saved"
+    assert repr(decoded) == repr(extra), "a value, its type or the order of keys differs from the saved one"
 
 
 def test_the_documented_commands_verify_a_manifest(tmp_path: Path) -> None:
@@ -415,14 +415,14 @@ def test_the_documented_commands_verify_a_manifest(tmp_path: Path) -> None:
 
 
 def example_file() -> bytes:
-    """The bytes of the page's hexdump, its starred lines filled in."""
+    """The bytes of the page's hexdump, with its starred lines filled in."""
     content = b""
     line = b""
     for text in fenced("hexdump").splitlines():
         if text == "*":
             continue
         offset = int(text[:8], 16)
-        content += line * ((offset - len(content)) // 16)  # what a star left out repeats the line before it
+        content += line * ((offset - len(content)) // 16)  # a star stands for repetitions of the line before it
         line = bytes.fromhex(text[8:].split("|")[0])
         content += line
         assert len(content) == offset + len(line)
@@ -459,7 +459,7 @@ def test_the_reader_sees_a_flipped_bit(tmp_path: Path, offset: int) -> None:
         Reader(path)
 
 
-def test_names_that_are_no_checkpoints_are_ignored(tmp_path: Path) -> None:
+def test_names_that_are_not_of_checkpoints_are_ignored(tmp_path: Path) -> None:
     with engine.Engine(tmp_path, staging_bytes=8192, block_bytes=4096) as eng:
         info = eng.checkpoint(engine.Arena.wrap({"a": torch.ones(3)}), step=7).result()
     for name in ("step-7", "step-000000008", "step-00000009.damaged", "step-0000000a", "notes"):

@@ -1,4 +1,4 @@
-"""Layout: where tensors go in the arena and in files, and files that the stock safetensors library reads."""
+"""Layout: the locations of tensors in the arena and in files, which the stock safetensors library reads."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def spec(name: str, dtype: str = "float32", shape: tuple[int, ...] = (1,), role:
 
 
 def load(content: bytes) -> dict[str, torch.Tensor]:
-    """As `safetensors.torch.load_file` reads it; its `load` of bytes lacks the newest dtypes."""
+    """The result of `safetensors.torch.load_file`; its `load` of bytes lacks the newest dtypes."""
     with tempfile.NamedTemporaryFile() as file:
         file.write(content)
         file.flush()
@@ -46,7 +46,7 @@ def load(content: bytes) -> dict[str, torch.Tensor]:
 
 
 def read_header(header: bytes) -> dict[str, dict[str, object]]:
-    """The table of a safetensors header, by the format's own words: a length, then JSON."""
+    """The table of a safetensors header: a length, then JSON."""
     (length,) = struct.unpack_from("<Q", header)
     assert 8 + length == len(header)
     table: dict[str, dict[str, object]] = json.loads(header[8:])
@@ -54,7 +54,7 @@ def read_header(header: bytes) -> dict[str, dict[str, object]]:
 
 
 @given(specs(ANY_SHAPES))
-def test_every_tensor_gets_a_place_of_its_own_size(table: list[TensorSpec]) -> None:
+def test_every_segment_has_the_size_of_its_tensor(table: list[TensorSpec]) -> None:
     layout = lay_out(table)
     assert sorted(segment[:8] for segment in layout.segments) == sorted(map(tuple, table))
     for segment in layout.segments:
@@ -101,7 +101,7 @@ def test_headers_say_where_the_tensors_are(table: list[TensorSpec]) -> None:
 
 
 @given(specs(ANY_SHAPES))
-def test_the_layout_is_deterministic_and_groups_what_is_staged_together(table: list[TensorSpec]) -> None:
+def test_the_layout_is_deterministic_and_keeps_roles_contiguous(table: list[TensorSpec]) -> None:
     layout = lay_out(iter(table))
     assert layout == lay_out(table)
     keys = [(segment.file_index, -DTYPES[segment.dtype].itemsize, segment.role) for segment in layout.segments]
@@ -146,13 +146,13 @@ def test_safe_open_reads_a_file_with_every_dtype_and_the_aliases(tmp_path: pathl
         pass
 
 
-def test_no_tensors_are_still_a_file() -> None:
+def test_no_tensors_make_an_empty_model_file() -> None:
     layout = lay_out([])
     assert layout.arena_bytes == 0 and [file.name for file in layout.files] == ["model.safetensors"]
     assert safetensors.torch.load(layout.files[0].header) == {}
 
 
-def test_an_optimizer_has_a_file_of_its_own() -> None:
+def test_each_optimizer_has_its_own_file() -> None:
     owners = ["", "discriminator", "generator-2"]
     layout = lay_out([TensorSpec(f"{name}.m", "float32", (2,), "optimizer", "", name) for name in owners])
     assert [file.name for file in layout.files] == [
@@ -218,7 +218,7 @@ def test_the_header_is_padded_to_the_next_page_only(length: int) -> None:
 
 
 @given(st.integers(0, 2**70), st.integers(1, 2**40))
-def test_align_up_is_the_least_multiple_that_is_enough(value: int, alignment: int) -> None:
+def test_align_up_is_the_smallest_multiple_not_below(value: int, alignment: int) -> None:
     aligned = align_up(value, alignment)
     assert aligned % alignment == 0 and aligned - alignment < value <= aligned
 

@@ -1,8 +1,8 @@
-"""The manifest: what is encoded comes back, and nothing that contradicts itself gets past `decode`.
+"""The manifest: decoding undoes encoding, and `decode` refuses contradictions.
 
-Theory of operation.  Damage comes in two kinds.  A flipped bit is caught by the digest.  Whoever can also sign, by
-mistake or on purpose, is caught by the rules of `checks`: here `signed` makes the bytes of a manifest out of any
-body at all, so that only those rules stand between a number and the reader that would trust it.
+Theory of operation.  There are two kinds of damage.  The digest catches a flipped bit.  The rules of `checks` catch a
+wrong body with a right digest.  `signed` makes the bytes of a manifest from any body, so that these tests reach the
+rules.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ BODY: dict[str, Any] = json.loads(encode(EXAMPLE))["body"]
 assert len(BODY["files"]) == 2 and len(BODY["chunks"]) > 4 and len(BODY["chunks"][0]["checksums"]) > 2
 
 
-# -- what is encoded comes back ---------------------------------------------------------------------------------------
+# -- decoding undoes encoding -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("row_count", ROW_COUNTS)
@@ -122,7 +122,7 @@ def test_decoding_undoes_encoding(manifest: Manifest) -> None:
 
 
 @given(manifests())
-def test_a_manifest_is_the_json_that_it_says_it_is(manifest: Manifest) -> None:
+def test_a_manifest_is_json_with_the_digest_of_its_body(manifest: Manifest) -> None:
     raw = encode(manifest)
     outer = json.loads(raw)
     assert set(outer) == {"sha256", "body"}
@@ -133,7 +133,7 @@ def test_a_manifest_is_the_json_that_it_says_it_is(manifest: Manifest) -> None:
 
 
 @given(manifests())
-def test_what_a_reader_asks_of_it(manifest: Manifest) -> None:
+def test_a_summary_has_the_fields_of_the_manifest(manifest: Manifest) -> None:
     raw = encode(manifest)
     decoded, summary = decode(raw), decode_summary(raw)
     for field in Summary.__struct_fields__:
@@ -169,7 +169,7 @@ def test_places_beyond_32_bits_come_back() -> None:
     assert affected(decoded.segments, 0, 4096 + (3 << 32), 1) == "v"
 
 
-# -- damage that the digest sees --------------------------------------------------------------------------------------
+# -- damage that the digest catches -----------------------------------------------------------------------------------
 
 
 def test_every_flipped_bit_is_seen() -> None:
@@ -206,7 +206,7 @@ def test_bytes_that_are_no_manifest(raw: bytes) -> None:
         decode(raw)
 
 
-# -- bodies that are signed but wrong ---------------------------------------------------------------------------------
+# -- wrong bodies with a right digest ---------------------------------------------------------------------------------
 
 Path = tuple[str | int, ...]
 
@@ -263,7 +263,7 @@ NUMBERS: list[Path] = [
 
 
 def value_at(path: Path) -> int:
-    """The number that the example has there."""
+    """The number in the example at this path."""
     at: Any = BODY
     for name in path:
         at = at[name]
@@ -363,7 +363,7 @@ def test_a_contradiction_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("more_bytes", [8, HEADER_ALIGNMENT // 2, HEADER_ALIGNMENT])
-def test_a_header_that_is_not_aligned_is_refused_though_all_else_fits(more_bytes: int) -> None:
+def test_an_unaligned_header_is_refused_even_if_all_else_is_consistent(more_bytes: int) -> None:
     def lengthen(body: dict[str, Any]) -> None:
         file, chunk = body["files"][1], body["chunks"][-1]
         file["header_bytes"] += more_bytes
@@ -397,7 +397,7 @@ def test_a_header_that_is_not_aligned_is_refused_though_all_else_fits(more_bytes
         ),
     ],
 )
-def test_a_file_name_that_could_lead_elsewhere_is_refused(name: str) -> None:
+def test_a_file_name_outside_the_directory_is_refused(name: str) -> None:
     with pytest.raises(CorruptError, match="cannot be a data file's name"):
         decode(changed(("files", 0, "name"), name))
 
@@ -405,7 +405,7 @@ def test_a_file_name_that_could_lead_elsewhere_is_refused(name: str) -> None:
 @pytest.mark.parametrize(
     "path", [("files", 0, "nbytes"), ("chunks", 0, "nbytes"), ("segments", 0, 2, 0), ("step",)], ids=str
 )
-def test_an_absurd_number_costs_no_memory(path: Path) -> None:
+def test_a_huge_number_allocates_no_memory(path: Path) -> None:
     for absurd in (2**62, 2**63 - 1, 10**300):
         raw = changed(path, absurd)
         if decode_cost_bytes(raw) > 1 << 20:
@@ -413,7 +413,7 @@ def test_an_absurd_number_costs_no_memory(path: Path) -> None:
 
 
 def decode_cost_bytes(raw: bytes) -> int:
-    """The most memory that Python held while it decoded these bytes, accepted or not."""
+    """The peak of Python's memory while it decodes these bytes, accepted or not."""
     tracemalloc.start()
     try:
         decode(raw)
@@ -425,7 +425,7 @@ def decode_cost_bytes(raw: bytes) -> int:
     return peak_bytes
 
 
-def test_a_consistent_file_of_absurd_length_is_refused_for_its_checksums() -> None:
+def test_a_consistent_file_of_huge_length_is_refused_for_its_checksums() -> None:
     def stretch(body: dict[str, Any]) -> None:
         nbytes = body["files"][1]["nbytes"]
         grown = 2**62 - 2**62 % 4096
@@ -449,19 +449,19 @@ def test_deep_nesting_is_refused_or_read(brackets: tuple[str, str], depth: int) 
 
 
 @given(JSON)
-def test_json_that_is_no_manifest(value: object) -> None:
+def test_json_that_is_no_manifest_is_refused(value: object) -> None:
     with pytest.raises(CorruptError, match="cannot be decoded"):
         decode(signed(json.dumps(value).encode()))
 
 
 @given(st.binary(max_size=100))
-def test_a_signed_body_that_is_no_json(body: bytes) -> None:
+def test_a_signed_body_that_is_no_json_is_refused(body: bytes) -> None:
     with pytest.raises(CorruptError):
         decode(signed(body))
 
 
 def paths_of(value: Any, prefix: Path = ()) -> list[Path]:
-    """The way to every value inside a JSON value."""
+    """The path to every value inside a JSON value."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [path for key, inner in items for path in [(*prefix, key), *paths_of(inner, (*prefix, key))]]
 
@@ -473,7 +473,7 @@ def test_any_value_anywhere_is_read_or_refused(path: Path, value: object) -> Non
         manifest = decode(changed(path, value))
     except (CorruptError, NewerFormatError):
         return
-    # Whatever was let through cannot lead a reader astray.
+    # A reader can use every accepted manifest.
     geometry, right = manifest.geometry(manifest.chunks), EXAMPLE.geometry(EXAMPLE.chunks)
     assert (geometry.blocks, manifest.nbytes) == (right.blocks, EXAMPLE.nbytes)
     assert len(block_checksums(manifest.chunks)) == len(geometry.blocks)
@@ -497,7 +497,7 @@ def test_any_value_anywhere_is_read_or_refused(path: Path, value: object) -> Non
         "a\0",
     ],
 )
-def test_a_user_file_that_could_lead_elsewhere_is_refused(name: str) -> None:
+def test_a_user_file_outside_the_directory_is_refused(name: str) -> None:
     with pytest.raises(CorruptError, match="cannot be a user file's name"):
         decode(changed(("user_files", 0, "name"), name))
 
@@ -515,7 +515,7 @@ ADDITIONS: dict[str, Callable[[dict[str, Any]], object]] = {
 
 
 @pytest.mark.parametrize("name", ADDITIONS)
-def test_what_a_reader_does_not_know_is_ignored(name: str) -> None:
+def test_unknown_fields_and_columns_are_ignored(name: str) -> None:
     raw = restructured(ADDITIONS[name])
     assert msgspec.structs.replace(decode(raw), version=VERSION) == EXAMPLE
     assert decode_summary(raw).step == EXAMPLE.step
@@ -529,7 +529,7 @@ def test_fields_that_may_be_absent(field: str) -> None:
 
 @pytest.mark.parametrize("read", [decode, decode_summary])
 def test_a_manifest_for_a_later_reader_is_refused_and_not_called_damaged(read: Callable[[bytes], object]) -> None:
-    """Also where its other fields are not what they are today."""
+    """Also if its other fields have other types than today."""
 
     def edit(body: dict[str, Any]) -> None:
         body.update(version=3, min_reader=READER + 1, step="seven", chunks={})
@@ -543,7 +543,7 @@ def test_a_manifest_for_a_later_reader_is_refused_and_not_called_damaged(read: C
 
 @st.composite
 def cut_boxes(draw: st.DrawFn) -> tuple[tuple[int, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]]:
-    """A box, and boxes that partition it: (offset, shape) each.  Cut at random, again and again."""
+    """A box, and boxes that partition it, as (offset, shape), from random cuts."""
     whole = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)))
     boxes = [((0,) * len(whole), whole)]
     for _ in range(draw(st.integers(0, 5))):
@@ -562,7 +562,7 @@ def points(offset: tuple[int, ...], shape: tuple[int, ...]) -> Iterator[tuple[in
 
 
 def sharded(whole: tuple[int, ...], boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> Manifest:
-    """A manifest of one tensor whose shards lie in a file each."""
+    """A manifest of one tensor, each shard of which is in its own file."""
     files, chunks, segments = [], [], []
     for index, (offset, shape) in enumerate(boxes):
         nbytes = 4 * math.prod(shape)
@@ -575,7 +575,7 @@ def sharded(whole: tuple[int, ...], boxes: list[tuple[tuple[int, ...], tuple[int
 
 
 @given(cut_boxes())
-def test_shards_that_partition_their_tensor_come_back(
+def test_shards_that_partition_their_tensor_are_accepted(
     drawn: tuple[tuple[int, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]],
 ) -> None:
     manifest = sharded(*drawn)
@@ -586,7 +586,7 @@ def test_shards_that_partition_their_tensor_come_back(
 def test_shards_that_do_not_partition_their_tensor_are_refused(
     drawn: tuple[tuple[int, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]], data: st.DataObject
 ) -> None:
-    """One moved, grown, shrunk, gone or there twice: whatever then covers some element not exactly once."""
+    """One shard is moved, grown, shrunk, removed or doubled, so that some element is not covered exactly once."""
     whole, boxes = drawn
     index = data.draw(st.integers(0, len(boxes) - 1))
     (offset, shape), dim = boxes[index], data.draw(st.integers(0, len(whole) - 1))
@@ -605,7 +605,7 @@ def test_shards_that_do_not_partition_their_tensor_are_refused(
         decode(encode(sharded(whole, boxes)))
 
 
-def test_a_name_is_a_tensor_or_shards() -> None:
+def test_a_name_is_of_one_whole_tensor_or_of_shards() -> None:
     manifest = sharded((4,), [((0,), (2,)), ((2,), (2,))])
     first, second = manifest.segments
     changes: dict[str, tuple[SegmentRecord, SegmentRecord]] = {
@@ -634,15 +634,15 @@ def test_a_tensor_cut_in_too_many_dimensions_is_refused() -> None:
 
 
 def in_parts(manifest: Manifest, owners: list[int]) -> tuple[Manifest, dict[str, bytes]]:
-    """A manifest whose chunks and segments are written by ranks, the owner of each chunk given: and the parts' bytes.
+    """A manifest in parts, and the bytes of the parts; `owners` has the rank of each chunk.
 
-    A segment is its file's last owner's; aliases are everybody's.
+    A segment belongs to the rank of its file's last chunk; every part has all aliases.
     """
     owned = list(zip(manifest.chunks, owners, strict=True))
     parts: dict[str, bytes] = {}
     for rank in sorted(set(owners)):
         chunks = [chunk for chunk, owner in owned if owner == rank]
-        mine = sorted({chunk.file for chunk in chunks}, reverse=True)  # in an order of its own
+        mine = sorted({chunk.file for chunk in chunks}, reverse=True)  # in another order
         last = {chunk.file: owner for chunk, owner in owned}
         segments = [segment for segment in manifest.segments if last[segment.file] == rank]
         part = Part(
@@ -688,14 +688,14 @@ def test_a_part_that_is_not_the_recorded_one_is_refused() -> None:
 
 
 def with_part(edit: Callable[[Part], Part]) -> None:
-    """Decode the example in parts, that of rank 1 changed and recorded as it is then."""
+    """Decode the example in parts; the part of rank 1 is changed, and its digest recorded after the change."""
     head, parts = in_parts(EXAMPLE, OWNERS)
     parts[part_name(1)] = bytes(encode_part(edit(decode_part(parts[part_name(1)], head.parts[1]))))
     head = msgspec.structs.replace(head, parts=tuple(digest_of(name, raw) for name, raw in parts.items()))
     decode(bytes(encode(head)), reader_of(parts))
 
 
-def test_parts_that_do_not_make_a_whole_are_refused() -> None:
+def test_parts_that_are_not_consistent_are_refused() -> None:
     with_part(lambda part: part)
     replace = msgspec.structs.replace
     other = FileRecord("other.safetensors", 4096, 4096)
@@ -722,7 +722,7 @@ def test_a_part_of_another_name_is_never_read(name: str) -> None:
         decode(bytes(encode(head)), lambda record: pytest.fail("it was read"))
 
 
-def test_a_manifest_with_parts_has_no_rows_of_its_own() -> None:
+def test_a_manifest_with_parts_and_rows_is_refused() -> None:
     head, parts = in_parts(EXAMPLE, OWNERS)
     for rows in ({"chunks": EXAMPLE.chunks}, {"segments": EXAMPLE.segments}, {"aliases": EXAMPLE.aliases}):
         with pytest.raises(CorruptError, match="it has parts, and"):
@@ -733,10 +733,10 @@ def test_a_manifest_with_parts_has_no_rows_of_its_own() -> None:
 
 
 @given(manifests(), planned(SMALL_SHAPES), st.data())
-def test_known_hashes_are_of_the_same_place_and_length(
+def test_known_hashes_are_of_the_same_offset_and_length(
     manifest: Manifest, drawn: tuple[Layout, list[tuple[int, int]], int, int], data: st.DataObject
 ) -> None:
-    """Of a plan of the same tensors or of others."""
+    """The plan may be of the same tensors or of others."""
     same = data.draw(st.booleans())
     plan = manifest.geometry(manifest.chunks) if same else plan_of(*drawn)
     there = data.draw(st.sets(st.sampled_from([file.name for file in manifest.files])))
@@ -752,7 +752,7 @@ def test_known_hashes_are_of_the_same_place_and_length(
     assert not same or there != {file.name for file in manifest.files} or None not in known
 
 
-# -- what the errors and the status are made of -----------------------------------------------------------------------
+# -- names for errors and status --------------------------------------------------------------------------------------
 
 
 @given(planned(ANY_SHAPES))
@@ -772,7 +772,7 @@ def holds(segment: SegmentRecord, file: int, offset: int, nbytes: int) -> bool:
 
 
 @given(manifests(), st.data())
-def test_affected_names_what_lies_there(manifest: Manifest, data: st.DataObject) -> None:
+def test_affected_names_the_tensors_of_a_range(manifest: Manifest, data: st.DataObject) -> None:
     block = data.draw(st.sampled_from(manifest.geometry(manifest.chunks).blocks))
     told = affected(manifest.segments, block.file_index, block.file_offset, block.nbytes)
     inside = [s.name for s in manifest.segments if holds(s, block.file_index, block.file_offset, block.nbytes)]

@@ -1,4 +1,4 @@
-"""Plan: chunks, blocks and extents, checked against what they mean, byte by byte where that is small enough."""
+"""Plan: chunks, blocks and extents, checked against their definitions, byte by byte if small enough."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Arguments = tuple[Layout, list[tuple[int, int]], int, int]
 
 
 def stored_runs(layout: Layout, where: Sequence[tuple[int, int]]) -> list[list[Extent]]:
-    """What each file is made of, before any cutting: its header, then its segments."""
+    """The runs of each file before cutting: its header, then its segments."""
     runs = [[Extent(index, 0, 0, len(file.header))] for index, file in enumerate(layout.files)]
     for segment, (source, source_offset) in zip(layout.segments, where, strict=True):
         runs[segment.file_index].append(Extent(source, source_offset, segment.file_offset, segment.nbytes))
@@ -62,7 +62,7 @@ def joined(runs: Iterable[Extent]) -> list[Extent]:
 
 
 def byte_map(runs: Iterable[Extent]) -> dict[int, tuple[int, int]]:
-    """For each byte of a file, the source and the offset it comes from: the naive oracle."""
+    """For each byte of a file its source and offset there: the naive oracle."""
     result: dict[int, tuple[int, int]] = {}
     for run in runs:
         for index in range(run.nbytes):
@@ -201,7 +201,7 @@ def test_extents_equal_the_naive_byte_map(arguments: Arguments) -> None:
 
 
 @given(planned(SMALL_SHAPES, max_count=4), st.data())
-def test_a_part_is_laid_into_the_blocks_it_lies_in_and_no_others(arguments: Arguments, data: st.DataObject) -> None:
+def test_extents_of_a_part_are_in_the_blocks_that_it_touches_only(arguments: Arguments, data: st.DataObject) -> None:
     layout, where, block_bytes, chunk_bytes = arguments
     whole = plan_of(layout, where, block_bytes, chunk_bytes)
     geometry = plan_geometry(whole.files, whole.chunks, block_bytes)
@@ -220,7 +220,7 @@ def test_merged_runs_are_the_same_bytes_in_the_fewest_runs(steps: list[tuple[int
     runs: list[Extent] = []
     file_offset = 0
     for source, source_offset, gap_bytes, nbytes in steps:
-        follows = runs and source_offset == 0  # half of the time, go on where the last run ended
+        follows = runs and source_offset == 0  # half of the time, continue at the end of the last run
         start = runs[-1].source_offset + runs[-1].nbytes if follows else source_offset
         file_offset += gap_bytes
         runs.append(Extent(source, start, file_offset, nbytes))
@@ -278,7 +278,7 @@ def test_chunk_bytes_are_rounded_up(table: list[TensorSpec], chunk_bytes: int) -
     assert rounded % ALIGNMENT == 0 and rounded - ALIGNMENT < chunk_bytes <= rounded
 
 
-def test_chunk_size_without_a_wish() -> None:
+def test_chunk_size_by_default() -> None:
     assert chunk_size(lay_out([]), None, None) == CHUNK_BYTES_DEFAULT
 
 
@@ -292,12 +292,12 @@ def test_chunk_size_refuses_by_value(chunk_count: int | None, chunk_bytes: int |
 
 
 @given(st.integers(0, 2**70), st.integers(1, 2**40))
-def test_ceil_div_is_the_least_quotient_that_is_enough(dividend: int, divisor: int) -> None:
+def test_ceil_div_rounds_the_quotient_up(dividend: int, divisor: int) -> None:
     quotient = ceil_div(dividend, divisor)
     assert (quotient - 1) * divisor < dividend <= quotient * divisor
 
 
-def test_runs_outside_every_block_or_overlapping_are_our_bug() -> None:
+def test_runs_that_overlap_or_are_outside_every_block_fail_an_assertion() -> None:
     layout = lay_out([TensorSpec("w", "uint8", (10,), "model", "")])
     plan = plan_of(layout, [(1, 0)], ALIGNMENT, ALIGNMENT)
     end = plan.files[0].nbytes

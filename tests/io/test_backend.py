@@ -76,7 +76,7 @@ for warning in caught:
 
 
 def on_a_host(directory: Path, change: str, options: str = "") -> list[str]:
-    """The output of the script in a process of its own."""
+    """The output of the script in its own process."""
     script = ON_A_HOST.format(change=textwrap.dedent(change), options=options)
     result = subprocess.run(
         [sys.executable, "-c", script, str(directory)],
@@ -90,7 +90,7 @@ def on_a_host(directory: Path, change: str, options: str = "") -> list[str]:
 
 
 def test_this_host_has_the_best_backend(tmp_path: Path) -> None:
-    """The other tests are worth little if they do not run on the ring."""
+    """The other tests prove little if they do not run on the ring."""
     found = engine.probe(tmp_path, **SMALL)
     assert found == Probe(str(tmp_path), "io_uring", (Attempt("io_uring"),))
     assert str(found) == f"{tmp_path}: io_uring\nio_uring: works"
@@ -100,7 +100,7 @@ def test_this_host_has_the_best_backend(tmp_path: Path) -> None:
 
 
 def test_a_probe_has_as_many_slots_as_an_engine(tmp_path: Path) -> None:
-    """With small blocks more slots than a ring takes would fit into the memory."""
+    """With small blocks the memory has room for more slots than a ring takes."""
     with engine.Engine(tmp_path, block_bytes=4096) as eng:
         assert engine.probe(tmp_path, block_bytes=4096) == eng.probe
     wrongs: list[dict[str, Any]] = [{"block_bytes": 0}, {"block_bytes": 5000}, {"staging_bytes": 4096}]
@@ -110,7 +110,7 @@ def test_a_probe_has_as_many_slots_as_an_engine(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", LADDER)
-def test_each_backend_can_be_insisted_on(tmp_path: Path, name: Backend) -> None:
+def test_each_backend_can_be_requested_by_name(tmp_path: Path, name: Backend) -> None:
     tensors = {"a": torch.rand(100_000)}
     with engine.Engine(tmp_path, backend=name, **SMALL) as eng:
         assert eng.backend == name
@@ -130,7 +130,7 @@ def test_blocks_larger_than_the_slots_are_read_the_same_way(tmp_path: Path, name
 
 @pytest.mark.parametrize("name", LADDER)
 def test_a_second_pipeline_uses_the_same_backend_and_pins_nothing(name: Backend) -> None:
-    """It is opened for one restore: to register its slots would cost more, and may be beyond the memlock limit."""
+    """It is opened for one restore: registering its slots would cost more, and may exceed RLIMIT_MEMLOCK."""
     first = Pipeline(2, 4096, name)
     second = backend.open_like(first, 3, 8192)
     try:
@@ -166,7 +166,7 @@ def test_a_filter_of_registration_alone_leaves_a_plain_ring(tmp_path: Path) -> N
 
 
 def test_a_filter_of_submission_alone_leaves_threads(tmp_path: Path) -> None:
-    """Setting up works, and no block moves: only a real write shows it."""
+    """The set-up works, but no block moves: only a real write detects this."""
     used, count, warning = on_a_host(tmp_path, "seccomp.refuse(errno.EPERM, (seccomp.ENTER,))")
     assert (used, count) == ("threads", "1")
     assert "a write of one block is refused: EPERM" in warning
@@ -255,7 +255,7 @@ def refusal(refused: Refused, error: int) -> PlatformError:
 def test_the_sysctl_is_distinguished_from_a_filter(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, value: str, whom: str
 ) -> None:
-    """The sysctl is the whole host's, so the file is one of ours; the errno is the kernel's (io_uring.c)."""
+    """The sysctl is of the whole host, so a file stands in for it; the errno is the kernel's (io_uring.c)."""
     (tmp_path / "io_uring_disabled").write_text(f"{value}\n")
     monkeypatch.setattr(backend, "_SYSCTL", str(tmp_path / "io_uring_disabled"))
     error = refusal(Refused.RING, errno.EPERM)
@@ -342,7 +342,7 @@ def test_a_refused_open_releases_everything(monkeypatch: pytest.MonkeyPatch, tmp
     assert warned.value and refused.value
 
 
-def test_a_refused_backend_that_is_insisted_on_raises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_refused_backend_requested_by_name_raises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     refuse(monkeypatch, {"io_uring": errno.EPERM})
     with pytest.raises(PlatformError, match=rf"backend 'io_uring' does not work in {tmp_path}: .*io_uring") as caught:
         engine.Engine(tmp_path, backend="io_uring", **SMALL)
@@ -480,15 +480,15 @@ def test_a_save_without_room_says_how_much_is_missing() -> None:
         assert eng.steps() == [4]
 
 
-def test_what_is_reserved_for_root_is_room_for_root() -> None:
+def test_blocks_reserved_for_root_are_room_for_root() -> None:
     with volume("ext4", 64 << 20, mkfs=("-m", "50")) as path, engine.Engine(path / "run", **SMALL) as eng:
         error = eng.checkpoint(engine.Arena.wrap({"a": torch.rand(9_000_000)}), step=1).exception()
         assert isinstance(error, engine.NoSpaceError) == (os.geteuid() != 0), error
         assert eng.steps() == ([1] if os.geteuid() == 0 else [])
 
 
-def test_a_spare_with_another_name_is_no_room() -> None:
-    """Deleting it gives nothing back."""
+def test_a_spare_file_with_a_second_name_adds_no_room() -> None:
+    """Deleting such a file frees no room."""
     arena = engine.Arena.wrap({"a": torch.rand(1_000_000)})
     with volume("ext4", 16 << 20) as path, engine.Engine(path / "run", keep=1, max_async=1, **SMALL) as eng:
         for step in (1, 2):

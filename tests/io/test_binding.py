@@ -1,4 +1,4 @@
-"""The typed stub of the compiled module says what the header says."""
+"""The typed stub of the compiled module agrees with the header."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from engine.io.binding import lib
 
 ROOT = Path(__file__).parents[2]
 
-# How a C type that is no pointer appears in the stub.
+# The stub's type for each C type that is not a pointer.
 TYPES = {"int": "int", "int32_t": "int", "uint32_t": "int", "uint64_t": "int", "void": "None", "eng_hash": "Hash"}
 
 

@@ -53,7 +53,7 @@ from engine.io.job import BlockState, Direction, Failure, FailureKind, Job, Mile
 from engine.io.pipeline import Pipeline
 from engine.store.filesystem import Filesystem
 
-# -- bytes there and back ---------------------------------------------------------------------------------------------
+# -- round trips of bytes ---------------------------------------------------------------------------------------------
 
 SIZES = [1, 4095, 4096, 4097, 2 * SLOT_BYTES, 5 * SLOT_BYTES + 17, 40 * SLOT_BYTES + 1]
 
@@ -100,7 +100,7 @@ def test_a_file_that_ends_early_is_a_failure(stage: Stage, remaining_bytes: int,
 
 
 def test_a_block_is_made_of_many_extents(stage: Stage) -> None:
-    # Every byte has a source of its own, in reverse order.
+    # Every byte has its own source, in reverse order.
     nbytes = ALIGNMENT + 100
     before, after = noise(nbytes), torch.zeros(nbytes, dtype=torch.uint8)
     plan = cut([[Extent(nbytes - 1 - at, 0, at, 1) for at in range(nbytes)]], SLOT_BYTES)
@@ -149,7 +149,7 @@ def test_a_read_may_want_only_a_part_of_a_block(stage: Stage) -> None:
 
 
 @pytest.mark.every_backend
-def test_padding_is_zero_whatever_the_slot_held(open_pipeline: Callable[..., Pipeline], fd: int) -> None:
+def test_padding_is_zero_in_a_slot_with_any_earlier_content(open_pipeline: Callable[..., Pipeline], fd: int) -> None:
     pipeline = open_pipeline(1)
     ones = torch.full((SLOT_BYTES,), 255, dtype=torch.uint8)
     run(pipeline, make_job(WRITE, whole(SLOT_BYTES, SLOT_BYTES), [plain(ones)]), [fd])
@@ -166,7 +166,7 @@ DTYPES = [torch.complex128, torch.int64, torch.int32, torch.int16, torch.uint8]
 
 
 class View(NamedTuple):
-    """How to make a strided tensor: a base's shape, a slice of each dimension, and the order of dimensions."""
+    """The recipe of a strided tensor: a base's shape, a slice of each dimension, and the order of dimensions."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -192,7 +192,7 @@ def views(draw: st.DrawFn) -> View:
 
 
 def packed_runs(tensors: list[torch.Tensor]) -> list[Extent]:
-    """One tensor after the other, each a source of its own."""
+    """One tensor after the other, each its own source."""
     runs, offset = [], 0
     for index, tensor in enumerate(tensors):
         nbytes = tensor.numel() * tensor.element_size()
@@ -217,12 +217,12 @@ def test_strided_tensors_are_gathered_and_scattered(stage: Stage, drawn: list[Vi
     job = make_job(READ, plan, [*map(strided, targets)], checksums=written.checksums())
     assert run(stage.pipeline, job, [stage.fd]).failure is None
     assert b"".join(map(bytes_of, targets)) == stored
-    # Nothing beside the views has changed: the content of a base is that of its view.
+    # Only the elements of the views have changed in the bases.
     assert sum(map(count_bytes, bases)) == sum(map(count_bytes, targets))
 
 
 def count_bytes(tensor: torch.Tensor) -> int:
-    """How many of a tensor's bytes are not zero."""
+    """The number of bytes of a tensor that are not zero."""
     return sum(byte != 0 for byte in bytes_of(tensor))
 
 
@@ -249,8 +249,8 @@ def test_expanded_and_many_dimensional_tensors_are_gathered(stage: Stage) -> Non
 
 # -- checksums --------------------------------------------------------------------------------------------------------
 
-# Around the lengths at which XXH3 changes its ways: 3, 8, 16, 128 and 240 bytes; stripes of 64; the streaming state's
-# buffer of 256; blocks of 1024; and the pieces and streamed runs of native/staging/bulk.c.
+# Around the lengths at which XXH3 changes its algorithm: 3, 8, 16, 128 and 240 bytes; stripes of 64; the streaming
+# state's buffer of 256; blocks of 1024; and the pieces and streamed runs of native/staging/bulk.c.
 XXH3_BOUNDARIES = (0, 3, 8, 16, 64, 128, 240, 256, 512, 1024, 2048, 4096, 8192, 64 << 10)
 
 
@@ -278,7 +278,7 @@ def test_a_block_staged_in_pieces_has_the_checksum_of_the_whole(stage: Stage, bo
 def test_the_pipeline_gives_the_checksums_of_the_stored_bytes(
     open_pipeline: Callable[..., Pipeline], fd: int, extent_bytes: int
 ) -> None:
-    """Extents that are copied through the caches, and past them in pieces, with and without something left over."""
+    """Extents that are copied through the caches, and past them in pieces, with and without a rest."""
     nbytes = (700 << 10) + 3
     pipeline, tensor = open_pipeline(2, 512 << 10), noise(nbytes)
     pieces = tensor.split(extent_bytes)
@@ -396,14 +396,14 @@ def test_a_write_between_the_two_hashes_is_detected(
 
 @pytest.mark.every_backend
 def test_a_checked_job_is_staged_after_its_last_second_hash(open_pipeline: Callable[..., Pipeline], fd: int) -> None:
-    pipeline = open_pipeline(4)  # as many slots as blocks, so that all are taken and none is left for the second look
+    pipeline = open_pipeline(4)  # as many slots as blocks, so that no slot is free for the second hash at first
     tensor, plan = noise(4 * SLOT_BYTES), whole(4 * SLOT_BYTES, SLOT_BYTES)
     job = make_job(WRITE, plan, [plain(tensor)], checked=True)
     pipeline.submit(job)
     until(lambda: set(job.states()) == {BlockState.STAGED})
     later = make_job(WRITE, plan, [plain(tensor)])
     pipeline.submit(later)
-    assert pipeline.wait(later, Milestone.URGENT, HANG_NS), "what came of the last block is told by then"
+    assert pipeline.wait(later, Milestone.URGENT, HANG_NS), "the result of the last block is known by then"
     assert not pipeline.wait(job, Milestone.STAGED, LOOK_NS)
     tensor[-1] ^= 1
     pipeline.attach(job, [fd])
@@ -421,7 +421,7 @@ def test_abort_before_the_files_exist(stage: Stage, direction: Direction) -> Non
     stage.pipeline.abort(job, errno.ENOSPC)
     assert finish(stage.pipeline, job).failure == Failure(FailureKind.ABORTED, errno.ENOSPC, None)
     assert BlockState.WRITTEN not in job.states()
-    stage.pipeline.attach(job, [stage.fd])  # too late, and no error: a writer that lost the race does this
+    stage.pipeline.attach(job, [stage.fd])  # too late, but no error: a writer may lose this race
     assert_usable(stage.pipeline, stage.fd)
 
 
@@ -503,7 +503,7 @@ def test_the_first_failure_is_reported(open_pipeline: Callable[..., Pipeline], b
     pipeline.abort(job, errno.EPERM)
     later = make_job(WRITE, whole(1, SLOT_BYTES), [plain(noise(1))])
     pipeline.submit(later)
-    assert pipeline.wait(later, Milestone.URGENT, HANG_NS), "what was asked before it has been heard by then"
+    assert pipeline.wait(later, Milestone.URGENT, HANG_NS), "the earlier request has been served by then"
     assert not pipeline.wait(job, Milestone.DONE, LOOK_NS)
     gate.set()
     assert finish(pipeline, job).failure == Failure(FailureKind.IO, errno.EIO, 1)
@@ -537,7 +537,7 @@ def test_states_and_milestones_come_in_order(open_pipeline: Callable[..., Pipeli
     counters = job.counters
     assert 0 < counters["submitted_ns"] < counters["staged_ns"] < counters["done_ns"]
     assert 0 < counters["copying_ns"] < counters["done_ns"] - counters["submitted_ns"]
-    assert counters["hashing_ns"] == 0, "what is copied is hashed on its way"
+    assert counters["hashing_ns"] == 0, "blocks are hashed while they are copied"
 
 
 def test_a_restore_is_verified_before_a_younger_save_is_staged(
@@ -570,7 +570,7 @@ def test_all_is_staged_before_all_is_written(open_pipeline: Callable[..., Pipeli
     pipeline.submit(job)
     assert pipeline.wait(job, Milestone.URGENT, HANG_NS)
     assert pipeline.wait(job, Milestone.STAGED, HANG_NS)
-    tensor.zero_()  # the source is the caller's again
+    tensor.zero_()  # the job no longer reads the source
     pipeline.attach(job, [buffered_fd])
     assert not pipeline.wait(job, Milestone.DONE, LOOK_NS)
     gate.set()
@@ -581,7 +581,7 @@ def test_all_is_staged_before_all_is_written(open_pipeline: Callable[..., Pipeli
 def test_blocks_staged_before_the_files_exist_are_written_in_order(
     open_pipeline: Callable[..., Pipeline], buffered_fd: int
 ) -> None:
-    """For any slots: the second job first takes those that the first has freed last."""
+    """With any number of slots: the second job first takes the slots that the first freed last."""
     table = FaultTable()
     pipeline = open_pipeline(4, SLOT_BYTES, table)
     for order in ([0, 1, 2, 3], [0, 1, 2, 3], [2, 0, 3, 1]):
@@ -608,7 +608,7 @@ def test_a_job_without_files_does_not_block_others(open_pipeline: Callable[..., 
         assert [operation.file_offset // SLOT_BYTES for operation in table.operations] == [0, 1]
 
 
-def test_nothing_urgent_is_staged_at_once(open_pipeline: Callable[..., Pipeline]) -> None:
+def test_without_urgent_blocks_the_urgent_milestone_is_reached_at_once(open_pipeline: Callable[..., Pipeline]) -> None:
     pipeline = open_pipeline(1)
     job = make_job(WRITE, whole(2 * SLOT_BYTES, SLOT_BYTES), [plain(noise(2 * SLOT_BYTES))])
     pipeline.submit(job)
@@ -618,7 +618,7 @@ def test_nothing_urgent_is_staged_at_once(open_pipeline: Callable[..., Pipeline]
     finish(pipeline, job)
 
 
-# Two of these are 64 MiB, the amount that is read at a time, and only one block of each is touched.
+# Two of these are 64 MiB, the limit on reads in flight, and only one block of each is touched.
 LARGE_SLOT_BYTES = 32 << 20
 
 
@@ -631,7 +631,7 @@ def read_of(fd: int, block_count: int) -> tuple[Job, torch.Tensor, bytes]:
 
 
 def test_reads_leave_slots_for_staging(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:
-    """64 MiB are under way at a time, however many slots there are."""
+    """At most 64 MiB of reads are in flight, with any number of slots."""
     gate = threading.Event()
     table = FaultTable(gate=gate)
     pipeline = open_pipeline(5, LARGE_SLOT_BYTES, table)
@@ -664,7 +664,7 @@ def test_reads_do_not_wait_for_writes_in_flight(open_pipeline: Callable[..., Pip
 
 
 class Watching(FaultTable):
-    """Notes how many blocks of a job were there when each operation was started."""
+    """Records at the start of each operation how many blocks of the job are WRITTEN."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -677,7 +677,7 @@ class Watching(FaultTable):
         return super()._start(context, io)
 
 
-def test_the_device_is_given_its_next_blocks_before_the_last_are_verified(
+def test_the_next_reads_start_before_the_last_blocks_are_verified(
     open_pipeline: Callable[..., Pipeline], buffered_fd: int
 ) -> None:
     table = Watching()
@@ -685,7 +685,7 @@ def test_the_device_is_given_its_next_blocks_before_the_last_are_verified(
     table.job, tensor, stored = read_of(buffered_fd, 4)
     assert run(pipeline, table.job, [buffered_fd]).failure is None
     assert bytes_of(tensor) == stored
-    assert table.seen == [0, 0, 0, 0]  # two are under way at a time, and the last two when the first two had come
+    assert table.seen == [0, 0, 0, 0]  # two in flight at a time; the last two start before the first are verified
 
 
 def test_a_failed_job_does_not_delay_others(stage: Stage) -> None:

@@ -36,7 +36,7 @@ class Gated(NamedTuple):
 
 @pytest.fixture
 def gated(buffered_fd: int) -> Iterator[Gated]:
-    """A pipeline with a job that does not end before its gate is opened.  Something opens it in the end."""
+    """A pipeline with a job that does not end before its gate is opened.  The fixture opens it at the end."""
     gate = threading.Event()
     table = FaultTable(gate=gate)
     pipeline = Pipeline(2, SLOT_BYTES, io_table=table.c_table)
@@ -140,7 +140,7 @@ def test_a_job_submitted_beside_close_ends_or_is_refused(rung: Backend) -> None:
         assert all(job.reached(Milestone.DONE) for job in taken)
 
 
-# -- a pipeline that nobody closes ------------------------------------------------------------------------------------
+# -- a pipeline that is not closed ------------------------------------------------------------------------------------
 
 UNCLOSED = """
 import gc, os, sys, time
@@ -197,7 +197,7 @@ def test_the_memory_of_a_dropped_job_lives_until_the_job_is_done(gated: Gated, b
 
 
 def is_gone_after_another_job(pipeline: Pipeline, memory: weakref.ref[torch.Tensor]) -> bool:
-    """Whether memory is let go of by the time that another job has ended."""
+    """Whether memory is released when another job has ended."""
     job = make_job(WRITE, whole(1, SLOT_BYTES), [plain(noise(1))])
     pipeline.submit(job)
     pipeline.abort(job, errno.ECANCELED)

@@ -42,7 +42,7 @@ from engine.io.job import BlockState, Direction, Failure, FailureKind, Job
 from engine.io.packing import pack_blocks, pack_extents, pack_order, pack_sources
 from engine.io.pipeline import Pipeline
 
-# Tries without progress before a job fails, and refusals of a whole submission in a row (native/pipeline.c).
+# Tries without progress before a job fails, and refusals of a submission in a row (native/pipeline/pipeline.c).
 RETRIES_MAX = 16
 REFUSALS_MAX = 100
 
@@ -52,7 +52,7 @@ FAULTY_PLAN = whole(FAULTY_BYTES, SLOT_BYTES)
 
 
 class Faulty(NamedTuple):
-    """A job that went through a table of faults."""
+    """A job that was run through a table of faults."""
 
     job: Job
     pipeline: Pipeline
@@ -61,11 +61,11 @@ class Faulty(NamedTuple):
     expected: torch.Tensor
 
     def block_of(self, operation: int) -> int:
-        """The block that an operation was about."""
+        """The block of an operation."""
         return self.table.operations[operation].file_offset // SLOT_BYTES
 
     def assert_right(self, fd: int) -> None:
-        """The job succeeded, and all bytes are where they belong."""
+        """Assert that the job succeeded, and that all bytes are right."""
         assert self.job.failure is None
         assert set(self.job.states()) == {BlockState.WRITTEN}
         if self.job.c_job.direction == WRITE:
@@ -378,7 +378,7 @@ def test_no_corrupt_byte_is_read(buffered_fd: int, slot_count: int, script: dict
 
 
 def check_blocks(done: Faulty, fd: int) -> None:
-    """A success is right as a whole.  After a failure, blocks in state WRITTEN are written, and no other was read."""
+    """After a success all bytes are right.  After a failure blocks in state WRITTEN are right, and no other is read."""
     job = done.job
     stored = content(fd, FAULTY_BYTES).ljust(FAULTY_BYTES, b"\0")
     if job.failure is None:

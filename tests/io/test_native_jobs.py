@@ -31,7 +31,7 @@ from engine._native import ffi, lib
 from engine.format.plan import ALIGNMENT, Extent
 from engine.io.job import BlockState, Direction, Failure, FailureKind, Job
 
-# Rows that `loosened` arrays have, so that a wrong count of them stays in memory that is ours.
+# Rows of `loosened` arrays, so that a wrong count stays inside our memory.
 ROOM = 32
 
 
@@ -153,8 +153,8 @@ def test_an_order_that_omits_a_block_is_no_success(stage: Stage, direction: Dire
     assert_usable(stage.pipeline, stage.fd)
 
 
-# Values around every rule.  None makes a valid strided source reach further than ARENA is long: a plain source's offset
-# and every address are the caller's to answer for (native/job.c), so those are not among them.
+# Values around every rule.  None makes a valid strided source reach further than ARENA is long: the caller answers
+# for a plain source's offset and for every address (native/pipeline/job.c), so those are not changed.
 COUNTS = st.integers(0, ROOM)
 EDITS: dict[str, st.SearchStrategy[int]] = {
     "direction": st.integers(0, 2),

@@ -1,6 +1,6 @@
 """Answers that other kernels give to the native pipeline: unknown flags, a busy ring.
 
-Each script runs in a process of its own, because limits and filters of system calls cannot be removed.
+Each script runs in its own process, because limits and filters of system calls cannot be removed.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ pipeline.close()
 
 @pytest.mark.parametrize("flags", ["all", "old"])
 @pytest.mark.parametrize("backend", ["io_uring", "io_uring_plain"])
-def test_completions_that_come_with_an_error_are_not_lost(tmp_path: Path, backend: str, flags: str) -> None:
+def test_completions_beside_a_submission_error_are_kept(tmp_path: Path, backend: str, flags: str) -> None:
     check(BUSY, backend, str(tmp_path / "blocks"), flags)
 
 

@@ -164,7 +164,7 @@ def test_close_drains(fd: int, rung: Backend) -> None:
 
 @pytest.mark.every_backend
 @pytest.mark.parametrize("direction", Direction)
-def test_close_gives_up_jobs_that_never_got_files(direction: Direction, rung: Backend) -> None:
+def test_close_aborts_jobs_without_files(direction: Direction, rung: Backend) -> None:
     pipeline = Pipeline(2, SLOT_BYTES, rung)
     jobs = [make_job(direction, whole(9 * SLOT_BYTES, SLOT_BYTES), [plain(noise(9 * SLOT_BYTES))]) for _ in range(3)]
     for job in jobs:

@@ -1,4 +1,4 @@
-"""Try small changes to the engine one at a time, and say which of them the tests nearest to them do not notice.
+"""Try small changes to the engine one at a time, and list those that the nearest tests do not notice.
 
     make mutants                                   # ten minutes of Python and C
     make mutants SECONDS=300 SEED=2 ONLY=native/
@@ -8,11 +8,11 @@ Theory of operation.  A copy of the working tree is kept in build/mutants/tree, 
 Python sources, and an environment that finds this copy instead of the installed engine: it sees the packages of .venv,
 but not the hook of the editable install, because Python reads no .pth file of a folder that another .pth file names.
 For a mutation one file is changed, C is compiled again, the tests run, and the file is put back.  The tests stop at
-the first failure.  A mutation with which they pass is unnoticed.  One that makes them hang is noticed, if they need
-less than half of the limit otherwise.  Mutations whose tests do not pass unchanged stay undecided.
+the first failure.  If they pass, the mutation is unnoticed.  A mutation that makes them hang is noticed, if they
+need less than half of the limit without it.  If the tests fail without the mutation, it stays undecided.
 
 The run ends when its time is over; a mutation that is not decided by then is not counted.  The seed fixes the order,
-the time how far a run gets.  mutmut and cosmic-ray change Python only, which is why this is not one of them.
+and the time limits the count.  mutmut and cosmic-ray change only Python, so this is a script of ours.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def run_tests(tests: tuple[str, ...], limit_s: float) -> int | None:
 
 
 class Run:
-    """One run of `make mutants`: what clean tests need, and how each mutation ended."""
+    """One run of `make mutants`: the times of clean tests, and the result of each mutation."""
 
     def __init__(self, seconds: float) -> None:
         self._ends = time.monotonic() + seconds

@@ -1,8 +1,8 @@
 """The small changes that can be made to a C file.
 
-Theory of operation.  Comments, strings and preprocessor lines are blanked, so that what is found is code, at the same
-offsets.  The rest is regular expressions: the sources are formatted, with a statement on a line and spaces around
-every binary operator.  What does not compile is not counted; what a linter would reject is tried all the same.
+Theory of operation.  Comments, strings and preprocessor lines are blanked, so that only code is found, at the same
+offsets.  The rest is regular expressions: the sources are formatted, with one statement on a line and spaces around
+every binary operator.  A mutation that does not compile is not counted; one that a linter would reject is tried.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class Mutation(NamedTuple):
         return source[: self.start] + self.replacement + source[self.end :]
 
     def describe(self, source: bytes) -> str:
-        """What changes, on one line."""
+        """The change, on one line."""
 
         def flat(text: bytes) -> str:
             words = " ".join(text.decode().split())

@@ -1,7 +1,7 @@
-"""Which tests are nearest to a source file, and which mutations change nothing that a test could see.
+"""The tests nearest to a source file, and the mutations that no test could notice.
 
-Theory of operation.  The tests that `make mutants` runs for a mutation are those of the first row whose prefix the
-file's path has, in the order given: quick ones first, because the first failure ends the run.  A mutation that they do
+Theory of operation.  `make mutants` runs the tests of the first row whose prefix the file's path has, in the given
+order: quick ones first, because the first failure ends the run.  A mutation that they do
 not notice may still be noticed by another test; it is listed all the same, because a fault should be noticed near its
 code.  A row names files or folders, so that a test which moves within its folder is still found.
 """

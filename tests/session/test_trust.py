@@ -1,4 +1,4 @@
-"""What a save may rely on: recycled files only as this engine sealed them, tags and metrics only as they were read."""
+"""A save trusts recycled files only as this process sealed them, and tags and metrics only as they were read."""
 
 from __future__ import annotations
 

@@ -435,7 +435,7 @@ class Pages(bytearray):
     """Memory that can be referred to weakly."""
 
 
-def test_memory_keeps_what_a_wrapped_tensor_has_left() -> None:
+def test_memory_keeps_the_old_storage_of_a_wrapped_tensor() -> None:
     pages = Pages(16)
     tensor, alive = torch.frombuffer(pages, dtype=torch.uint8), weakref.ref(pages)
     del pages

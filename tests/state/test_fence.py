@@ -123,7 +123,7 @@ def test_untrained_segments_are_unfenced() -> None:
 
 @pytest.mark.parametrize("elements", [1, 1023, 1024, 1025, 4096])
 @pytest.mark.parametrize("chunk_bytes", [ALIGNMENT, 3 * ALIGNMENT])
-def test_the_blocks_staged_first_are_those_of_what_is_unfenced_and_no_others(elements: int, chunk_bytes: int) -> None:
+def test_only_blocks_with_unfenced_segments_are_staged_first(elements: int, chunk_bytes: int) -> None:
     """float32, so 1024 elements are a block: a segment may end where the next block starts."""
     model = nn.Module()
     # An empty tensor in the middle of a block of trained ones: nothing of it can change.

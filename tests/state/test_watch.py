@@ -249,7 +249,7 @@ def test_a_tensor_that_moved_is_noticed(change: str, index: int) -> None:
     assert TensorWatch(params, params).unchanged()
 
 
-def test_writing_is_no_change() -> None:
+def test_a_write_to_a_tensor_is_not_a_change() -> None:
     params = [nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(()))]
     watch = TensorWatch(params, params)
     with torch.no_grad():

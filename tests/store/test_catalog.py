@@ -54,7 +54,7 @@ SPARE = Path(".engine", "spare")
 
 
 class Recorded(Filesystem):
-    """The real file system, with a list of its renames and syncs; it can refuse a later one."""
+    """The real file system, which records its renames and syncs, and can refuse a later one."""
 
     def __init__(self) -> None:
         self.done: list[tuple[str, ...]] = []
@@ -131,7 +131,7 @@ def spares(root: Path) -> list[str]:
 
 
 def names(root: Path) -> list[str]:
-    """The names in the root, without the engine's own."""
+    """The names in the root, without `.engine`."""
     return sorted(set(os.listdir(root)) - {".engine"})
 
 
@@ -139,7 +139,7 @@ def names(root: Path) -> list[str]:
 
 
 def test_a_short_write_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """write(2) may write less than it was given: at a signal, or where the disk is nearly full."""
+    """write(2) may write fewer bytes than requested: at a signal, or on a nearly full disk."""
     real_write = os.write
     written: list[int] = []
 
@@ -162,7 +162,7 @@ def test_write_new_file_refuses_an_existing_file(tmp_path: Path) -> None:
 
 
 def test_opening_a_leased_file_does_not_kill_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lease that is broken sends SIGIO unless another was asked for, and SIGIO ends a process (fcntl(2))."""
+    """Breaking a lease sends SIGIO unless another signal was set, and SIGIO ends a process (fcntl(2))."""
     path = tmp_path / "file"
     path.write_text("content")
     received: list[int] = []
@@ -190,12 +190,12 @@ def test_opening_a_leased_file_does_not_kill_the_process(tmp_path: Path, monkeyp
 
 
 def descriptors() -> int:
-    """How many this process has open."""
+    """The number of open descriptors of this process."""
     return len(os.listdir("/proc/self/fd"))
 
 
 class WithoutNames(Filesystem):
-    """Has no names to take away."""
+    """Refuses to unlink."""
 
     def unlink(self, path: str) -> None:
         raise StorageError(errno.EROFS, "unlink", path)
@@ -253,7 +253,7 @@ def test_is_ours_alone_closes_its_descriptor(tmp_path: Path, what: str) -> None:
         assert descriptors() == before
 
 
-# -- the way of a save ------------------------------------------------------------------------------------------------
+# -- begin, publish, discard ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ MOVES: dict[str, Callable[[Catalog], object]] = {
 
 @pytest.mark.parametrize("move", MOVES)
 def test_nothing_is_moved_in_a_directory_that_replaced_ours(tmp_path: Path, move: str) -> None:
-    """There are directories of the same names in it, and they are another engine's."""
+    """The new directory has the same names, and they belong to another engine."""
     root = tmp_path / "run"
     with ExitStack() as opened:
 
@@ -374,7 +374,7 @@ def test_a_save_recycles_the_files_of_a_retired_step(catalog: Catalog, tmp_path:
     assert (catalog.steps(), names(tmp_path), len(spares(tmp_path))) == ([2], ["step-00000002"], 1)
 
     partial = Path(begin(catalog, 3, [DATA_NAME, "another.safetensors"]))
-    assert os.listdir(partial) == [DATA_NAME], "neither the manifest nor what is not wanted"
+    assert os.listdir(partial) == [DATA_NAME], "neither the manifest nor unwanted files"
     assert os.stat(partial / DATA_NAME).st_ino == inode
     assert (partial / DATA_NAME).read_bytes() == b"1"
     assert [os.listdir(tmp_path / SPARE / name) for name in spares(tmp_path)] == [[]]
@@ -478,7 +478,7 @@ def test_an_unsynced_retirement_is_not_recycled(
 
 
 def begin_two(catalog: Catalog) -> None:
-    """Saves 4 and 5, each in a spare of its own; 3 is committed."""
+    """Saves 4 and 5, each with its own spare; 3 is committed."""
     for step in (1, 2, 3):
         save(catalog, step)
     retire(catalog, 1)
@@ -557,7 +557,7 @@ def check_order(done: list[tuple[str, ...]], root: str) -> None:
             assert ("sync", taken_from) in done[at:now], f"{target} was published before its files had left the spare"
 
 
-# -- what the reused files hold ---------------------------------------------------------------------------------------
+# -- the content of reused files --------------------------------------------------------------------------------------
 
 
 def test_a_spare_manifest_is_trusted_if_this_process_retired_the_step(
@@ -588,7 +588,7 @@ def test_no_other_spare_manifest_is_trusted(
         stored[1].write_bytes(stored[1].read_bytes()[:-5])
     save(catalog, 2)
     retire(catalog, 1)
-    if how == "failed save":  # it took the spare, and its files are gone with it
+    if how == "failed save":  # the save took the spare, and its files are deleted
         fill(begin(catalog, 3, [DATA_NAME]), b"3")
         catalog.discard(3)
         assert spares(tmp_path) == []
@@ -606,7 +606,7 @@ def test_a_file_that_is_not_moved_is_not_reused(catalog: Catalog, tmp_path: Path
 
 
 def test_a_directory_handle_of_a_retired_step_never_leads_to_a_later_step(catalog: Catalog) -> None:
-    """As rsync or tar that stands in it."""
+    """As rsync or tar does inside it."""
     save(catalog, 1)
     handle = os.open(catalog.path(1), os.O_RDONLY | os.O_DIRECTORY)
     for step in (2, 3, 4):
@@ -620,7 +620,7 @@ def test_a_directory_handle_of_a_retired_step_never_leads_to_a_later_step(catalo
     os.close(handle)
 
 
-# -- one that cannot be moved or deleted ------------------------------------------------------------------------------
+# -- steps and spares that cannot be moved or deleted -----------------------------------------------------------------
 
 
 class Stubborn(Filesystem):
@@ -655,7 +655,7 @@ def test_a_step_that_cannot_be_retired_is_passed_over_with_one_warning(tmp_path:
             catalog.retire()
     assert catalog.steps() == [1, 6, 7]
     assert [str(w.message).split(": ")[0] for w in told] == [f"rename of {catalog.path(1)}"]
-    with pytest.raises(StorageError):  # asked for by name it is an error
+    with pytest.raises(StorageError):  # if it is named, it is an error
         catalog.delete(1)
     catalog.close()
     again = Catalog(str(tmp_path), Filesystem(), spare_max=1, facts=StepFacts)
@@ -940,7 +940,7 @@ def test_a_manifest_is_read(catalog: Catalog, stored: tuple[Manifest, Path]) -> 
 
 
 def damage(path: Path) -> dict[str, Callable[[], object]]:
-    """Ways in which a manifest can be no manifest."""
+    """Ways in which a manifest can be damaged."""
     elsewhere = path.with_name("elsewhere")
 
     def link() -> None:
@@ -1035,7 +1035,7 @@ def test_renames_of_an_earlier_process_are_synced_at_open(tmp_path: Path, filesy
         Catalog(str(tmp_path), filesystem, spare_max=2, facts=StepFacts)
     Catalog(
         str(tmp_path), filesystem, spare_max=2, facts=StepFacts
-    ).close()  # the one that failed does not hold the lock
+    ).close()  # the failed catalog does not hold the lock
 
 
 def test_a_path_where_no_directory_can_be_made(tmp_path: Path) -> None:
@@ -1119,7 +1119,7 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path, how: str) -> None:
         assert holder.wait() == -signal.SIGKILL
         Catalog(
             str(tmp_path), Filesystem(), spare_max=1, facts=StepFacts
-        ).close()  # the forked child lives on, and does not hold it
+        ).close()  # the forked child is alive, and does not hold the lock
     finally:
         holder.stdout.close()
         holder.kill()
@@ -1233,13 +1233,13 @@ def test_a_holder_in_another_pid_namespace_is_not_named_as_a_process_here(tmp_pa
     holder.close()
 
 
-# -- any order of all of these ----------------------------------------------------------------------------------------
+# -- operations in any order ------------------------------------------------------------------------------------------
 
 REFUSALS = ["rename", "sync_directory"]
 
 
 class Directory(RuleBasedStateMachine):
-    """A catalog against the set of steps that must be there."""
+    """A catalog, compared with the set of steps that must exist."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1266,7 +1266,7 @@ class Directory(RuleBasedStateMachine):
         self.exit.close()
 
     def attempt(self, call: Callable[[], object]) -> bool:
-        """Whether it succeeded; only an armed fault may make it fail."""
+        """Whether an operation succeeded; only an armed fault may make it fail."""
         armed, self.filesystem.armed = self.armed, self.armed
         self.armed = None
         try:

@@ -1,4 +1,4 @@
-"""Seal and publish: several writers of one checkpoint, each with files and a manifest part of its own."""
+"""Seal and publish: several writers of one checkpoint, each with its own files and part of the manifest."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def seal_as(filesystem: Filesystem, partial: str, rank: int) -> DigestedFile:
 
 
 def seal_all(filesystem: Filesystem, partial: str) -> list[DigestedFile]:
-    """All ranks, each in a thread of its own."""
+    """All ranks, each in its own thread."""
     parts: dict[int, DigestedFile] = {}
     threads = [
         threading.Thread(target=lambda rank=rank: parts.update({rank: seal_as(filesystem, partial, rank)}))

@@ -41,7 +41,7 @@ MODEL, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "mani
 
 
 def opened(directory: Path, **options: Any) -> engine.Engine:
-    """An Engine with blocks that are small enough for a few of them."""
+    """An Engine with blocks so small that a file has several."""
     return engine.Engine(directory, **{"staging_bytes": 16 * BLOCK, "block_bytes": BLOCK, "keep": None} | options)
 
 
@@ -59,8 +59,8 @@ class Training(NamedTuple):
 
 
 def training() -> Training:
-    """Tensors of 4800 bytes, so that some cross blocks; and enough others that the optimizer's header is of two blocks,
-    or chunks of the two files would end at the same bytes."""
+    """Tensors of 4800 bytes, so that some cross blocks; and enough others for a header of two blocks in the optimizer's
+    file, so that chunks of the two files do not end at the same bytes."""
     norms = (torch.nn.LayerNorm(40) for _ in range(12))
     model = torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.Linear(30, 40), *norms)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -94,7 +94,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Sound:
 
 @pytest.fixture
 def copy(sound: Sound, tmp_path: Path) -> Path:
-    """A directory to ruin."""
+    """A directory to damage."""
     return shutil.copytree(sound.directory, tmp_path / "copy")
 
 
@@ -219,7 +219,7 @@ def test_swapped_and_duplicated_blocks_are_named(sound: Sound, copy: Path) -> No
 def test_another_checkpoints_file_of_the_same_layout_is_found(sound: Sound, copy: Path, file: str) -> None:
     shutil.copy(copy / OLD / file, copy / NEW / file)
     damage = ruined(copy, sound, f"{NEW}/{file}")
-    # The header is the same in both: those are the very bytes that were written.
+    # The header is the same in both files, so its blocks verify.
     data = next(row["header_bytes"] for row in sound.body["files"] if row["name"] == file)
     assert [row.offset for row in damage] == [o for name, _, o, _ in blocks(sound.body) if name == file and o >= data]
 
@@ -269,7 +269,7 @@ def test_a_manifest_of_any_other_length_is_refused(sound: Sound) -> None:
             decode(wrong)
 
 
-# -- files that are none ----------------------------------------------------------------------------------------------
+# -- files that are not regular ---------------------------------------------------------------------------------------
 
 
 def listen(path: Path) -> None:
@@ -323,11 +323,11 @@ def test_a_step_replaced_by_a_file_is_damage(sound: Sound, copy: Path, step: int
                 eng.restore(state.arena, step)
 
 
-# -- what damage leaves behind ----------------------------------------------------------------------------------------
+# -- after damage -----------------------------------------------------------------------------------------------------
 
 
 def flip_last(path: Path) -> None:
-    """Change the last byte of a file; the second time it is as it was."""
+    """Change the last byte of a file; a second call restores it."""
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -390,7 +390,7 @@ def test_a_refused_restore_does_not_tear_the_arena(copy: Path, failing: str) -> 
 
 @pytest.fixture
 def grown(tmp_path: Path) -> Path:
-    """Step 1 holds `a`; step 2 holds `a`, another value of it, and `b`, and its last byte, of `b`, is wrong."""
+    """Step 1 holds `a`.  Step 2 holds `b` and another value of `a`; its last byte, of `b`, is wrong."""
     with opened(tmp_path) as eng:
         eng.checkpoint(engine.Arena.wrap({"a": torch.ones(3000)}), step=1).result()
         eng.checkpoint(engine.Arena.wrap({"a": torch.zeros(3000), "b": torch.ones(3000)}), step=2).result()
@@ -408,11 +408,11 @@ def test_load_returns_nothing_of_a_checkpoint_that_was_passed_over(grown: Path) 
             pytest.raises(engine.ArgumentError, match="matches no tensor of step 1"),
         ):
             eng.load(select="b")
-        assert eng.load(select="a")["a"].eq(0).all(), "what is sound of the newest is not damaged"
+        assert eng.load(select="a")["a"].eq(0).all(), "a tensor of the newest in undamaged blocks can be loaded"
 
 
 def test_an_arena_stays_torn_where_no_older_checkpoint_fits_it(grown: Path) -> None:
-    """A refusal of the older one does not repair the bytes that the damaged one has left."""
+    """Refusing the older step does not repair the bytes that the damaged one left in the arena."""
     arena = engine.Arena.wrap({"a": torch.zeros(3000), "b": torch.zeros(3000)})
     with opened(grown) as eng:
         with (
@@ -426,7 +426,7 @@ def test_an_arena_stays_torn_where_no_older_checkpoint_fits_it(grown: Path) -> N
 
 
 def test_a_checkpoint_that_does_not_fit_is_not_passed_over(copy: Path) -> None:
-    """An older one might fit, and the training would go back without a word."""
+    """Otherwise an older step might fit, and the training would go back without notice."""
     arena = engine.Arena.wrap({"a": torch.zeros(3)})
     with opened(copy) as eng:
         eng.checkpoint(arena, step=3).result()
@@ -437,7 +437,7 @@ def test_a_checkpoint_that_does_not_fit_is_not_passed_over(copy: Path) -> None:
 
 
 def test_verify_sets_no_step_aside(copy: Path) -> None:
-    """Only a training that has restored an older one passes it again."""
+    """Only a training that has restored an older step reaches the damaged one again."""
     state = training()
     with opened(copy) as eng:
         flip_last(copy / NEW / OPTIMIZER)
@@ -489,7 +489,7 @@ def test_a_save_without_a_number_comes_after_the_damaged_step(copy: Path) -> Non
 @pytest.mark.parametrize("kind", ["block", "length", "missing", "manifest"])
 @pytest.mark.parametrize("block_bytes", [BLOCK, 2 * BLOCK])
 def test_damage_leaves_no_descriptor_open(tmp_path: Path, kind: str, block_bytes: int) -> None:
-    """Of blocks larger than the slots a pipeline of its own is opened, which goes with the restore."""
+    """For blocks larger than the slots another pipeline is opened, and closed with the restore."""
     state = training()
     with opened(tmp_path, block_bytes=block_bytes) as eng:
         eng.checkpoint(state.arena, step=2).result()
@@ -558,7 +558,7 @@ def test_verify_does_not_take_missing_descriptors_for_damage(copy: Path) -> None
 def test_slots_for_larger_blocks_are_no_larger_than_the_files(
     sound: Sound, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A hostile block size is the largest there may be, 1 GiB, and slots are pinned."""
+    """A hostile manifest has the largest allowed block size, 1 GiB."""
     body = json.loads(json.dumps(sound.body))
     body["block_bytes"] = 1 << 30
     names = [row["name"] for row in body["files"]]
@@ -680,7 +680,7 @@ def test_options_of_the_right_names_and_the_wrong_types_are_damage(
 
 
 def test_a_shape_that_no_tensor_can_have_is_damage(tmp_path: Path) -> None:
-    """No elements, so no length is wrong; yet torch cannot make it."""
+    """It has no elements, so no length is wrong, but torch cannot make it."""
     with opened(tmp_path) as eng:
         eng.checkpoint(engine.Arena.wrap({"a": torch.ones(3), "b": torch.empty(0)}), step=1).result()
     path = tmp_path / OLD / MANIFEST
@@ -717,7 +717,7 @@ def test_a_link_in_place_of_the_private_directory_is_not_followed(copy: Path, tm
 
 
 def test_a_lock_file_with_a_second_name_is_not_written_to(copy: Path, tmp_path: Path) -> None:
-    """As it has in a directory that was copied with cp --link, which must not keep its engine out."""
+    """A directory that was copied with cp --link has such a file, and must still open."""
     precious = tmp_path / "precious"
     precious.write_text("precious")
     (copy / ".engine/lock").unlink()

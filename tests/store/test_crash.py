@@ -126,7 +126,7 @@ def test_a_later_fsync_does_not_recover_writes_lost_by_a_failed_one() -> None:
 
 
 def test_the_state_that_keeps_everything_equals_the_real_directory(tmp_path: Path) -> None:
-    """The recorder misses nothing: its traces lead to the very files that the engine has made."""
+    """The recorder misses nothing: its traces lead to the same files as the engine made."""
     for index, (name, scenario) in enumerate(SCENARIOS.items()):
         directory = tmp_path / str(index)
         directory.mkdir()
@@ -136,7 +136,7 @@ def test_the_state_that_keeps_everything_equals_the_real_directory(tmp_path: Pat
         live = done.live(len(done.operations))
         modelled = {path: live.files.get(inode) for path, inode in live.walk()}
         real = {str(path.relative_to(directory)): path for path in directory.rglob("*")}
-        del real[f"{RUN}/.engine/lock"]  # its content is of no account
+        del real[f"{RUN}/.engine/lock"]  # its content does not matter
         assert modelled == {path: file.read_bytes() if file.is_file() else None for path, file in real.items()}, name
 
 
@@ -178,7 +178,7 @@ def test_a_case_is_determined_by_its_number(values: tuple[int, ...]) -> None:
     assert Case.of(Case(*values).number) == Case(*values)
 
 
-# -- what it sees -------------------------------------------------------------------------------------------------
+# -- what the simulator detects -----------------------------------------------------------------------------------
 
 
 def first_violation(checker: Checker, cases: Iterable[Case]) -> Violation | None:
@@ -212,8 +212,8 @@ def test_a_reader_without_checksums_is_detected() -> None:
     assert violation is not None and "was damaged, and is restored" in str(violation)
 
 
-def test_the_lines_in_their_order_are_the_real_commit(recorder: Recorder) -> None:
-    """The mutations that swap lines of `commit` start from a copy of it, and this is the copy's proof."""
+def test_the_reordering_copy_of_commit_equals_the_real_one(recorder: Recorder) -> None:
+    """The mutations that swap lines of `commit` use a copy of it; this checks the copy."""
     with checking(reordered("C1 C2 C3 C4 C6")) as (copied, _):
         index = list(SCENARIOS).index("recycled_save")
         assert copied.scenario(index).trace.operations == recorder.scenario(index).trace.operations

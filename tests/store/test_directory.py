@@ -37,7 +37,7 @@ DATA_NAME = "model.safetensors"
 
 
 def manifest_of(step: int) -> bytes:
-    """The manifest of a step that holds nothing."""
+    """The manifest of a step without tensors."""
     layout = lay_out([])
     plan = plan_of(layout, [], ALIGNMENT, ALIGNMENT)
     manifest = Manifest(
@@ -127,7 +127,7 @@ def test_a_run_is_read_on_a_read_only_mount() -> None:
 def test_a_step_retired_while_it_is_read_is_named_and_gives_no_bytes_of_a_later_step(
     catalog: Catalog, root: Path
 ) -> None:
-    """Retired it can still be read; recycled its files are gone, and never those of a later step."""
+    """A retired step can still be read.  A recycled step's files are gone, and never those of a later step."""
     save(catalog, 1)
     directory = Directory(str(root), Filesystem())
     told = pytest.raises(RetiredError, match=r"step 1 .* was retired while it was read; committed steps: 4")

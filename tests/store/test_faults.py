@@ -55,10 +55,10 @@ OPTIONS: Mapping[str, Any] = {**SMALL, "keep": 2, "max_async": 1, **BACKEND}
 ERRORS = [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EAGAIN, errno.ENOMEM, errno.EMFILE]
 by_errno = pytest.mark.parametrize("error", ERRORS, ids=errno.errorcode.__getitem__)
 
-# As many as make every later call fail, too.
+# So many that every later call fails, too.
 FOR_EVER = 1_000_000
 
-HANG_S = 60  # ends a test that hangs; nothing here takes a second
+HANG_S = 60  # ends a test that hangs; every wait here is short
 
 injected: Counter[str] = Counter()
 
@@ -74,7 +74,7 @@ def counted() -> Iterator[None]:
 def nothing_leaks() -> Iterator[None]:
     before = held()
     yield
-    for _ in range(500):  # the kernel ends a ring's workers in its own time
+    for _ in range(500):  # the kernel ends a ring's workers later
         if held() == before:
             break
         time.sleep(0.01)
@@ -83,7 +83,7 @@ def nothing_leaks() -> Iterator[None]:
 
 @contextmanager
 def opened(root: Path, **options: Any) -> Iterator[engine.Engine]:
-    """An Engine with small slots; a limit on locked memory is no matter here."""
+    """An Engine with small slots, which fit any limit on locked memory."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "'io_uring_plain' is used", engine.EngineWarning)
         eng = engine.Engine(root, **{**OPTIONS, **options})
@@ -92,7 +92,7 @@ def opened(root: Path, **options: Any) -> Iterator[engine.Engine]:
 
 
 def save(eng: engine.Engine, step: int | None, payload: int) -> int:
-    """Save new contents, and wait for the end of it; returns the step."""
+    """Save new contents, and wait for the save to end; returns the step."""
     training().fill(payload)
     return eng.checkpoint(training().arena, step, snapshot="eager").result(HANG_S).step
 
@@ -214,17 +214,17 @@ def check_error(error: engine.EngineError, calls: list[Call], code: int) -> None
 
 
 def check_refused(error: engine.EngineError | None, told: list[str], system: SystemCalls, code: int) -> None:
-    """The refusal has failed the act with the right error, or it may be passed over and was warned about."""
+    """Assert that the refusal failed the act with the right error, or was passed over with a warning."""
     injected["system calls"] += len(system.refused)
     grave = [call for call in system.refused if not call.is_probe and call.operation != "close"]
     if code in (errno.ENOSPC, errno.EDQUOT):
         grave = [call for call in grave if not call.is_scratch]
-    if isinstance(error, engine.CorruptError):  # the newest were passed over for it, and none was left
+    if isinstance(error, engine.CorruptError):  # every step was passed over
         assert code == errno.EIO and len(told) == 2 and all(os.strerror(code) in text for text in told)
     elif error is not None:
         check_error(error, grave, code)
     else:
-        assert told or not grave, f"nobody heard of {grave}"
+        assert told or not grave, f"{grave} was not reported"
 
 
 def disturb(scenario: Scenario, root: Path, code: int, start: int, count: int) -> bool:
@@ -263,7 +263,7 @@ def committed(root: Path) -> set[tuple[str, int]]:
 
 
 def visible_all_the_same(there: set[tuple[str, int]], root: Path, system: SystemCalls) -> set[int]:
-    """The steps that a failed save has left, which is only ever the known gap of I3 in docs/durability.md."""
+    """The steps left by a failed save: only the known gap of I3 in docs/durability.md allows one."""
     left = {name for name, _ in committed(root) - there}
     for name in left:
         syncs = {call.operation for call in system.refused if call.path == os.path.realpath(root)}
@@ -273,10 +273,10 @@ def visible_all_the_same(there: set[tuple[str, int]], root: Path, system: System
 
 
 def check_goes_on(eng: engine.Engine, held_steps: Mapping[int, int], visible: set[int]) -> None:
-    """All that was saved is there, and the Engine restores and saves."""
+    """Assert that all saved steps exist, and that the Engine restores and saves."""
     for step, payload in held_steps.items():
         assert stored(eng, step) == content(payload)
-    if visible:  # a step that this Engine does not count is in the way of one of the same number
+    if visible:  # a step that this Engine does not count blocks a save of that number
         with logged(logging.ERROR), pytest.raises(engine.StepError, match="open a new Engine"):
             save(eng, max(visible), 20)
     free = max([*eng.steps(), *visible], default=0) + 1 if visible else None
@@ -292,7 +292,7 @@ def test_one_system_call_refused_during_a_save(prepared: Path, tmp_path: Path, n
     assert count >= 10, "hardly anything was refused"
 
 
-# A disk that has gone, and one that the kernel has made read-only for it.
+# A disk that is gone, and a file system that the kernel made read-only for that.
 from_one_on = pytest.mark.parametrize("error", [errno.EIO, errno.EROFS], ids=errno.errorcode.__getitem__)
 
 
@@ -359,15 +359,15 @@ def test_every_system_call_refused_from_one_on_during_open(
 
 # -- reads and writes of blocks ---------------------------------------------------------------------------------------
 
-# No medium gives these for a moment only; the pipeline tries the others again.
+# These errors are never transient; the pipeline retries the others.
 LASTING = [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS]
 PASSING = [errno.EINTR, errno.EAGAIN, errno.ENOMEM]
 
-# More than the pipeline tries an operation, and more than it takes of a ring that refuses (native/pipeline.c).
+# More than the pipeline's tries of an operation and of a submission (native/pipeline/pipeline.c).
 RETRIES = 17
 REFUSALS = 101
 
-ABSENT = -7.0  # no tensor that was saved holds it
+ABSENT = -7.0  # a value that no saved tensor has
 
 
 class Blocks:
@@ -377,7 +377,7 @@ class Blocks:
         self.engine, self.table, self.root = eng, table, root
 
     def arm(self, script: Mapping[int, Fault], **options: Any) -> int:
-        """Have these operations go wrong; returns the number of the first."""
+        """Make these operations fail; returns the number of the first."""
         self.table.arm(script, **options)
         injected["blocks"] += len(script)
         return len(self.table.operations)
@@ -388,7 +388,7 @@ class Blocks:
             return outcome(lambda: save(self.engine, 3, 3))[0]
 
     def restore(self, step: int | None = 2) -> engine.EngineError | None:
-        """A restore into tensors that hold nothing that was saved; none of them gets a byte that is wrong."""
+        """A restore into tensors with other values; none of them may get a wrong byte."""
         tensors = training().arena.state_dict()
         for tensor in tensors.values():
             tensor.fill_(ABSENT)
@@ -406,7 +406,7 @@ class Blocks:
         self.table.heal()
         for name, wanted in self.engine.load(2).items():
             assert tensors[name].eq(wanted).logical_or(tensors[name].eq(ABSENT)).all(), name
-        restore(self.engine, 2)  # whole again, for the tests that follow
+        restore(self.engine, 2)  # for later tests the arena must be whole
 
     def check_failed(self, error: engine.EngineError | None, code: int, operation: str, number: int) -> None:
         """An error that names this operation; no step 3; and the engine works on."""
@@ -493,7 +493,7 @@ def test_a_transient_error_of_a_block(prepared: Path, tmp_path: Path, act: str, 
 @acts
 @pytest.mark.parametrize("error", PASSING, ids=errno.errorcode.__getitem__)
 def test_a_refused_submission(prepared: Path, tmp_path: Path, act: str, error: int) -> None:
-    """In passing it is made again; for ever, and every job fails until the Engine is opened again."""
+    """A transient refusal is retried; after a lasting one every job fails until the Engine is opened again."""
     with blocks(prepared, tmp_path) as it:
         it.table.refuse([error] * (REFUSALS - 1))
         assert run(it, act) is None
@@ -546,12 +546,12 @@ class Gated(NamedTuple):
     gate: threading.Event
 
     def hold(self) -> None:
-        """From now on nothing completes.  Called while no job is under way."""
+        """Let nothing complete from now on.  Called while no job is running."""
         self.gate.clear()
         self.table.operations.clear()
 
     def wait_started(self) -> None:
-        """Return once an operation is under way."""
+        """Return when an operation is in flight."""
         until(lambda: len(self.table.operations) > 0)
 
 
@@ -570,7 +570,7 @@ def gated(directory: Path, filesystem: Filesystem | None = None) -> Iterator[Gat
 
 
 class Closing(Filesystem):
-    """Notes whether blocks could still be moved when a data file was closed."""
+    """Records whether blocks were still in flight when a data file was closed."""
 
     def __init__(self) -> None:
         self.data: set[int] = set()
@@ -596,7 +596,7 @@ class Closing(Filesystem):
 def test_a_failed_save_closes_no_file_with_writes_in_flight(
     tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another file could get the number of a descriptor that is closed too early, and the writes with it."""
+    """A descriptor that is closed too early may be reused by another file, which then gets the writes."""
     filesystem = Closing()
     with gated(tmp_path, filesystem) as it, logged(logging.ERROR):
         it.hold()
@@ -649,7 +649,7 @@ def test_an_interrupted_restore_closes_no_file_with_reads_in_flight(
 
 
 def test_the_lock_is_held_until_the_last_read_has_ended(tmp_path: Path) -> None:
-    """Another Engine could write over the very files that are read: a step that is pinned is pinned in one Engine."""
+    """Another Engine could overwrite the files that are being read: pins are of one Engine."""
     with ThreadPoolExecutor(2) as pool, gated(tmp_path) as it:
         it.gate.set()
         save(it.engine, 1, 3)
@@ -688,7 +688,7 @@ FAULTS = st.one_of(
 def test_short_transfers_in_any_order(
     prepared: Path, tmp_path: Path, act: str, script: dict[int, Fault], seed: int | None, block_bytes: int
 ) -> None:
-    """Success means the right bytes, and a failure is typed and leaves nothing."""
+    """A success has the right bytes; a failure has a typed error and leaves nothing."""
     with blocks(prepared, tmp_path, block_bytes=block_bytes, staging_bytes=4 * block_bytes) as it:
         it.arm(script, order=None if seed is None else random.Random(seed))
         error = run(it, act)

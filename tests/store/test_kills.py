@@ -30,7 +30,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.mark.parametrize("kind", VOLUMES)
 def test_a_training_survives_kills_everywhere(server: Server, kind: str) -> None:
-    """Every other file system has saves with company, the others without; the campaign has both on each."""
+    """Half of the file systems are tested with a second save in flight; the campaign tests both on each."""
     figures = Figures()
     seed = 0 if "CI" in os.environ else random.SystemRandom().getrandbits(32)
     with volume(kind, VOLUMES[kind]) as root:
@@ -45,11 +45,11 @@ def test_a_training_survives_kills_everywhere(server: Server, kind: str) -> None
     assert figures.recycled_count, "no save has recycled anything"
 
 
-# -- what it sees -------------------------------------------------------------------------------------------------
+# -- what the checks detect ---------------------------------------------------------------------------------------
 
 
 class Damage:
-    """A directory that an engine which loses checkpoints might leave after its second step."""
+    """Damage that a faulty engine might leave after its second step."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -101,7 +101,7 @@ def test_the_kill_campaign_detects_damage(server: Server, tmp_path: Path, name: 
 
 
 def test_the_kill_campaign_detects_a_failed_run(server: Server, tmp_path: Path) -> None:
-    """The one that follows finds the newest step damaged, and passes over it."""
+    """The next run finds the newest step damaged, and passes over it."""
     ordeal = Ordeal(server, tmp_path, "any", random.Random(0), Figures())
     ordeal.end()
     Damage(tmp_path / "run").flipped_bit()

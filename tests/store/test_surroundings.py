@@ -52,7 +52,7 @@ def holds(eng: engine.Engine, step: int) -> bool:
 
 
 def fill_up(root: Path, left: int) -> None:
-    """Leave so many bytes free."""
+    """Fill the disk up to this many free bytes."""
     free = Filesystem().free_bytes(str(root))
     assert free is not None
     with (root / "hog").open("ab") as hog:
@@ -64,7 +64,7 @@ def fill_up(root: Path, left: int) -> None:
 
 @pytest.mark.parametrize(("kind", "nbytes"), [("ext4", 128 << 20), ("xfs", XFS_BYTES_MIN)])
 def test_recycled_saves_need_no_free_room(kind: str, nbytes: int) -> None:
-    """XFS refuses fallocate(2) over blocks that are there, if as many are not free."""
+    """XFS refuses fallocate(2) over existing blocks unless as many are free."""
     arena = arena_of((24 << 20) + 100)
     with volume(kind, nbytes) as root, opened(root / "run", keep=2) as eng:
         for step in range(4):
@@ -76,7 +76,7 @@ def test_recycled_saves_need_no_free_room(kind: str, nbytes: int) -> None:
 
 
 def test_only_the_missing_blocks_of_a_longer_file_are_allocated() -> None:
-    """Nothing that is there is asked for again, and no hole is left."""
+    """Existing blocks are not allocated again, and no hole is left."""
     with volume("ext4", 64 << 20) as root:
         filesystem, path = Filesystem(), str(root / "file")
         for nbytes in (5000, 4096 * 4, 4096 * 4 + 1, 4096 * 9):
@@ -123,7 +123,7 @@ def test_the_remedies_for_a_full_disk_help(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT], ids=errno.errorcode.__getitem__)
 def test_surplus_steps_are_deleted_when_the_quota_is_reached(tmp_path: Path, error: int) -> None:
-    """statvfs(3) does not know of quotas: the file system says so when blocks are allocated."""
+    """statvfs(3) does not report quotas: the file system refuses when blocks are allocated."""
     arena = arena_of(100)
     with opened(tmp_path, keep=None) as eng:
         for step in range(3):
@@ -185,7 +185,7 @@ def without_direct(suffix: str) -> Iterator[list[str]]:
 
 
 def test_a_file_that_refuses_direct_io_is_opened_buffered() -> None:
-    """Its directory took it when the backend was chosen."""
+    """The directory took O_DIRECT when the backend was chosen."""
     arena = arena_of((3 << 20) + 77)
     with volume("ext4", 64 << 20) as root, opened(root / "run") as eng:
         assert eng.backend != "buffered"
@@ -202,7 +202,7 @@ def test_a_host_without_fallocate_saves(tmp_path: Path) -> None:
         assert holds(eng, 1)
 
 
-# -- what users do ----------------------------------------------------------------------------------------------------
+# -- user actions -----------------------------------------------------------------------------------------------------
 
 
 def test_a_step_deleted_by_hand_is_passed_over_and_can_be_saved_again(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from volumes import BTRFS_BYTES_MIN, XFS_BYTES_MIN, volume
 
-# The smallest that tests ask for.
+# The smallest size that tests use.
 SMALL_BYTES = 16 << 20
 SIZES = {"ext4": SMALL_BYTES, "xfs": XFS_BYTES_MIN, "btrfs": BTRFS_BYTES_MIN, "tmpfs": SMALL_BYTES, "ramfs": 0}
 

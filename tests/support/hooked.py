@@ -1,7 +1,7 @@
-"""A file system that asks before it acts, so that a test can hold an operation back or refuse it.
+"""A file system that calls a test before each operation, so that the test can delay or refuse it.
 
-Theory of operation.  `before` is called with what is about to happen, in the thread that does it.  It may block, and
-it may raise.  Where the owner of a directory is another process, `owner_process` has the question travel to the test.
+Theory of operation.  `before` is called with the operation, in the thread that is about to do it.  It may block, and it
+may raise.  If the owner of a directory is another process, `owner_process` sends the call to the test.
 
 Rules: no torch; the owner's process imports this.
 """

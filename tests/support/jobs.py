@@ -1,6 +1,6 @@
 """Native jobs for tests: tensors and runs are packed into a job and run through a pipeline.
 
-`engine.format.plan` cuts them, and has tests of its own.  The packing is that of `writer` and `reader`.
+`engine.format.plan` cuts them, and has its own tests.  The packing is that of `writer` and `reader`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python tests/support/kill_campaign.py --kills 5000 --seed 1
     python tests/support/kill_campaign.py --seed 1 --replay ROUND KIND
 
-A round is one ordeal on each file system, in a directory of its own.  The volumes stay, and age.  Random choices
+A round is one ordeal on each file system, in a new directory.  The volumes are reused, and age.  Random choices
 follow from the seed, the round and the file system.  The first violation after a kill ends the campaign, with the
 arguments that repeat the ordeal.  Kills at a random moment are repeated at the same time, but may hit another
 operation.

@@ -1,7 +1,7 @@
 """Kills: a training is killed again and again in one directory, and the promises are checked after every kill.
 
 Theory of operation.  `Server` runs `trainee.py`, which forks a process for each life.  An `Ordeal` is the history of
-one directory on one file system: life after life, each killed at a point of its own, and a last one that is not killed.
+one directory on one file system: life after life, each killed at another point, and a last one that is not killed.
 
 After each life the test reads the disk itself, with the stock safetensors library and no Engine.  Every directory named
 `step-N` holds, bit for bit, the state of an undisturbed training after N steps.  The newest is at least as new as the
@@ -55,7 +55,7 @@ LINES = {
 # machine one in three is killed before all are written.
 _PARTS, _TRIES_MAX = 8, 8
 
-# Here all writes usually end before another thread runs, so that a kill between them is luck.
+# Here all writes usually end before another thread runs, so a kill between them is not required.
 IN_MEMORY = ("tmpfs",)
 
 # The steps of a life that is killed at a random moment, and of one that measures the time: most of it saves.
@@ -81,7 +81,7 @@ _SENTINEL = b"not the engine's\n"
 
 
 class Lost(AssertionError):
-    """After a kill something did not hold."""
+    """A promise was broken after a kill."""
 
 
 class Server:
@@ -102,7 +102,7 @@ class Server:
         self._reference: list[str] = []
 
     def live(self, directory: Path | str, **life: Any) -> Outcome:
-        """Have one life lived; how it ended, and its log."""
+        """Run one life; returns its end and its log."""
         self._log.unlink(missing_ok=True)
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(asdict(Life(str(directory), str(self._log), **life))) + "\n")
@@ -129,7 +129,7 @@ class Server:
 
 @contextmanager
 def serving(scratch: Path) -> Iterator[Server]:
-    """A Server for as long as it is wanted."""
+    """A Server until the end of the `with` block."""
     server = Server(scratch)
     try:
         yield server
@@ -299,7 +299,7 @@ class Ordeal:
         return self._live("save", number, keep=1, step_count=1)
 
     def writes(self) -> None:
-        """Killed while the blocks of a save are being written: once at least, but in memory."""
+        """Killed while the blocks of a save are being written; at least once, except on tmpfs."""
         before = self._figures.torn_count
         for number in range(_PARTS * _TRIES_MAX):
             if number >= _PARTS and (self._figures.torn_count > before or self._kind in IN_MEMORY):

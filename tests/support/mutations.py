@@ -1,8 +1,8 @@
 """Mutations: the ways to break the durability sequence, one at a time.
 
 Theory of operation.  Each row of `MUTATIONS` changes the running code, not its files: it drops the fsync of one line of
-docs/durability.md, swaps two lines, or removes a guard.  `tests/store/test_crash.py` demands that the simulator detects
-each.  The row names the scenario that detects it, and whether a kill must come first.
+docs/durability.md, swaps two lines, or removes a guard.  `tests/store/test_crash.py` requires that the simulator
+detects each.  The row names the scenario that detects it, and whether a kill must come first.
 
 An fsync is named by the function that calls it, the end of its path, and its number where that function calls it more
 than once.  `commit_in` is `engine.store.commit.commit` with its lines in another order; a test compares it with the

@@ -2,12 +2,12 @@
 
 Theory of operation.  A template process is started once for a test session, without torch.  Each time an Engine is
 opened it forks, and the child owns that Engine's directory: the lock, the catalog, the files of its saves.  A child has
-a control socket from the trainer.  Each request comes through a socket of its own, which the control socket carries, so
-that a request that blocks holds up no other.  A step that is opened to be read keeps its socket until it is left.  When
-the control socket ends, so does the child.
+a control socket from the trainer.  Each request has its own socket, which is sent through the control socket, so that a
+request that blocks delays no other.  A step that is opened for reading keeps its socket until it is closed.  The child
+ends with the control socket.
 
 A message is a pickled value after its length, with descriptors beside it (unix(7), SCM_RIGHTS).  Before an operation a
-hooked file system asks through the socket of the request that it works for.
+hooked file system calls the test through the socket of its request.
 
 Rules: no torch.  `remote` is the other end.
 """
@@ -35,7 +35,7 @@ from engine.store.owner import Owner
 
 _LENGTH = struct.Struct("!Q")
 
-# What one message can carry (unix(7), SCM_MAX_FD).
+# The limit of one message (unix(7), SCM_MAX_FD).
 _DESCRIPTORS_MAX = 253
 
 

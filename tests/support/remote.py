@@ -1,8 +1,8 @@
 """A Store whose directory is owned by another process: the trainer's end of `owner_process`.
 
-Theory of operation.  `RemoteOwner` is a `WriteAccess`, and all that it knows of the directory it asks for.  Files come
-as descriptors.  Where a test's file system wants to be asked before an operation, the owner's process sends the
-question here, and the thread whose request it belongs to answers.
+Theory of operation.  `RemoteOwner` is a `WriteAccess` that sends every call to the owner's process.  Files come back as
+descriptors.  If a test's file system has a hook before operations, the owner's process sends the call of the hook here,
+and the thread of that request runs it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class OwnerProcesses:
         self.owners: list[RemoteOwner] = []
 
     def own(self, root: str, filesystem: Filesystem, spare_max: int, retention: Retention | None = None) -> RemoteOwner:
-        """What `Store` takes in place of `Owner`."""
+        """The argument `own` of `Store`, in place of `Owner`."""
         ours, theirs = socket.socketpair()
         send(self._connection, None, [theirs.fileno()])
         theirs.close()

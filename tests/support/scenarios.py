@@ -1,6 +1,6 @@
-"""Scenarios: short lives of an engine, of which every instant is tried as a crash.
+"""Scenarios: short lives of an engine, with a simulated crash at every instant.
 
-Theory of operation.  Each is a function that drives an engine in a `World` and notes what the engine reports:
+Theory of operation.  Each is a function that drives an engine in a `World` and records the engine's reports:
 
 * ``began`` a save of a step with a payload; ``reported`` when its `result()` has returned,
 * ``listed`` when an open lists a step, which promises as much as a report,
@@ -224,7 +224,7 @@ def _commit_by_ranks(
     manifest: bytes | bytearray,
     await_turn: Callable[[], None],
 ) -> str:
-    """`commit` with several writers, each in a thread with a file and a part of its own."""
+    """`commit` with several writers, each with its own thread, file and part."""
     partial, files = catalog.partial_path(step), catalog.files(step)
     parts: dict[int, DigestedFile | None] = {}
     turns = _Turns(world, len(RANKS))

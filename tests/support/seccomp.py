@@ -1,7 +1,7 @@
 """Make the kernel refuse system calls of this process, as a container's seccomp profile does.
 
 Theory of operation.  A filter is a program of the classic Berkeley packet filter that examines the number of each
-system call (seccomp(2), SECCOMP_SET_MODE_FILTER).  It cannot be removed, so it belongs in a process of its own.
+system call (seccomp(2), SECCOMP_SET_MODE_FILTER).  It cannot be removed, so use it in a separate process.
 Threads that start later inherit it; running threads do not get it.
 
 `refuse` always gives the same answer.  `supervise` calls a function each time (seccomp_unotify(2)), so that a call can
@@ -46,7 +46,7 @@ def refuse(error: int, numbers: tuple[int, ...] = IO_URING) -> None:
 def supervise(answer: Callable[[int, list[int]], int], numbers: tuple[int, ...] = IO_URING) -> None:
     """Call a function for each of these system calls of this thread, and of threads that it starts from now on.
 
-    The function gets its number and arguments, in a thread of its own, and returns an errno, or 0 to allow the call.
+    The function gets its number and arguments, in a separate thread, and returns an errno, or 0 to allow the call.
     """
     listening: SimpleQueue[int] = SimpleQueue()
     threading.Thread(target=_answer, args=(listening, answer), daemon=True).start()

@@ -66,7 +66,7 @@ def specs(
 
 @st.composite
 def places(draw: st.DrawFn, layout: Layout) -> list[tuple[int, int]]:
-    """The locations of the segments: all in one arena (adopted), or each in a source of its own (wrapped)."""
+    """The locations of the segments: all in one arena (adopted), or each in its own source (wrapped)."""
     first = len(layout.files)
     if draw(st.booleans()):
         return [(first, segment.arena_offset) for segment in layout.segments]

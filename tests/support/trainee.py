@@ -355,7 +355,7 @@ class _Trainee:
 
 
 def live(life: Life) -> None:
-    """Live one life, in a process of its own."""
+    """Live one life, in its own process."""
     torch.set_num_threads(1)  # so that sums are formed in one order
     log = Log(life.log)
     log("started")
