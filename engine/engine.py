@@ -45,7 +45,7 @@ DEFAULTS = Options()
 
 
 class _Unset(Enum):
-    """The default of `keep`, for which None means something."""
+    """The default of `keep`, because None means to keep everything."""
 
     UNSET = "the rule that is stored with the run"
 
@@ -54,18 +54,19 @@ class Engine(Reading):
     """Checkpoints of one directory.
 
     Args:
-        directory: where; created if it is not there.
-        keep: how many committed checkpoints to leave; None for all.  Short for ``retention=Retention(last=keep)``.
-        retention: which checkpoints are kept; stored with the run.  Without it and `keep` the rule that the run was
-            last given goes on; a new run keeps two.
-        options: how the Engine works; any of its fields may also be given by its own keyword.
-        filesystem: how to reach the directory; tests inject faults here.
+        directory: of the checkpoints; created if it does not exist.
+        keep: the number of committed checkpoints to keep; None for all.  Short for
+            ``retention=Retention(last=keep)``.
+        retention: the rule that says which checkpoints are kept; stored with the run.  Without it and `keep` the stored
+            rule is used; a new run keeps two.
+        options: the tunables; any of them may also be given by its own keyword.
+        filesystem: the file operations; tests inject faults here.
 
     Raises:
         ArgumentError: a number is out of range.
         LockedError: another Engine has the directory.
-        PlatformError: the backend insisted on does not work here; says why, and what would help.
-        StorageError: the directory cannot be made, read or synced.
+        PlatformError: the requested backend does not work here; has the cause and the remedy.
+        StorageError: the directory cannot be created, read or synced.
     """
 
     def __init__(
@@ -89,9 +90,9 @@ class Engine(Reading):
             self._in_flight = InFlight(options.max_async)
             self._checkpointer = Checkpointer(self._store, options, self._in_flight, self._workers)
             self._closing = False
-            # For an Engine that is never closed: at its collection, or at exit.  In a forked child it does nothing.
+            # Closes an Engine that is collected, or still open at exit.  In a forked child it does nothing.
             self._closer = weakref.finalize(self, _shut_down, self._in_flight, self._workers, self._store)
-            undo.pop_all()  # last: Ctrl-C before it gives everything back
+            undo.pop_all()  # last: an earlier Ctrl-C closes everything
 
     # -- saving -----------------------------------------------------------------------------------------------
 
@@ -111,12 +112,11 @@ class Engine(Reading):
     ) -> Save:
         """Make an arena durable while training goes on.
 
-        Blocks until a permit is free (see `on_busy`), and until what may change next has been staged: with
-        ``"lazy"`` what no fence protects (`Arena.unfenced`), with ``"eager"`` everything.  Everything else happens in
-        the background.
+        Blocks until a permit is free (see `on_busy`), and until a part of the arena is staged: with ``"lazy"`` the
+        tensors that no fence protects (`Arena.unfenced`), with ``"eager"`` all.  The rest happens in the background.
 
         Args:
-            arena: what to save.
+            arena: the tensors to save.
             step: its number, after every committed step and every step in flight; None for the next one.
             extra: a tree of plain values and small tensors, copied now.
             chunk_count, chunk_bytes: how to cut the files into chunks (see `format.plan.chunk_size`).
@@ -126,12 +126,12 @@ class Engine(Reading):
             on_busy: with `max_async` saves in flight ``"wait"`` for one to end, ``"raise"`` BusyError, or
                 ``"skip"``: the Save returned has failed with BusyError and nothing was done.
             metrics: numbers by name, for listings and for ``Retention(best=...)``.
-            tag: a label; a checkpoint that has one is never retired, only deleted by `delete`.
+            tag: a label; a checkpoint with a tag is never retired, only deleted by `delete`.
             files: small files to store beside the tensors, such as a model's config.json: plain names to bytes.
 
         Raises:
             ArenaError: a tensor of the arena cannot be stored, or a restore of it has failed half-way.
-            UsageError: a signal handler calls it that interrupts it.
+            UsageError: a signal handler that interrupts `checkpoint` calls it.
             ArgumentError, ExtraError, StepError, BusyError, ClosedError: see the messages.
         """
         self._check_usable()
@@ -149,7 +149,7 @@ class Engine(Reading):
         return self._in_flight.wait(timeout)
 
     def rollback(self, step: int) -> list[int]:
-        """Take every committed step after this one out of service, to train on from it; returns them.
+        """Retire every committed step after this one, to train on from it; returns the retired steps.
 
         Blocks until that is durable.
 
@@ -161,7 +161,7 @@ class Engine(Reading):
         return self._in_flight.while_idle(lambda: self._store.catalog.retire_after(step))
 
     def delete(self, step: int) -> None:
-        """Delete a committed checkpoint, a tagged one too, and give its room back.  Blocks until that is durable.
+        """Delete a committed checkpoint, even a tagged one, and free its room.  Blocks until that is durable.
 
         Raises:
             NotFoundError: the step is not committed.
@@ -182,7 +182,7 @@ class Engine(Reading):
 
     @property
     def probe(self) -> Probe:
-        """What was tried when the Engine was opened, and why a better backend was not taken."""
+        """The backends tried when the Engine was opened, and why better ones do not work."""
         return self._store.probe
 
     # -- ending -----------------------------------------------------------------------------------------------
@@ -193,9 +193,9 @@ class Engine(Reading):
         return not self._closing and self._closer.alive
 
     def close(self) -> None:
-        """See every save in flight to its end, stop the native thread, give the directory back.  Blocks.
+        """Wait for every save in flight, stop the native thread, and release the directory.  Blocks.
 
-        May be called again: after Ctrl-C in the middle of it, that goes on where it was.
+        May be called again: after Ctrl-C the next call continues.
         """
         if self._workers.is_current():
             raise UsageError("close() would wait for the very thread that calls it; call it from another")
@@ -226,10 +226,10 @@ class Engine(Reading):
 
 
 def _shut_down(in_flight: InFlight, workers: Workers, store: Store) -> None:
-    """Drain and give back, in the order of use.  Each part may be done already."""
+    """Drain and release everything, in order.  Each part may be done already."""
     if store.pipeline.is_forked:
         return
-    if workers.is_current():  # the collector ran there, and a thread cannot wait for itself
+    if workers.is_current():  # the collector runs on a commit thread, which cannot wait for itself
         threading.Thread(target=_shut_down, args=(in_flight, workers, store)).start()
         return
     in_flight.close()
@@ -238,21 +238,21 @@ def _shut_down(in_flight: InFlight, workers: Workers, store: Store) -> None:
 
 
 def probe(directory: str | os.PathLike[str], *, options: Options = DEFAULTS, **tunables: Unpack[Tunables]) -> Probe:
-    """Find out which backend an Engine with these options would use in a directory, and why not a better one.
+    """Find the backend that an Engine with these options would use in a directory, and why better ones do not work.
 
-    Blocks while a block is written and read.  Takes no lock and leaves nothing behind.  For that time it has the slots
-    of such an Engine: beside another one a limit on locked memory may not be enough for both.
+    Blocks while a block is written and read.  Takes no lock and leaves nothing behind.  It uses as many slots as
+    such an Engine, so beside an open Engine a limit on locked memory may be too small for both.
 
     Raises:
         ArgumentError: a number is out of range.
-        StorageError: no file can be made in the directory, for instance because it is not there.
+        StorageError: no file can be made in the directory, for instance because it does not exist.
     """
     options = replace(options, **tunables)
     return find(os.path.realpath(path_of(directory)), Filesystem(), options.slot_count, options.block_bytes)
 
 
 def _rule(keep: int | _Unset | None, retention: Retention | None) -> Retention | None:
-    """The retention rule that was given, or None."""
+    """The rule given by these arguments, or None."""
     if isinstance(keep, _Unset):
         return retention
     if retention is not None:

@@ -29,8 +29,8 @@ _FORBIDDEN = "give this user the right to read and write there, or use another d
 _UNFIT = "the file system does not do what is asked of it; keep checkpoints on ext4, XFS or btrfs"
 _PASSING = "the kernel was short of something for a moment; save or restore again"
 
-# The kernel's errors when the medium does not return the written bytes: an I/O error of the device, of a remote
-# one, or a checksum or structure of the file system's own (btrfs, XFS).
+# The kernel's errors when the medium does not return the written bytes: an I/O error of a local or remote device, or a
+# wrong checksum or structure of the file system (btrfs, XFS).
 MEDIA_ERRORS = (codes.EIO, codes.EREMOTEIO, codes.ENODATA, codes.EBADMSG, codes.EUCLEAN)
 
 # The remedy for each errno of an operation on files (errno(3), and the pages of the calls).
