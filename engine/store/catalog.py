@@ -13,14 +13,14 @@ later step.  `retire` makes its renames durable before anything may be taken fro
 moves out of the spare durable before the rename to the final name (docs/durability.md, I4 and I5).
 
 A move that is not durable may revert at a power cut, after the file was overwritten.  So a spare found at open may
-hold torn files under a valid manifest, which is not believed.  Only a spare that this process sealed and retired
-tells what its files hold, and only while they are as they were sealed.
+hold torn files under a valid manifest, which is not trusted.  The manifest of a spare is trusted only if this process
+sealed and retired the step, and its files have not changed since.
 
-After a failed sync of a directory nobody knows which renames will last, so from then on nothing is retired, taken
-from spare or deleted; saves go on in fresh directories, and the next open starts from what is there.  Their names
-are numbered, step-N.1.partial, since a save of the same step may have failed and must stay as it is.
+After a failed sync of a directory it is unknown which renames will last.  From then on nothing is retired, taken from
+spare or deleted; saves go on in fresh directories, and the next open starts from the directory as it is.  The fresh
+names are numbered, step-N.1.partial, because the leftover of a failed save of the same step must stay as it is.
 
-A reader pins the step it reads, and a pinned step is not retired.  All methods may be called from any thread.
+A reader pins the step that it reads, and a pinned step is not retired.  All methods may be called from any thread.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ from engine.store.spares import Spares, Stamp, passing_over
 
 _log = logging.getLogger("engine")
 
-# ASCII: a regular expression takes the digits of other scripts for digits too.
+# ASCII: without it \d matches the digits of other scripts too.
 _PARTIAL_NAME = re.compile(r"step-\d{8,19}(?:\.\d+)?\.partial", re.ASCII)
 
 # Linux's PATH_MAX without the final NUL; below the root a path has a partial's name and a file's (NAME_MAX) at most.
@@ -77,7 +77,7 @@ class Begun(NamedTuple):
 
     Attributes:
         path: the directory.
-        recycled: what the reused files hold, or None where that is not certain.
+        recycled: the manifest of the reused files, or None if their content is not certain.
         reused: the names of the files that were moved into it from a spare.
     """
 
@@ -90,11 +90,11 @@ class Catalog(Directory):
     """The checkpoints of one directory, owned by one engine.
 
     Args:
-        root: the directory; created, with its parents, if it is not there.
-        filesystem: how to reach it.
-        spare_max: how many spare directories to keep; more are deleted.
-        retention: which checkpoints are kept; None for the rule that is stored with the run.
-        facts: what is known of a committed step; by default what its manifest says.
+        root: the directory; created, with its parents, if it does not exist.
+        filesystem: the file operations.
+        spare_max: the number of spare directories to keep; more are deleted.
+        retention: the rule that says which checkpoints are kept; None for the rule stored with the run.
+        facts: returns the facts of a committed step; by default from its manifest.
 
     Attributes:
         retention: the rule in effect.
@@ -102,8 +102,8 @@ class Catalog(Directory):
     Raises:
         CorruptError: the lock is not a regular file.
         LockedError: another engine has the directory.
-        StorageError: the directory cannot be made, read or synced, its path is too long to write files below it, or a
-            link is in the location of a directory of ours.
+        StorageError: the directory cannot be created, read or synced, its path is too long to write files below it, or
+            a link is in place of one of our directories.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Catalog(Directory):
         retention: Retention | None = None,
         facts: Callable[[int], StepFacts | None] | None = None,
     ) -> None:
-        # Not Directory's own __init__: it refuses a directory that is not there yet.
+        # Not Directory.__init__, which refuses a directory that does not exist yet.
         self.filesystem = filesystem
         self.root = filesystem.real_path(root)  # the directory itself, where `root` is a link to it
         self._spare_max = spare_max
@@ -139,14 +139,14 @@ class Catalog(Directory):
             raise
         _open_catalogs.add(self)
 
-    # -- what is there ----------------------------------------------------------------------------------------
+    # -- reading ----------------------------------------------------------------------------------------------
 
     def steps(self) -> list[int]:
         """Committed steps, oldest first.  Does not wait for a thread that is moving directories."""
         return list(self._steps)
 
     def partial_path(self, step: int) -> str:
-        """Where a step lies while it is being written."""
+        """The path of a step while it is being written."""
         return self._fresh_paths.get(step) or self.path(step) + ".partial"
 
     @contextmanager
@@ -181,10 +181,10 @@ class Catalog(Directory):
             with self._mutex:
                 self._pins.discard(pin)
 
-    # -- a save's way through the directory -------------------------------------------------------------------
+    # -- begin, publish, discard ------------------------------------------------------------------------------
 
     def check_room(self, nbytes: int) -> None:
-        """See whether a save of so many bytes has the room, before anything of it is there.
+        """Check that there is room for a save of this many bytes, before it begins.
 
         What the spare that it will take holds is room too: files of the same names are overwritten, others deleted.
         Where that is not enough, what the rule does not keep is given up first.
@@ -202,7 +202,7 @@ class Catalog(Directory):
                 raise NoSpaceError(self.root, nbytes, nbytes - room, only_newest=not lower)
 
     def free_surplus(self) -> bool:
-        """Give up what the rule does not keep, and all spares but the next to be taken; whether there was any.
+        """Retire the steps that the rule does not keep, and delete all spares but the next one; True if there was any.
 
         Asked for when a disk is full.  The newest committed step always stays.
         """
@@ -215,9 +215,9 @@ class Catalog(Directory):
             return (len(self._steps), len(self._spares.names())) != before
 
     def check_place(self) -> None:
-        """See whether the directory is still the one that was locked: another Engine may have the one in its place.
+        """Check that the directory is still the locked one: another Engine may own a directory in its place.
 
-        Asked before anything there is made, moved or deleted, so that what is wrong is found before it does harm.
+        Called before anything there is created, moved or deleted.
 
         Raises:
             StorageError: it was removed (ENOENT) or replaced (ESTALE).
@@ -229,7 +229,7 @@ class Catalog(Directory):
             raise StorageError(errno.ESTALE, "stat", path)
 
     def begin(self, step: int, names: Sequence[str]) -> Begun:
-        """Make `step-N.partial`, and move into it those files of a spare that are wanted.
+        """Make `step-N.partial`, and move the wanted files of a spare into it.
 
         Raises:
             StepError: something that is no checkpoint of ours has the step's name.
@@ -237,7 +237,7 @@ class Catalog(Directory):
         self.check_place()
         self._check_name_free(step)
         if self._sound:
-            # There only if an earlier save of this step failed and could not be deleted.
+            # Exists only if an earlier save of this step failed and could not be deleted.
             with passing_over() as failed:
                 self._spares.remove(self.partial_path(step))
         with self._mutex:
@@ -255,12 +255,12 @@ class Catalog(Directory):
         return Begun(partial, recycled if self._spares.are_sealed(partial, reused, stamps) else None, reused)
 
     def vouch(self, step: int, stamps: Mapping[str, Stamp]) -> None:
-        """This process has sealed and published a step, whose files had these stamps then."""
+        """Record that this process sealed and published a step whose files had these stamps."""
         with self._mutex:
             self._spares.vouch(step, stamps)
 
     def distrust(self, step: int) -> None:
-        """A step was found damaged: no save may rely on the content of its files."""
+        """Record that a step is damaged: no save may rely on the content of its files."""
         with self._mutex:
             self._spares.distrust(step)
 
@@ -269,7 +269,7 @@ class Catalog(Directory):
         self.check_place()
         spare = self._spares.taken_by(step)
         if spare is not None:
-            # Not in `begin`: it would hold up the first write, and here the data's fsync has done most of it.
+            # Not in `begin`, where it would delay the first write.  Here the data's fsync has done most of the work.
             self._sync(spare)
         with self._mutex:
             assert step not in self._steps, f"step {step} is committed already"
@@ -277,7 +277,7 @@ class Catalog(Directory):
             try:
                 self._sync(self.root)
             except StorageError:
-                # Visible but not known to be durable is not committed: take it back.
+                # A visible step that may not be durable is not committed: rename it back.
                 with suppress(StorageError):
                     self.filesystem.rename(self.path(step), self.partial_path(step))
                 raise
@@ -289,9 +289,9 @@ class Catalog(Directory):
         return self.path(step)
 
     def discard(self, step: int) -> None:
-        """Delete what a failed save has left.  Best effort: what stays is found by the next open."""
+        """Delete the leftovers of a failed save.  Best effort: the next open finds the rest."""
         if not self._sound:
-            # A power cut may yet show it under its final name, and then it must be whole.
+            # After a power cut it may have its final name, and must then be whole.
             self._in_flight.discard(step)
             return
         with suppress(StorageError):
@@ -303,7 +303,7 @@ class Catalog(Directory):
     # -- out of service ---------------------------------------------------------------------------------------
 
     def retire(self) -> None:
-        """Take all steps out of service that the rule does not keep, save those that are being read.
+        """Retire all steps that the rule does not keep, except those that are being read.
 
         Called only once a newer step is durable.  Deletes the spares that are too many.  A step that cannot be moved is
         passed over with one warning.
@@ -314,7 +314,7 @@ class Catalog(Directory):
                 self._spares.trim(self._spare_max)
 
     def retire_after(self, step: int) -> list[int]:
-        """Take every step later than this one out of service, newest first, and return them.
+        """Retire every step later than this one, newest first, and return them.
 
         Raises:
             NotFoundError: this step is not committed.
@@ -334,7 +334,7 @@ class Catalog(Directory):
             return later
 
     def delete(self, step: int) -> None:
-        """Delete a committed step, a tagged one too, and give its room back.  Durable when it returns.
+        """Delete a committed step, even a tagged one, and free its room.  Durable when it returns.
 
         Raises:
             NotFoundError: there is no such step.
@@ -353,7 +353,7 @@ class Catalog(Directory):
                 self._spares.delete_newest()
 
     def set_aside(self, step: int) -> str | None:
-        """Rename a damaged step to `step-N.damaged`, out of the way of a new one, and leave it to the user.
+        """Rename a damaged step to `step-N.damaged`, which only the user deletes; its number is free then.
 
         Returns the new path, or None where the step's directory has been deleted by hand.
         """
@@ -373,27 +373,27 @@ class Catalog(Directory):
 
     def close(self) -> None:
         """Give the directory back."""
-        with self._closing:  # or two threads close the descriptor, and the second one another owner's
+        with self._closing:  # otherwise a second thread could close a descriptor that was reused
             if self._lock is not None:
                 self.filesystem.close(self._lock)
                 self._lock = None
 
     def close_in_child(self) -> None:
-        """Close a forked child's copy of the lock, whatever the parent's threads were doing at the fork."""
+        """Close a forked child's copy of the lock; a thread of the parent may have held `_closing` at the fork."""
         self._closing = threading.RLock()
         self.close()
 
     # -- how: opening -----------------------------------------------------------------------------------------
 
     def _make_directories(self) -> None:
-        """Create what is missing of the root and our own directories, each made durable in its parent."""
+        """Create the missing ones of the root and our own directories, each durable in its parent."""
         if len(os.fsencode(self.root)) > _ROOT_BYTES_MAX:  # every save would fail
             raise StorageError(errno.ENAMETOOLONG, "mkdir", self.root)
         missing = []
         path = self._spares.path
         while not self.filesystem.is_directory(path):
             status = self.filesystem.status(path)
-            # A link would lead what is retired, deleted and locked out of the directory.
+            # A link would lead retirement, deletion and the lock out of the directory.
             if status is not None and path in (self._private, self._spares.path):
                 raise StorageError(errno.ELOOP if stat.S_ISLNK(status.st_mode) else errno.ENOTDIR, "open", path)
             missing.append(path)
@@ -402,19 +402,19 @@ class Catalog(Directory):
             try:
                 self.filesystem.make_directory(path)
             except StorageError as error:
-                if error.errno != errno.EEXIST:  # another process was as quick
+                if error.errno != errno.EEXIST:  # another process has made it
                     raise
             self._sync(os.path.dirname(path))
 
     def _recover(self) -> tuple[int, ...]:
-        """Make durable what an earlier process left, move what it did not finish to spare, and list the steps."""
+        """Make the state of an earlier process durable, move its unfinished saves to spare, and list the steps."""
         names = self.filesystem.list_directory(self.root)
         # A process killed between a rename or mkdir and its fsync leaves a name that is visible but could still
-        # vanish, and older steps must not be retired on its word.
+        # vanish, and no older step may be retired because of it.
         try:
             self.filesystem.sync_directory(os.path.dirname(self.root))
         except StorageError as error:
-            if error.errno != errno.EACCES:  # a parent that may be passed through and not read cannot be synced
+            if error.errno != errno.EACCES:  # a parent without read permission cannot be synced
                 raise
         self._sync(self._private)
         self._sync_moves()
@@ -431,7 +431,7 @@ class Catalog(Directory):
         return tuple(committed_steps(self.filesystem, self.root, names))
 
     def _settle_retention(self, explicit: Retention | None) -> Retention:
-        """The rule in effect: the one given, or the one stored with the run; stores the one given, and a new run's."""
+        """The rule in effect: the given one, or the one stored with the run.  Stores a given rule, and a new run's."""
         path = os.path.join(self._private, "retention.json")
         stored: Retention | None = None
         is_stored = self.filesystem.status(path) is not None
@@ -463,7 +463,7 @@ class Catalog(Directory):
             self.filesystem.rename(new, path)
             self._sync(self._private)
         except StorageError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # a full disk must not keep a restore out
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # a full disk must not prevent a restore
                 raise
             with suppress(StorageError):
                 self.filesystem.unlink(new)
@@ -472,7 +472,7 @@ class Catalog(Directory):
     # -- how: moving ------------------------------------------------------------------------------------------
 
     def _retire(self, steps: Sequence[int], demanded: bool = False) -> None:
-        """Move steps to spare, durably.  One that may not be moved is passed over, or with `demanded` an error."""
+        """Move steps to spare, durably.  A step that may not be moved is passed over, or with `demanded` raises."""
         self.check_place()
         try:
             for step in steps:
@@ -481,7 +481,7 @@ class Catalog(Directory):
                     retire(self.path(step))
                 else:
                     self._spares.pass_over(self.path(step), retire)
-        finally:  # if one of several is refused, the next save may take those before it
+        finally:  # if one of several is refused, the next save may take the earlier ones
             if steps:
                 self._sync_moves()
 
@@ -489,22 +489,22 @@ class Catalog(Directory):
         try:
             self._spares.add(path, step)
         except StorageError as error:
-            if error.errno != errno.ENOENT:  # somebody has deleted it: out of service all the same
+            if error.errno != errno.ENOENT:  # it was deleted by hand, which is as good
                 raise
         self._forget(step)
 
     def _surplus(self) -> list[int]:
-        """The steps that the rule does not keep and nobody reads."""
+        """The steps that the rule does not keep and that are not being read."""
         return to_retire(self.retention, self._steps, self._facts_of, self._read_steps())
 
     def _end(self, step: int) -> None:
-        """Forget a save in flight, and delete what is left of the spare that it took."""
+        """Forget a save in flight, and delete the spare that it took."""
         self._in_flight.discard(step)
         if self._sound:
             self._spares.release(step)
 
     def _room(self) -> int | None:
-        """The bytes that a save can write; None where the file system does not say."""
+        """The bytes that a save can write; None if the file system does not report them."""
         free = self.filesystem.free_bytes(self.root)
         return None if free is None else free + (self._spares.room() if self._sound else 0)
 
@@ -518,7 +518,7 @@ class Catalog(Directory):
         return self._facts[step]
 
     def _read_facts(self, step: int) -> StepFacts | None:
-        """What a step's manifest says of tag and metrics; None where that cannot be read, and one warning."""
+        """The tag and metrics in a step's manifest; None, with one warning, if it cannot be read."""
         try:
             with super().opened(step) as opened:
                 found = opened.summary()
@@ -553,7 +553,7 @@ class Catalog(Directory):
             raise StepError(f"{path} is in the way of step {step}, and this Engine has not made it: {remedy}")
 
     def _fresh_path(self, step: int) -> str:
-        """Where to write a step, when what lies there already must stay as it is."""
+        """A path for a step whose partial directory already exists and must stay as it is."""
         names = self.filesystem.list_directory(self.root)
         numbered = (f"{step_name(step)}.{number}.partial" for number in itertools.count(1))
         return os.path.join(self.root, next(name for name in numbered if name not in names))
