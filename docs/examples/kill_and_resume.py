@@ -3,7 +3,7 @@
     python docs/examples/kill_and_resume.py
 
 1. Run `train_gpt.py` undisturbed, and time its checkpoints beside torch.save with fsync.
-2. Run it again as a process of its own, and kill it (SIGKILL) at a random moment of a save.
+2. Run it again as a separate process, and kill it (SIGKILL) at a random moment of a save.
 3. Start it once more: it resumes from the newest committed checkpoint.
 4. Compare the weights of 1 and 3, and read the checkpoint of 3 with the stock safetensors library.
 """

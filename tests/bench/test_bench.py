@@ -228,7 +228,7 @@ def test_a_peer_that_fails_midway_is_dropped_and_the_others_continue(tmp_path: P
     assert rounds.record.notes == ["failing failed later: OSError: no more"]
 
 
-# As much of fio as matters here: it writes whole blocks only, and makes a file anew that is shorter than it should be.
+# The parts of fio that matter here: it writes whole blocks only, and makes a file anew that is too short.
 LIKE_FIO = """#!{python}
 import json, os, sys
 options = dict(word[2:].split("=", 1) for word in sys.argv[1:])
@@ -282,7 +282,7 @@ def test_fio_alternates_between_its_lent_files(like_fio: measure.Rounds) -> None
                 measure.timed_save(saver)  # which renames them
         assert [inodes.index(each) for each in written] == [0, 1, 1, 2, 2, 0, 0, 1]
         assert [path.stat().st_ino for path in saver.data_files()] == inodes, "and they are still recycled"
-        assert not list(like_fio.directory.glob("fio-*")), "it has made none of its own"
+        assert not list(like_fio.directory.glob("fio-*")), "it has made no other files"
     finally:
         saver.close()
 
@@ -537,7 +537,7 @@ def test_the_stand_in_replaces_the_engine_in_a_goal() -> None:
     assert outcome(record, "restore, cold, beside fio").standin is None
     record.samples.append(sample("ours", "engine", "one layer", ready_s=0.02, read_bytes=goals.BLOCK_BYTES))
     record.samples.append(sample("ours", "engine", "one layer", ready_s=0.02, read_bytes=goals.BLOCK_BYTES))
-    assert outcome(record, "one layer: share").standin is None, "two blocks are no stand-in for what lies in one"
+    assert outcome(record, "one layer: share").standin is None, "two blocks are no stand-in for a tensor within one"
 
 
 def test_without_samples_no_goal_is_met_or_missed() -> None:
@@ -680,8 +680,8 @@ def test_every_hundred_steps_is_computed_from_every_ten() -> None:
 
 
 def test_the_steps_of_a_checkpoint_end_with_the_one_after_it_is_durable() -> None:
-    """A clock that goes on by one a step, by ten in those until the save is durable, by three in the next, and by two
-    in one that comes later."""
+    """A clock that advances by one a step, by ten in steps until the save is durable, by three in the next step, and by
+    two in a later one."""
     now = 0.0
     durable: Future[None] = Future()
     steps: list[int] = []

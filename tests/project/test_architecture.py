@@ -28,7 +28,7 @@ TEXT_SUFFIXES = {"", ".py", ".c", ".h", ".md", ".toml", ".txt", ".sh", ".json", 
 
 
 def relative(path: Path) -> str:
-    """The path as a person would say it, for test ids and messages."""
+    """The path relative to the root, for test ids and messages."""
     return path.relative_to(ROOT).as_posix()
 
 
@@ -56,7 +56,7 @@ def test_no_native_file_is_dead() -> None:
 
 def test_nothing_is_committed_by_accident() -> None:
     tops = {relative(path).split("/")[0] for path in committed_files()}
-    assert tops == TOP_FILES | set(SOURCE_DIRECTORIES), "what a run has left behind is committed, or a file is missing"
+    assert tops == TOP_FILES | set(SOURCE_DIRECTORIES), "a leftover of a run is committed, or a file is missing"
 
 
 def test_every_decision_is_linked() -> None:

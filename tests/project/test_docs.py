@@ -62,7 +62,7 @@ def test_relative_links_lead_to_files(page: Path) -> None:
     assert not broken, f"{relative(page)} links to {broken}"
 
 
-# Named by pages, and not in a clone: a build product, and a package that the design plans.
+# Pages name these, but a clone does not have them: a build product, and a planned package.
 ELSEWHERE = {"engine/_native.abi3.so", "engine/integrations/"}
 
 
@@ -94,7 +94,7 @@ CHANGES = (
 
 
 class Recorder(Filesystem):
-    """Writes down every operation that changes something or makes it durable, with its paths under `root`."""
+    """Records every operation that changes something or makes it durable, with its paths under `root`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

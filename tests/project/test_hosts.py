@@ -47,7 +47,7 @@ def save(eng: engine.Engine, step: int) -> None:
 
 
 def check_steps(root: Path, steps: list[int]) -> None:
-    """Exactly these steps exist, with their saved contents."""
+    """Assert that exactly these steps exist, with their saved contents."""
     assert [name for name in names(root) if name.startswith("step-")] == [f"step-{step:08d}" for step in steps]
     assert all(stored(root, step)["a"].eq(step).all() for step in steps)
 
@@ -65,7 +65,7 @@ def refusal(act: Callable[[], object], code: int) -> engine.StorageError:
 
 
 class Unasked(Filesystem):
-    """Does not say how much room is left, so that a save finds out by itself."""
+    """Does not report free space, so that a save meets ENOSPC."""
 
     def free_bytes(self, directory: str) -> int | None:
         return None
@@ -73,7 +73,7 @@ class Unasked(Filesystem):
 
 @contextmanager
 def filler(directory: Path) -> Iterator[None]:
-    """Fills the file system to its last block, until it is left."""
+    """Fills the file system to its last block until the end of the `with` block."""
     path = directory / "filler"
     with path.open("wb", buffering=0) as file:
         while True:
@@ -107,7 +107,7 @@ def test_saves_work_again_when_a_full_disk_has_room(filesystem: type[Filesystem]
 
 
 def test_a_disk_without_inodes() -> None:
-    """There is room, but for no more names."""
+    """There is free space, but no inode left."""
     with volume("ext4", VOLUME_BYTES, mkfs=("-N", "64")) as disk:
         root = disk / "run"
         with engine.Engine(root, **SMALL) as eng:
@@ -208,7 +208,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run Python source in a process of its own, in which these tests' modules can be imported."""
+    """Run Python source in a separate process that can import the modules of these tests."""
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -219,7 +219,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_directory_made_read_only() -> None:
-    """For an ordinary user: root may write anywhere."""
+    """As an ordinary user, because root may write anywhere."""
     root = tempfile.mkdtemp()
     os.chmod(root, 0o777)
     try:
@@ -294,7 +294,7 @@ def test_out_of_descriptors_at_every_point(tmp_path: Path) -> None:
         import resource, sys, warnings
         from test_hosts import *
         from leaks import held
-        warnings.simplefilter("ignore", engine.EngineWarning)  # with few descriptors not every backend can be had
+        warnings.simplefilter("ignore", engine.EngineWarning)  # with few descriptors not every backend works
         root = Path(sys.argv[1])
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 
