@@ -174,7 +174,7 @@ def _measure(options: argparse.Namespace) -> Record:
 
 
 def _command(options: argparse.Namespace) -> str:
-    """What to type for the same run; where it wrote is nobody's business but the host's, which is described."""
+    """The command for the same run, without the directory: the host is described, not named."""
     words = ["python -m engine.bench"]
     words += ["--quick"] if options.quick else []
     words += [f"--size {options.size:g}"] if options.size is not None else []
@@ -285,7 +285,7 @@ def _memory(rounds: Rounds, scales: Scales) -> None:
 
 
 def _size(rounds: Rounds, scales: Scales) -> None:
-    """The engine, peers where they take less than minutes, and fio, at each size."""
+    """The engine, fio, and peers that take less than minutes, at each size."""
     for nbytes in _fitting(rounds, scales.sizes):
         small = nbytes <= scales.peers_bytes_max
         state = make_state(nbytes, MAIN_COUNT, plain=small)
@@ -449,8 +449,8 @@ def _flight_turn(eng: engine.Engine, arena: engine.Arena, count: int) -> Turn:
 
 
 def _fitting(rounds: Rounds, sizes: tuple[int, ...]) -> list[int]:
-    """The sizes that there is room for: an arena, or its tensors, beside the original; on disk what is kept and being
-    written, and a margin for the peers, which the largest do without."""
+    """The sizes for which there is room: in memory an arena, or its tensors, beside the original; on disk the kept
+    checkpoints, the one being written, and a margin for the peers."""
     memory = _available_memory()
     room = shutil.disk_usage(rounds.directory).free
     fitting = [size for size in sizes if 2.2 * size < memory and 5.2 * size < room]

@@ -2,8 +2,8 @@
 
     python -m engine.bench.compare BASE
 
-Theory of operation.  The revision is checked out into a temporary worktree and built in an environment of its own, as
-`make sanitize` does; the benchmark that is run on both is this tree's, so it need not have had one.  Both run in turns
+Theory of operation.  The revision is checked out into a temporary worktree and built in its own environment, as
+`make sanitize` does.  Both run the benchmark of this tree, so the revision need not have one.  Both run in turns
 (base, this, base, this ...), each time in a fresh process, because runs of one process agree with each other more than
 with the next one's.  The median of each run is one number, and `noise.chance` says how likely the difference between
 the two groups of them is if there is none.  Slower or faster is said when that is less than one in a hundred, so that

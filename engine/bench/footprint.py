@@ -1,4 +1,4 @@
-"""Memory beyond the state: the peak of a saver, in a process of its own.
+"""Memory beyond the state: the peak of a saver, in a fresh process.
 
     python -m engine.bench.footprint NAME NBYTES TENSORS DIRECTORY
 
@@ -27,7 +27,7 @@ TINY_BYTES = 1 << 20
 
 
 def turns(rounds: Rounds, nbytes: int, tensor_count: int, names: tuple[str, ...]) -> dict[tuple[str, str], Turn]:
-    """A turn in a process of its own for each that has a row and no reason against it."""
+    """A turn in a fresh process for each subject that has a row and can run."""
     for kind in SAVERS:
         if kind.name in names and rounds.wanted(kind.name):
             rounds.introduce(kind.name, "save", kind.how)

@@ -20,7 +20,7 @@ OURS = "engine"
 BLOCK_BYTES = 4 << 20  # the default of Engine
 MEMORY_SLACK_BYTES = 16 << 20
 SLOWDOWN_AT = "every 10"  # steps: the headline setting of PCcheck
-# A rarer checkpoint costs as much as one every ten steps; what that would have to wait for, it need not.
+# A rarer checkpoint costs as much as one every ten steps, without the wait for the save before it.
 COMPUTED = ("computed: every 25", "computed: every 100")
 # The kinds of fio's jobs, as they begin the settings of its samples; those that goals are set by also beside a copy.
 OVERWRITTEN, PREALLOCATED, FRESH, READ = "overwritten", "preallocated", "fresh", "read"
@@ -30,7 +30,7 @@ COPIED = (OVERWRITTEN, PREALLOCATED, READ)
 LIMITS = (*JOBS, *(f"{what}{BESIDE}" for what in COPIED))
 # The settings of our turns that are no section of their own.
 RECYCLED, FIRST, RESTORED, PART, LOOK = "recycled", "first", "restored", "one layer", "look"
-PART_BLOCKS = 2  # that one layer lies in, of the state that most is measured with: it has 3.4 MB
+PART_BLOCKS = 2  # the blocks of one layer of the main state: it has 3.4 MB
 STAGED_WHOLE = "engine staged whole"
 # The subjects of segments of training that save nothing: ordinary tensors, and an arena that has adopted them.
 NONE, ADOPTED = "no checkpoints", "no checkpoints, adopted"
@@ -45,7 +45,7 @@ class Outcome:
 
     `standin` is the value with a part of the work in place of the engine: fio beside a copy, a read without a
     checkpoint around it (both in `limits`), or the look at every tensor without a save after it.  It comes from the
-    same rounds, except for fio beside peers.  It is no bound, and has noise of its own.
+    same rounds, except for fio beside peers.  It is no bound, and is noisy too.
     """
 
     what: str
@@ -81,7 +81,7 @@ def outcomes(record: Record, peers: Iterable[str], loading_peers: Iterable[str])
     ]
 
 
-# -- what is compared ------------------------------------------------------------------------------------------------
+# -- comparisons -----------------------------------------------------------------------------------------------------
 
 
 def _median(samples: list[Sample], name: str) -> float:
@@ -114,7 +114,7 @@ def _settings(samples: Iterable[Sample]) -> list[str]:
 
 
 def slowdowns(record: Record, subject: str, setting: str) -> list[float]:
-    """A subject's slowdowns: in each round, what its checkpoints cost together, beside the undisturbed steps of their
+    """A subject's slowdowns: in each round the cost of its checkpoints, divided by the undisturbed steps of their
     periods.
 
     Args:
@@ -228,7 +228,7 @@ def _held(record: Record) -> list[Outcome]:
     return [
         beside("torch-checkpointing", 0.5),
         beside("DCP async_save", 0.01),
-        # "Flat" is the issue's word; twice is what a page of a larger plan that has left the cache may cost.
+        # "Flat" is the issue's word.  Twice is allowed: a larger plan has more pages outside the cache.
         _at_most("loop held, the largest size beside the smallest", 2, growth),
         _held_a_tensor(record, "loop held, a tensor, at the most tensors", setting=""),
     ]
@@ -354,7 +354,7 @@ def _with_standin(outcome: Outcome, standin: Compute) -> Outcome:
 
 
 def _held_a_tensor(record: Record, what: str, *, setting: str) -> Outcome:
-    """What a save and, in its place, the look at every tensor take for one, where there are the most."""
+    """The time for each tensor of a save, and of the look alone, with the most tensors."""
 
     def each_us(section: str, of: str, name: str) -> float:
         count = max(_known([sample.tensor_count for sample in record.select("tensors", OURS)]))

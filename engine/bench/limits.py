@@ -125,7 +125,7 @@ def fio_turns(
 
 
 def _are_lent(lent: Lent, what: str) -> bool:
-    """Whether there are files for a kind of job: none where a state is in several."""
+    """Whether there are files for a kind of job; there are none if a state is in several files."""
     return what in lent and bool(lent[what]())
 
 
@@ -138,7 +138,7 @@ def _in_turn(find: Callable[[], Sequence[Path]], first: int) -> Iterator[Path]:
 
 
 def _own_file(directory: Path, nbytes: int, what: str) -> Iterator[Path]:
-    """The one file of a job, in a directory of its own; it exists if the job overwrites or reads it."""
+    """The one file of a job, in its own directory; it exists if the job overwrites or reads it."""
     path = Path(tempfile.mkdtemp(prefix="fio-", dir=directory)) / "0"
     if what in (OVERWRITTEN, READ):
         # fio deletes a file that is shorter than it should be before it writes (extend_file in its filesetup.c).
@@ -200,8 +200,8 @@ class _Copy:
 
 
 def _beside(rounds: Rounds, copy: _Copy, job: Turn, *, looking: bool) -> Turn:
-    """The same job beside one copy in the time that it takes: the middle of its last three turns, as each may be on
-    another file; at first what it takes alone."""
+    """The same job beside one copy, spread over the time of the job: the median of its last three turns, as each may be
+    on another file; at first its time alone."""
     taken_s: deque[float] = deque(maxlen=3)
 
     def turn() -> Mapping[str, float]:
@@ -216,7 +216,7 @@ def _beside(rounds: Rounds, copy: _Copy, job: Turn, *, looking: bool) -> Turn:
 
 
 def _pread_turn(rounds: Rounds, lent: Lent) -> dict[tuple[str, str], Turn]:
-    """A turn for reading `PART_BLOCKS` blocks that nobody has in memory, with one call: the first of what fio reads."""
+    """A turn for reading `PART_BLOCKS` blocks that are in no cache, with one call: the first that fio reads."""
     if not rounds.wanted(PREAD):
         return {}
     rounds.introduce(PREAD, "limit", f"preadv(2), O_DIRECT, one call for {PART_BLOCKS} blocks of 4 MiB, huge pages")

@@ -127,7 +127,7 @@ class Rounds:
                 self.record.samples.append(Sample(section, key[0], *state, key[1], number, dict(measured)))
 
     def open_savers(self, savers: Iterable[type[Saver]], state: State, warm_up: int) -> dict[str, Saver]:
-        """Make savers, and let each save once, if at all: ours so often that the next save recycles what it keeps."""
+        """Make savers, and let each save once, if at all; ours so often that the next save recycles files."""
         opened = {}
         for kind in savers:
             if not self.wanted(kind.name):

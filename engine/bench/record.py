@@ -15,7 +15,7 @@ the last word of the name (``_s`` seconds, ``_bytes``).  Nothing derived is stor
     flight     several saves one after the other: ``seconds_s`` for all; the setting is how many may be in flight
     load       with a cold page cache: ``ready_s``, ``cpu_s``, ``read_bytes``
     part       one layer of it, cold: the same
-    memory     ``peak_bytes`` and ``anonymous_bytes`` beyond what there was before, in a process of its own
+    memory     ``peak_bytes`` and ``anonymous_bytes`` beyond the memory before, in a fresh process
     slowdown   each checkpoint of a training, every so many steps: ``step_s`` of an undisturbed step, ``excess_s`` that
                those from the checkpoint on took longer, ``rest_s`` that the next would have to wait for, ``held_s``;
                the setting is the interval

@@ -77,7 +77,7 @@ def tables(record: Record, goals: Iterable[Outcome]) -> list[Table]:
 
 
 def terminal(table: Table) -> str:
-    """A table with aligned columns; what is not a figure but a reason makes none of them wider."""
+    """A table with aligned columns; a reason in place of a figure makes no column wider."""
     rows = [table.heads, *table.rows]
     whole = [row for row in rows if len(row) == len(table.heads)]
     widths = [max(len(row[column]) for row in whole) for column in range(len(table.heads))]

@@ -153,8 +153,10 @@ class Ours(Saver):
         """Retiring is a part of every save, and nothing is deleted."""
 
     def data_files(self) -> list[Path]:
-        """The file with the data of each checkpoint there is, and of the one that will be recycled: where they are now,
-        since recycling renames them, but always in the same order."""
+        """The data file of each checkpoint, and of the one that will be recycled.
+
+        Recycling renames them, so these are their present paths, always in the same order.
+        """
         status = {path: path.stat() for path in self.directory.rglob("*") if path.is_file()}
         return sorted((p for p in status if status[p].st_size >= self.state.nbytes), key=lambda p: status[p].st_ino)
 
@@ -240,7 +242,7 @@ class Dcp(Saver):
 
 
 class _Asynchronous(Saver):
-    """A peer that returns a future of its own and leaves the syncing to a callback."""
+    """A peer that returns its own future and leaves the syncing to a callback."""
 
     def __init__(self, directory: Path, state: State) -> None:
         super().__init__(directory, state)

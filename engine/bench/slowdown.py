@@ -148,7 +148,7 @@ def _open_one(rounds: Rounds, kind: type[Saver], directory: Path, training: Trai
 
 
 def _segment(training: Training, saver: Saver | None, interval: int, count: int) -> list[Mapping[str, float]]:
-    """So many checkpoints: the median undisturbed step, what each cost beyond, for how long its call held the loop."""
+    """Several checkpoints: the median undisturbed step, the extra cost of each, and how long its call held the loop."""
     training.step()  # the first after a pause takes longer: this one does not count
     undisturbed = [_timed(training.step) for _ in range(STEPS_ASIDE)]
     disturbed: list[list[float]] = []

@@ -31,7 +31,7 @@ class State:
     arena: engine.Arena | None
 
     def change(self) -> None:
-        """Add 1 to an element of every page, so that no block holds what it held: as a step of training does.
+        """Add 1 to an element of every page, so that every block changes, as in a step of training.
 
         Without it the engine would find most blocks in the files that it recycles, and not write them.
         """
@@ -78,7 +78,7 @@ class _Layer(nn.Module):
 
 
 def _piece(pattern: Tensor, start: int, end: int) -> Tensor:
-    """Elements of the pattern repeated without end, in memory of their own."""
+    """Elements of the endlessly repeated pattern, in new memory."""
     piece = torch.empty(end - start)
     at = 0
     while at < len(piece):
