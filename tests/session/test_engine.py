@@ -215,7 +215,7 @@ def test_a_plan_is_computed_once(opened: engine.Engine, monkeypatch: pytest.Monk
     assert len(planned) == 2, "another cutting is another plan, and the first is still there"
     model.add_module("more", nn.Linear(2, 2))
     opened.checkpoint(arena).result()
-    assert len(planned) == 3, "a plan of what the arena no longer is was used"
+    assert len(planned) == 3, "a plan of the arena's old layout was used"
 
 
 # -- partial restore --------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def test_select_takes_the_name_of_a_layer(opened: engine.Engine) -> None:
         for prefix, suffix in [("", ""), *(("optimizer.", f".{key}") for key in ("step", "exp_avg", "exp_avg_sq"))]
     }
     chosen = {name for name in opened.load(select="layers.3") if not name.startswith("optimizer.")}
-    assert chosen == {"layers.3.scale"}, "neither what is in its children, nor layers.31"
+    assert chosen == {"layers.3.scale"}, "neither its children nor layers.31"
 
 
 @given(
@@ -279,7 +279,7 @@ def test_select_matches_like_fnmatch(patterns: list[str], named: tuple[str, str]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bool", "complex128"])
-def test_a_large_tensor_is_loaded_into_memory_of_its_own(opened: engine.Engine, dtype: str) -> None:
+def test_a_large_tensor_is_loaded_into_its_own_mapping(opened: engine.Engine, dtype: str) -> None:
     """Such memory comes from the kernel, and works as any other: shaped, writable, and freed with the tensor."""
     shape = (3, 700_001) if dtype != "complex128" else (3, 50_001)
     stored = (torch.arange(shape[0] * shape[1]).view(shape) % 2).to(getattr(torch, dtype))
@@ -607,7 +607,7 @@ def test_files_that_a_reader_has_open_are_not_recycled(tmp_path: Path, reader: s
             file.close()
         if reader != "mapped":
             seen = load_file(tmp_path / "copy.safetensors")["a"]
-        assert seen.eq(0).all(), "a later save overwrote what a reader had"
+        assert seen.eq(0).all(), "a later save overwrote a file that a reader had mapped"
 
 
 def test_foreign_files_in_spare_are_left_alone(tmp_path: Path) -> None:
@@ -895,7 +895,7 @@ def test_no_save_begins_during_a_rollback(tmp_path: Path) -> None:
 
 
 def test_random_histories_of_concurrent_saves(tmp_path: Path) -> None:
-    """Many saves in flight from one arena: each holds the value of its own step."""
+    """Many saves in flight from one arena: each holds the value of its step."""
     rng = random.Random(0)
     tensors = {"a": torch.zeros(200_000), "b": torch.zeros(3)}
     arena = engine.Arena.wrap(tensors)

@@ -102,7 +102,7 @@ def test_an_unchanged_block_of_a_recycled_file_is_not_written(tmp_path: Path) ->
     with engine.Engine(tmp_path, keep=1, max_async=1, **SMALL) as eng:
         save = eng.checkpoint(held, step=6)
         save.result()
-        assert save.stats()["skipped_bytes"] == 0, "what a spare that was found at open holds is not believed"
+        assert save.stats()["skipped_bytes"] == 0, "the manifest of a spare that was found at open is not trusted"
         assert eng.verify() == ()
 
 
@@ -115,7 +115,7 @@ def test_rewrite_all_writes_every_block(tmp_path: Path) -> None:
             assert save.stats()["skipped_bytes"] == 0 and save.stats()["io_bytes"] > 800_000
 
 
-def test_wait_sees_every_save_to_its_end(tmp_path: Path) -> None:
+def test_wait_returns_after_every_save_has_ended(tmp_path: Path) -> None:
     held, _ = arena()
     with engine.Engine(tmp_path, **SMALL) as eng:
         saves = [eng.checkpoint(held) for _ in range(2)]

@@ -151,7 +151,7 @@ def test_an_interrupt_before_the_handover_abandons_the_save(
     fencing = threading.Thread(target=it.arena.fence, daemon=True)
     fencing.start()
     fencing.join(HANG_S)
-    assert not fencing.is_alive(), "what it has left there never ends"
+    assert not fencing.is_alive(), "the fence waits for an abandoned save for ever"
     assert it.engine.steps() == []
     it.check_goes_on("raise")
     assert it.engine.steps() == [0], "neither a place nor a step is taken"
@@ -186,8 +186,8 @@ def test_an_interrupt_while_an_engine_is_opened_leaves_nothing_open(
     engine.Engine(tmp_path, **TINY).close()
 
 
-# A timer interrupts at random moments of calls that take about as long.  In a process of its own: an interrupt may
-# as well strike in pytest, or in a callback of the collector, which then writes "Exception ignored" to stderr.
+# A timer interrupts at random moments of calls that take about as long.  In a separate process: an interrupt may
+# also strike in pytest, or in a callback of the collector, which then writes "Exception ignored" to stderr.
 SCRIPT = """
 import logging, random, signal, sys
 import torch, engine

@@ -31,7 +31,7 @@ SMALL: dict[str, Any] = {"staging_bytes": 1 << 20, "block_bytes": 64 << 10}
 
 
 def run_script(script: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run Python source in a process of its own, in which every warning but that of a small memlock is an error."""
+    """Run Python source in a separate process, in which every warning but that of a small memlock is an error."""
     return subprocess.run(
         [
             sys.executable,
@@ -249,7 +249,7 @@ def test_a_started_program_inherits_no_descriptor(tmp_path: Path) -> None:
         eng.load()
         looks.append(inherited())
     with engine.Engine(tmp_path, staging_bytes=8192, block_bytes=4096, filesystem=Looking()) as eng:
-        eng.load()  # through a pipeline of its own, of larger slots
+        eng.load()  # through a second pipeline with larger slots
     assert len(looks) >= 5 and all(look <= before for look in looks), set().union(*looks) - before
 
 
@@ -400,7 +400,7 @@ def test_an_engine_collected_on_its_own_commit_thread_is_closed(tmp_path: Path) 
     del trainer
     gated.gate.set()
     assert collected.wait(60)
-    for _ in range(600):  # the lock is given back by a thread of its own
+    for _ in range(600):  # another thread gives the lock back
         with contextlib.suppress(engine.LockedError):
             engine.Engine(tmp_path, **SMALL).close()
             break

@@ -2,7 +2,7 @@
 
 The model is the user's view: a mapping from committed step to its tensors.  After every rule the directory must show
 exactly the steps of the model.  Every step that was not damaged on purpose must load to exactly its tensors, here and
-in the stock library.  Each open takes a backend of its own.
+in the stock library.  Each open draws a backend.
 """
 
 from __future__ import annotations

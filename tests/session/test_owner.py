@@ -40,7 +40,7 @@ class Stopping(HookedFilesystem):
 
 
 def files_of(pid: int) -> list[str]:
-    """What the descriptors of a process are."""
+    """The targets of a process's descriptors."""
     found = []
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(FileNotFoundError):  # the socket of a request that has just ended
@@ -55,7 +55,7 @@ def test_the_owner_has_the_lock_and_the_trainer_the_pipeline(tmp_path: Path, own
         lock = str(tmp_path / ".engine" / "lock")
         assert owner.pid != os.getpid() and lock in files_of(owner.pid)
         assert not any(str(tmp_path) in name for name in descriptors()), "the trainer has something of the run open"
-        assert not any(name.endswith(".safetensors") for name in files_of(owner.pid)), "a save that ended has its files"
+        assert not any(name.endswith(".safetensors") for name in files_of(owner.pid)), "an ended save has open files"
         with pytest.raises(engine.LockedError, match=f"process {owner.pid}"):
             engine.Engine(tmp_path, **SMALL)
         maps = Path(f"/proc/{owner.pid}/maps").read_text()

@@ -166,11 +166,11 @@ def test_parameters_that_the_step_does_not_train_are_staged_before_the_call_retu
     if late:
         model[-1].requires_grad_(True)
         held.filesystem.gates["step-00000000"] = open_gate()
-        held.engine.checkpoint(arena, step=0).result()  # with a plan of its own
+        held.engine.checkpoint(arena, step=0).result()  # with another plan
         model[-1].requires_grad_(False)
     want = copies(arena)
     save = held.engine.checkpoint(arena, step=1)
-    assert not save.wait_staged(timeout=0), "all of it was staged, and not only what had to be"
+    assert not save.wait_staged(timeout=0), "everything was staged, not only the unfenced part"
     with torch.no_grad():
         write()
     assert not same(arena.state_dict()["6.weight"], want["6.weight"]), "nothing was written"
@@ -254,7 +254,7 @@ def test_a_tensor_dropped_during_a_save_is_saved(held: Held) -> None:
 
 def test_tensors_moved_to_shared_memory_during_a_save_are_saved(held: Held) -> None:
     model = make_training()[0]
-    optimizer = torch.optim.SGD(model.parameters())  # without state of its own, which would keep the pages
+    optimizer = torch.optim.SGD(model.parameters())  # without state, which would keep the pages
     arena = engine.Arena.adopt(model, optimizer)
     want = copies(arena)
     save = held.engine.checkpoint(arena, step=1)
@@ -280,7 +280,7 @@ def test_a_wrapped_arena_is_staged_before_the_call_returns(held: Held, snapshot:
     assert stored(held.directory, 1)["a"].eq(0).all()
 
 
-def test_an_adopted_arena_can_be_asked_for_eagerly(held: Held) -> None:
+def test_an_adopted_arena_can_be_saved_eagerly(held: Held) -> None:
     arena = engine.Arena.adopt(*make_training())
     calling = held.pool.submit(held.engine.checkpoint, arena, step=1, snapshot="eager")
     assert is_blocked(calling)

@@ -175,7 +175,7 @@ def test_every_earlier_save_is_done_when_a_later_one_is(
         assert first.done()
 
 
-def test_a_done_callback_that_would_wait_for_its_own_thread_is_told_so(tmp_path: Path, arena: engine.Arena) -> None:
+def test_waiting_for_a_save_in_a_done_callback_is_refused(tmp_path: Path, arena: engine.Arena) -> None:
     told: list[BaseException | None] = []
     with engine.Engine(tmp_path, max_async=1, **SMALL) as eng:
 
@@ -204,7 +204,7 @@ def test_a_callback_may_close_another_engine(tmp_path: Path, arena: engine.Arena
     assert not other.is_open
 
 
-def test_the_front_door_tells_a_signal_handler_that_it_is_being_opened(
+def test_checkpoint_in_a_signal_handler_during_opening_is_refused(
     tmp_path: Path, arena: engine.Arena, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A handler runs in the thread that it interrupts, and so may stand in the middle of the opening."""
@@ -219,7 +219,7 @@ def test_the_front_door_tells_a_signal_handler_that_it_is_being_opened(
     assert engine.checkpoint(arena, tmp_path, step=1).result().step == 1
 
 
-def test_checkpoint_in_a_signal_handler_that_interrupts_checkpoint_is_told_so(
+def test_checkpoint_in_a_signal_handler_that_interrupts_checkpoint_is_refused(
     tmp_path: Path, arena: engine.Arena, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refresh = engine.Arena.refresh
