@@ -159,7 +159,7 @@ def _wrong_segment(segment: SegmentRecord, ends: Sequence[int]) -> str | None:
         return f"of shape {segment.shape} has {segment.nbytes} bytes"
     if segment.offset != ends[segment.file]:
         return f"at {segment.offset} leaves a hole or overlaps"
-    if (segment.global_shape or segment.global_offset) and not _lies_within(segment):
+    if (segment.global_shape or segment.global_offset) and not _is_within(segment):
         return f"of shape {segment.shape} at {segment.global_offset} does not lie within {segment.global_shape}"
     return None
 
@@ -174,7 +174,7 @@ def _nbytes(segment: SegmentRecord) -> int | None:
     return nbytes if nbytes <= FILE_BYTES_MAX else None
 
 
-def _lies_within(shard: SegmentRecord) -> bool:
+def _is_within(shard: SegmentRecord) -> bool:
     if not len(shard.shape) == len(shard.global_shape) == len(shard.global_offset):
         return False
     rows = zip(shard.shape, shard.global_offset, shard.global_shape, strict=True)

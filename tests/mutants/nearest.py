@@ -24,7 +24,6 @@ NEAREST: dict[str, tuple[str, ...]] = {
     "engine/state/watch": ("tests/state/test_watch.py", "tests/state/test_refresh.py"),
     "engine/state/": ("tests/state/test_arena.py", "tests/state/test_refresh.py", "tests/session/test_fence.py"),
     "engine/": ("tests/session/test_options.py", "tests/session/test_engine.py"),
-    "native/watch": ("tests/state/test_watch.py",),
     "native/moving/": ("tests/io/test_native_faults.py", "tests/io/test_backend.py"),
     "native/": ("tests/io/test_native_jobs.py", "tests/io/test_native.py", "tests/io/test_native_faults.py"),
 }
