@@ -28,6 +28,7 @@ from engine.errors import ArgumentError, ClosedError, PlatformError, UsageError
 from engine.io.backend import Probe, find
 from engine.options import Backend, Options, Tunables, check_range
 from engine.session.checkpoint import Checkpointer, OnBusy, Request, Snapshot
+from engine.session.gate import seconds
 from engine.session.in_flight import InFlight
 from engine.session.reading import Lent, Reading
 from engine.session.save import Save
@@ -35,6 +36,7 @@ from engine.session.workers import Workers
 from engine.state.arena import Arena
 from engine.store.directory import path_of
 from engine.store.filesystem import Filesystem
+from engine.store.reader import check_step
 from engine.store.retention import Retention
 from engine.store.store import Store
 
@@ -126,7 +128,7 @@ class Engine(Reading):
             on_busy: with `max_async` saves in flight ``"wait"`` for one to end, ``"raise"`` BusyError, or
                 ``"skip"``: the Save returned has failed with BusyError and nothing was done.
             metrics: numbers by name, for listings and for ``Retention(best=...)``.
-            tag: a label; a checkpoint with a tag is never retired, only deleted by `delete`.
+            tag: a label of at most 255 characters; a checkpoint with a tag is never retired, only deleted by `delete`.
             files: small files to store beside the tensors, such as a model's config.json: plain names to bytes.
 
         Raises:
@@ -135,7 +137,8 @@ class Engine(Reading):
             ArgumentError, ExtraError, StepError, BusyError, ClosedError: see the messages.
         """
         self._check_usable()
-        request = Request(step, extra, chunk_count, chunk_bytes, snapshot, on_busy, metrics or {}, tag, files or {})
+        metrics, files = {} if metrics is None else metrics, {} if files is None else files
+        request = Request(step, extra, chunk_count, chunk_bytes, snapshot, on_busy, metrics, tag, files)
         return self._checkpointer.begin(arena, request)
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -146,7 +149,7 @@ class Engine(Reading):
         self._check_usable()
         if self._workers.is_current():
             raise UsageError("wait() would wait for the very thread that calls it; call it from another")
-        return self._in_flight.wait(timeout)
+        return self._in_flight.wait(seconds(timeout))
 
     def rollback(self, step: int) -> list[int]:
         """Retire every committed step after this one, to train on from it; returns the retired steps.
@@ -158,6 +161,7 @@ class Engine(Reading):
             StepError: a save is in flight.
         """
         self._check_usable()
+        check_step(step)
         return self._in_flight.while_idle(lambda: self._store.catalog.retire_after(step))
 
     def delete(self, step: int) -> None:
@@ -168,6 +172,7 @@ class Engine(Reading):
             StepError: it is being read.
         """
         self._check_usable()
+        check_step(step)
         self._store.catalog.delete(step)
 
     @property
@@ -253,6 +258,8 @@ def probe(directory: str | os.PathLike[str], *, options: Options = DEFAULTS, **t
 
 def _rule(keep: int | _Unset | None, retention: Retention | None) -> Retention | None:
     """The rule given by these arguments, or None."""
+    if retention is not None and not isinstance(retention, Retention):
+        raise ArgumentError(f"retention is {retention!r}; it must be an engine.Retention, or None")
     if isinstance(keep, _Unset):
         return retention
     if retention is not None:

@@ -33,13 +33,17 @@ from engine.options import Options, check_choice, check_range
 from engine.session.in_flight import InFlight, Permit
 from engine.session.save import Save
 from engine.session.workers import Workers
-from engine.state.arena import Arena
+from engine.state.arena import Arena, check_arena
 from engine.state.tensors import encode, encode_options
 from engine.store.store import Store
 from engine.store.writer import Content, PackedPlan, Write, pack_all_sources, pack_plan
 
 Snapshot = Literal["eager", "lazy", "checked"]
 OnBusy = Literal["wait", "skip", "raise"]
+
+# The length of a tag and of a metric's name: that of a file's name (NAME_MAX of limits.h).  Every listing reads them.
+NAME_CHARS_MAX = 255
+_NAME = f"printable text of 1 to {NAME_CHARS_MAX} characters"
 
 _log = logging.getLogger("engine")
 
@@ -74,8 +78,8 @@ class Request:
         check_choice("on_busy", self.on_busy, OnBusy)
         object.__setattr__(self, "metrics", _plain_metrics(self.metrics))
         if self.tag is not None:
-            if not isinstance(self.tag, str) or not self.tag.isprintable():
-                raise ArgumentError(f"tag is {self.tag!r}; it must be printable text, or None")
+            if not _is_name(self.tag):
+                raise ArgumentError(f"tag is {_shortened(self.tag)}; it must be {_NAME}, or None")
             object.__setattr__(self, "tag", str.__str__(self.tag))  # of a subclass the plain text
         if not isinstance(self.files, Mapping):
             raise ArgumentError(f"files is {self.files!r}; it must map names to bytes")
@@ -97,18 +101,26 @@ def _plain_metrics(metrics: object) -> dict[str, float]:
         raise ArgumentError(f"metrics is {metrics!r}; it must map names to numbers")
     plain = {}
     for name, value in metrics.items():
-        if (
-            not isinstance(name, str)
-            or not name.isprintable()
-            or isinstance(value, bool)
-            or not isinstance(value, Real)
-        ):
+        if not _is_name(name):
+            raise ArgumentError(f"metrics has {_shortened(name)} as a name; it must be {_NAME}")
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise ArgumentError(f"metrics has {name!r}: {value!r}; it must map names to numbers: pass .item()")
         try:
             plain[str.__str__(name)] = float(value)
         except OverflowError:
             raise ArgumentError(f"metrics has {name!r}, an integer that no float can hold") from None
     return plain
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and name.isprintable() and 1 <= len(name) <= NAME_CHARS_MAX
+
+
+def _shortened(value: object) -> str:
+    """A value for a message, and of a long text its begin and its length."""
+    if isinstance(value, str) and len(value) > NAME_CHARS_MAX:
+        return f"{value[:40]!r}... of {len(value)} characters"
+    return repr(value)
 
 
 @dataclass(slots=True)
@@ -148,6 +160,7 @@ class Checkpointer:
 
     def _begin(self, arena: Arena, request: Request) -> Save:
         began_ns = time.monotonic_ns()
+        check_arena(arena)
         if arena.torn:
             raise ArenaError("a restore of this arena failed half-way; restore it whole before saving it")
         permit = Permit()

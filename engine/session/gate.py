@@ -11,9 +11,28 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import suppress
+from numbers import Real
+
+from engine.errors import ArgumentError
 
 # Long enough to cost nothing, and short enough for a waiter that cannot get the lock.
 _SLICE_S = 0.05
+
+# A timeout of some thirty years is none.
+_TIMEOUT_MAX_S = 1e9
+
+
+def seconds(timeout: float | None) -> float | None:
+    """A caller's timeout, checked: none of it if negative, and at most some decades.
+
+    Raises:
+        ArgumentError: it is no number.
+    """
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, Real) or timeout != timeout:
+        raise ArgumentError(f"timeout is {timeout!r}; it must be a number of seconds, or None to wait without an end")
+    return float(min(max(timeout, 0.0), _TIMEOUT_MAX_S))
 
 
 class Gate:

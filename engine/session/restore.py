@@ -18,7 +18,7 @@ from engine.format.manifest import Manifest, SegmentRecord
 from engine.format.plan import Source
 from engine.io.packing import pack_sources
 from engine.session.select import Select, Selection
-from engine.state.arena import Arena
+from engine.state.arena import Arena, check_arena
 from engine.state.tensors import decode, decode_options, make_tensor
 from engine.store.reader import Checkpoint, PassedOver, Reader, Target
 
@@ -38,6 +38,7 @@ class RestoreInfo(NamedTuple):
 
 def restore(reader: Reader, arena: Arena, step: int | None, select: Select) -> RestoreInfo:
     """Fill an arena, or the selected part of it, and return what was restored.  Blocks."""
+    check_arena(arena)
     arena.fence()
     arena.refresh()
     selection = Selection(select)

@@ -19,12 +19,9 @@ from typing import NoReturn
 from engine.errors import BusyError, UsageError
 from engine.format.plan import Plan
 from engine.io.job import Milestone
-from engine.session.gate import Gate
+from engine.session.gate import Gate, seconds
 from engine.store.info import CheckpointInfo
 from engine.store.writer import Write
-
-# A timeout of some thirty years is none.
-_TIMEOUT_MAX_S = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +75,10 @@ class Save(Future[CheckpointInfo]):
 
     def wait_milestone(self, milestone: Milestone, timeout: float | None = None) -> bool:
         """Block until the native job has come so far, or has failed; False if `timeout` seconds passed first."""
+        limit = seconds(timeout)
         if self._write is None:
             return True
-        return self._write.wait(milestone, None if timeout is None else _nanoseconds(timeout))
+        return self._write.wait(milestone, None if limit is None else int(limit * 1e9))
 
     def chunks(self) -> list[ChunkStatus]:
         """Every chunk and how far it has come, at this moment.  Does not block."""
@@ -180,6 +178,7 @@ class Save(Future[CheckpointInfo]):
         self._began_ns, self._held_ns = began_ns, time.monotonic_ns() - began_ns
 
     def _await_end(self, timeout: float | None) -> None:
+        timeout = seconds(timeout)
         if not self._ended.is_open and self._write is not None:
             self._write.pipeline.check_owner()
             if self._is_commit_thread():
@@ -192,8 +191,3 @@ class Save(Future[CheckpointInfo]):
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Save belongs to the process that made it, and cannot be pickled")
-
-
-def _nanoseconds(seconds: float) -> int:
-    """A timeout as the pipeline takes it: none of it if negative, and at most some decades."""
-    return int(min(max(seconds, 0.0), _TIMEOUT_MAX_S) * 1e9)

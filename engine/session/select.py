@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from engine.errors import ArgumentError
@@ -36,9 +36,9 @@ class Selection:
 
     def __init__(self, select: Select) -> None:
         self.is_all = select is None
-        patterns = () if select is None else (select,) if isinstance(select, str) else tuple(select)
+        patterns = (select,) if isinstance(select, str) else tuple(select) if isinstance(select, Iterable) else ()
         if not self.is_all and (not patterns or not all(isinstance(pattern, str) for pattern in patterns)):
-            raise ArgumentError(f"select is {select!r}; it must be a pattern or a list of patterns")
+            raise ArgumentError(f"select is {select!r}; it must be a pattern (str) or a list of patterns")
         # One expression for all patterns, and each layer once: there may be a hundred thousand names to try.
         self._matches = re.compile("|".join(map(fnmatch.translate, patterns))).match
         self._layers: dict[str, bool] = {}

@@ -412,5 +412,14 @@ def _point(tensor: Tensor, view: Tensor) -> None:
     tensor.data = view
 
 
+def check_arena(arena: object) -> None:
+    """Raise ArgumentError unless this is an Arena: a model or a dict of tensors is what callers give by mistake."""
+    if not isinstance(arena, Arena):
+        raise ArgumentError(
+            f"arena is a {_type_name(arena)}; it must be an engine.Arena, which Arena.adopt(model, optimizer) or "
+            "Arena.wrap(tensors) makes once, before the first save"
+        )
+
+
 def _type_name(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"

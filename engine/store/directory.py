@@ -55,8 +55,10 @@ def path_of(directory: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> s
     """A path given by a caller, as text.
 
     Raises:
-        ArgumentError: it is empty, or has a NUL character in it.
+        ArgumentError: it is no path, is empty, or has a NUL character in it.
     """
+    if not isinstance(directory, str | bytes | os.PathLike):
+        raise ArgumentError(f"the directory is {directory!r}; it must be a path: str, bytes or os.PathLike")
     path = os.fsdecode(directory)
     if not path or "\0" in path:
         raise ArgumentError(f"the directory is {path!r}; it must be a path, and '.' is the current directory")

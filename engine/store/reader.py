@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import NamedTuple, TypeVar
 
-from engine.errors import MEDIA_ERRORS, ClosedError, CorruptError, NotFoundError, StorageError, warn
+from engine.errors import MEDIA_ERRORS, ArgumentError, ClosedError, CorruptError, NotFoundError, StorageError, warn
 from engine.format.manifest import ChunkRecord, Manifest, SegmentRecord, affected, block_checksums
 from engine.format.plan import Block, ExtentColumns, Extents, block_rows, extent_columns, lay_extents, merge_runs
 from engine.io.backend import open_like
@@ -140,8 +140,13 @@ class Reader:
         return NotFoundError(f"{self._directory.root} holds no committed checkpoint")
 
     def candidates(self, step: int | None) -> Iterator[int]:
-        """The given step, or with None all, newest first.  Lists them anew each time, since saves may be in flight."""
+        """The given step, or with None all, newest first.  Lists them anew each time, since saves may be in flight.
+
+        Raises:
+            ArgumentError: the step is no number.
+        """
         if step is not None:
+            check_step(step)
             yield step
             return
         tried: set[int] = set()
@@ -271,6 +276,12 @@ def drive(pipeline: Pipeline, job: Job, descriptors: Sequence[int]) -> None:
         pipeline.abort(job, 0)
         pipeline.wait(job, Milestone.DONE)
         raise
+
+
+def check_step(step: object) -> None:
+    """Raise ArgumentError unless this is a number: True would name step 1, and "1" none."""
+    if isinstance(step, bool) or not isinstance(step, int):
+        raise ArgumentError(f"step is {step!r}; it must be an integer, such as steps() returns")
 
 
 def _target_runs(manifest: Manifest, targets: Sequence[Target]) -> list[Extents]:

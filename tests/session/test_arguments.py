@@ -1,0 +1,94 @@
+"""Arguments of the wrong type: each is refused by the engine's own error, which names the thing, the value, the remedy.
+
+A caller meets these before anything else, with a model in the place of an arena or a step in the place of a pattern.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import engine
+from engine.session.checkpoint import NAME_CHARS_MAX
+
+Call = Callable[[engine.Engine, engine.Arena], object]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Iterator[tuple[engine.Engine, engine.Arena]]:
+    """An Engine with step 1, and its arena."""
+    with engine.Engine(tmp_path, staging_bytes=8192, block_bytes=4096) as eng:
+        arena = engine.Arena.wrap({"a": torch.ones(3)})
+        eng.checkpoint(arena, step=1).result()
+        yield eng, arena
+
+
+MODEL: Any = nn.Linear(2, 2)
+FIVE: Any = 5
+OF_A_STEP = ["info", "extra", "metrics", "load", "verify", "rollback", "delete"]
+LONG = "x" * (NAME_CHARS_MAX + 1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda eng, _: eng.checkpoint(MODEL), r"arena is a torch.*Linear; .*Arena\.adopt"),
+        (lambda eng, _: eng.restore(MODEL), r"arena is a torch.*Linear; .*Arena\.adopt"),
+        (lambda eng, _: eng.restore(None), r"arena is a builtins\.NoneType; .*Arena\.adopt"),
+        (lambda eng, arena: engine.checkpoint(eng, arena), r"the directory is Arena\(.*; it must be a path"),
+        (lambda eng, _: eng.load(select=5), "select is 5; it must be a pattern"),
+        (lambda eng, arena: eng.restore(arena, select=5), "select is 5; it must be a pattern"),
+        (lambda eng, _: eng.wait("x"), "timeout is 'x'; it must be a number of seconds"),
+        (lambda eng, _: eng.wait(float("nan")), "timeout is nan"),
+        (lambda eng, arena: eng.checkpoint(arena).result("x"), "timeout is 'x'"),
+        (lambda eng, arena: eng.checkpoint(arena).exception(True), "timeout is True"),
+        (lambda eng, arena: eng.checkpoint(arena).wait_staged(float("nan")), "timeout is nan"),
+        (lambda eng, arena: eng.restore(arena, "1"), "step is '1'; it must be an integer"),
+        *((lambda eng, _, name=name: getattr(eng, name)("1"), "step is '1'; it must be an") for name in OF_A_STEP),
+        *((lambda eng, _, name=name: getattr(eng, name)(True), "step is True") for name in OF_A_STEP),
+        (lambda eng, _: eng.rollback(None), "step is None; it must be an integer"),
+        (lambda eng, _: eng.delete(None), "step is None; it must be an integer"),
+        (lambda eng, _: eng.delete([1]), r"step is \[1\]; it must be an integer"),
+        (lambda eng, arena: eng.checkpoint(arena, tag=""), "tag is ''; it must be printable text of 1 to"),
+        (lambda eng, arena: eng.checkpoint(arena, tag=LONG), "tag is 'x+'... of 256 characters; it must be"),
+        (lambda eng, arena: eng.checkpoint(arena, tag=5), "tag is 5; it must be printable text"),
+        (lambda eng, arena: eng.checkpoint(arena, metrics={"": 1}), "metrics has '' as a name; it must be printable"),
+        (lambda eng, arena: eng.checkpoint(arena, metrics={LONG: 1}), "metrics has 'x+'... of 256 characters as a"),
+        (lambda eng, arena: eng.checkpoint(arena, metrics={1: 1}), "metrics has 1 as a name; it must be printable"),
+        (lambda eng, arena: eng.checkpoint(arena, metrics={"a": "x"}), "metrics has 'a': 'x'; it must map names to"),
+        (lambda eng, arena: eng.checkpoint(arena, metrics=0), "metrics is 0; it must map names to numbers"),
+        (lambda eng, arena: eng.checkpoint(arena, files=[]), r"files is \[\]; it must map names to bytes"),
+        (lambda *_: engine.open(FIVE), "the directory is 5; it must be a path"),
+        (lambda *_: engine.Engine("nowhere", retention=FIVE), "retention is 5; it must be an engine.Retention"),
+    ],
+)
+def test_a_wrong_argument_is_named_with_its_value_and_a_remedy(
+    saved: tuple[engine.Engine, engine.Arena], call: Call, message: str
+) -> None:
+    eng, arena = saved
+    eng.wait()
+    with pytest.raises(engine.ArgumentError, match=message):
+        call(eng, arena)
+    eng.wait()
+    assert 1 in eng.steps() and not arena.torn, "a refused call changed something"
+
+
+def test_a_name_of_the_greatest_length_is_listed(saved: tuple[engine.Engine, engine.Arena]) -> None:
+    eng, arena = saved
+    name = "\N{SNOWMAN}" * NAME_CHARS_MAX
+    eng.checkpoint(arena, step=2, tag=name, metrics={name: 1}).result()
+    assert eng.info(2).tag == name and eng.metrics(2) == {name: 1}
+
+
+@pytest.mark.parametrize("timeout", [-1, -1e300, 0, 5, 1e300, 10**400, float("inf")])
+def test_any_number_is_a_timeout(saved: tuple[engine.Engine, engine.Arena], timeout: float) -> None:
+    eng, arena = saved
+    save = eng.checkpoint(arena)
+    save.result()
+    assert save.result(timeout).step == 2 and save.exception(timeout) is None and save.wait_staged(timeout)
+    assert eng.wait(timeout)
