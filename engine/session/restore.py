@@ -48,6 +48,8 @@ def restore(reader: Reader, arena: Arena, step: int | None, select: Select) -> R
         manifest = checkpoint.manifest
         extra, options = decode(manifest.extra), _options(manifest)
         _refuse_shards(manifest, manifest.segments)
+        if selection.is_all and bool(options) != arena.fenced:
+            arena.check_options(options)  # before a long list of the names of that optimizer's state
         targets = _match(arena, manifest, selection)
         if selection.is_all:
             arena.check_options(options)

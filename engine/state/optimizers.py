@@ -139,7 +139,11 @@ class Options:
             return
         if self._optimizer is None or not options:
             has, lacks = ("checkpoint", "arena") if options else ("arena", "checkpoint")
-            raise MismatchError(f"the {has} has an optimizer and the {lacks} has none; select the names to restore")
+            adopt = "make it with Arena.adopt(model, optimizer), or " if lacks == "arena" else ""
+            raise MismatchError(
+                f"the {has} has an optimizer and the {lacks} has none; {adopt}restore the model alone: "
+                "restore(arena, select=[s.name for s in arena.segments if s.role != 'optimizer'])"
+            )
         saved_count, count = len(options["param_groups"]), len(self._optimizer.param_groups)
         if saved_count != count:
             raise MismatchError(

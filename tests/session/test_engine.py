@@ -459,6 +459,27 @@ def test_mismatches_are_listed_together_and_change_nothing(opened: engine.Engine
     assert all(not tensor.any() for tensor in here.values()) and not arena.torn
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("saved_with", [True, False])
+def test_an_optimizer_on_one_side_is_refused_with_the_call_that_works(
+    opened: engine.Engine, saved_with: bool, momentum: float
+) -> None:
+    def make(with_optimizer: bool) -> tuple[nn.Module, engine.Arena]:
+        model = nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
+        return model, engine.Arena.adopt(model, optimizer if with_optimizer else None)
+
+    saved, saved_arena = make(saved_with)
+    opened.checkpoint(saved_arena).result()
+    model, arena = make(not saved_with)
+    with pytest.raises(engine.MismatchError, match=r"has an optimizer and .* has none") as caught:
+        opened.restore(arena)
+    assert ("Arena.adopt(model, optimizer)" in str(caught.value)) == saved_with and not arena.torn
+    remedy = str(caught.value).rpartition(": ")[2]
+    eval(f"eng.{remedy}", {"eng": opened, "arena": arena})
+    assert same(model.weight, saved.weight) and not arena.torn
+
+
 # -- damage -----------------------------------------------------------------------------------------------------
 
 
