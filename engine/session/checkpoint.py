@@ -4,8 +4,10 @@ Theory of operation.  `Checkpointer.begin` does in the caller's time only what m
 date, encode `extra`, start the native job, and wait for what must be staged before the caller goes on.  A save is one
 value, a `Content`, gathered here and handed down.  A commit thread does the rest.
 
-Ctrl-C can strike between any two lines.  A save that no commit thread has claimed is abandoned; one that is claimed and
+Ctrl-C can strike at any call.  A save that the commit threads were not given is abandoned; one that they were given and
 still reads the arena is made to fail; one that is staged goes on.  Either way nothing reads the arena after the raise.
+A second Ctrl-C may cut this short.  So the first thing after a failure is one call into C that has a commit thread do
+the same, where no Ctrl-C strikes.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from engine.session.workers import Workers
 from engine.state.arena import Arena, check_arena
 from engine.state.tensors import encode, encode_options
 from engine.store.store import Store
-from engine.store.writer import Content, PackedPlan, Write, pack_all_sources, pack_plan
+from engine.store.writer import Content, PackedPlan, Write, Writer, pack_all_sources, pack_plan
 
 Snapshot = Literal["eager", "lazy", "checked"]
 OnBusy = Literal["wait", "skip", "raise"]
@@ -164,25 +166,28 @@ class Checkpointer:
         if arena.torn:
             raise ArenaError("a restore of this arena failed half-way; restore it whole before saving it")
         permit = Permit()
-        write: Write | None = None
-        save: Save | None = None
+        begun: list[Write] = []
         writer = self._store.writer
+        give_up = partial(_give_up, self._in_flight, permit, writer, begun)
         try:
             if not self._in_flight.admit(permit, wait=request.on_busy == "wait"):
                 return self._refuse(request)
             arena.refresh()
             content = self._gather(arena, request)
             write = writer.prepare(self._take_step(permit, request.step), content, request.snapshot == "checked")
+            begun.append(write)
             save = Save(write.step, write, self._workers.is_current)
             arena.hold(save.wait_staged)
             writer.start(write)
+            permit.handed_over = True
             self._workers.submit(partial(_finish, self._in_flight, permit, self._store, write, save))
             if not request.is_lazy(arena):
                 save.wait_staged()
             elif content.packed.urgent_count:
                 save.wait_milestone(Milestone.URGENT)
         except BaseException:
-            self._take_back(permit, write, save)
+            self._workers.submit(give_up)  # first, and into C at once
+            self._take_back(permit, begun)
             raise
         save.mark_held(began_ns)
         return save
@@ -243,21 +248,29 @@ class Checkpointer:
         damaged.discard(taken)  # from here on the number is the new save's
         return taken
 
-    def _take_back(self, permit: Permit, write: Write | None, save: Save | None) -> None:
-        """After Ctrl-C or a failure in `begin`: make every part of the save stop reading the arena."""
-        writer = self._store.writer
-        if not self._in_flight.claim(permit):  # a commit thread has it, and will end it
-            assert write is not None
-            writer.interrupt(write)
-            return
-        try:
-            if write is not None:
-                error = writer.abandon(write)
-                if save is not None:
-                    save.end(None, error)
-                    save.resolve()
-        finally:
+    def _take_back(self, permit: Permit, begun: list[Write]) -> None:
+        """After Ctrl-C or a failure in `begin`: make every part of the save stop reading the arena.  Blocks."""
+        for write in begun:
+            if permit.handed_over:
+                self._store.writer.interrupt(write)
+            else:
+                self._store.writer.abandon(write)
+        if not permit.handed_over:
             self._in_flight.withdraw(permit)
+            begun.clear()  # `_give_up` may come late, and must not keep the arena's memory until then
+
+
+def _give_up(in_flight: InFlight, permit: Permit, writer: Writer, begun: list[Write]) -> None:
+    """What a commit thread runs after a failure in `begin`, which Ctrl-C may have kept from doing it.  Never raises.
+
+    It comes after `_finish` in the queue if that was handed over, and then `_finish` ends the save.
+    """
+    if not in_flight.claim(permit):
+        return
+    with suppress(Exception):  # a pipeline that was closed meanwhile has nothing left of the save
+        for write in begun:
+            writer.abandon(write)
+    in_flight.withdraw(permit)
 
 
 def _finish(in_flight: InFlight, permit: Permit, store: Store, write: Write, save: Save) -> None:

@@ -3,7 +3,7 @@
 Theory of operation.  A save holds one of `max_async` permits, and its step, from the moment `checkpoint()` admits it
 until it is committed or has failed.  Ctrl-C can strike between any two lines of `checkpoint()`, so a permit is not a
 count but a `Permit` in a set: adding or removing it twice does no harm, and the caller's ``except`` need not know how
-far the call came.  The caller and the commit thread compete to claim a permit; the first one ends the save.
+far the call came.  Commit threads may be given several calls for a permit; the first one to claim it ends the save.
 
 Saves commit in the order of their steps: `await_turn` blocks a commit thread until every earlier step has been
 committed or has failed.
@@ -25,13 +25,17 @@ T = TypeVar("T")
 
 
 class Permit:
-    """One save's right to be in flight.  Compared by identity; its fields belong to `InFlight`."""
+    """One save's right to be in flight.  Compared by identity; its fields belong to `InFlight`.
 
-    __slots__ = ("claimed", "ended", "step")
+    But `handed_over`, which its owner sets before the save is handed to the commit threads.
+    """
+
+    __slots__ = ("claimed", "ended", "handed_over", "step")
 
     def __init__(self) -> None:
         self.step: int | None = None
         self.claimed = False
+        self.handed_over = False
         self.ended = Gate()
 
 

@@ -2,8 +2,8 @@
 
 Theory of operation.  A few threads take calls from a queue and run them.  This is less than a ThreadPoolExecutor on
 purpose: Ctrl-C may strike inside any Python code that the caller's thread runs, and an executor's `submit` takes
-locks in Python that an interrupt leaves taken for ever.  Here the caller's side is one `SimpleQueue.put`, which is
-one call into C.
+locks in Python that an interrupt leaves taken for ever.  Here `submit` is `SimpleQueue.put` itself, one call into C:
+as the first thing in an ``except`` it is done before Ctrl-C can strike again.
 
 The end of a thread is awaited at a `Gate`, not with `Thread.join`: Ctrl-C inside `join` marks a running thread as
 stopped (CPython 3.11), and the next `join` returns at once.
@@ -33,12 +33,16 @@ _local = _Local()
 class Workers:
     """`count` threads that run what is submitted, in order of submission.  A call that is submitted never raises.
 
+    Attributes:
+        submit: has a call run.  Returns at once.
+
     Raises:
         RuntimeError: a thread could not be started; none is left.
     """
 
     def __init__(self, count: int) -> None:
         self._calls: SimpleQueue[Call | None] = SimpleQueue()
+        self.submit: Callable[[Call], None] = self._calls.put
         self._threads: list[tuple[threading.Thread, Gate]] = []
         try:
             for index in range(count):
@@ -53,10 +57,6 @@ class Workers:
     def is_current(self) -> bool:
         """Whether this thread is one of these."""
         return _local.calls is self._calls
-
-    def submit(self, call: Call) -> None:
-        """Have a call run.  Returns at once."""
-        self._calls.put(call)
 
     def close(self) -> None:
         """Run all that has been submitted, and end the threads.  Blocks.  May be called again, also after Ctrl-C."""

@@ -222,11 +222,10 @@ class Writer:
             self._pipeline.abort(write.job, errno.ECANCELED)
             self._pipeline.wait(write.job, Milestone.DONE)
 
-    def abandon(self, write: Write) -> StorageError:
-        """End a prepared or started save that no commit thread will finish; returns its error.  Blocks."""
+    def abandon(self, write: Write) -> None:
+        """End a prepared or started save that no commit thread will finish.  Blocks.  May be called again."""
         self._pipeline.abort(write.job, errno.ECANCELED)
         self._pipeline.wait(write.job, Milestone.DONE)
-        return StorageError(errno.ECANCELED, "write", self._access.path(write.step))
 
     def finish(self, write: Write, await_turn: Callable[[], None]) -> CheckpointInfo:
         """Complete a started save up to its commit.  Blocks.

@@ -27,6 +27,9 @@ import engine
 from engine.io.backend import LADDER
 from engine.io.job import Job
 from engine.io.pipeline import Pipeline
+from engine.session.checkpoint import Checkpointer
+from engine.session.in_flight import InFlight
+from engine.store.writer import Writer
 
 HANG_S = 20  # ends a test that hangs; nothing here takes a second
 
@@ -184,6 +187,41 @@ def test_an_interrupt_while_an_engine_is_opened_leaves_nothing_open(
         thread.join(HANG_S)  # it has been told to end
         assert not thread.is_alive()
     engine.Engine(tmp_path, **TINY).close()
+
+
+@pytest.mark.parametrize("second", ["_take_back", "abandon", "withdraw"])
+@pytest.mark.parametrize("place", ["hold", "submit"])
+def test_a_second_interrupt_leaves_nothing_behind(
+    interrupted: Callable[[int], Interrupted], monkeypatch: pytest.MonkeyPatch, place: str, second: str
+) -> None:
+    it = interrupted(10 * BLOCK_BYTES)
+    it.filesystem.gate.set()
+    targets: dict[str, tuple[type, str]] = {
+        "hold": (engine.Arena, "hold"),
+        "submit": (Pipeline, "submit"),
+        "_take_back": (Checkpointer, "_take_back"),
+        "abandon": (Writer, "abandon"),
+        "withdraw": (InFlight, "withdraw"),
+    }
+    real = getattr(*targets[place])
+    real_second = getattr(*targets[second])
+
+    def done_and_interrupted(*arguments: Any) -> None:
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    def interrupted_again(*arguments: Any) -> Any:
+        if threading.current_thread() is threading.main_thread():  # the only one that a signal strikes in
+            raise KeyboardInterrupt
+        return real_second(*arguments)
+
+    monkeypatch.setattr(*targets[place], done_and_interrupted)
+    monkeypatch.setattr(*targets[second], interrupted_again)
+    with pytest.raises(KeyboardInterrupt):
+        it.engine.checkpoint(it.arena, step=1)
+    monkeypatch.undo()
+    it.check_goes_on()
+    assert it.engine.steps() == [0], "neither a place nor a step is taken"
 
 
 # A timer interrupts at random moments of calls that take about as long.  In a separate process: an interrupt may
