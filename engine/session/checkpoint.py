@@ -290,6 +290,7 @@ def _finish(in_flight: InFlight, permit: Permit, store: Store, write: Write, sav
         save.end(None, error)
         in_flight.withdraw(permit)
         save.resolve()
+        del save  # or the failure's traceback would hold a frame that holds the failure
         return
     with suppress(Exception):
         _retire(store)

@@ -297,6 +297,22 @@ def test_an_ended_save_does_not_keep_the_arena_alive(tmp_path: Path, fails: bool
         assert {chunk.status for chunk in save.chunks()} == {"failed" if fails else "durable"} and save.stats()
 
 
+def test_a_failed_save_is_no_cycle(tmp_path: Path) -> None:
+    filesystem = FailingFilesystem()
+    gc.collect()
+    gc.disable()
+    try:
+        with engine.Engine(tmp_path, filesystem=filesystem, **SMALL) as eng:
+            filesystem.fail_next("truncate", 5)
+            save = eng.checkpoint(engine.Arena.wrap({"a": torch.zeros(100)}), step=1)
+            assert isinstance(save.exception(60), engine.StorageError)
+            ended = weakref.ref(save)
+            del save
+        assert ended() is None, gc.get_referrers(ended())
+    finally:
+        gc.enable()
+
+
 @pytest.mark.every_backend
 def test_no_descriptor_is_left(tmp_path: Path) -> None:
     arena = engine.Arena.wrap({"a": torch.zeros(10_000)})
