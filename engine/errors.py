@@ -56,6 +56,7 @@ _REMEDIES = {
     codes.EEXIST: _IN_THE_WAY,
     codes.ENOTEMPTY: _IN_THE_WAY,
     codes.ELOOP: "no link may stand in its place; name the real directory",
+    codes.EISDIR: "move the directory away: a file of the engine's belongs in its place",
     codes.EINVAL: _UNFIT,
     codes.EOPNOTSUPP: _UNFIT,
     codes.EXDEV: "keep the run in a directory of its own on one file system, not in the lower layer of an overlay",

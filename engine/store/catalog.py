@@ -434,13 +434,18 @@ class Catalog(Directory):
         """The rule in effect: the given one, or the one stored with the run.  Stores a given rule, and a new run's."""
         path = os.path.join(self._private, "retention.json")
         stored: Retention | None = None
-        is_stored = self.filesystem.status(path) is not None
-        if is_stored:
+        status = self.filesystem.status(path)
+        is_stored = status is not None
+        if status is not None:
+            in_the_way = stat.S_ISDIR(status.st_mode)  # no rename replaces it
             try:
-                stored = decode_rule(self.filesystem.read_file(path, RETENTION_BYTES_MAX))
+                stored = self._read_rule(path)
             except CorruptError as error:
                 if explicit is None:
-                    warn(f"{path}: {error}; every checkpoint is kept until an Engine is opened with a rule")
+                    first = "move it away: " if in_the_way else ""
+                    warn(f"{error}; {first}every checkpoint is kept until an Engine is opened with a rule")
+                elif in_the_way:
+                    raise StorageError(errno.EISDIR, "open", path) from None
         if explicit is None and (is_stored or self._steps):
             return stored or KEEP_ALL
         rule = explicit or Retention()
@@ -453,6 +458,13 @@ class Catalog(Directory):
                 )
             self._store_rule(path, rule)
         return rule
+
+    def _read_rule(self, path: str) -> Retention:
+        raw = self.filesystem.read_file(path, RETENTION_BYTES_MAX)
+        try:
+            return decode_rule(raw)
+        except CorruptError as error:
+            raise CorruptError(f"{path}: {error}") from None
 
     def _store_rule(self, path: str, rule: Retention) -> None:
         new = path + ".new"

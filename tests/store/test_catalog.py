@@ -752,6 +752,20 @@ def test_an_unreadable_stored_rule_keeps_everything(tmp_path: Path, content: byt
     assert rule == Retention(last=2) and len(told_again) == 1 and len(steps) == 2
 
 
+def test_a_directory_in_the_place_of_the_stored_rule_is_to_be_moved_away(tmp_path: Path) -> None:
+    reopened(tmp_path, KEEP_ALL)
+    path = tmp_path / ".engine" / "retention.json"
+    path.unlink()
+    path.mkdir()
+    rule, [told], _ = reopened(tmp_path)
+    assert rule == KEEP_ALL and told.count(str(path)) == 1 and "move it away" in told
+    with pytest.raises(StorageError, match="move the directory away") as caught:
+        reopened(tmp_path, Retention(last=2))
+    assert caught.value.path == str(path) and not path.with_suffix(".json.new").exists()
+    path.rmdir()
+    assert reopened(tmp_path, Retention(last=2))[0] == Retention(last=2)
+
+
 def test_a_rule_that_cannot_be_stored_is_kept_in_memory(tmp_path: Path) -> None:
     class Full(Filesystem):
         def write_new_file(self, path: str, content: bytes | bytearray) -> None:
