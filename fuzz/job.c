@@ -101,6 +101,14 @@ static int span(const eng_source *source, int64_t *low, int64_t *high)
     return *high - *low <= SPAN_MAX;
 }
 
+static uint64_t stored_bytes(const eng_source *source, uint64_t memory_bytes)
+{
+    uint64_t nbytes = source->itemsize;
+    for (uint32_t d = 0; d < source->ndim; d++)
+        nbytes *= (uint64_t)source->shape[d];
+    return source->ndim > 0 ? nbytes : memory_bytes;
+}
+
 static void make_source(trial *t, uint32_t index, input *in)
 {
     eng_source *source = &t->sources[index];
@@ -119,14 +127,7 @@ static void make_source(trial *t, uint32_t index, input *in)
     REQUIRE(t->memory[index] != NULL);
     memset(t->memory[index], (int)index + 1, t->memory_bytes[index]);
     source->address = (uint64_t)(uintptr_t)t->memory[index] - (uint64_t)low;
-}
-
-static uint64_t stored_bytes(const eng_source *source, uint64_t memory_bytes)
-{
-    uint64_t nbytes = source->itemsize;
-    for (uint32_t d = 0; d < source->ndim; d++)
-        nbytes *= (uint64_t)source->shape[d];
-    return source->ndim > 0 ? nbytes : memory_bytes;
+    source->nbytes = stored_bytes(source, t->memory_bytes[index]);
 }
 
 /* One extent that continues a block; 0 bytes if it has no room. */

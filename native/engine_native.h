@@ -73,9 +73,10 @@ enum {
 };
 
 /* Memory that bytes come from or go to.  With ndim 0 it is plain memory.  Otherwise it is a strided tensor, serialised
- * in row-major order; strides are in elements. */
+ * in row-major order; strides are in elements.  Either way it holds `nbytes`, and no extent may reach beyond. */
 typedef struct {
     uint64_t address;
+    uint64_t nbytes;
     uint32_t itemsize;
     uint32_t ndim;
     int64_t shape[8];

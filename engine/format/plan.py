@@ -50,6 +50,7 @@ class Source(NamedTuple):
     """
 
     address: int
+    nbytes: int
     itemsize: int = 1
     shape: tuple[int, ...] = ()
     stride: tuple[int, ...] = ()

@@ -228,7 +228,7 @@ def _move(
 ) -> Job:
     job = Job(
         direction,
-        pack_sources([Source(address_of(memory))]),
+        pack_sources([Source(address_of(memory), len(memory))]),
         pack_extents([0], [0], [ALIGNMENT], [0]),
         pack_blocks([(0, ALIGNMENT, 0, 0, 1)]),
         pack_order([0]),

@@ -60,6 +60,12 @@ class Failure(NamedTuple):
     block: int | None
 
 
+def contradiction(operation: str, path: str) -> RuntimeError:
+    """The error for `FailureKind.INVALID`: no file system has refused anything, and no retry helps."""
+    cause = "its plan contradicts itself, or reaches beyond the memory of a tensor"
+    return RuntimeError(f"the {operation} of {path} is refused: {cause}; report this as a bug")
+
+
 class Job:
     """One save or restore.
 

@@ -16,7 +16,7 @@ from engine.io.binding import DIMS_MAX, ffi
 
 _EXTENT = struct.Struct("=QIIII")
 _BLOCK = struct.Struct("=QIIII")
-_SOURCE = struct.Struct(f"=QII{2 * DIMS_MAX}q")
+_SOURCE = struct.Struct(f"=QQII{2 * DIMS_MAX}q")
 assert _EXTENT.size == ffi.sizeof("eng_extent")
 assert _BLOCK.size == ffi.sizeof("eng_block")
 assert _SOURCE.size == ffi.sizeof("eng_source")
@@ -55,7 +55,8 @@ def pack_sources(sources: Iterable[Source]) -> Packed:
         ndim = len(source.shape)
         assert ndim == len(source.stride) <= DIMS_MAX, source
         rest = (0,) * (DIMS_MAX - ndim)
-        rows.append(_SOURCE.pack(source.address, source.itemsize, ndim, *source.shape, *rest, *source.stride, *rest))
+        dims = (*source.shape, *rest, *source.stride, *rest)
+        rows.append(_SOURCE.pack(source.address, source.nbytes, source.itemsize, ndim, *dims))
     return _pack("eng_source", _SOURCE, b"".join(rows))
 
 

@@ -84,7 +84,7 @@ def load(reader: Reader, step: int | None, select: Select) -> Tensors:
         targets = [Target(record, index, 0) for index, record in enumerate(wanted)]
         tensors = [make_tensor(record) for record in wanted]
         stored = {record.name: tensor for record, tensor in zip(wanted, tensors, strict=True)}
-        sources = pack_sources([Source(tensor.data_ptr(), tensor.element_size()) for tensor in tensors])
+        sources = pack_sources([Source(tensor.data_ptr(), tensor.nbytes) for tensor in tensors])
         reader.read(checkpoint, targets, sources, tensors, whole=selection.is_all)
         names = {target.record.name for target in targets if selection.has(target.record)}
         result = {name: tensor for name, tensor in stored.items() if name in names}

@@ -381,7 +381,7 @@ def _sources(arrangement: _Arrangement, inventory: Inventory) -> tuple[Source, .
     if buffer is None:
         tensors = [inventory.entries[segment.name].tensors[0] for segment in segments]
         return tuple(_source(s, t.data_ptr(), t.stride()) for s, t in zip(segments, tensors, strict=True))
-    sources = [Source(buffer.address, 1, (), ())]
+    sources = [Source(buffer.address, buffer.nbytes)]
     for segment, (source, _) in zip(segments, arrangement.locations, strict=True):
         if source:
             stride = arrangement.table.strides[segment.name]
@@ -391,11 +391,10 @@ def _sources(arrangement: _Arrangement, inventory: Inventory) -> tuple[Source, .
 
 def _source(segment: Segment, address: int, stride: Sequence[int]) -> Source:
     """A source of one segment alone."""
-    itemsize = DTYPES[segment.dtype].itemsize
     if _is_contiguous(segment, stride):
-        return Source(address, itemsize, (), ())
+        return Source(address, segment.nbytes)
     shape, merged_stride = zip(*merge_dims(segment.shape, stride), strict=True)
-    return Source(address, itemsize, shape, merged_stride)
+    return Source(address, segment.nbytes, DTYPES[segment.dtype].itemsize, shape, merged_stride)
 
 
 def _is_contiguous(segment: Segment, stride: Sequence[int]) -> bool:

@@ -31,12 +31,13 @@ class HostMemory:
     """Zeroed pages of this process, for an arena of so many bytes."""
 
     def __init__(self, nbytes: int) -> None:
-        self._pages = allocate_pages(max(nbytes, 1))  # a mapping of no bytes cannot be made
+        self.nbytes = max(nbytes, 1)  # a mapping of no bytes cannot be made
+        self._pages = allocate_pages(self.nbytes)
         self.address: int = torch.frombuffer(self._pages, dtype=torch.uint8).data_ptr()
         assert self.address % ARENA_ALIGNMENT == 0
 
     def __contains__(self, address: int) -> bool:
-        return self.address <= address < self.address + len(self._pages)
+        return self.address <= address < self.address + self.nbytes
 
     def view(self, offset: int, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int]) -> Tensor:
         """A tensor over the pages; the strides must be dense."""

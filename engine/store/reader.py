@@ -21,7 +21,7 @@ from engine.errors import MEDIA_ERRORS, ArgumentError, ClosedError, CorruptError
 from engine.format.manifest import ChunkRecord, Manifest, SegmentRecord, affected, block_checksums
 from engine.format.plan import Block, ExtentColumns, Extents, block_rows, extent_columns, lay_extents, merge_runs
 from engine.io.backend import open_like
-from engine.io.job import Direction, Failure, FailureKind, Job, Milestone
+from engine.io.job import Direction, Failure, FailureKind, Job, Milestone, contradiction
 from engine.io.packing import Packed, pack_blocks, pack_extents, pack_order
 from engine.io.pipeline import Pipeline
 from engine.store.access import Opened, OpenFile, ReadAccess
@@ -318,6 +318,8 @@ def explain(failure: Failure, manifest: Manifest, path: str, blocks: Sequence[Bl
     """The native failure as an error, by its cause, with the affected tensors."""
     if failure.kind == FailureKind.ABORTED:
         return ClosedError("the Engine was closed before the restore had begun; open a new one")
+    if failure.kind == FailureKind.INVALID:
+        return contradiction("read", path)
     if failure.block is None:
         return StorageError(failure.errno, "read", path)
     block = blocks[failure.block]

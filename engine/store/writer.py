@@ -41,7 +41,7 @@ from engine.format.manifest import (
 )
 from engine.format.plan import Extents, Plan, Source, block_rows, extent_columns, make_plan
 from engine.format.values import Json
-from engine.io.job import BlockState, Direction, Failure, FailureKind, Job, Milestone
+from engine.io.job import BlockState, Direction, Failure, FailureKind, Job, Milestone, contradiction
 from engine.io.packing import Packed, address_of, pack_blocks, pack_extents, pack_order, pack_sources
 from engine.io.pipeline import Pipeline
 from engine.store.access import BegunSave, NewFile, WriteAccess
@@ -128,7 +128,7 @@ def pack_plan(
 
 def pack_all_sources(layout: Layout, sources: Sequence[Source]) -> Packed:
     """A plan's sources: the headers, which the layout keeps alive, then those of the tensors."""
-    headers = [Source(address_of(file.header)) for file in layout.files]
+    headers = [Source(address_of(file.header), len(file.header)) for file in layout.files]
     return pack_sources([*headers, *sources])
 
 
@@ -320,5 +320,7 @@ def _explain(failure: Failure, packed: PackedPlan, partial: str) -> Exception:
         )
     if failure.kind == FailureKind.SHORT:
         return StorageError(errno.EIO, "write", path, offset)
+    if failure.kind == FailureKind.INVALID:
+        return contradiction("save", path)
     assert failure.kind in (FailureKind.IO, FailureKind.ABORTED), failure
     return StorageError(failure.errno, "write", path, offset)

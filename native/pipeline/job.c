@@ -29,16 +29,7 @@ static int source_is_valid(const eng_source *source)
         if (reach > REACH_MAX || reach < -REACH_MAX)
             return 0;
     }
-    return nbytes <= INT64_MAX;
-}
-
-/* Bytes of the row-major serialisation of a strided source, which was checked not to overflow. */
-static uint64_t strided_bytes(const eng_source *source)
-{
-    uint64_t nbytes = source->itemsize;
-    for (uint32_t d = 0; d < source->ndim; d++)
-        nbytes *= (uint64_t)source->shape[d];
-    return nbytes;
+    return nbytes <= INT64_MAX && nbytes == source->nbytes;
 }
 
 static int extent_is_valid(const eng_job *job, const eng_block *block, const eng_extent *extent)
@@ -51,10 +42,10 @@ static int extent_is_valid(const eng_job *job, const eng_block *block, const eng
     if (__builtin_add_overflow(extent->source_offset, (uint64_t)extent->nbytes, &end))
         return 0;
     const eng_source *source = &job->sources[extent->source];
-    if (source->ndim == 0)
-        return 1;
-    return end <= strided_bytes(source) && extent->source_offset % source->itemsize == 0
-        && extent->nbytes % source->itemsize == 0;
+    if (end > source->nbytes)
+        return 0;
+    return source->ndim == 0
+        || (extent->source_offset % source->itemsize == 0 && extent->nbytes % source->itemsize == 0);
 }
 
 static int block_is_valid(const eng_job *job, const eng_block *block, uint32_t slot_bytes)

@@ -49,6 +49,8 @@ def loosened(job: Job, arena: torch.Tensor) -> Any:
         kept.append(array)
     for row in range(ROOM):
         c_job.sources[row].address = arena.data_ptr()
+        if row >= counts[0]:
+            c_job.sources[row].nbytes = arena.nbytes
     job.owners_of_arrays = kept  # type: ignore[attr-defined]
     return c_job
 
@@ -84,6 +86,10 @@ INVALID = [
     ("urgent_count", 4),
     ("file_count", 0),
     ("file_count", 1),
+    ("sources.0.nbytes", SLOT_BYTES + 15),
+    ("sources.0.nbytes", 0),
+    ("sources.1.nbytes", 239),
+    ("sources.1.nbytes", 241),
     ("sources.1.ndim", 9),
     ("sources.1.ndim", 2**32 - 1),
     ("sources.1.itemsize", 0),
@@ -153,8 +159,8 @@ def test_an_order_that_omits_a_block_is_no_success(stage: Stage, direction: Dire
     assert_usable(stage.pipeline, stage.fd)
 
 
-# Values around every rule.  None makes a valid strided source reach further than ARENA is long: the caller answers
-# for a plain source's offset and for every address (native/pipeline/job.c), so those are not changed.
+# Values around every rule.  None makes a valid source reach further than ARENA is long: the caller answers for addresses
+# and lengths (native/pipeline/job.c), so no wrong address and no greater length is among them.
 COUNTS = st.integers(0, ROOM)
 EDITS: dict[str, st.SearchStrategy[int]] = {
     "direction": st.integers(0, 2),
@@ -164,6 +170,7 @@ EDITS: dict[str, st.SearchStrategy[int]] = {
     "block_count": COUNTS,
     "urgent_count": COUNTS,
     "file_count": st.sampled_from([0, 1, 2, 3, 8, 9, ROOM]),
+    "sources.{row}.nbytes": st.sampled_from([0, 1, 239, 240, 241, SLOT_BYTES + 16]),
     "sources.{row}.itemsize": st.sampled_from([0, 1, 2, 3, 4, 8, 16, 17, 2**32 - 1]),
     "sources.{row}.ndim": st.sampled_from([0, 1, 2, 3, 8, 9, 2**32 - 1]),
     "sources.{row}.shape.{column}": st.sampled_from([-1, 0, 1, 2, 3, 2**31, 2**62]),

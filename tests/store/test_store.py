@@ -5,7 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
+from buffers import address, content_of, load, save
+
+from engine.format.plan import Source
+from engine.io.packing import pack_sources
+from engine.options import Options
+from engine.store.filesystem import Filesystem
+from engine.store.reader import Checkpoint, Target
+from engine.store.retention import Retention
+from engine.store.store import Store
+from engine.store.writer import pack_all_sources
 
 WITHOUT_TORCH = """
 import mmap, sys
@@ -63,3 +76,23 @@ def test_the_store_saves_and_restores_buffers_without_torch(tmp_path: Path) -> N
 
 def test_importing_the_store_imports_neither_torch_nor_numpy() -> None:
     assert run(IMPORT) == "False False"
+
+
+def test_memory_shorter_than_a_tensor_is_refused_as_a_bug(tmp_path: Path) -> None:
+    options = Options(staging_bytes=64 << 10, block_bytes=16 << 10)
+    store = Store(str(tmp_path / "run"), options, Retention(last=2), Filesystem())
+    buffers = {"a": bytearray(b"1" * 50_000)}
+    content = content_of(buffers, options.block_bytes)
+    short = Source(address(buffers["a"]), 49_999)
+    with pytest.raises(RuntimeError, match=r"the save of .* is refused: .*beyond the memory.* report this as a bug"):
+        save(store, 1, replace(content, sources=pack_all_sources(content.packed.layout, [short])))
+    save(store, 2, content)
+
+    def fill(checkpoint: Checkpoint) -> None:
+        targets = [Target(checkpoint.manifest.segments[0], 0, 0)]
+        store.reader.read(checkpoint, targets, pack_sources([short]), buffers, whole=True)
+
+    with pytest.raises(RuntimeError, match=r"the read of .* is refused: .*beyond the memory.* report this as a bug"):
+        store.reader.use(None, fill)
+    assert load(store) == buffers and not store.reader.damaged
+    store.close()

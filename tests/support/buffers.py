@@ -34,7 +34,9 @@ def content_of(buffers: Buffers, block_bytes: int, dtype: str = "uint8") -> Cont
     names = [segment.name for segment in layout.segments]
     runs = file_runs(layout, [(len(layout.files) + index, 0) for index in range(len(names))])
     plan = pack_plan(layout, runs, encode_rows(layout), (), block_bytes, 16 * block_bytes)
-    sources = pack_all_sources(layout, [Source(address(buffers[name])) for name in names])
+    sources = pack_all_sources(
+        layout, [Source(address(buffers[name]), memoryview(buffers[name]).nbytes) for name in names]
+    )
     return Content(plan, sources, owners=buffers)
 
 
@@ -52,7 +54,7 @@ def load(store: Store, step: int | None = None) -> dict[str, bytearray]:
         segments = checkpoint.manifest.segments
         buffers = {record.name: bytearray(record.nbytes) for record in segments}
         targets = [Target(record, index, 0) for index, record in enumerate(segments)]
-        sources = pack_sources([Source(address(buffers[record.name])) for record in segments])
+        sources = pack_sources([Source(address(buffers[record.name]), record.nbytes) for record in segments])
         store.reader.read(checkpoint, targets, sources, buffers, whole=True)
         return buffers
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -47,6 +48,12 @@ class Memory(NamedTuple):
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     owner: torch.Tensor
+
+    @property
+    def source(self) -> Source:
+        """As a job takes it."""
+        nbytes = self.itemsize * math.prod(self.shape) if self.shape else self.owner.nbytes
+        return Source(self.address, nbytes, *self[1:4])
 
 
 def plain(tensor: torch.Tensor) -> Memory:
@@ -96,7 +103,7 @@ def make_job(direction: Direction, plan: Plan, sources: Sequence[Memory], **opti
     order = options.pop("order", range(len(plan.blocks)))
     return Job(
         direction,
-        pack_sources(Source(*memory[:4]) for memory in sources),
+        pack_sources(memory.source for memory in sources),
         pack_extents(*extent_columns(plan)),
         pack_blocks(block_rows(plan.blocks)),
         pack_order(order),
