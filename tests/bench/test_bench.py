@@ -389,7 +389,7 @@ def test_two_checkpoints_are_kept_and_hold_the_state(kind: type[Saver], tmp_path
     kept = sorted(path for path in (tmp_path / "saves").glob("step-*"))
     assert [path.name for path in kept] == ["step-00000003", "step-00000004"]
     path = kept[-1] / "model.safetensors" if kept[-1].is_dir() else kept[-1]
-    read = torch.load(path) if kind is TorchSave else load_file(path)
+    read = torch.load(path, weights_only=True) if kind is TorchSave else load_file(path)
     assert set(read) == set(state.tensors)
     assert all(torch.equal(read[name], tensor) for name, tensor in state.tensors.items())
 

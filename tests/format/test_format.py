@@ -26,6 +26,7 @@ import pytest
 import torch
 import xxhash
 from disk import same
+from dtypes import TORCH_DTYPES
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -283,7 +284,8 @@ def every_dtype() -> dict[str, Tensor]:
     """Tensors of random bytes, with strides, without elements, without dimensions."""
     generator = torch.Generator().manual_seed(0)
     tensors = {"empty": torch.zeros(0, 3), "scalar": torch.tensor(2.5), "turned": torch.randn(9, 5, 7).permute(2, 0, 1)}
-    for index, (dtype, (_, _, size)) in enumerate(DTYPES.items()):
+    for index, dtype in enumerate(TORCH_DTYPES):
+        size = DTYPES[dtype][2]
         raw = torch.randint(0, 2, ((201 + 13 * index) * size,), dtype=torch.uint8, generator=generator)
         tensors[f"layer.{index}.ä"] = raw.view(getattr(torch, dtype))
     return tensors

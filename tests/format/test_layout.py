@@ -12,6 +12,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from dtypes import TORCH_DTYPES
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import ANY_SHAPES, SMALL_SHAPES, specs
@@ -130,15 +131,15 @@ def test_the_stock_library_reads_every_tensor(table: list[TensorSpec], pattern: 
 
 
 def test_safe_open_reads_a_file_with_every_dtype_and_the_aliases(tmp_path: pathlib.Path) -> None:
-    table = [spec(name, name, (3, 2)) for name in DTYPES]
+    table = [spec(name, name, (3, 2)) for name in TORCH_DTYPES]
     layout = lay_out(table, {"tied": "float32", "elsewhere": "absent"})
     (file,) = layout.files
     path = tmp_path / file.name
     path.write_bytes(file.header + bytes(file.nbytes - len(file.header)))
     with safetensors.safe_open(path, framework="pt") as opened:
         assert opened.metadata() == {"format": "pt", "tied": "float32"}
-        assert sorted(opened.keys()) == sorted(DTYPES)
-        for name, dtype in DTYPES.items():
+        assert sorted(opened.keys()) == sorted(TORCH_DTYPES)
+        for name, dtype in TORCH_DTYPES.items():
             assert opened.get_tensor(name).shape[:2] == (3, 2)
             assert opened.get_tensor(name).nbytes == 6 * dtype.itemsize
     path.write_bytes(path.read_bytes()[:-1])
@@ -206,7 +207,7 @@ def test_shards_have_no_index_of_whole_tensors() -> None:
 
 
 def test_dtypes_are_those_of_torch() -> None:
-    for name, dtype in DTYPES.items():
+    for name, dtype in TORCH_DTYPES.items():
         assert dtype.itemsize == getattr(torch, name).itemsize
 
 

@@ -286,7 +286,7 @@ def one_block(direction: Direction, file_offset: int) -> Job:
     tensor = noise(SLOT_BYTES)
     extents = pack_extents([0], [0], [SLOT_BYTES], [0])
     blocks = pack_blocks([(file_offset, SLOT_BYTES, 0, 0, 1)])
-    sources = pack_sources([Source(tensor.data_ptr())])
+    sources = pack_sources([Source(tensor.data_ptr(), SLOT_BYTES)])
     return Job(direction, sources, extents, blocks, pack_order([0]), 1, checksums=[bytes(16)], owners=tensor)
 
 

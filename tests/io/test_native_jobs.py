@@ -159,8 +159,8 @@ def test_an_order_that_omits_a_block_is_no_success(stage: Stage, direction: Dire
     assert_usable(stage.pipeline, stage.fd)
 
 
-# Values around every rule.  None makes a valid source reach further than ARENA is long: the caller answers for addresses
-# and lengths (native/pipeline/job.c), so no wrong address and no greater length is among them.
+# Values around every rule.  None makes a valid source reach further than ARENA is long: the caller answers for
+# addresses and lengths (native/pipeline/job.c), so no wrong address and no greater length is among them.
 COUNTS = st.integers(0, ROOM)
 EDITS: dict[str, st.SearchStrategy[int]] = {
     "direction": st.integers(0, 2),

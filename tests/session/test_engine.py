@@ -19,6 +19,7 @@ import numpy
 import pytest
 import torch
 from disk import FAILURES, FailingFilesystem, GatedFilesystem, names, same, stored
+from dtypes import TORCH_DTYPES
 from hooked import HookedFilesystem
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,7 +28,6 @@ from torch import Tensor, nn
 
 import engine
 from engine.format import plan
-from engine.format.layout import DTYPES
 from engine.format.manifest import SegmentRecord
 from engine.session.select import Selection
 from engine.store import writer
@@ -41,7 +41,7 @@ def tensors_of_every_dtype(seed: int = 0) -> dict[str, Tensor]:
     """One tensor of random bytes for each dtype, of a size that is no multiple of anything."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for index, (dtype, stored_as) in enumerate(DTYPES.items()):
+    for index, (dtype, stored_as) in enumerate(TORCH_DTYPES.items()):
         count = 1001 + 13 * index
         raw = torch.randint(0, 256, (count * stored_as.itemsize,), dtype=torch.uint8, generator=generator)
         if dtype == "bool":

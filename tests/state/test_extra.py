@@ -16,6 +16,7 @@ import msgspec
 import numpy
 import pytest
 import torch
+from dtypes import TORCH_DTYPES
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,7 +49,7 @@ def keys(draw: st.DrawFn) -> object:
 @st.composite
 def tensors(draw: st.DrawFn) -> torch.Tensor:
     """A tensor of any dtype and any shape, of any bits, contiguous or not."""
-    dtype = getattr(torch, draw(st.sampled_from(sorted(DTYPES))))
+    dtype = getattr(torch, draw(st.sampled_from(sorted(TORCH_DTYPES))))
     shape = draw(st.lists(st.integers(0, 3), max_size=4))
     flat = torch.tensor(list(draw(st.binary(min_size=1, max_size=64))), dtype=torch.uint8)
     if dtype == torch.bool:
@@ -130,7 +131,7 @@ def test_integers_beyond_the_limit_on_decimal_digits() -> None:
         encode({huge: object()})
 
 
-@pytest.mark.parametrize("name", sorted(DTYPES))
+@pytest.mark.parametrize("name", sorted(TORCH_DTYPES))
 def test_tensors_of_every_dtype(name: str) -> None:
     dtype = getattr(torch, name)
     for shape in [(), (0,), (3, 0, 2), (2, 3)]:

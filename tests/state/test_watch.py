@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from dtypes import TORCH_DTYPES
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from engine.format.layout import DTYPES
 from engine.state.inventory import gather
 from engine.state.watch import ContainerWatch, TensorWatch
 
@@ -268,7 +268,7 @@ def test_requires_grad_matters_of_params_only() -> None:
     assert not watch.unchanged()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TORCH_DTYPES)
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3), (1,) * 20])
 def test_every_dtype_and_shape_can_be_watched(dtype: str, shape: tuple[int, ...]) -> None:
     tensor = torch.empty(shape, dtype=getattr(torch, dtype))
@@ -281,7 +281,7 @@ def test_every_dtype_and_shape_can_be_watched(dtype: str, shape: tuple[int, ...]
 @pytest.mark.parametrize("size", [1, 2, 4, 8, 16])
 def test_two_dtypes_over_the_same_bytes_differ(size: int) -> None:
     tensor = torch.zeros(1, dtype=torch.uint8)
-    dtypes = [getattr(torch, name) for name, dtype in DTYPES.items() if dtype.itemsize == size]
+    dtypes = [getattr(torch, name) for name, dtype in TORCH_DTYPES.items() if dtype.itemsize == size]
     whole = torch.zeros(16, dtype=torch.uint8)[:size]
     for one in dtypes:
         tensor.data = whole.view(one)

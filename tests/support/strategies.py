@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+from dtypes import TORCH_DTYPES
 from hypothesis import strategies as st
 
-from engine.format.layout import ARENA_ALIGNMENT, DTYPES, ROLES, Layout, TensorSpec, align_up, lay_out
+from engine.format.layout import ARENA_ALIGNMENT, ROLES, Layout, TensorSpec, align_up, lay_out
 from engine.format.manifest import (
     FORMAT,
     READER,
@@ -54,7 +55,7 @@ def specs(
     return [
         TensorSpec(
             name,
-            draw(st.sampled_from(sorted(DTYPES))),
+            draw(st.sampled_from(sorted(TORCH_DTYPES))),
             tuple(draw(shapes)),
             draw(st.sampled_from(ROLES)),
             name.rpartition(".")[0],
