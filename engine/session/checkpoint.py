@@ -85,6 +85,7 @@ class Request:
             object.__setattr__(self, "tag", str.__str__(self.tag))  # of a subclass the plain text
         if not isinstance(self.files, Mapping):
             raise ArgumentError(f"files is {self.files!r}; it must map names to bytes")
+        object.__setattr__(self, "files", dict(self.files))  # the caller's may change while the save is in flight
         for name, content in self.files.items():
             if not isinstance(name, str) or not is_user_name(name) or not isinstance(content, bytes):
                 raise ArgumentError(

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import engine
+from engine.store.filesystem import Filesystem
 
 SMALL: dict[str, Any] = {"staging_bytes": 1 << 20, "block_bytes": 64 << 10}
 
@@ -36,6 +37,24 @@ def test_metrics_tag_and_files_are_read_back(tmp_path: Path) -> None:
         [damage] = eng.verify()
         assert damage.path.endswith("config.json") and "sha256 differs" in damage.reason
         assert eng.restore(held).step == 1, "a user's file is not needed to restore"
+
+
+def test_files_are_stored_as_they_were_when_the_save_began(tmp_path: Path) -> None:
+    """A caller may fill one dictionary anew for each save."""
+    files = {"config.json": b"1"}
+
+    class FilledAnew(Filesystem):
+        def make_directory(self, path: str) -> None:
+            if path.endswith(".partial"):  # on the commit thread, before the small files are gathered
+                files.update({"config.json": b"2", "../outside": b""})
+            super().make_directory(path)
+
+    held, _ = arena()
+    with engine.Engine(tmp_path, filesystem=FilledAnew(), **SMALL) as eng:
+        saved = eng.checkpoint(held, files=files).result()
+        assert files["config.json"] == b"2"
+        assert (Path(saved.path) / "config.json").read_bytes() == b"1"
+        assert not (tmp_path / "outside").exists() and eng.verify() == ()
 
 
 @pytest.mark.parametrize(
