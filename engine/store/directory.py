@@ -194,7 +194,13 @@ class Directory:
         return NotFoundError(f"{self.root} holds no step {step}; committed steps: {_listed(known)}")
 
     def _list_steps(self) -> list[int]:
-        return committed_steps(self.filesystem, self.root, self.filesystem.list_directory(self.root))
+        # Beside a training, a step that is listed may be retired before it is looked at, and its successor may be
+        # committed too late to be listed.  A run that has a checkpoint at all times must not seem to have none.
+        while True:
+            names = self.filesystem.list_directory(self.root)
+            steps = committed_steps(self.filesystem, self.root, names)
+            if steps or self.filesystem.list_directory(self.root) == names:
+                return steps
 
 
 def committed_steps(filesystem: Filesystem, root: str, names: Collection[str]) -> list[int]:

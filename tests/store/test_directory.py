@@ -95,6 +95,31 @@ def test_a_run_is_read_beside_its_writer_and_steps_are_listed_afresh(catalog: Ca
         raise AssertionError
 
 
+class MovesOn(Filesystem):
+    """A training that commits a step and retires the one before it, once a reader has listed the names."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.is_due = False
+
+    def list_directory(self, path: str) -> list[str]:
+        names = super().list_directory(path)
+        if self.is_due:
+            self.is_due = False
+            (self.root / "step-00000002").mkdir()
+            (self.root / "step-00000001").rename(self.root / ".engine" / "00000001")
+        return names
+
+
+def test_a_run_whose_only_step_is_replaced_during_a_listing_is_not_empty(tmp_path: Path) -> None:
+    (tmp_path / ".engine").mkdir()
+    (tmp_path / "step-00000001").mkdir()
+    training = MovesOn(tmp_path)
+    directory = Directory(str(tmp_path), training)
+    training.is_due = True
+    assert directory.steps() == [2]
+
+
 def test_a_path_that_is_no_run_is_refused_and_nothing_is_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "other" / "step-3").mkdir(parents=True)
