@@ -77,14 +77,23 @@ class _Pipelines:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._pid = os.getpid()
-        self._mutex = threading.Lock()
+        self._mutex = threading.RLock()  # a signal handler may close in the middle of get
+        self._closed = False
         self._pipeline: Pipeline | None = None
 
     def get(self) -> Pipeline:
-        """The pipeline, open."""
+        """The pipeline, open.
+
+        Raises:
+            ClosedError: `close` was called; a thread started now would never be stopped.
+        """
         with self._mutex:
-            if self._pipeline is None:
+            if self._pipeline is None and not self._closed:
                 self._pipeline = open_to_read(self._options.slot_count, self._options.block_bytes)
+            if self._closed:
+                self.close()
+                raise ClosedError("the Run has been closed; call engine.open again")
+            assert self._pipeline is not None
             return self._pipeline
 
     def close(self) -> None:
@@ -92,6 +101,7 @@ class _Pipelines:
         if os.getpid() != self._pid:
             return  # a forked child: the mutex may have been held at the fork
         with self._mutex:
+            self._closed = True
             pipeline, self._pipeline = self._pipeline, None
         if pipeline is not None:
             pipeline.close()

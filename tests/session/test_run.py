@@ -17,6 +17,7 @@ from processes import in_a_process_of_its_own
 from volumes import mounted_read_only
 
 import engine
+from engine.io.backend import open_to_read
 from engine.session import run as run_module
 from engine.store.filesystem import Filesystem
 
@@ -115,6 +116,41 @@ def test_reading_beside_retirement_never_mixes_steps(tmp_path: Path) -> None:
         stop.set()
         thread.join()
     assert saved_steps[-1] > 5
+
+
+def test_a_run_closed_while_a_load_opens_files_starts_no_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path, 1)
+    before = threads()
+    run = engine.open(tmp_path, **SMALL)
+    real = Filesystem.open_directory
+
+    def close_first(filesystem: Filesystem, path: str) -> int:
+        run.close()
+        return real(filesystem, path)
+
+    monkeypatch.setattr(Filesystem, "open_directory", close_first)
+    with pytest.raises(engine.ClosedError, match=r"call engine\.open again"):
+        run.load()
+    assert threads() == before
+
+
+def test_a_signal_handler_may_close_a_run_whose_thread_is_being_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path, 1)
+    before = threads()
+    run = engine.open(tmp_path, **SMALL)
+
+    def close_meanwhile(*arguments: Any) -> Any:
+        run.close()  # as a handler would, on this very thread
+        return open_to_read(*arguments)
+
+    monkeypatch.setattr(run_module, "open_to_read", close_meanwhile)
+    with pytest.raises(engine.ClosedError, match=r"call engine\.open again"):
+        run.load()
+    assert threads() == before
 
 
 def test_a_closed_run_raises_and_a_dropped_one_stops_its_thread(tmp_path: Path) -> None:
