@@ -201,17 +201,18 @@ class Catalog(Directory):
                 lower = to_retire(Retention(last=1), self._steps, self._facts_of)
                 raise NoSpaceError(self.root, nbytes, nbytes - room, only_newest=not lower)
 
-    def free_surplus(self) -> bool:
-        """Retire the steps that the rule does not keep, and delete all spares but the next one; True if there was any.
+    def free_surplus(self, spares: int = 1) -> bool:
+        """Retire the steps that the rule does not keep, and delete all but this many spares; True if there was any.
 
-        Asked for when a disk is full.  The newest committed step always stays.
+        Asked for when a disk is full: one spare stays for a save that will take it, and none for one that has begun.
+        The newest committed step always stays.
         """
         with self._mutex:
             if not self._sound:
                 return False
             before = len(self._steps), len(self._spares.names())
             self._retire(self._surplus())
-            self._spares.trim(1)
+            self._spares.trim(spares)
             return (len(self._steps), len(self._spares.names())) != before
 
     def check_place(self) -> None:

@@ -75,7 +75,7 @@ class Owner(Catalog):
         try:
             self.filesystem.allocate(file.descriptor, nbytes, file.path)
         except StorageError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self.free_surplus():
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self.free_surplus(spares=0):
                 raise
             self.filesystem.allocate(file.descriptor, nbytes, file.path)
 

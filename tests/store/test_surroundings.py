@@ -143,6 +143,21 @@ def test_surplus_steps_are_deleted_when_the_quota_is_reached(tmp_path: Path, err
         assert eng.steps() == [3]
 
 
+def test_a_save_that_has_begun_gets_the_room_of_every_spare_left(tmp_path: Path) -> None:
+    """With two spares a save takes one; at a quota the other must not refuse it."""
+    arena = arena_of(100)
+    filesystem = FailingFilesystem()
+    with engine.Engine(tmp_path, filesystem=filesystem, keep=1, **SMALL) as eng:
+        for step in range(3):
+            save(eng, arena, step)
+        spares = tmp_path / ".engine/spare"
+        [spare] = spares.iterdir()
+        shutil.copytree(spare, spares / "00000099")  # as saves that overlap leave it
+        filesystem.fail_next("allocate", errno.EDQUOT)
+        save(eng, arena, 3)
+        assert len(list(spares.iterdir())) == 1, "step 2 alone, which was retired after the save"
+
+
 # -- file systems -----------------------------------------------------------------------------------------------------
 
 
