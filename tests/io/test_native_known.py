@@ -6,9 +6,10 @@ Theory of operation.  A `FaultTable` does the I/O and lists every operation, so 
 from __future__ import annotations
 
 import os
+import resource
 import tempfile
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -140,21 +141,33 @@ def test_a_torn_source_is_reported_even_if_its_blocks_are_known(
     assert finish(pipeline, job).failure == Failure(FailureKind.TORN, 0, 0)
 
 
+@pytest.fixture
+def descriptors_raised() -> Iterator[None]:
+    """As many descriptors as the host allows: its usual soft limit, 1024, leaves room for fewer files than that."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 @pytest.mark.every_backend
+@pytest.mark.usefixtures("descriptors_raised")
 @pytest.mark.parametrize("file_count", [JOB_PLACES, JOB_PLACES + 1, 1024])
 def test_a_job_has_any_number_of_files(open_pipeline: Callable[..., Pipeline], tmp_path: Path, file_count: int) -> None:
     """Files beyond the size of the ring's table, and the last block of each."""
     pipeline = open_pipeline(3)
     nbytes = ALIGNMENT + 8
     tensor = noise(file_count * nbytes)
-    fds = [os.open(tmp_path / f"{index}", os.O_RDWR | os.O_CREAT) for index in range(file_count)]
     plan = cut([[Extent(0, index * nbytes, 0, nbytes)] for index in range(file_count)], ALIGNMENT)
-    written = run(pipeline, make_job(WRITE, plan, [plain(tensor)]), fds)
-    assert written.failure is None
-    stored = b"".join((tmp_path / f"{index}").read_bytes()[:nbytes] for index in range(file_count))
-    assert stored == bytes_of(tensor)
-    after = torch.zeros_like(tensor)
-    read = run(pipeline, make_job(READ, plan, [plain(after)], checksums=written.checksums()), fds)
-    assert read.failure is None and torch.equal(tensor, after)
-    for fd in fds:
-        os.close(fd)
+    with ExitStack() as opened:  # whatever fails, no later test lacks descriptors
+        fds = []
+        for index in range(file_count):
+            fds.append(os.open(tmp_path / f"{index}", os.O_RDWR | os.O_CREAT))
+            opened.callback(os.close, fds[-1])
+        written = run(pipeline, make_job(WRITE, plan, [plain(tensor)]), fds)
+        assert written.failure is None
+        stored = b"".join((tmp_path / f"{index}").read_bytes()[:nbytes] for index in range(file_count))
+        assert stored == bytes_of(tensor)
+        after = torch.zeros_like(tensor)
+        read = run(pipeline, make_job(READ, plan, [plain(after)], checksums=written.checksums()), fds)
+        assert read.failure is None and torch.equal(tensor, after)
