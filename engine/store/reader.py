@@ -84,15 +84,13 @@ class Reader:
         passed_over: list[PassedOver] = []
         for candidate in self.candidates(step):
             try:
-                with self._directory.opened(candidate) as opened:
+                with self._directory.opened(candidate) as opened, self._distrusting(candidate):
                     return use(self._open(opened)), tuple(passed_over)
             except NotFoundError:
                 if step is not None:
                     raise
                 # else it was retired after it was listed: a save in flight has committed a newer one
             except (CorruptError, StorageError) as error:
-                if is_damage(error):
-                    self._directory.distrust(candidate)
                 if step is not None:
                     raise
                 demand_damage(error)
@@ -223,6 +221,16 @@ class Reader:
         chunk = chunk_at(manifest, index, nbytes)
         names = affected(manifest.segments, index, nbytes, file.nbytes - nbytes)
         return WrongLength(chunk, nbytes, names, f"{reason}; it ends in chunk {chunk}; affected: {names}")
+
+    @contextmanager
+    def _distrusting(self, step: int) -> Iterator[None]:
+        """Distrust a step that proves damaged.  Inside `opened`, which keeps a save from taking its files before."""
+        try:
+            yield
+        except (CorruptError, StorageError) as error:
+            if is_damage(error):
+                self._directory.distrust(step)
+            raise
 
     def _open(self, opened: Opened) -> Checkpoint:
         """Open a step's files and check their lengths against the manifest, before anything is allocated."""

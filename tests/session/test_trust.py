@@ -18,6 +18,7 @@ from strategies import sealed
 import engine
 from engine.session.gate import Gate
 from engine.session.save import Save
+from engine.store.catalog import Catalog
 
 SMALL: dict[str, Any] = {"staging_bytes": 1 << 20, "block_bytes": 64 << 10}
 MODEL, MANIFEST = "model.safetensors", "manifest.json"
@@ -79,6 +80,27 @@ def test_a_step_that_a_reader_found_damaged_is_written_whole_when_it_is_recycled
         for step in range(4, 8):
             eng.checkpoint(arena, step=step).result()
             assert eng.verify(step) == ()
+
+
+def test_no_save_takes_a_damaged_step_before_it_is_distrusted(
+    tmp_path: Path, arena: engine.Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = engine.Arena.wrap({"a": torch.arange(200_000, dtype=torch.float32)})  # the same bytes, and not torn
+    distrust = Catalog.distrust
+
+    def late(catalog: Catalog, step: int) -> None:
+        """Meanwhile another thread saves: the first save retires the step if it can, and the second takes it."""
+        for later in (2, 3):
+            eng.checkpoint(other, step=later).result()
+        distrust(catalog, step)
+
+    with engine.Engine(tmp_path, keep=1, max_async=1, **SMALL) as eng:
+        eng.checkpoint(arena, step=1).result()
+        flip(tmp_path / "step-00000001" / MODEL)
+        monkeypatch.setattr(Catalog, "distrust", late)
+        with pytest.raises(engine.CorruptError):
+            eng.restore(arena, 1)
+        assert eng.steps() == [1, 3] and eng.verify(3) == ()
 
 
 def edited(path: Path, **fields: Any) -> None:
