@@ -252,8 +252,9 @@ class Catalog(Directory):
         if spare is None:
             return Begun(partial, None, frozenset())
         recycled, stamps = self._spares.known(spare)
+        is_sealed = self._spares.are_sealed(spare, names, stamps)
         reused = self._spares.move_files(spare, partial, names)
-        return Begun(partial, recycled if self._spares.are_sealed(partial, reused, stamps) else None, reused)
+        return Begun(partial, recycled if is_sealed else None, reused)
 
     def vouch(self, step: int, stamps: Mapping[str, Stamp]) -> None:
         """Record that this process sealed and published a step whose files had these stamps."""

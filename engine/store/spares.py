@@ -4,9 +4,9 @@ Theory of operation.  `.engine/spare/` holds directories K, numbered in the orde
 oldest: its wanted files are moved into the save's partial directory, one rename each, and its others are deleted.  The
 empty directory stays until the save has ended, so that the moves can be made durable by its fsync.
 
-A spare's manifest is trusted only if this process sealed its files itself, each still has the inode, length and time of
-change that it had then, and no reader has found the step damaged.  A file of any other spare may have been overwritten
-before a power cut that then brought it back here (docs/durability.md, I13).
+A spare's manifest is trusted only if this process sealed its files itself, each still has the inode, length and times
+of change that it had then, and no reader has found the step damaged.  A file of any other spare may have been
+overwritten before a power cut that then brought it back here (docs/durability.md, I13).
 
 A file or directory that may not be moved or deleted (immutable, another user's, a mount point) is passed over with one
 warning, and the others are still processed.
@@ -36,16 +36,20 @@ _NOT_OURS = (errno.EPERM, errno.EACCES, errno.EBUSY)
 
 
 class Stamp(NamedTuple):
-    """Values that change with a write to a file or its replacement: inode, length, and time of change of its bytes."""
+    """Values that change with a write to a file or its replacement: inode, length, and its times of change.
+
+    A program may set the mtime back after a write (`rsync --times`), but none can set the ctime.
+    """
 
     inode: int
     nbytes: int
     mtime_ns: int
+    ctime_ns: int
 
     @classmethod
     def of(cls, status: os.stat_result) -> Stamp:
         """The stamp of a file with this status."""
-        return cls(status.st_ino, status.st_size, status.st_mtime_ns)
+        return cls(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 class Spares:
@@ -100,10 +104,10 @@ class Spares:
         if step is not None and step in self._sealed:
             self._known[name] = step, self._sealed.pop(step)
 
-    def are_sealed(self, directory: str, names: Collection[str], stamps: Mapping[str, Stamp]) -> bool:
-        """Whether these files still have their stamps."""
-        statuses = {name: self._filesystem.status(os.path.join(directory, name)) for name in names}
-        return all(status is not None and stamps.get(n) == Stamp.of(status) for n, status in statuses.items())
+    def are_sealed(self, spare: str, wanted: Collection[str], stamps: Mapping[str, Stamp]) -> bool:
+        """Whether the wanted files that have a stamp still have it.  Not after their move, which changes the ctime."""
+        statuses = {name: self._filesystem.status(os.path.join(spare, name)) for name in stamps.keys() & wanted}
+        return all(status is not None and stamps[n] == Stamp.of(status) for n, status in statuses.items())
 
     def vouch(self, step: int, stamps: Mapping[str, Stamp]) -> None:
         """Record that this process committed a step with these files."""
