@@ -159,6 +159,7 @@ class Engine(Reading):
         Raises:
             NotFoundError: this step is not committed.
             StepError: a save is in flight.
+            StorageError: it is refused, now or because an earlier sync of a directory failed.
         """
         self._check_usable()
         check_step(step)
@@ -170,6 +171,7 @@ class Engine(Reading):
         Raises:
             NotFoundError: the step is not committed.
             StepError: it is being read.
+            StorageError: it is refused, now or because an earlier sync of a directory failed.
         """
         self._check_usable()
         check_step(step)

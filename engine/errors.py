@@ -61,6 +61,9 @@ _REMEDIES = {
     codes.EOPNOTSUPP: _UNFIT,
     codes.EXDEV: "keep the run in a directory of its own on one file system, not in the lower layer of an overlay",
     codes.ENAMETOOLONG: "use a directory with a shorter path",
+    # No call on files gives this one: see Catalog._demand_sound.
+    codes.ENOTRECOVERABLE: "an earlier sync of a directory failed, so it is unknown which renames will last; "
+    "close this Engine and open a new one, which starts from what is on disk",
     codes.ECANCELED: "it was interrupted before it was done; save again",
 }
 _REMEDY = "see errno(3) for what this means, and dmesg for what the kernel says"

@@ -17,8 +17,9 @@ hold torn files under a valid manifest, which is not trusted.  The manifest of a
 sealed and retired the step, and its files have not changed since.
 
 After a failed sync of a directory it is unknown which renames will last.  From then on nothing is retired, taken from
-spare or deleted; saves go on in fresh directories, and the next open starts from the directory as it is.  The fresh
-names are numbered, step-N.1.partial, because the leftover of a failed save of the same step must stay as it is.
+spare or deleted, and a rollback or deletion raises; saves go on in fresh directories, and the next open starts from the
+directory as it is.  The fresh names are numbered, step-N.1.partial, because the leftover of a failed save of the same
+step must stay as it is.
 
 A reader pins the step that it reads, and a pinned step is not retired.  All methods may be called from any thread.
 """
@@ -321,8 +322,10 @@ class Catalog(Directory):
         Raises:
             NotFoundError: this step is not committed.
             StepError: a later one is being read, or has a tag.
+            StorageError: a sync of a directory has failed before.
         """
         with self._mutex, self.pinned(step):
+            self._demand_sound("rollback", step)
             later = [s for s in reversed(self._steps) if s > step]
             read = sorted(self._read_steps().intersection(later))
             if read:
@@ -331,8 +334,7 @@ class Catalog(Directory):
             if tagged:
                 raise StepError(f"steps {tagged} have a tag; delete(step) each of them, or roll back to {tagged[-1]}")
             self._retire(later, demanded=True)
-            if self._sound:
-                self._spares.trim(self._spare_max)
+            self._spares.trim(self._spare_max)
             return later
 
     def delete(self, step: int) -> None:
@@ -341,6 +343,7 @@ class Catalog(Directory):
         Raises:
             NotFoundError: there is no such step.
             StepError: it is being read or saved.
+            StorageError: a sync of a directory has failed before.
         """
         with self._mutex:
             if step in self._in_flight:
@@ -349,9 +352,10 @@ class Catalog(Directory):
                 raise self._not_found(step, self._steps)
             if step in self._read_steps():
                 raise StepError(f"step {step} is being read; wait for that before deleting it")
+            self._demand_sound("delete", step)
             before = self._spares.names()
             self._retire([step], demanded=True)
-            if self._sound and self._spares.names() != before:
+            if self._spares.names() != before:
                 self._spares.delete_newest()
 
     def set_aside(self, step: int) -> str | None:
@@ -554,6 +558,11 @@ class Catalog(Directory):
         except StorageError:
             self._sound = False
             raise
+
+    def _demand_sound(self, operation: str, step: int) -> None:
+        """Refuse an operation that builds on renames, once a sync has failed and they may not last."""
+        if not self._sound:
+            raise StorageError(errno.ENOTRECOVERABLE, operation, self.path(step))
 
     def _check_name_free(self, step: int) -> None:
         path = self.path(step)

@@ -513,7 +513,7 @@ def test_unsynced_moves_fail_only_the_save_that_made_them(catalog: Catalog, file
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["spare", "root"])
-def test_rollback_deletes_nothing_after_a_failed_sync(
+def test_rollback_and_deletion_are_refused_after_a_failed_sync(
     catalog: Catalog, filesystem: Recorded, tmp_path: Path, which: int
 ) -> None:
     for step in (1, 2, 3, 4, 5):
@@ -521,14 +521,17 @@ def test_rollback_deletes_nothing_after_a_failed_sync(
     filesystem.refuse("sync_directory", spared=which)
     with pytest.raises(StorageError):
         retire(catalog, 4)  # which a power cut may undo
-    assert catalog.retire_after(2) == [5, 4, 3]
-    assert catalog.steps() == [2]
-    assert [Path(tmp_path, SPARE, name, DATA_NAME).read_bytes() for name in spares(tmp_path)] == [
-        b"1",
-        b"5",
-        b"4",
-        b"3",
-    ]
+    before = names(tmp_path), spares(tmp_path)
+    for change, asked in ((catalog.retire_after, 2), (catalog.delete, 3)):
+        with pytest.raises(StorageError, match=rf"{step_name(asked)}.*open a new one"):
+            change(asked)
+    assert (names(tmp_path), spares(tmp_path)) == before and catalog.steps() == [2, 3, 4, 5]
+    with pytest.raises(NotFoundError):
+        catalog.delete(9)  # the caller's own error first
+    catalog.close()
+    again = Catalog(str(tmp_path), filesystem, 2, KEEP_ALL, StepFacts)
+    assert again.retire_after(2) == [5, 4, 3]
+    again.close()
 
 
 def check_order(done: list[tuple[str, ...]], root: str) -> None:
