@@ -18,8 +18,9 @@ from __future__ import annotations
 import errno
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
+from functools import partial
 from typing import Any
 
 from engine.errors import ClosedError, ForkedError
@@ -177,6 +178,10 @@ class Pipeline:
         """
         self.check_owner()
         lib.eng_abort(self._c_pipeline, job.c_job, error)
+
+    def aborting(self, job: Job, error: int) -> Callable[[], object]:
+        """`abort` of a job as one call into C, which Ctrl-C cannot keep from being done.  Not for a forked child."""
+        return partial(lib.eng_abort, self._c_pipeline, job.c_job, error)
 
     def wait(self, job: Job, milestone: Milestone, timeout_ns: int | None = None) -> bool:
         """Block until a milestone is reached, without the GIL.  False if `timeout_ns` passed first.

@@ -17,7 +17,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import NamedTuple, TypeVar
 
-from engine.errors import MEDIA_ERRORS, ArgumentError, ClosedError, CorruptError, NotFoundError, StorageError, warn
+from engine.errors import (
+    MEDIA_ERRORS,
+    ArgumentError,
+    ClosedError,
+    CorruptError,
+    ForkedError,
+    NotFoundError,
+    StorageError,
+    warn,
+)
 from engine.format.manifest import ChunkRecord, Manifest, SegmentRecord, affected, block_checksums
 from engine.format.plan import Block, ExtentColumns, Extents, block_rows, extent_columns, lay_extents, merge_runs
 from engine.io.backend import open_like
@@ -276,12 +285,20 @@ def read_job(
 
 
 def drive(pipeline: Pipeline, job: Job, descriptors: Sequence[int]) -> None:
+    """Run a read to its end.  Blocks.
+
+    After Ctrl-C it first aborts the read, in one call into C that a second Ctrl-C cannot prevent, and then waits until
+    the pipeline is done with the targets; a second Ctrl-C may cut only that short.
+    """
+    abort = pipeline.aborting(job, 0)
     try:
         pipeline.submit(job)
         pipeline.attach(job, descriptors)
         pipeline.wait(job, Milestone.DONE)
-    except BaseException:  # Ctrl-C: the pipeline must be done with the targets before this raises
-        pipeline.abort(job, 0)
+    except ForkedError:  # in a signal handler; the parent's read goes on
+        raise
+    except BaseException:
+        abort()
         pipeline.wait(job, Milestone.DONE)
         raise
 

@@ -25,7 +25,7 @@ from leaks import held
 
 import engine
 from engine.io.backend import LADDER
-from engine.io.job import Job
+from engine.io.job import Job, Milestone
 from engine.io.pipeline import Pipeline
 from engine.session.checkpoint import Checkpointer
 from engine.session.in_flight import InFlight
@@ -222,6 +222,37 @@ def test_a_second_interrupt_leaves_nothing_behind(
     monkeypatch.undo()
     it.check_goes_on()
     assert it.engine.steps() == [0], "neither a place nor a step is taken"
+
+
+@pytest.mark.parametrize("second", ["abort", "wait"])
+@pytest.mark.parametrize("first", ["submit", "attach"])
+def test_a_second_interrupt_leaves_no_read_behind(
+    interrupted: Callable[[int], Interrupted], monkeypatch: pytest.MonkeyPatch, first: str, second: str
+) -> None:
+    it = interrupted(10 * BLOCK_BYTES)
+    it.filesystem.gate.set()
+    it.engine.checkpoint(it.arena, step=1).result(HANG_S)
+    real = getattr(Pipeline, first)
+    jobs: list[Job] = []
+
+    def done_and_interrupted(pipeline: Pipeline, job: Job, *arguments: Any) -> None:
+        if first == "submit":  # without its files the read would wait for them for ever
+            real(pipeline, job, *arguments)
+        jobs.append(job)
+        raise KeyboardInterrupt
+
+    def interrupted_again(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, first, done_and_interrupted)
+    monkeypatch.setattr(Pipeline, second, interrupted_again)
+    with pytest.raises(KeyboardInterrupt):
+        it.engine.restore(it.arena)
+    monkeypatch.undo()
+    until(lambda: jobs[0].reached(Milestone.DONE))
+    assert it.arena.torn
+    it.engine.restore(it.arena)
+    it.check_goes_on()
 
 
 # A timer interrupts at random moments of calls that take about as long.  In a separate process: an interrupt may

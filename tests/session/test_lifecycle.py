@@ -183,7 +183,7 @@ def test_a_restore_interrupted_twice_keeps_the_memory_that_it_reads_into(
         eng.checkpoint(arena).result()
         with monkeypatch.context() as patched:
             patched.setattr(Pipeline, "attach", interrupt)
-            patched.setattr(Pipeline, "abort", interrupt)
+            patched.setattr(Pipeline, "aborting", lambda *_: interrupt)
             with contextlib.suppress(KeyboardInterrupt):
                 eng.restore(arena)
         tensors["a"].data = torch.zeros(1000)
