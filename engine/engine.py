@@ -240,6 +240,7 @@ def _shut_down(in_flight: InFlight, workers: Workers, store: Store) -> None:
         threading.Thread(target=_shut_down, args=(in_flight, workers, store)).start()
         return
     in_flight.close()
+    in_flight.wait_for_others()  # or a call of theirs could come behind the end of the commit threads
     workers.close()
     store.close()
 

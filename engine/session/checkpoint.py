@@ -24,7 +24,7 @@ from functools import partial
 from numbers import Real
 from typing import Any, Literal
 
-from engine.errors import ArenaError, ArgumentError, BusyError, StepError, UsageError, warn
+from engine.errors import ArenaError, ArgumentError, BusyError, ClosedError, StepError, UsageError, warn
 from engine.format.checks import is_user_name
 from engine.format.layout import Layout
 from engine.format.manifest import STEP_MAX
@@ -182,6 +182,8 @@ class Checkpointer:
             writer.start(write)
             permit.handed_over = True
             self._workers.submit(partial(_finish, self._in_flight, permit, self._store, write, save))
+            if self._workers.is_closed:
+                raise ClosedError("a signal handler that interrupted checkpoint() closed the Engine; open a new one")
             if not request.is_lazy(arena):
                 save.wait_staged()
             elif content.packed.urgent_count:

@@ -30,9 +30,10 @@ class Permit:
     But `handed_over`, which its owner sets before the save is handed to the commit threads.
     """
 
-    __slots__ = ("claimed", "ended", "handed_over", "step")
+    __slots__ = ("claimed", "ended", "handed_over", "step", "thread")
 
     def __init__(self) -> None:
+        self.thread = threading.get_ident()
         self.step: int | None = None
         self.claimed = False
         self.handed_over = False
@@ -133,6 +134,18 @@ class InFlight:
         with self._lock:
             permits = [*self._permits, *self._ending]
         return all(p.ended.wait(None if end is None else max(0.0, end - time.monotonic())) for p in permits)
+
+    def wait_for_others(self) -> None:
+        """Block until every save in flight has ended, but for those that this thread has not handed over yet.
+
+        There is such a one if a signal handler that interrupts `checkpoint()` calls this, and then it cannot go on.
+        """
+        me = threading.get_ident()
+        with self._lock:
+            permits = [*self._permits, *self._ending]
+        for permit in permits:
+            if permit.handed_over or permit.thread != me:
+                permit.ended.wait()
 
     def while_idle(self, action: Callable[[], T]) -> T:
         """Run `action` with no save in flight, and none admitted before it has ended.

@@ -35,6 +35,7 @@ class Workers:
 
     Attributes:
         submit: has a call run.  Returns at once.
+        is_closed: whether `close` was called; a call that is submitted after that is never run.
 
     Raises:
         RuntimeError: a thread could not be started; none is left.
@@ -42,6 +43,7 @@ class Workers:
 
     def __init__(self, count: int) -> None:
         self._calls: SimpleQueue[Call | None] = SimpleQueue()
+        self.is_closed = False
         self.submit: Callable[[Call], None] = self._calls.put
         self._threads: list[tuple[threading.Thread, Gate]] = []
         try:
@@ -60,6 +62,7 @@ class Workers:
 
     def close(self) -> None:
         """Run all that has been submitted, and end the threads.  Blocks.  May be called again, also after Ctrl-C."""
+        self.is_closed = True
         for _ in self._threads:
             self._calls.put(None)
         for thread, ended in self._threads:

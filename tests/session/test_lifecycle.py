@@ -25,7 +25,9 @@ from disk import FailingFilesystem, GatedFilesystem, stored
 import engine
 from engine.io.binding import JOBS_MAX
 from engine.io.pipeline import Pipeline
+from engine.session.in_flight import InFlight
 from engine.store.filesystem import Filesystem
+from engine.store.writer import Write, Writer
 
 SMALL: dict[str, Any] = {"staging_bytes": 1 << 20, "block_bytes": 64 << 10}
 
@@ -631,3 +633,47 @@ def test_an_engine_opens_below_an_unreadable_parent(tmp_path: Path) -> None:
     with engine.Engine(tmp_path / "runs", filesystem=Unreadable(), **SMALL) as eng:
         eng.checkpoint(engine.Arena.wrap({"a": torch.zeros(10)}), step=1).result()
         assert eng.steps() == [1]
+
+
+def test_close_waits_for_a_checkpoint_that_another_thread_has_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, close = Writer.start, InFlight.close
+    closing = threading.Event()
+
+    def slow(writer: Writer, write: Write) -> None:
+        start(writer, write)
+        closer.start()
+        assert closing.wait(10)
+        closer.join(0.2)  # long enough for the commit threads to end, if close did not wait for this call
+
+    def closed(in_flight: InFlight) -> None:
+        close(in_flight)
+        closing.set()
+
+    monkeypatch.setattr(Writer, "start", slow)
+    monkeypatch.setattr(InFlight, "close", closed)
+    eng = engine.Engine(tmp_path, **SMALL)
+    closer = threading.Thread(target=eng.close)
+    save = eng.checkpoint(engine.Arena.wrap({"a": torch.ones(10)}), step=1)
+    assert save.result(10).step == 1
+    closer.join(10)
+    assert not closer.is_alive() and engine.open(tmp_path).steps() == [1]
+
+
+@pytest.mark.parametrize("place", ["prepare", "start"])
+def test_a_signal_handler_that_interrupts_checkpoint_may_close(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    real = getattr(Writer, place)
+
+    def interrupted(writer: Writer, *arguments: Any) -> Any:
+        result = real(writer, *arguments)
+        eng.close()  # as a handler would, on this very thread
+        return result
+
+    monkeypatch.setattr(Writer, place, interrupted)
+    eng = engine.Engine(tmp_path, **SMALL)
+    with pytest.raises(engine.ClosedError):
+        eng.checkpoint(engine.Arena.wrap({"a": torch.ones(10)}), step=1)
+    assert not eng.is_open and engine.open(tmp_path).steps() == []
