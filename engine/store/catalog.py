@@ -123,6 +123,7 @@ class Catalog(Directory):
         self._spares = Spares(filesystem, os.path.join(self._private, "spare"))
         self._mutex = threading.RLock()
         self._sound = True  # no sync of a directory has failed
+        self._unsynced = False  # moves to spare may not be durable: Ctrl-C came before their sync
         self._in_flight: set[int] = set()  # steps begun, and neither published nor discarded
         self._fresh_paths: dict[int, str] = {}  # partials of another name than their step gives them
         self._pins: set[tuple[int, object]] = set()  # one for each reader
@@ -249,6 +250,8 @@ class Catalog(Directory):
             partial = self.partial_path(step)
             self.filesystem.make_directory(partial)
             self._in_flight.add(step)
+            if self._unsynced and self._sound:
+                self._sync_moves()
             spare = self._spares.take(step) if self._sound else None
         if spare is None:
             return Begun(partial, None, frozenset())
@@ -492,6 +495,7 @@ class Catalog(Directory):
     def _retire(self, steps: Sequence[int], demanded: bool = False) -> None:
         """Move steps to spare, durably.  A step that may not be moved is passed over, or with `demanded` raises."""
         self.check_place()
+        self._unsynced = self._unsynced or bool(steps)
         try:
             for step in steps:
                 retire = functools.partial(self._retire_one, step)
@@ -500,7 +504,7 @@ class Catalog(Directory):
                 else:
                     self._spares.pass_over(self.path(step), retire)
         finally:  # if one of several is refused, the next save may take the earlier ones
-            if steps:
+            if self._unsynced:
                 self._sync_moves()
 
     def _retire_one(self, step: int, path: str) -> None:
@@ -509,7 +513,9 @@ class Catalog(Directory):
         except StorageError as error:
             if error.errno != errno.ENOENT:  # it was deleted by hand, which is as good
                 raise
-        self._forget(step)
+        finally:  # Ctrl-C may come after the move
+            if self.filesystem.status(path) is None:
+                self._forget(step)
 
     def _surplus(self) -> list[int]:
         """The steps that the rule does not keep and that are not being read."""
@@ -593,6 +599,7 @@ class Catalog(Directory):
         """Make renames to spare durable: the target directory first, so that a crash never loses both names."""
         self._sync(self._spares.path)
         self._sync(self.root)
+        self._unsynced = False
 
 
 _open_catalogs: weakref.WeakSet[Catalog] = weakref.WeakSet()

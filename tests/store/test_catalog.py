@@ -534,6 +534,30 @@ def test_rollback_and_deletion_are_refused_after_a_failed_sync(
     again.close()
 
 
+@pytest.mark.parametrize("change", ["retire_after", "delete"])
+@pytest.mark.parametrize("place", ["rename", "sync_directory"])
+def test_an_interrupted_move_to_spare_is_known_and_synced_later(
+    catalog: Catalog, filesystem: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, change: str
+) -> None:
+    for step in (1, 2):
+        save(catalog, step)
+    real = getattr(Recorded, place)
+
+    def interrupted(self: Recorded, *paths: str) -> None:
+        if place == "rename":  # Ctrl-C comes just after it
+            real(self, *paths)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Recorded, place, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        getattr(catalog, change)(1 if change == "retire_after" else 2)
+    monkeypatch.undo()
+    assert catalog.steps() == [1]
+    save(catalog, 3)
+    assert catalog.steps() == [1, 3]
+    check_order(filesystem.done, str(tmp_path))
+
+
 def check_order(done: list[tuple[str, ...]], root: str) -> None:
     """I4 and I5 of docs/durability.md, in terms of the recorded calls.
 
