@@ -504,6 +504,9 @@ class Catalog(Directory):
                 else:
                     self._spares.pass_over(self.path(step), retire)
         finally:  # if one of several is refused, the next save may take the earlier ones
+            for step in set(steps).intersection(self._steps):  # Ctrl-C may have come just after its move
+                if self.filesystem.status(self.path(step)) is None:
+                    self._forget(step)
             if self._unsynced:
                 self._sync_moves()
 
@@ -513,9 +516,7 @@ class Catalog(Directory):
         except StorageError as error:
             if error.errno != errno.ENOENT:  # it was deleted by hand, which is as good
                 raise
-        finally:  # Ctrl-C may come after the move
-            if self.filesystem.status(path) is None:
-                self._forget(step)
+        self._forget(step)
 
     def _surplus(self) -> list[int]:
         """The steps that the rule does not keep and that are not being read."""

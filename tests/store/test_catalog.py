@@ -535,20 +535,24 @@ def test_rollback_and_deletion_are_refused_after_a_failed_sync(
 
 
 @pytest.mark.parametrize("change", ["retire_after", "delete"])
-@pytest.mark.parametrize("place", ["rename", "sync_directory"])
+@pytest.mark.parametrize("place", ["rename", "sync_directory", "_forget"])
 def test_an_interrupted_move_to_spare_is_known_and_synced_later(
     catalog: Catalog, filesystem: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, change: str
 ) -> None:
     for step in (1, 2):
         save(catalog, step)
-    real = getattr(Recorded, place)
+    target = Catalog if place == "_forget" else Recorded
+    real = getattr(target, place)
+    interrupts = iter([True])
 
-    def interrupted(self: Recorded, *paths: str) -> None:
-        if place == "rename":  # Ctrl-C comes just after it
-            real(self, *paths)
-        raise KeyboardInterrupt
+    def interrupted(self: object, *arguments: object) -> None:
+        first = next(interrupts, False)
+        if place == "rename" or not first:  # Ctrl-C comes just after the rename
+            real(self, *arguments)
+        if first:
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(Recorded, place, interrupted)
+    monkeypatch.setattr(target, place, interrupted)
     with pytest.raises(KeyboardInterrupt):
         getattr(catalog, change)(1 if change == "retire_after" else 2)
     monkeypatch.undo()
