@@ -34,23 +34,27 @@ class GatedFilesystem(HookedFilesystem):
 
 
 class FailingFilesystem(HookedFilesystem):
-    """Refuses the next operation of a name with an error, once; of directories a partial's, of renames a commit's."""
+    """Refuses the next operation of a name with an error, once; of directories a partial's, of renames a commit's.
+
+    An allocation is refused again for the same file: a save that meets a full disk makes room and tries once more.
+    """
 
     def __init__(self) -> None:
         self.operation: str | None = None
         self.error = 0
+        self._full: str | None = None
 
     def fail_next(self, operation: str, error: int) -> None:
         """Arm it."""
-        self.operation, self.error = operation, error
+        self.operation, self.error, self._full = operation, error, None
 
     def before(self, operation: str, path: str, target: str = "") -> None:
         if operation == "sync_directory" and not path.endswith(".partial"):
             return
         if operation == "rename" and (".engine" in target or not target.endswith(tuple("0123456789"))):
             return
-        if self.operation == operation:
-            self.operation = None
+        if self.operation == operation or (operation == "allocate" and path == self._full):
+            self.operation, self._full = None, path if operation == "allocate" else None
             raise StorageError(self.error, operation, path)
 
 
