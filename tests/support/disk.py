@@ -53,6 +53,8 @@ class FailingFilesystem(HookedFilesystem):
             return
         if operation == "rename" and (".engine" in target or not target.endswith(tuple("0123456789"))):
             return
+        if operation == "open_for_blocks":
+            self._full = None  # of a save before
         if self.operation == operation or (operation == "allocate" and path == self._full):
             self.operation, self._full = None, path if operation == "allocate" else None
             raise StorageError(self.error, operation, path)
