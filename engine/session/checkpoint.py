@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
+import sys
 import time
 import weakref
 from collections.abc import Mapping
@@ -144,22 +144,25 @@ class Checkpointer:
         self._options = options
         self._in_flight = in_flight
         self._workers = workers
-        self._inside: set[int] = set()  # the threads that are in `begin`
         self._packs: weakref.WeakKeyDictionary[Arena, _Packs] = weakref.WeakKeyDictionary()
 
     def begin(self, arena: Arena, request: Request) -> Save:
         """Begin a save of the arena.  Blocks and raises as `Engine.checkpoint`."""
-        me = threading.get_ident()
-        if me in self._inside:
+        if self._interrupts_itself():
             raise UsageError(
                 "checkpoint() was called by a signal handler that interrupts checkpoint(), and would wait for it; set "
                 "a flag in the handler, and save after the step"
             )
-        self._inside.add(me)
-        try:
-            return self._begin(arena, request)
-        finally:
-            self._inside.discard(me)
+        return self._begin(arena, request)
+
+    def _interrupts_itself(self) -> bool:
+        """Whether this thread is in `begin` already.  The stack says so: a mark of ours could be left by Ctrl-C."""
+        frame = sys._getframe(2)
+        while (back := frame.f_back) is not None:
+            frame = back
+            if frame.f_code is Checkpointer.begin.__code__ and frame.f_locals["self"] is self:
+                return True
+        return False
 
     def _begin(self, arena: Arena, request: Request) -> Save:
         began_ns = time.monotonic_ns()
