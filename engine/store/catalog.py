@@ -50,7 +50,7 @@ from engine.errors import (
     warn,
 )
 from engine.format.manifest import MANIFEST_NAME, Manifest
-from engine.store.directory import PRIVATE_NAME, Directory, OpenedStep, committed_steps, step_name
+from engine.store.directory import PRIVATE_NAME, Directory, OpenedStep, committed_steps, refuse_step, step_name
 from engine.store.filesystem import Filesystem
 from engine.store.lock import take_lock
 from engine.store.retention import (
@@ -118,6 +118,7 @@ class Catalog(Directory):
         # Not Directory.__init__, which refuses a directory that does not exist yet.
         self.filesystem = filesystem
         self.root = filesystem.real_path(root)  # the directory itself, where `root` is a link to it
+        refuse_step(self.root)
         self._spare_max = spare_max
         self._private = os.path.join(self.root, PRIVATE_NAME)
         self._spares = Spares(filesystem, os.path.join(self._private, "spare"))

@@ -65,6 +65,17 @@ def path_of(directory: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> s
     return path
 
 
+def refuse_step(root: str) -> None:
+    """Refuse a checkpoint's directory where a run's is wanted: opened as a run it would be one without checkpoints.
+
+    Raises:
+        ArgumentError: the path's last name is that of a step.
+    """
+    parent, name = os.path.split(root)
+    if _STEP_NAME.fullmatch(name.removesuffix(".partial")):
+        raise ArgumentError(f"{root} is the directory of one checkpoint; open the run that it is in: {parent!r}")
+
+
 class OpenedStep:
     """A committed step whose directory is open; made by `Directory.opened`."""
 
@@ -136,12 +147,14 @@ class Directory:
         filesystem: the file operations.
 
     Raises:
+        ArgumentError: it is the directory of a step.
         NotFoundError: there is no such directory, or it has neither `.engine` nor a step.
         StorageError: the directory cannot be read.
     """
 
     def __init__(self, root: str, filesystem: Filesystem) -> None:
         self.root = filesystem.real_path(root)
+        refuse_step(self.root)
         self.filesystem = filesystem
         status = filesystem.status(self.root)
         if status is None or not stat.S_ISDIR(status.st_mode):

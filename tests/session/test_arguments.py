@@ -5,6 +5,7 @@ A caller meets these before anything else, with a model in the place of an arena
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -92,3 +93,15 @@ def test_any_number_is_a_timeout(saved: tuple[engine.Engine, engine.Arena], time
     save.result()
     assert save.result(timeout).step == 2 and save.exception(timeout) is None and save.wait_staged(timeout)
     assert eng.wait(timeout)
+
+
+def test_the_directory_of_a_checkpoint_is_no_run(tmp_path: Path) -> None:
+    """Opened as a run it would hold no checkpoint, and a training would begin anew without a word."""
+    with engine.Engine(tmp_path, staging_bytes=1 << 20, block_bytes=64 << 10) as eng:
+        eng.checkpoint(engine.Arena.wrap({"w": torch.zeros(1)}), step=3).result()
+    step = tmp_path / "step-00000003"
+    before = sorted(os.listdir(step))
+    for opening in (engine.Engine, engine.open):
+        with pytest.raises(engine.ArgumentError, match=f"one checkpoint; open the run that it is in: '{tmp_path}'"):
+            opening(step)
+    assert sorted(os.listdir(step)) == before
