@@ -104,7 +104,7 @@ class Believed(RuleBasedStateMachine):
     @rule(operation=st.sampled_from(FAILURES), error=st.sampled_from([5, 28, 122]))
     def save_and_fail(self, operation: str, error: int) -> None:
         self.mutate()
-        self.filesystem.fail_next(operation, error)
+        self.filesystem.fail_next(operation, error, for_good=operation == "allocate")
         save = self.engine.checkpoint(self.arena, self.next_step())
         with pytest.raises(engine.StorageError) as caught:
             save.result()

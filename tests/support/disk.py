@@ -36,17 +36,19 @@ class GatedFilesystem(HookedFilesystem):
 class FailingFilesystem(HookedFilesystem):
     """Refuses the next operation of a name with an error, once; of directories a partial's, of renames a commit's.
 
-    An allocation is refused again for the same file: a save that meets a full disk makes room and tries once more.
+    A save that meets a full disk makes room and allocates once more.  An allocation that is refused for good is refused
+    then, too.
     """
 
     def __init__(self) -> None:
         self.operation: str | None = None
         self.error = 0
         self._full: str | None = None
+        self._for_good = False
 
-    def fail_next(self, operation: str, error: int) -> None:
+    def fail_next(self, operation: str, error: int, for_good: bool = False) -> None:
         """Arm it."""
-        self.operation, self.error, self._full = operation, error, None
+        self.operation, self.error, self._full, self._for_good = operation, error, None, for_good
 
     def before(self, operation: str, path: str, target: str = "") -> None:
         if operation == "sync_directory" and not path.endswith(".partial"):
@@ -56,7 +58,7 @@ class FailingFilesystem(HookedFilesystem):
         if operation == "open_for_blocks":
             self._full = None  # of a save before
         if self.operation == operation or (operation == "allocate" and path == self._full):
-            self.operation, self._full = None, path if operation == "allocate" else None
+            self.operation, self._full = None, path if self._for_good else None
             raise StorageError(self.error, operation, path)
 
 
