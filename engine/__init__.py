@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from engine.io.backend import Attempt, Probe
+    from engine.io.guard_probe import GuardAttempt, GuardProbe
     from engine.options import Options
     from engine.session.restore import RestoreInfo
     from engine.session.run import Run
@@ -82,6 +83,8 @@ __all__ = [
     "EngineWarning",
     "ExtraError",
     "ForkedError",
+    "GuardAttempt",
+    "GuardProbe",
     "LockedError",
     "MismatchError",
     "NewerFormatError",
@@ -114,6 +117,8 @@ _MODULES = {
     "ChunkStatus": "engine.session.save",
     "Damage": "engine.store.verify",
     "Engine": "engine.engine",
+    "GuardAttempt": "engine.io.guard_probe",
+    "GuardProbe": "engine.io.guard_probe",
     "Options": "engine.options",
     "PassedOver": "engine.store.reader",
     "Probe": "engine.io.backend",

@@ -24,14 +24,16 @@ from enum import Enum
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import ArgumentError, ClosedError, PlatformError, UsageError
-from engine.io.backend import Probe, find
-from engine.options import Backend, Options, Tunables, check_range
-from engine.session.checkpoint import Checkpointer, OnBusy, Request, Snapshot
+from engine.errors import ArgumentError, ClosedError, PlatformError, UsageError, warn
+from engine.io.backend import Probe, degradation, find
+from engine.io.guard_probe import guard_degradation, probe_guard
+from engine.options import Backend, GuardName, Options, Tunables, check_range
+from engine.session.checkpoint import Checkpointer, OnBusy, Request
 from engine.session.gate import seconds
 from engine.session.in_flight import InFlight
 from engine.session.reading import Lent, Reading
 from engine.session.save import Save
+from engine.session.snapshot import Snapshot, Snapshots
 from engine.session.workers import Workers
 from engine.state.arena import Arena
 from engine.store.directory import path_of
@@ -90,7 +92,11 @@ class Engine(Reading):
             undo.callback(self._workers.close)
             self._lent = Lent(self._store.reader, self._store.verifier)
             self._in_flight = InFlight(options.max_async)
-            self._checkpointer = Checkpointer(self._store, options, self._in_flight, self._workers)
+            self._snapshots = Snapshots(options.guard)
+            self._checkpointer = Checkpointer(self._store, options, self._in_flight, self._workers, self._snapshots)
+            degraded = [degradation(self._store.probe), guard_degradation(self._snapshots.probe)]
+            if any(degraded):
+                warn("; ".join(filter(None, degraded)))  # which may raise, if the user wants it so
             self._closing = False
             # Closes an Engine that is collected, or still open at exit.  In a forked child it does nothing.
             self._closer = weakref.finalize(self, _shut_down, self._in_flight, self._workers, self._store)
@@ -106,7 +112,7 @@ class Engine(Reading):
         extra: Any = None,
         chunk_count: int | None = None,
         chunk_bytes: int | None = None,
-        snapshot: Snapshot | None = None,
+        snapshot: Snapshot = "auto",
         on_busy: OnBusy = "wait",
         metrics: Mapping[str, float] | None = None,
         tag: str | None = None,
@@ -114,17 +120,20 @@ class Engine(Reading):
     ) -> Save:
         """Make an arena durable while training goes on.
 
-        Blocks until a permit is free (see `on_busy`), and until a part of the arena is staged: with ``"lazy"`` the
-        tensors that no fence protects (`Arena.unfenced`), with ``"eager"`` all.  The rest happens in the background.
+        Blocks until a permit is free (see `on_busy`), and until a part of the arena is staged: nothing of it under
+        the guard ``"cow"``, under the others what no fence protects (`Arena.unfenced`), and all of it with ``"eager"``.
+        The rest happens in the background.
 
         Args:
             arena: the tensors to save.
             step: its number, after every committed step and every step in flight; None for the next one.
             extra: a tree of plain values and small tensors, copied now.
             chunk_count, chunk_bytes: how to cut the files into chunks (see `format.plan.chunk_size`).
-            snapshot: ``"lazy"`` returns while staging goes on, and is the default for an arena adopted with its
-                optimizer, whose step it holds back; ``"eager"`` is the default for all others.  ``"checked"`` is
-                that default, and hashes the arena a second time: a writer in between fails the save.
+            snapshot: ``"lazy"`` returns while staging goes on, ``"eager"`` when it has ended.  ``"auto"`` is lazy where
+                the guard keeps likely writers from tearing the save: any adopted arena under ``"cow"``, one with an
+                optimizer under ``"detect"``, one with an optimizer of torch's own under ``"fence"``.  ``"checked"``
+                never commits a mixed checkpoint: without a guard it hashes the whole arena in the call, and fails the
+                save if a block that is staged has another hash.
             on_busy: with `max_async` saves in flight ``"wait"`` for one to end, ``"raise"`` BusyError, or
                 ``"skip"``: the Save returned has failed with BusyError and nothing was done.
             metrics: numbers by name, for listings and for ``Retention(best=...)``.
@@ -189,8 +198,13 @@ class Engine(Reading):
 
     @property
     def probe(self) -> Probe:
-        """The backends tried when the Engine was opened, and why better ones do not work."""
-        return self._store.probe
+        """What was tried when the Engine was opened, and why a better backend or guard was not taken."""
+        return self._store.probe._replace(guard=self._snapshots.probe)
+
+    @property
+    def guard(self) -> GuardName:
+        """How the snapshots of adopted arenas are kept from tearing: ``"cow"``, ``"detect"`` or ``"fence"``."""
+        return self._snapshots.probe.guard
 
     # -- ending -----------------------------------------------------------------------------------------------
 
@@ -246,7 +260,7 @@ def _shut_down(in_flight: InFlight, workers: Workers, store: Store) -> None:
 
 
 def probe(directory: str | os.PathLike[str], *, options: Options = DEFAULTS, **tunables: Unpack[Tunables]) -> Probe:
-    """Find the backend that an Engine with these options would use in a directory, and why better ones do not work.
+    """Find out which backend and guard an Engine with these options would use, and why not better ones.
 
     Blocks while a block is written and read.  Takes no lock and leaves nothing behind.  It uses as many slots as
     such an Engine, so beside an open Engine a limit on locked memory may be too small for both.
@@ -256,7 +270,8 @@ def probe(directory: str | os.PathLike[str], *, options: Options = DEFAULTS, **t
         StorageError: no file can be made in the directory, for instance because it does not exist.
     """
     options = replace(options, **tunables)
-    return find(os.path.realpath(path_of(directory)), Filesystem(), options.slot_count, options.block_bytes)
+    found = find(os.path.realpath(path_of(directory)), Filesystem(), options.slot_count, options.block_bytes)
+    return found._replace(guard=probe_guard("auto"))
 
 
 def _rule(keep: int | _Unset | None, retention: Retention | None) -> Retention | None:

@@ -17,6 +17,11 @@ from engine.format.plan import ALIGNMENT, CHUNK_BYTES_DEFAULT
 Backend = Literal["io_uring", "io_uring_plain", "threads", "buffered"]
 Choice = Literal["auto", "io_uring", "io_uring_plain", "threads", "buffered"]
 
+# Ways to notice the writers of an arena while a save reads it, best first: `io.guard` describes the first two, and
+# `state.fence` the last.
+GuardName = Literal["cow", "detect", "fence"]
+GuardChoice = Literal["auto", "cow", "detect", "fence"]
+
 # Half of the pipeline's room for jobs (ENG_JOBS_MAX), so that restores always find room.
 MAX_ASYNC_MAX = 32
 
@@ -33,6 +38,7 @@ class Tunables(TypedDict, total=False):
     chunk_bytes: int
     max_async: int
     backend: Choice
+    guard: GuardChoice
     rewrite_all: bool
 
 
@@ -49,8 +55,9 @@ class Options:
         chunk_bytes: the size of a chunk, the unit of status, rounded up to a multiple of 4096.  64 MiB take
             a fast drive some tens of milliseconds.
         max_async: how many saves may be in flight, 1 to 32.  2: one is written while the next one is staged.
-        backend: how blocks are moved.  ``"auto"`` takes the best that works; of any other name only that one is tried.
-        rewrite_all: write every block, even if its hash says that the recycled file holds it already.
+        backend: how blocks are moved.  ``"auto"`` takes the best that works; any other is insisted on.
+        guard: how a snapshot is kept from tearing.  ``"auto"`` takes the best that works; any other is insisted on.
+        rewrite_all: write every block, even one that the recycled file holds already by its hash.
 
     Raises:
         ArgumentError: a value is out of range.
@@ -61,6 +68,7 @@ class Options:
     chunk_bytes: int = CHUNK_BYTES_DEFAULT
     max_async: int = 2
     backend: Choice = "auto"
+    guard: GuardChoice = "auto"
     rewrite_all: bool = False
 
     def __post_init__(self) -> None:
@@ -69,6 +77,7 @@ class Options:
         check_range("staging_bytes", self.staging_bytes, 2 * self.block_bytes, None)
         check_range("chunk_bytes", self.chunk_bytes, 1, None)
         check_choice("backend", self.backend, Choice)
+        check_choice("guard", self.guard, GuardChoice)
         if self.block_bytes % ALIGNMENT:
             raise ArgumentError(f"block_bytes is {self.block_bytes}; it must be a multiple of {ALIGNMENT}")
 

@@ -42,14 +42,21 @@ enum {
     ENG_THREADS = 2 /* pread(2) and pwrite(2) on threads of the pipeline */
 };
 
-/* The part of eng_open that the kernel refused. */
+/* What eng_open or eng_guard_open was refused. */
 enum {
     ENG_REFUSED_NOTHING = 0,
     ENG_REFUSED_RESOURCES = 1, /* the slots' memory, the eventfd, a thread */
     ENG_REFUSED_RING = 2, /* io_uring_setup(2) */
     ENG_REFUSED_BUFFERS = 3, /* io_uring_register(2) of the slots */
-    ENG_REFUSED_FILES = 4 /* io_uring_register(2) of a table of files */
+    ENG_REFUSED_FILES = 4, /* io_uring_register(2) of a table of files */
+    ENG_REFUSED_USERFAULTFD = 5, /* userfaultfd(2) */
+    ENG_REFUSED_PROTECTION = 6, /* the features of UFFDIO_API: the kernel is too old */
+    ENG_REFUSED_SCAN = 7, /* PAGEMAP_SCAN */
+    ENG_REFUSED_RANGE = 8 /* UFFDIO_REGISTER of the memory */
 };
+
+/* Kinds of guard: guarding/guard.c describes them. */
+enum { ENG_GUARD_COW = 0, ENG_GUARD_DETECT = 1 };
 
 /* Directions of a job. */
 enum { ENG_WRITE = 0, ENG_READ = 1 };
@@ -107,10 +114,13 @@ typedef struct {
     uint8_t digest[16];
 } eng_hash;
 
+/* Watches a range of memory while a save reads it. */
+typedef struct eng_guard eng_guard;
+
 typedef struct {
     /* Set by the caller before eng_submit. */
     uint32_t direction;
-    uint32_t checked; /* hash every source again once all is staged, and fail if one changed */
+    uint32_t checked; /* hash every source before ENG_URGENT, and fail if a block that is staged has another hash */
     uint32_t source_count;
     uint32_t extent_count;
     uint32_t block_count;
@@ -123,6 +133,9 @@ typedef struct {
     const uint32_t *order; /* block indices in the order to work through them */
     eng_hash *checksums; /* one a block: a write stores them, a read compares with them */
     uint8_t *states; /* one a block, all ENG_PENDING at first; may be read at any time */
+    eng_guard *guard; /* of a write: armed with the job, and watches all its sources that may change; or NULL */
+    const eng_hash *previous; /* the checksums of the job that the guard was armed with before, if it had the same
+                               * blocks and extents; or NULL */
 
     /* Set by the pipeline.  Final once ENG_DONE is reached. */
     uint32_t milestones;
@@ -135,7 +148,8 @@ typedef struct {
     uint64_t copying_ns; /* time spent copying between sources and slots; of a write, with the checksums */
     uint64_t hashing_ns; /* time spent on the checksums of a read */
     uint64_t io_bytes; /* bytes that completions reported */
-    uint64_t skipped_bytes; /* of whole blocks, padding included, not written because the file holds them already */
+    uint64_t skipped_bytes; /* bytes not written because the file holds them already; whole blocks with padding */
+    uint64_t clean_bytes; /* those of them not copied either, because the guard saw no write */
     uint32_t retry_count; /* short, interrupted or refused operations that were tried again */
     uint32_t reserved_end;
 } eng_job;
@@ -218,7 +232,22 @@ uint32_t eng_direct_alignment(int32_t fd);
  * cannot. */
 int eng_allocate(int32_t fd, uint64_t offset, uint64_t nbytes);
 
-/* The hash of a block with these stored bytes. */
+/* Watch `nbytes` of anonymous private memory; both numbers are multiples of the page size.  Returns 0, or a negative
+ * errno and in `refused` the step that failed. */
+int eng_guard_open(uint32_t kind, uint64_t address, uint64_t nbytes, uint32_t *refused, eng_guard **guard);
+
+/* Begin to watch for the guard of a job that is submitted next: a write to its sources from here on is caught.  The job
+ * releases the guard when it ends, or when it is aborted.  Costs time in proportion to the extents.  Returns 0, -EBUSY
+ * while another job reads the same memory, or another negative errno. */
+int eng_guard_arm(const eng_job *job);
+
+/* Let all writers go on: a job that was armed will not be submitted. */
+void eng_guard_disarm(const eng_job *job);
+
+/* Let all writers go on, free the guard, and set the pointer to NULL.  No armed job is left.  Of NULL: nothing. */
+void eng_guard_free(eng_guard **guard);
+
+/* The hash that a block of these stored bytes has. */
 eng_hash eng_hash_bytes(const void *bytes, uint64_t nbytes);
 
 #endif

@@ -23,7 +23,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from engine.errors import ArenaError
@@ -31,6 +31,10 @@ from engine.errors import ArenaError
 # CUDA allocations start on 256 bytes (CUDA C Programming Guide, "Device Memory Accesses"), and kernels
 # choose their vector width by that; 64, a cache line and the alignment of torch's CPU allocator, divides it.
 ARENA_ALIGNMENT = 256
+
+# The trained and the untrained segments begin on huge pages of x86-64 and aarch64, in which memory is write-protected:
+# what a training never writes shares none with what it does.
+REGION_ALIGNMENT = 2 << 20
 
 # The data section starts on a page, so that O_DIRECT and mmap can both reach tensors directly.
 HEADER_ALIGNMENT = 4096
@@ -154,7 +158,10 @@ def align_up(value: int, alignment: int) -> int:
 
 
 def lay_out(
-    specs: Iterable[TensorSpec], aliases: Mapping[str, str] | None = None, model_file_bytes_max: int | None = None
+    specs: Iterable[TensorSpec],
+    aliases: Mapping[str, str] | None = None,
+    model_file_bytes_max: int | None = None,
+    untrained: Collection[str] = frozenset(),
 ) -> Layout:
     """Give every tensor its locations.
 
@@ -162,13 +169,15 @@ def lay_out(
         specs: the tensors, in their owner's order; names are unique.
         aliases: other names of the same tensors (tied weights), alias to stored name.  They are kept in
             the header's metadata as `safetensors.torch.save_model` does, so its `load_model` finds them.
-        model_file_bytes_max: cut the model between tensors into files of at most this many bytes of tensors; a larger
-            tensor gets a file to itself.
+        model_file_bytes_max: cut the model between tensors into files of at most so many bytes of tensors; a larger
+            tensor has a file of its own.
+        untrained: the names of tensors that no step of training writes.  They are together in a file, and share no huge
+            page of the arena with the others.
 
     Raises:
         ArenaError: a name twice or not storable, an unknown dtype or role, or a header over 100 MB.
     """
-    ordered = sorted(specs, key=_file_order)
+    ordered = sorted(specs, key=lambda spec: (*_file_order(spec), spec.name not in untrained))
     _check_specs(ordered)
     for alias in aliases or {}:
         _check_name(alias)
@@ -183,11 +192,16 @@ def lay_out(
     segments: list[Segment] = []
     files: list[FileLayout] = []
     arena_offset = 0
+    was_untrained: bool | None = None
     for file_index, (file_name, members) in enumerate(groups.items()):
         header = encode_header(members, aliases or {})
         file_offset = len(header)
         for spec in members:
             nbytes = spec.nbytes
+            is_untrained = spec.name in untrained
+            if was_untrained not in (None, is_untrained):
+                arena_offset = align_up(arena_offset, REGION_ALIGNMENT)
+            was_untrained = is_untrained
             segments.append(Segment(*spec, arena_offset, file_index, file_offset, nbytes))
             arena_offset = align_up(arena_offset + nbytes, ARENA_ALIGNMENT)
             file_offset += nbytes

@@ -19,15 +19,15 @@ and remedy.
 from __future__ import annotations
 
 import errno
-import os
 import resource
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple, Protocol, get_args
 
 from engine.errors import MEDIA_ERRORS, PlatformError, StorageError, remedy_for
 from engine.format.plan import ALIGNMENT, Source
 from engine.io.binding import JOB_PLACES, JOBS_MAX, NATIVE_PATH, direct_alignment
+from engine.io.guard_probe import GuardProbe
+from engine.io.host import content_of, limit_of, named
 from engine.io.job import Direction, FailureKind, Job, Milestone
 from engine.io.packing import address_of, pack_blocks, pack_extents, pack_order, pack_sources
 from engine.io.pipeline import OpenError, Pipeline, Refused
@@ -67,14 +67,19 @@ class Attempt(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """The rungs tried in a directory, best first.  `backend` is the one that works, or None."""
+    """What was tried in a directory, best first.  `backend` is the one that works, or None.
+
+    `guard` says how snapshots are guarded; a Store alone, which knows no arena, has none.
+    """
 
     directory: str
     backend: Backend | None
     attempts: tuple[Attempt, ...]
+    guard: GuardProbe | None = None
 
     def __str__(self) -> str:
-        return "\n".join([f"{self.directory}: {self.backend or 'nothing works'}", *map(str, self.attempts)])
+        lines = [f"{self.directory}: {self.backend or 'nothing works'}", *map(str, self.attempts)]
+        return "\n".join([*lines, *([] if self.guard is None else [str(self.guard)])])
 
 
 def open_pipeline(
@@ -250,7 +255,7 @@ def _refused(job: Job, operation: str, backend: Backend) -> bool:
     if failure.kind != FailureKind.IO:
         raise PlatformError(f"a block's {operation} did not move what it should have", "see the kernel's log")
     remedy = _REMEDIES.get(failure.errno, _ALLOW) if backend in _RINGS else remedy_for(failure.errno)
-    raise PlatformError(f"a {operation} of one block is refused: {_named(failure.errno)}", remedy)
+    raise PlatformError(f"a {operation} of one block is refused: {named(failure.errno)}", remedy)
 
 
 # -- causes and remedies ----------------------------------------------------------------------------------------------
@@ -291,20 +296,20 @@ def _explain_open(error: OpenError, staging_bytes: int) -> PlatformError:
         Refused.FILES: "the registration of files (io_uring_register)",
     }[error.refused]
     otherwise = remedy_for(error.errno) if error.refused == Refused.RESOURCES else _ALLOW
-    return PlatformError(f"the kernel refused {what}: {_named(error.errno)}", _REMEDIES.get(error.errno, otherwise))
+    return PlatformError(f"the kernel refused {what}: {named(error.errno)}", _REMEDIES.get(error.errno, otherwise))
 
 
 def _explain_ring(error: int, _staging_bytes: int) -> tuple[str, str] | None:
     """io_uring_setup(2), ERRORS, and Documentation/admin-guide/sysctl/kernel.rst on io_uring_disabled."""
-    disabled = _content(_SYSCTL)
+    disabled = content_of(_SYSCTL)
     if error == errno.EPERM and disabled in ("1", "2"):
         whom = "every process" if disabled == "2" else "processes outside kernel.io_uring_group without CAP_SYS_ADMIN"
         return f"the sysctl kernel.io_uring_disabled is {disabled}: io_uring is refused to {whom}", (
             "have root run sysctl -w kernel.io_uring_disabled=0"
         )
-    filtered = "Seccomp:\t2" in _content("/proc/self/status")
+    filtered = "Seccomp:\t2" in content_of("/proc/self/status")
     if error == errno.EPERM or (error == errno.ENOSYS and filtered):
-        return f"a seccomp filter or security module refuses io_uring ({_named(error)}), as Docker's default does", (
+        return f"a seccomp filter or security module refuses io_uring ({named(error)}), as Docker's default does", (
             "run with a profile that allows io_uring_setup, io_uring_enter and io_uring_register "
             "(docker run --security-opt seccomp=FILE, seccompProfile in Kubernetes)"
         )
@@ -312,7 +317,7 @@ def _explain_ring(error: int, _staging_bytes: int) -> tuple[str, str] | None:
         return "this kernel has no io_uring, as gVisor's and some of RHEL's and WSL's have none", (
             "use a kernel of 5.6 or later that is built with CONFIG_IO_URING"
         )
-    limit = _limit(resource.RLIMIT_MEMLOCK)
+    limit = limit_of(resource.RLIMIT_MEMLOCK)
     if error == errno.ENOMEM and limit is not None:  # until 5.12 the ring itself was charged
         return f"RLIMIT_MEMLOCK is {limit}, too small for an io_uring", _MEMLOCK
     return None
@@ -320,8 +325,8 @@ def _explain_ring(error: int, _staging_bytes: int) -> tuple[str, str] | None:
 
 def _explain_buffers(error: int, staging_bytes: int) -> tuple[str, str] | None:
     """io_uring_register(2), IORING_REGISTER_BUFFERS, ERRORS."""
-    limit = _limit(resource.RLIMIT_MEMLOCK)
-    if error != errno.ENOMEM or limit is None:  # without a limit, memory itself is short
+    limit = limit_of(resource.RLIMIT_MEMLOCK)
+    if error != errno.ENOMEM or limit is None:  # without a limit it is memory that is short
         return None
     cause = f"RLIMIT_MEMLOCK is {limit}, and {staging_bytes} bytes of staging slots are to be pinned"
     return f"{cause}, beside what this user has pinned already", _MEMLOCK + _smaller_slots(limit)
@@ -340,27 +345,8 @@ def _explain_files(error: int, _staging_bytes: int) -> tuple[str, str] | None:
     if error != errno.EMFILE:
         return None
     table = JOBS_MAX * JOB_PLACES
-    limit = _limit(resource.RLIMIT_NOFILE)
+    limit = limit_of(resource.RLIMIT_NOFILE)
     return f"RLIMIT_NOFILE is {limit}, below the ring's table of {table} files", _REMEDIES[errno.EMFILE]
-
-
-def _limit(which: int) -> int | None:
-    """A limit of this process, or None if it is unlimited."""
-    soft = resource.getrlimit(which)[0]
-    return None if soft == resource.RLIM_INFINITY else soft
-
-
-def _named(error: int) -> str:
-    return f"{errno.errorcode.get(error, error)}, {os.strerror(error)}"
-
-
-def _content(path: str) -> str:
-    """The content of a file of the kernel, or "" if it cannot be read."""
-    try:
-        # /proc/self/status begins with the name of the process, which may have any bytes.
-        return Path(path).read_text(encoding="ascii", errors="replace").strip()
-    except OSError:
-        return ""
 
 
 def _join(texts: Sequence[str | None]) -> str:

@@ -91,8 +91,11 @@ class Job:
         checked: bool = False,
         checksums: Sequence[bytes] | None = None,
         owners: object = None,
+        guard: Any = None,
+        previous: bytes | None = None,
     ) -> None:
-        self._kept: object = (sources, extents, blocks, order, owners)
+        previous_view = ffi.NULL if previous is None else ffi.from_buffer("eng_hash[]", previous)
+        self._kept: object = (sources, extents, blocks, order, owners, guard, previous_view)
         self._states = bytearray(max(blocks.row_count, 1))
         self._checksums = bytearray(HASH_BYTES * max(blocks.row_count, 1))
         if checksums is not None:
@@ -118,6 +121,8 @@ class Job:
                 "order": order.pointer,
                 "checksums": self._checksums_view,
                 "states": self._states_view,
+                "guard": ffi.NULL if guard is None else guard,
+                "previous": previous_view,
             },
         )
 
@@ -163,4 +168,7 @@ class Job:
     def counters(self) -> dict[str, int]:
         """Measurements of the pipeline: times in ns on the clock of time.monotonic_ns(), bytes and retries."""
         times = ("submitted_ns", "staged_ns", "done_ns", "copying_ns", "hashing_ns")
-        return {name: int(getattr(self.c_job, name)) for name in (*times, "io_bytes", "skipped_bytes", "retry_count")}
+        return {
+            name: int(getattr(self.c_job, name))
+            for name in (*times, "io_bytes", "skipped_bytes", "clean_bytes", "retry_count")
+        }

@@ -43,12 +43,16 @@ _WAYS: dict[Backend, int] = {
 
 
 class Refused(IntEnum):
-    """The part of opening a pipeline that the kernel refused."""
+    """What the kernel refused when a pipeline or a guard was opened."""
 
     RESOURCES = lib.ENG_REFUSED_RESOURCES
     RING = lib.ENG_REFUSED_RING
     BUFFERS = lib.ENG_REFUSED_BUFFERS
     FILES = lib.ENG_REFUSED_FILES
+    USERFAULTFD = lib.ENG_REFUSED_USERFAULTFD
+    PROTECTION = lib.ENG_REFUSED_PROTECTION
+    SCAN = lib.ENG_REFUSED_SCAN
+    RANGE = lib.ENG_REFUSED_RANGE
 
 
 class OpenError(Exception):

@@ -17,14 +17,14 @@ import math
 import sys
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Real
 from typing import Any, Literal
 
-from engine.errors import ArenaError, ArgumentError, BusyError, ClosedError, StepError, UsageError, warn
+from engine.errors import ArenaError, ArgumentError, BusyError, ClosedError, StepError, TornSnapshot, UsageError, warn
 from engine.format.checks import is_user_name
 from engine.format.layout import Layout
 from engine.format.manifest import STEP_MAX
@@ -34,13 +34,13 @@ from engine.io.packing import Packed
 from engine.options import Options, check_choice, check_range
 from engine.session.in_flight import InFlight, Permit
 from engine.session.save import Save
+from engine.session.snapshot import Snapshot, SnapshotPlan, Snapshots
 from engine.session.workers import Workers
 from engine.state.arena import Arena, check_arena
 from engine.state.tensors import encode, encode_options
 from engine.store.store import Store
 from engine.store.writer import Content, PackedPlan, Write, Writer, pack_all_sources, pack_plan
 
-Snapshot = Literal["eager", "lazy", "checked"]
 OnBusy = Literal["wait", "skip", "raise"]
 
 # The length of a tag and of a metric's name: that of a file's name (NAME_MAX of limits.h).  Every listing reads them.
@@ -62,7 +62,7 @@ class Request:
     extra: Any = None
     chunk_count: int | None = None
     chunk_bytes: int | None = None
-    snapshot: Snapshot | None = None
+    snapshot: Snapshot = "auto"
     on_busy: OnBusy = "wait"
     metrics: Mapping[str, float] = field(default_factory=dict)
     tag: str | None = None
@@ -75,8 +75,7 @@ class Request:
             check_range("chunk_count", self.chunk_count, 1, None)
         if self.chunk_bytes is not None:
             check_range("chunk_bytes", self.chunk_bytes, 1, None)
-        if self.snapshot is not None:
-            check_choice("snapshot", self.snapshot, Snapshot)
+        check_choice("snapshot", self.snapshot, Snapshot)
         check_choice("on_busy", self.on_busy, OnBusy)
         object.__setattr__(self, "metrics", _plain_metrics(self.metrics))
         if self.tag is not None:
@@ -92,10 +91,6 @@ class Request:
                     f"files has {name!r}; it must map plain names (letters, digits, '.', '_', '-') to bytes, and none "
                     "that the engine gives"
                 )
-
-    def is_lazy(self, arena: Arena) -> bool:
-        """Whether the call returns while staging goes on."""
-        return self.snapshot == "lazy" or (self.snapshot != "eager" and arena.fenced)
 
 
 def _plain_metrics(metrics: object) -> dict[str, float]:
@@ -131,7 +126,7 @@ class _Packs:
     """Kept for an arena between saves: its plans by chunk size, and its packed sources."""
 
     layout: Layout
-    plans: dict[int, PackedPlan] = field(default_factory=dict)
+    plans: dict[tuple[int, bool], PackedPlan] = field(default_factory=dict)
     locations: object = None
     sources: Packed | None = None
 
@@ -139,11 +134,15 @@ class _Packs:
 class Checkpointer:
     """Begins the saves of one engine."""
 
-    def __init__(self, store: Store, options: Options, in_flight: InFlight, workers: Workers) -> None:
+    def __init__(
+        self, store: Store, options: Options, in_flight: InFlight, workers: Workers, snapshots: Snapshots
+    ) -> None:
         self._store = store
+        self._snapshots = snapshots
         self._options = options
         self._in_flight = in_flight
         self._workers = workers
+        self._warned_of: weakref.WeakKeyDictionary[Arena, set[str]] = weakref.WeakKeyDictionary()
         self._packs: weakref.WeakKeyDictionary[Arena, _Packs] = weakref.WeakKeyDictionary()
 
     def begin(self, arena: Arena, request: Request) -> Save:
@@ -177,33 +176,57 @@ class Checkpointer:
             if not self._in_flight.admit(permit, wait=request.on_busy == "wait"):
                 return self._refuse(request)
             arena.refresh()
-            content = self._gather(arena, request)
-            write = writer.prepare(self._take_step(permit, request.step), content, request.snapshot == "checked")
+            plan = self._snapshots.plan(arena, request.snapshot)
+            if plan.guard is not None:
+                arena.fence()  # it watches for one save at a time
+            content = self._gather(arena, request, plan)
+            write = writer.prepare(self._take_step(permit, request.step), content, plan.is_checked)
             begun.append(write)
-            save = Save(write.step, write, self._workers.is_current)
-            arena.hold(save.wait_staged)
+            save = Save(write.step, write, self._workers.is_current, content.changed)
+            arena.hold(save.wait_staged, plan.holds_writers)
             writer.start(write)
             permit.handed_over = True
-            self._workers.submit(partial(_finish, self._in_flight, permit, self._store, write, save))
+            note_torn = partial(self._note_torn, weakref.ref(arena), request.snapshot)
+            self._workers.submit(partial(_finish, self._in_flight, permit, self._store, write, save, note_torn))
             if self._workers.is_closed:
                 raise ClosedError("a signal handler that interrupted checkpoint() closed the Engine; open a new one")
-            if not request.is_lazy(arena):
+            if not plan.is_lazy:
                 save.wait_staged()
-            elif content.packed.urgent_count:
+            elif content.packed.urgent_count or plan.is_checked:
                 save.wait_milestone(Milestone.URGENT)
         except BaseException:
             self._workers.submit(give_up)  # first, and into C at once
             self._take_back(permit, begun)
             raise
+        self._warn_of_foreign_steps(arena)
         save.mark_held(began_ns)
         return save
 
-    def _gather(self, arena: Arena, request: Request) -> Content:
-        packed, sources = self._pack(arena, request.chunk_count, request.chunk_bytes)
+    def _note_torn(self, arena: weakref.ref[Arena], snapshot: Snapshot) -> None:
+        torn = arena()
+        if torn is not None and snapshot == "auto":
+            self._snapshots.note_torn(torn)
+
+    def _warn_of_foreign_steps(self, arena: Arena) -> None:
+        """Warn once of each parameter that an optimizer steps whose state the arena does not hold."""
+        names = [name for name in arena.take_foreign() if arena.fenced]
+        new = [name for name in names if name not in self._warned_of.setdefault(arena, set())]
+        if new:
+            self._warned_of[arena].update(new)
+            more = f" and {len(new) - 4} more" if len(new) > 4 else ""
+            warn(
+                f"another optimizer than the arena's has stepped {', '.join(new[:4])}{more}; its state is in no "
+                "checkpoint: adopt the model with the optimizer that steps them"
+            )
+
+    def _gather(self, arena: Arena, request: Request, plan: SnapshotPlan) -> Content:
+        packed, sources = self._pack(arena, request.chunk_count, request.chunk_bytes, plan.urgent_names)
         return Content(
             packed,
             sources,
-            owners=arena.memory,
+            owners=(arena, arena.memory),  # the arena's hooks hold writers back as long as it lives
+            guard=plan.guard,
+            changed=tuple if plan.guard is not None else arena.versions().settle,
             aliases=dict(arena.aliases),
             optimizers={"": encode_options(options)} if (options := arena.options()) else {},
             extra=encode(request.extra),
@@ -212,7 +235,9 @@ class Checkpointer:
             user_files=request.files,
         )
 
-    def _pack(self, arena: Arena, chunk_count: int | None, chunk_bytes: int | None) -> tuple[PackedPlan, Packed]:
+    def _pack(
+        self, arena: Arena, chunk_count: int | None, chunk_bytes: int | None, urgent_names: Collection[str]
+    ) -> tuple[PackedPlan, Packed]:
         """The arena's plan and sources, packed: once per layout and chunk size, and once per move of its tensors."""
         packs = self._packs.get(arena)
         if packs is None or packs.layout is not arena.layout:
@@ -222,11 +247,12 @@ class Checkpointer:
         if chunk_count is None and chunk_bytes is None:
             chunk_bytes = self._options.chunk_bytes
         size = chunk_size(arena.layout, chunk_count, chunk_bytes)
-        if size not in packs.plans:
-            packs.plans[size] = pack_plan(
-                arena.layout, arena.runs, arena.rows, arena.unfenced, self._options.block_bytes, size
+        key = (size, bool(urgent_names))
+        if key not in packs.plans:
+            packs.plans[key] = pack_plan(
+                arena.layout, arena.runs, arena.rows, urgent_names, self._options.block_bytes, size
             )
-        return packs.plans[size], packs.sources
+        return packs.plans[key], packs.sources
 
     def _refuse(self, request: Request) -> Save:
         saving = self._in_flight.steps()
@@ -279,8 +305,10 @@ def _give_up(in_flight: InFlight, permit: Permit, writer: Writer, begun: list[Wr
     in_flight.withdraw(permit)
 
 
-def _finish(in_flight: InFlight, permit: Permit, store: Store, write: Write, save: Save) -> None:
-    """Run by a commit thread, from staging to the commit or the failure.  Never raises.
+def _finish(
+    in_flight: InFlight, permit: Permit, store: Store, write: Write, save: Save, note_torn: Callable[[], None]
+) -> None:
+    """What a commit thread runs: from staging to the commit or the failure.  Never raises.
 
     It is not a method: a save in flight must not keep an Engine alive that its owner has dropped, or the Engine would
     be closed on the thread that its closing waits for.
@@ -292,6 +320,8 @@ def _finish(in_flight: InFlight, permit: Permit, store: Store, write: Write, sav
     except BaseException as error:  # every error goes to the Future, none to this thread
         with suppress(Exception):  # handlers are the user's, and may raise
             _log.error("the save of step %d failed: %s", save.step, error)
+        if isinstance(error, TornSnapshot):
+            note_torn()
         in_flight.free(permit)  # before the save has ended, so that its waiter finds the permit free
         save.end(None, error)
         in_flight.withdraw(permit)

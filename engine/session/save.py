@@ -46,14 +46,25 @@ class Save(Future[CheckpointInfo]):
         step, checkpoint_id: which checkpoint this is.
     """
 
-    def __init__(self, step: int, write: Write | None, is_commit_thread: Callable[[], bool] = lambda: False) -> None:
-        """Not for callers: `Engine.checkpoint` makes Saves."""
+    def __init__(
+        self,
+        step: int,
+        write: Write | None,
+        is_commit_thread: Callable[[], bool] = lambda: False,
+        note_staged: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Not for callers: `Engine.checkpoint` makes Saves.
+
+        Args:
+            note_staged: called before a thread that waited for the staging goes on.
+        """
         super().__init__()
         self.set_running_or_notify_cancel()
         self.step = step
         self.checkpoint_id = "" if write is None else write.checkpoint_id
         self._write = write
         self._is_commit_thread = is_commit_thread
+        self._note_staged = note_staged
         self._ended = Gate()
         self._info: CheckpointInfo | None = None
         self._failure: BaseException | None = None
@@ -71,7 +82,10 @@ class Save(Future[CheckpointInfo]):
 
     def wait_staged(self, timeout: float | None = None) -> bool:
         """Block until the arena may change again, or the save has failed; False if `timeout` seconds passed first."""
-        return self.wait_milestone(Milestone.STAGED, timeout)
+        staged = self.wait_milestone(Milestone.STAGED, timeout)
+        if staged:
+            self._note_staged()
+        return staged
 
     def wait_milestone(self, milestone: Milestone, timeout: float | None = None) -> bool:
         """Block until the native job has come so far, or has failed; False if `timeout` seconds passed first."""
@@ -105,9 +119,9 @@ class Save(Future[CheckpointInfo]):
 
         ``held_ns``: inside `checkpoint()`.  ``staged_ns``: from the call until the arena could change again.
         ``written_ns``: from the call until the last block was written.  ``durable_ns``: from the call until committed.
-        ``copying_ns``: of the native thread, on copying and hashing.
-        ``io_bytes``, ``skipped_bytes``, ``retry_count``: bytes written, bytes that the recycled files held already,
-        operations tried again.
+        ``copying_ns``: of the native thread, on copying and hashing. ``io_bytes``: bytes written.  ``skipped_bytes``:
+        bytes that the recycled files held already.  ``clean_bytes``: those of them that were not even copied, because
+        nothing had written to them.  ``retry_count``: operations tried again.
         """
         if self._write is None:
             return {}
@@ -120,6 +134,7 @@ class Save(Future[CheckpointInfo]):
             "copying_ns": counters["copying_ns"],
             "io_bytes": counters["io_bytes"],
             "skipped_bytes": counters["skipped_bytes"],
+            "clean_bytes": counters["clean_bytes"],
             "retry_count": counters["retry_count"],
         }
 

@@ -41,6 +41,7 @@ from engine.state.fence import Fence
 from engine.state.inventory import Inventory, gather, gather_tensors
 from engine.state.memory import HostMemory, TensorLocation, dense_stride, location_of, merge_dims
 from engine.state.optimizers import Options, makes_state_late
+from engine.state.versions import Versions
 from engine.state.watch import TensorWatch
 
 
@@ -132,6 +133,16 @@ class Arena:
         return self._arrangement.rows
 
     @property
+    def buffer(self) -> HostMemory | None:
+        """The memory of an adopted arena, which can be guarded; None for a wrapped one."""
+        return self._arrangement.buffer
+
+    @property
+    def steps_by_torch(self) -> bool:
+        """Whether the optimizer is one of torch's own, whose step writes and is hooked."""
+        return self._optimizer is not None and type(self._optimizer).__module__.startswith("torch.optim.")
+
+    @property
     def memory(self) -> object:
         """Keeps `sources` readable while it is alive, whatever becomes of the tensors.
 
@@ -179,9 +190,24 @@ class Arena:
             tensors[segment.name] = live[0].detach() if live else self._view(segment)
         return tensors | {alias: tensors[name] for alias, name in self.aliases.items()}
 
-    def hold(self, wait_staged: Callable[[float | None], bool]) -> None:
+    def hold(self, wait_staged: Callable[[float | None], bool], holds_writers: bool) -> None:
         """Let the next `fence()` wait for a save; see `Fence.hold`."""
-        self._fence.hold(wait_staged)
+        self._fence.hold(wait_staged, holds_writers)
+
+    def versions(self) -> Versions:
+        """The write counts of the segments that nobody may write to while a save is staged."""
+        return Versions(
+            (segment.name, tensor)
+            for segment in self.segments
+            if segment.name not in self.unfenced
+            for tensor in self._inventory.entries[segment.name].tensors
+        )
+
+    def take_foreign(self) -> list[str]:
+        """The parameters that another optimizer has stepped since the last call, in order."""
+        names = sorted(self._fence.foreign)
+        self._fence.foreign.clear()
+        return names
 
     def fence(self) -> None:
         """Return once no save is reading the arena."""
@@ -285,6 +311,13 @@ class Arena:
             for tensor in tensors:
                 _point(tensor, view)
         self._fence.guard_loads(self._model)
+        params = {
+            id(tensor): segment.name
+            for segment in self.segments
+            if segment.role == "model"
+            for tensor in self._inventory.entries[segment.name].tensors
+        }
+        self._fence.guard_params(params, self._optimizer)
         if self._optimizer is not None:
             self._fence.guard_steps(self._optimizer, self._after_step)
 
@@ -354,7 +387,7 @@ def _tabulate(inventory: Inventory, adopted: bool, fenced: bool) -> _Table:
 
 def _arrange(table: _Table, adopted: bool, previous: _Arrangement | None) -> _Arrangement:
     """The arrangement of a table, in the previous buffer if no segment of that would change."""
-    layout = lay_out(list(table.specs.values()), table.aliases)
+    layout = lay_out(list(table.specs.values()), table.aliases, untrained=table.unfenced)
     buffer = None
     if adopted:
         fits = previous is not None and (layout.segments, table.strides) == (

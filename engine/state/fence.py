@@ -1,11 +1,14 @@
 """Fence: holds the writers of an arena back while saves read it.
 
-Theory of operation.  A save leaves a `wait` with `hold()`.  `wait_staged()` calls all of them, and hooks of torch call
-`wait_staged()` before `optimizer.step()` and before `load_state_dict()` of any module.  In the optimizer the hook runs
-before the optimizer's own hooks, but after torch's global ones.
+Theory of operation.  A save leaves a `wait` with `hold()`.  `wait_staged()` calls all of them.  Hooks of torch call
+those that hold writers back before `optimizer.step()` and before `load_state_dict()` of any module.  In the arena's own
+optimizer the hook runs before the optimizer's other hooks, but after torch's global ones.  One global hook does the
+same for every other optimizer that has a parameter of the arena, and notes which.
+
+A save under a guard that lets writers wait by themselves (`io.guard`, ``cow``) holds nobody back.
 
 Not held back is any other writer: a global optimizer hook, `reset_parameters()`, an averaged model, a hook on a
-gradient.  Those must call `wait_staged()` of the save first.
+gradient.  Those must call `wait_staged()` of the save first, where the guard is not ``cow``.
 
 Rules: hooks hold the fence weakly and are removed with it.  A fence is not thread-safe.  Called by `arena`.
 """
@@ -14,46 +17,83 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 Wait = Callable[[float | None], bool]
 
 
 class Fence:
-    """The saves that read an arena, and the hooks of its writers."""
+    """The saves that read an arena, and the hooks of its writers.
+
+    Attributes:
+        foreign: the parameters that another optimizer than the arena's has stepped.
+    """
 
     def __init__(self) -> None:
-        self._held: deque[Wait] = deque()
+        self._held: deque[tuple[Wait, bool]] = deque()
+        self._params: Mapping[int, str] = {}
+        self._own: Optimizer | None = None
+        self.foreign: set[str] = set()
         self._hooks: _Hooks = weakref.WeakKeyDictionary()
         weakref.finalize(self, _unhook, self._hooks).atexit = False
 
-    def hold(self, wait: Wait) -> None:
+    def hold(self, wait: Wait, holds_writers: bool) -> None:
         """Let the next `wait_staged()` wait for a save.
 
         Args:
             wait: blocks until the save has stopped reading the arena, at most for so many seconds, and returns whether
                 it has.  Never raises for a failed save.
+            holds_writers: whether hooks wait for it, too.
         """
-        while self._held and self._held[0](0):
+        while self._held and self._held[0][0](0):
             self._held.popleft()  # a loop that never steps must not collect every save it has made
-        self._held.append(wait)
+        self._held.append((wait, holds_writers))
 
     def wait_staged(self) -> None:
         """Return once no save reads the arena."""
         while self._held:
-            self._held[0](None)  # removed only afterwards, so that an interrupted wait is repeated
+            self._held[0][0](None)  # removed only afterwards, so that an interrupted wait is repeated
             self._held.popleft()
+
+    def hold_writer(self) -> None:
+        """Return once no save reads the arena that must be waited for before a write."""
+        if any(holds_writers for _, holds_writers in self._held):
+            self.wait_staged()
 
     def guard_loads(self, model: nn.Module) -> None:
         """Hook every module that is not hooked yet: `load_state_dict()` may be called on any of them."""
         for module in model.modules():
             if module not in self._hooks:
-                load = module.register_load_state_dict_pre_hook(_Hook(self.wait_staged))
+                load = module.register_load_state_dict_pre_hook(_Hook(self.hold_writer))
                 self._hooks[module] = (load,)
+
+    def guard_params(self, params: Mapping[int, str], own: Optimizer | None) -> None:
+        """Hold back every optimizer that steps one of these parameters.
+
+        Args:
+            params: the names of the arena's parameters, by id().
+            own: the arena's optimizer, which `guard_steps` hooks.
+        """
+        self._params, self._own = params, own
+        _fences.add(self)
+        _watch_all_steps()
+
+    def before_step_of(self, optimizer: Optimizer) -> None:
+        """Called before any optimizer's step."""
+        if optimizer is self._own or not self._params:
+            return
+        shared = [
+            self._params[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in self._params
+        ]
+        if shared:
+            self.hold_writer()
+            self.foreign.update(shared)
 
     def guard_steps(self, optimizer: Optimizer, after_step: Callable[[], None]) -> None:
         """Hook an optimizer, once.
@@ -64,12 +104,27 @@ class Fence:
         """
         if optimizer in self._hooks:
             return
-        before = optimizer.register_step_pre_hook(_Hook(self.wait_staged))
+        before = optimizer.register_step_pre_hook(_Hook(self.hold_writer))
         after = optimizer.register_step_post_hook(_Hook(after_step))
         self._hooks[optimizer] = (before, after)
         hooks = optimizer._optimizer_step_pre_hooks
         if isinstance(hooks, OrderedDict):  # as torch makes it; another hook may write, so ours goes first
             hooks.move_to_end(before.id, last=False)
+
+
+_fences: weakref.WeakSet[Fence] = weakref.WeakSet()
+_global_hooks: list[RemovableHandle] = []
+
+
+def _watch_all_steps() -> None:
+    """Hook the steps of all optimizers, once in a process."""
+    if not _global_hooks:
+        _global_hooks.append(register_optimizer_step_pre_hook(_before_any_step))
+
+
+def _before_any_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+    for fence in list(_fences):
+        fence.before_step_of(optimizer)
 
 
 class _Hook:

@@ -21,20 +21,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.format.layout import ARENA_ALIGNMENT
+from engine.format.layout import REGION_ALIGNMENT, align_up
 
 # The native copy of a strided source has one counter a dimension in an array of this length (ENG_DIMS_MAX).
 SOURCE_DIMS_MAX = 8
 
 
 class HostMemory:
-    """Zeroed pages of this process, for an arena of so many bytes."""
+    """Zeroed pages of this process, for an arena of so many bytes.
+
+    Attributes:
+        address: a multiple of `REGION_ALIGNMENT`, so that write protection of the memory splits no huge page.
+        nbytes: of whole pages.
+    """
 
     def __init__(self, nbytes: int) -> None:
-        self.nbytes = max(nbytes, 1)  # a mapping of no bytes cannot be made
-        self._pages = allocate_pages(self.nbytes)
-        self.address: int = torch.frombuffer(self._pages, dtype=torch.uint8).data_ptr()
-        assert self.address % ARENA_ALIGNMENT == 0
+        self.nbytes = align_up(max(nbytes, 1), mmap.PAGESIZE)  # a mapping of no bytes cannot be made
+        self._pages = allocate_pages(self.nbytes + REGION_ALIGNMENT)
+        start: int = torch.frombuffer(self._pages, dtype=torch.uint8).data_ptr()
+        self.address = align_up(start, REGION_ALIGNMENT)
+        self._skipped_bytes = self.address - start  # never touched
 
     def __contains__(self, address: int) -> bool:
         return self.address <= address < self.address + self.nbytes
@@ -44,7 +50,9 @@ class HostMemory:
         count = math.prod(shape)
         if count == 0:
             return torch.empty(0, dtype=dtype, device="cpu").as_strided(shape, stride)
-        return torch.frombuffer(self._pages, dtype=dtype, count=count, offset=offset).as_strided(shape, stride)
+        return torch.frombuffer(self._pages, dtype=dtype, count=count, offset=self._skipped_bytes + offset).as_strided(
+            shape, stride
+        )
 
 
 def allocate_pages(nbytes: int) -> mmap.mmap:

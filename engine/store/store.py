@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from engine.errors import warn
-from engine.io.backend import Probe, degradation, open_pipeline
+from engine.io.backend import Probe, open_pipeline
 from engine.io.pipeline import Pipeline
 from engine.options import Options
 from engine.store.access import WriteAccess
@@ -56,9 +55,6 @@ class Store:
                 self.catalog.root, filesystem, options.backend, options.slot_count, options.block_bytes
             )
             undo.callback(self.pipeline.close)
-            degraded = degradation(self.probe)
-            if degraded is not None:
-                warn(degraded)  # raises if the user's filters turn warnings into errors
             undo.pop_all()
         self.writer = Writer(self.catalog, self.pipeline, options.rewrite_all)
         self.reader = Reader(self.catalog, lambda: self.pipeline)

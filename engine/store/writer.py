@@ -41,6 +41,7 @@ from engine.format.manifest import (
 )
 from engine.format.plan import Extents, Plan, Source, block_rows, extent_columns, make_plan
 from engine.format.values import Json
+from engine.io.guard import Guard
 from engine.io.job import BlockState, Direction, Failure, FailureKind, Job, Milestone, contradiction
 from engine.io.packing import Packed, address_of, pack_blocks, pack_extents, pack_order, pack_sources
 from engine.io.pipeline import Pipeline
@@ -82,6 +83,8 @@ class Content:
         packed: the plan.
         sources: the locations of the plan's sources, the headers first (`pack_all_sources`).
         owners: keeps the sources' memory alive.
+        guard: watches the sources until they are staged, or None.
+        changed: called when all is staged; the segments that are known to have changed meanwhile.
         aliases, optimizers, extra, metrics, tag: of the manifest, encoded.
         user_files: content of small files that are written beside the data files, by name.
     """
@@ -89,6 +92,8 @@ class Content:
     packed: PackedPlan
     sources: Packed
     owners: object
+    guard: Guard | None = None
+    changed: Callable[[], Sequence[str]] = tuple
     aliases: Mapping[str, str] = field(default_factory=dict)
     optimizers: Mapping[str, Json] = field(default_factory=dict)
     extra: Json = None
@@ -169,6 +174,8 @@ class Write:
             urgent_count=content.packed.urgent_count,
             checked=checked,
             owners=content,
+            guard=None if content.guard is None else content.guard.c_guard,
+            previous=None if content.guard is None else content.guard.previous(content.packed),
         )
 
     def wait(self, milestone: Milestone, timeout_ns: int | None = None) -> bool:
@@ -213,7 +220,9 @@ class Writer:
         return Write(step, content, self._pipeline, checked)
 
     def start(self, write: Write) -> None:
-        """Begin staging.  Returns at once."""
+        """Begin staging: from here on the content is that of this moment.  Returns at once."""
+        if write.content is not None and write.content.guard is not None:
+            write.content.guard.arm(write.job, write.packed)
         self._pipeline.submit(write.job)
 
     def interrupt(self, write: Write) -> None:
@@ -254,7 +263,8 @@ class Writer:
             begun = self._access.begin_save(write.step, files, self._pipeline.direct)
             self._pipeline.attach(job, begun.descriptors, self._known(packed.plan, begun))
             self._pipeline.wait(job, Milestone.STAGED)
-            _ = packed.layers  # computed now, while the device writes
+            _refuse_changed(write)
+            _ = packed.layers  # made now: the caller goes on, and the device writes
         except BaseException as error:
             self._pipeline.abort(job, getattr(error, "errno", None) or errno.ECANCELED)
             raise
@@ -271,6 +281,25 @@ class Writer:
         if begun.recycled is None or self._rewrite_all:
             return None
         return known_hashes(plan, begun.recycled, begun.reused)
+
+
+def _refuse_changed(write: Write) -> None:
+    """Called when all is staged.
+
+    Raises:
+        TornSnapshot: the sources have changed meanwhile.
+    """
+    changed = () if write.content is None else write.content.changed()
+    if changed:
+        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+        raise _torn(", ".join(changed[:4]) + more)
+
+
+def _torn(names: str) -> TornSnapshot:
+    return TornSnapshot(
+        f"a writer changed {names} while the arena was being staged; let nothing write to it before wait_staged() "
+        "returns"
+    )
 
 
 def _records(write: Write) -> tuple[Manifest, Mapping[str, bytes]]:
@@ -314,10 +343,13 @@ def _explain(failure: Failure, packed: PackedPlan, partial: str) -> Exception:
     offset = None if block is None else block.file_offset
     if failure.kind == FailureKind.TORN and block is not None:
         names = affected(segment_records(packed.layout), block.file_index, block.file_offset, block.nbytes)
-        return TornSnapshot(
-            f"a writer changed {names} while the arena was being staged; let nothing write to it before wait_staged() "
-            "returns"
-        )
+        if failure.errno == errno.ETIMEDOUT:
+            return TornSnapshot(
+                f"a writer of {names} waited for seconds while no block was staged, and was let go on; the disk "
+                "stalls, or the writer holds the GIL: raise staging_bytes to the size of the arena, or save with "
+                "snapshot='eager'"
+            )
+        return _torn(names)
     if failure.kind == FailureKind.SHORT:
         return StorageError(errno.EIO, "write", path, offset)
     if failure.kind == FailureKind.INVALID:

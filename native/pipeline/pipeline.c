@@ -19,8 +19,9 @@
 #include <string.h>
 #include <time.h>
 
-#include "staging/host.h"
+#include "guarding/guard.h"
 #include "pipeline/job.h"
+#include "staging/host.h"
 
 enum {
     /* Blocks staged before their writes are submitted together: few, so that the device starts early (4 MiB stage in
@@ -158,19 +159,15 @@ static void fail(eng_pipeline *p, uint32_t entry_index, uint32_t kind, int error
         if (idle && p->slots[i].entry == entry_index)
             free_slot(p, i);
     }
+    if (e->job->guard != NULL)
+        guard_end(e->job->guard, e->job);
     reach(p, e->job, ENG_URGENT | ENG_ALL_STAGED);
 }
 
-static int is_rechecked(const entry *e)
+/* Whether every block has been begun. */
+static int all_begun(const entry *e)
 {
-    const int due = e->job->checked && e->job->direction == ENG_WRITE;
-    return !due || e->recheck_next == e->job->block_count;
-}
-
-/* 1 if a block is left to hash a second time. */
-static int may_recheck(const entry *e)
-{
-    return e->next == e->job->block_count && !is_rechecked(e);
+    return e->next == e->job->block_count && (e->job->direction == ENG_READ || e->clean_next == e->job->block_count);
 }
 
 /* Release a job that has nothing left to do.  Its memory is the caller's again once ENG_DONE is reached. */
@@ -178,13 +175,14 @@ static void settle(eng_pipeline *p, uint32_t entry_index)
 {
     entry *e = &p->entries[entry_index];
     eng_job *job = e->job;
-    const int complete = e->finished_count == job->block_count && is_rechecked(e);
-    if (e->slot_count > 0 || !(e->failed || complete))
+    if (e->slot_count > 0 || !(e->failed || all_begun(e)))
         return;
     /* Check success once more at the end: an `order` that names a block twice omits another. */
     for (uint32_t i = 0; i < job->block_count && !e->failed; i++)
         if (job->states[i] != ENG_WRITTEN)
             fail(p, entry_index, ENG_INVALID_FAILURE, EINVAL, i);
+    if (job->guard != NULL)
+        guard_end(job->guard, job);
     if (e->has_files)
         set_files(p, entry_index, 0);
     take_out(p->queue, &p->queue_count, entry_index);
@@ -232,8 +230,13 @@ static void finish_block(eng_pipeline *p, uint32_t index)
 {
     entry *e = &p->entries[p->slots[index].entry];
     set_state(e->job, p->slots[index].block, ENG_WRITTEN);
-    e->finished_count++;
     free_slot(p, index);
+}
+
+/* Whether the file of a block holds bytes with this hash at its offset. */
+static int is_held(const entry *e, uint32_t block, eng_hash checksum)
+{
+    return e->known != NULL && e->is_known[block] && is_same(e->known[block], checksum);
 }
 
 /* Start the first I/O of a block, unless its file already holds the block. */
@@ -241,7 +244,7 @@ static void begin_io(eng_pipeline *p, uint32_t index)
 {
     slot *s = &p->slots[index];
     const entry *e = &p->entries[s->entry];
-    if (e->known != NULL && e->is_known[s->block] && is_same(e->known[s->block], e->job->checksums[s->block])) {
+    if (is_held(e, s->block, e->job->checksums[s->block])) {
         e->job->skipped_bytes += padded_bytes(&e->job->blocks[s->block]);
         finish_block(p, index);
         return;
@@ -251,31 +254,69 @@ static void begin_io(eng_pipeline *p, uint32_t index)
     start_io(p, index);
 }
 
-static void note_staged(eng_pipeline *p, entry *e)
+/* Whether a block is passed over until the job has files, which may hold it already.  Not one that is urgent. */
+static int is_deferred(const eng_job *job, uint32_t at)
 {
-    if (e->next == e->job->urgent_count)
-        reach(p, e->job, ENG_URGENT);
-    if (e->next == e->job->block_count && is_rechecked(e)) {
-        e->job->staged_ns = pipeline_now_ns();
-        reach(p, e->job, ENG_ALL_STAGED);
-    }
+    return job->guard != NULL && at >= job->urgent_count && guard_is_clean(job->guard, job->order[at]);
 }
 
-static void begin_block(eng_pipeline *p, uint32_t entry_index)
+/* Move `next` to a block to begin, and `clean_next` to a deferred one, once `next` has come to the end. */
+static void advance(entry *e)
+{
+    const eng_job *job = e->job;
+    while (e->next < job->block_count && (job->states[job->order[e->next]] != ENG_PENDING || is_deferred(job, e->next)))
+        e->next++;
+    while (e->clean_next < job->block_count && job->states[job->order[e->clean_next]] != ENG_PENDING)
+        e->clean_next++;
+}
+
+/* Note the milestones that the staging of a write has reached. */
+static void note_staged(eng_pipeline *p, entry *e)
+{
+    eng_job *job = e->job;
+    advance(e);
+    if (e->next >= job->urgent_count && e->hashed_next == job->block_count && !eng_reached(job, ENG_URGENT))
+        reach(p, job, ENG_URGENT);
+    if (!all_begun(e))
+        return;
+    if (job->guard != NULL)
+        guard_end(job->guard, job); /* before the milestone: the next save may be armed then */
+    job->staged_ns = pipeline_now_ns();
+    reach(p, job, ENG_ALL_STAGED);
+}
+
+/* Copy a block's sources into a slot, with the time that it took. */
+static eng_hash gather(eng_pipeline *p, eng_job *job, uint32_t block, uint32_t index)
+{
+    const uint64_t start_ns = pipeline_now_ns();
+    const eng_hash checksum = host_gather(job, &job->blocks[block], slot_memory(p, index));
+    job->copying_ns += pipeline_now_ns() - start_ns;
+    return checksum;
+}
+
+/* 0 if what was just staged is what the sources held when the save began, or an errno that says why it may not be. */
+static int release_sources(eng_job *job, uint32_t block, eng_hash checksum)
+{
+    if (job->checked && !is_same(checksum, job->checksums[block]))
+        return EBUSY;
+    if (job->guard == NULL)
+        return 0;
+    return guard_release(job->guard, block, job->previous != NULL && is_same(checksum, job->previous[block]));
+}
+
+static void stage_block(eng_pipeline *p, uint32_t entry_index, uint32_t block)
 {
     entry *e = &p->entries[entry_index];
-    eng_job *job = e->job;
-    const uint32_t block = job->order[e->next++];
     const uint32_t index = take_slot(p, entry_index, block);
-
-    if (job->direction == ENG_READ) {
-        start_io(p, index);
+    const eng_hash checksum = gather(p, e->job, block, index);
+    const int torn = release_sources(e->job, block, checksum);
+    if (torn != 0) {
+        free_slot(p, index);
+        fail(p, entry_index, ENG_TORN_FAILURE, torn, block);
         return;
     }
-    const uint64_t start_ns = pipeline_now_ns();
-    job->checksums[block] = host_gather(job, &job->blocks[block], slot_memory(p, index));
-    job->copying_ns += pipeline_now_ns() - start_ns;
-    set_state(job, block, ENG_STAGED);
+    e->job->checksums[block] = checksum;
+    set_state(e->job, block, ENG_STAGED);
     note_staged(p, e);
     if (e->has_files)
         begin_io(p, index);
@@ -283,53 +324,101 @@ static void begin_block(eng_pipeline *p, uint32_t entry_index)
         await_files(p, index);
 }
 
-/* Hash one block's sources again.  A difference means that a writer changed them meanwhile. */
-static void recheck_block(eng_pipeline *p, uint32_t entry_index)
+/* Hash the next block of a checked job for the first time; the slot only holds the copy meanwhile. */
+static void hash_block(eng_pipeline *p, uint32_t entry_index)
 {
     entry *e = &p->entries[entry_index];
-    const uint32_t block = e->job->order[e->recheck_next];
+    const uint32_t block = e->job->order[e->hashed_next++];
     const uint32_t index = take_slot(p, entry_index, block);
-    const uint64_t start_ns = pipeline_now_ns();
-    const eng_hash checksum = host_gather(e->job, &e->job->blocks[block], slot_memory(p, index));
-    e->job->copying_ns += pipeline_now_ns() - start_ns;
+    e->job->checksums[block] = gather(p, e->job, block, index);
     free_slot(p, index);
-    if (!is_same(checksum, e->job->checksums[block])) {
-        fail(p, entry_index, ENG_TORN_FAILURE, 0, block);
-    } else {
-        e->recheck_next++;
-        note_staged(p, e);
-    }
+    note_staged(p, e);
 }
 
-/* 1 if the next block of a job may begin now: a write needs a slot, a read also its file and room in the window. */
-static int may_begin(const eng_pipeline *p, const entry *e)
+/* Finish a clean block without copying it, if its file holds it. */
+static int skip_clean(eng_pipeline *p, entry *e, uint32_t block)
 {
-    if (e->failed || e->next == e->job->block_count)
+    eng_job *job = e->job;
+    if (job->guard == NULL || !guard_is_clean(job->guard, block) || !is_held(e, block, job->previous[block]))
         return 0;
-    if (e->job->direction == ENG_WRITE)
-        return 1;
+    job->checksums[block] = job->previous[block];
+    job->skipped_bytes += padded_bytes(&job->blocks[block]);
+    job->clean_bytes += job->blocks[block].nbytes;
+    guard_skip(job->guard, block);
+    set_state(job, block, ENG_WRITTEN);
+    note_staged(p, e);
+    return 1;
+}
+
+/* Begin the next block of a write: 1, or 0 if none can begin now. */
+static int write_next(eng_pipeline *p, uint32_t entry_index)
+{
+    entry *e = &p->entries[entry_index];
+    const eng_job *job = e->job;
+    if (e->hashed_next < job->block_count)
+        hash_block(p, entry_index);
+    else if (e->next < job->block_count)
+        stage_block(p, entry_index, job->order[e->next]);
+    else if (!e->has_files || e->clean_next == job->block_count)
+        return 0;
+    else if (!skip_clean(p, e, job->order[e->clean_next]))
+        stage_block(p, entry_index, job->order[e->clean_next]);
+    return 1;
+}
+
+/* Begin the next block of a read, if the job has its file, and the device is not busy: 1, or 0. */
+static int read_next(eng_pipeline *p, uint32_t entry_index)
+{
+    entry *e = &p->entries[entry_index];
     const uint64_t reading_bytes = (uint64_t)p->reading_count * p->config.slot_bytes;
-    return e->has_files && reading_bytes < READ_WINDOW_BYTES;
+    if (e->next == e->job->block_count || !e->has_files || reading_bytes >= READ_WINDOW_BYTES)
+        return 0;
+    const uint32_t block = e->job->order[e->next++];
+    start_io(p, take_slot(p, entry_index, block));
+    return 1;
+}
+
+/* Begin one block of a job: 1, or 0 if none can begin now. */
+static int begin_next(eng_pipeline *p, uint32_t entry_index)
+{
+    if (p->entries[entry_index].failed)
+        return 0;
+    return p->entries[entry_index].job->direction == ENG_WRITE ? write_next(p, entry_index) : read_next(p, entry_index);
+}
+
+/* Stage a block that a writer waits for, whichever job it is of: 1, or 0 if there is none. */
+static int serve_writer(eng_pipeline *p)
+{
+    uint32_t block;
+    for (uint32_t at = 0; at < p->queue_count; at++) {
+        const uint32_t entry_index = p->queue[at];
+        const entry *e = &p->entries[entry_index];
+        if (e->failed || all_begun(e) || e->job->guard == NULL || !guard_wanted(e->job->guard, &block))
+            continue;
+        stage_block(p, entry_index, block);
+        settle(p, entry_index);
+        return 1;
+    }
+    return 0;
 }
 
 uint32_t pipeline_fill(eng_pipeline *p)
 {
     uint32_t begun = 0;
     for (uint32_t at = 0; at < p->queue_count && begun < BATCH_BLOCKS && p->free_count > 0;) {
+        if (serve_writer(p)) {
+            begun++;
+            continue;
+        }
         const uint32_t entry_index = p->queue[at];
-        const entry *e = &p->entries[entry_index];
-        if (may_begin(p, e)) {
-            begin_block(p, entry_index);
-        } else if (!e->failed && may_recheck(e)) {
-            recheck_block(p, entry_index);
+        if (begin_next(p, entry_index)) {
+            begun++;
+            settle(p, entry_index); /* may remove the job from the queue; `at` then is the next one */
         } else if (p->unverified.count > 0 && p->slots[p->unverified.slots[0]].entry == entry_index) {
             break; /* verify its blocks first: younger jobs could begin blocks for ever */
         } else {
             at++;
-            continue;
         }
-        begun++;
-        settle(p, entry_index); /* may remove the job from the queue; `at` is then the index of the next one */
     }
     return begun;
 }
@@ -471,6 +560,19 @@ static int attach_files(eng_pipeline *p, uint32_t entry_index)
     return 1;
 }
 
+/* What a job needs before its first block.  With nothing urgent, ENG_URGENT is reached at once. */
+static void begin_job(eng_pipeline *p, entry *e)
+{
+    const eng_job *job = e->job;
+    e->hashed_next = job->checked && job->direction == ENG_WRITE ? 0 : job->block_count;
+    if (job->guard != NULL)
+        guard_attach(job->guard, p->forks.descriptors[DESCRIPTOR_WAKE]);
+    if (job->direction == ENG_WRITE)
+        note_staged(p, e);
+    else
+        reach(p, e->job, ENG_URGENT);
+}
+
 void pipeline_accept(eng_pipeline *p, uint32_t entry_index)
 {
     entry *e = &p->entries[entry_index];
@@ -487,7 +589,7 @@ void pipeline_accept(eng_pipeline *p, uint32_t entry_index)
         else if (!job_is_valid(e->job, p->config.slot_bytes))
             fail(p, entry_index, ENG_INVALID_FAILURE, EINVAL, UINT32_MAX);
         else
-            note_staged(p, e); /* with nothing urgent, ENG_URGENT is reached at once */
+            begin_job(p, e);
     }
     if (aborted)
         fail(p, entry_index, ENG_ABORTED_FAILURE, abort_error, UINT32_MAX);

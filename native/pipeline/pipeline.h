@@ -16,6 +16,7 @@
 #include "engine_native.h"
 #include "moving/posix.h"
 #include "moving/ring.h"
+#include "pipeline/forks.h"
 
 /* A slot is in SLOT_STAGED if and only if it is in `waiting`, and in SLOT_MOVED if and only if it is in
  * `unverified`. */
@@ -46,14 +47,16 @@ typedef struct {
     /* The thread's own. */
     int has_files, failed;
     uint32_t next;            /* index into order of the next block to begin */
-    uint32_t recheck_next;    /* the same for the second hash of a checked job */
-    uint32_t finished_count;
+    uint32_t clean_next;      /* the same for the clean blocks, which `next` passes over */
+    uint32_t hashed_next;     /* the same for the first hash of a checked job */
     uint32_t slot_count;      /* slots this job holds */
 } entry;
 
 /* A pipeline's life.  It goes forward only; from OPENING it goes straight to CLOSED if the kernel refuses something.
  * In CLOSED the thread has released everything but the struct itself. */
 enum service_state { SERVICE_OPENING, SERVICE_OPEN, SERVICE_CLOSING, SERVICE_CLOSED };
+
+enum { DESCRIPTOR_WAKE = 0, DESCRIPTOR_RING = 1 };
 
 struct eng_pipeline {
     eng_config config;
@@ -76,10 +79,7 @@ struct eng_pipeline {
     pthread_t thread;
     pthread_mutex_t mutex;
     pthread_cond_t changed;
-    eng_pipeline *next_pipeline; /* this and the next three: see "forks" in service.c */
-    int wake_fd;              /* -1: closed */
-    int ring_fd;              /* the same */
-    int forked;               /* this process is a forked child of the one that opened the pipeline */
+    forks_owner forks;        /* the descriptors: DESCRIPTOR_... */
     int dirty;                /* something is in the inbox */
     enum service_state state; /* changed with the mutex held */
     int open_error;           /* negative errno of a failed set-up; valid once it is closed */

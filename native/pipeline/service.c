@@ -16,85 +16,40 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "guarding/guard.h"
 #include "pipeline/pipeline.h"
 
 /* The size on x86-64, and on aarch64 with pages of 4 KiB. */
 static const size_t HUGE_PAGE_BYTES = 2 << 20;
 
-/* ---- forks ----
- *
- * A forked child has none of the threads.  A ring that it inherits keeps the slots' memory pinned for as long as the
- * child lives, so the child closes its copies of all our descriptors at the fork.  `fork_mutex` is held across a fork,
- * and by every pipeline while a descriptor or a mapping is made and noted, or forgotten and closed.  So a child's
- * list has exactly the descriptors that it has inherited, and no fork copies a mapping before MADV_DONTFORK. */
-
-static pthread_mutex_t fork_mutex = PTHREAD_MUTEX_INITIALIZER;
-static eng_pipeline *pipelines; /* all, from eng_open to eng_free, linked by `next_pipeline`; guarded by fork_mutex */
-
-static void before_fork(void)
+static int wake_fd(const eng_pipeline *p)
 {
-    pthread_mutex_lock(&fork_mutex);
+    return p->forks.descriptors[DESCRIPTOR_WAKE];
 }
 
-static void after_fork(void)
-{
-    pthread_mutex_unlock(&fork_mutex);
-}
-
-static void close_descriptor(int *descriptor)
-{
-    if (*descriptor >= 0)
-        close(*descriptor);
-    *descriptor = -1;
-}
-
-static void after_fork_in_child(void)
-{
-    for (eng_pipeline *p = pipelines; p != NULL; p = p->next_pipeline) {
-        close_descriptor(&p->ring_fd);
-        close_descriptor(&p->wake_fd);
-        p->forked = 1;
-    }
-    pipelines = NULL;
-    pthread_mutex_unlock(&fork_mutex);
-}
-
-/* Runs when the module is loaded, not in the first eng_open: another thread may fork during eng_open, and that fork
- * would run none of these handlers.  (Python forks under its import lock.) */
-__attribute__((constructor)) static void watch_forks(void)
-{
-    if (pthread_atfork(before_fork, after_fork, after_fork_in_child) != 0)
-        abort(); /* no memory for a dozen bytes */
-}
-
-/* Put a pipeline on the list, with its first descriptor.  Returns 0 or a negative errno. */
+/* Put a pipeline on the list of forks.h, with its first descriptor.  Returns 0 or a negative errno. */
 static int list_pipeline(eng_pipeline *p)
 {
-    pthread_mutex_lock(&fork_mutex);
-    p->next_pipeline = pipelines;
-    pipelines = p;
-    p->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    const int result = p->wake_fd < 0 ? -errno : 0;
-    pthread_mutex_unlock(&fork_mutex);
+    forks_lock();
+    forks_add(&p->forks);
+    p->forks.descriptors[DESCRIPTOR_WAKE] = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    const int result = wake_fd(p) < 0 ? -errno : 0;
+    forks_unlock();
     return result;
 }
 
 static void close_wake_fd(eng_pipeline *p)
 {
-    pthread_mutex_lock(&fork_mutex);
-    close_descriptor(&p->wake_fd);
-    pthread_mutex_unlock(&fork_mutex);
+    forks_lock();
+    forks_close(&p->forks.descriptors[DESCRIPTOR_WAKE]);
+    forks_unlock();
 }
 
 static void unlist_pipeline(eng_pipeline *p)
 {
-    pthread_mutex_lock(&fork_mutex);
-    for (eng_pipeline **at = &pipelines; *at != NULL; at = &(*at)->next_pipeline)
-        if (*at == p) {
-            *at = p->next_pipeline;
-            break;
-        }
-    pthread_mutex_unlock(&fork_mutex);
+    forks_lock();
+    forks_remove(&p->forks);
+    forks_unlock();
 }
 
 /* ---- the thread ---- */
@@ -115,16 +70,16 @@ static void wake(eng_pipeline *p)
         return;
     /* The flag first: the thread empties the descriptor and then looks at the flag. */
     __atomic_store_n(&p->dirty, 1, __ATOMIC_RELEASE);
-    if (write(p->wake_fd, &one, sizeof one) != sizeof one)
+    if (write(wake_fd(p), &one, sizeof one) != sizeof one)
         abort(); /* an eventfd takes 2^64 - 2 wakes before it refuses one */
 }
 
 static void sleep_until_woken(eng_pipeline *p)
 {
-    struct pollfd readable = {.fd = p->wake_fd, .events = POLLIN};
+    struct pollfd readable = {.fd = wake_fd(p), .events = POLLIN};
     uint64_t wakes;
     poll(&readable, 1, -1); /* an error is a spurious wake */
-    if (read(p->wake_fd, &wakes, sizeof wakes) < 0 && errno != EAGAIN)
+    if (read(wake_fd(p), &wakes, sizeof wakes) < 0 && errno != EAGAIN)
         abort();
 }
 
@@ -134,20 +89,20 @@ static void close_ring(eng_pipeline *p)
         return;
     if (!p->broken)
         ring_unregister(p->ring);
-    pthread_mutex_lock(&fork_mutex);
-    p->ring_fd = -1;
+    forks_lock();
+    p->forks.descriptors[DESCRIPTOR_RING] = -1;
     ring_close(p->ring);
-    pthread_mutex_unlock(&fork_mutex);
+    forks_unlock();
     p->ring = NULL;
 }
 
 static int open_ring(eng_pipeline *p)
 {
-    pthread_mutex_lock(&fork_mutex);
-    int result = ring_open(&p->config, p->wake_fd, &p->ring, &p->io);
+    forks_lock();
+    int result = ring_open(&p->config, wake_fd(p), &p->ring, &p->io);
     if (result == 0)
-        p->ring_fd = ring_fd(p->ring);
-    pthread_mutex_unlock(&fork_mutex);
+        p->forks.descriptors[DESCRIPTOR_RING] = ring_fd(p->ring);
+    forks_unlock();
     if (result == 0)
         result = ring_register(p->ring, &p->config, p->memory);
     if (result < 0)
@@ -162,7 +117,7 @@ static int open_way(eng_pipeline *p)
         return 0;
     }
     if (p->config.way == ENG_THREADS)
-        return posix_open(&p->config, p->wake_fd, &p->posix, &p->io);
+        return posix_open(&p->config, wake_fd(p), &p->posix, &p->io);
     return open_ring(p);
 }
 
@@ -185,11 +140,11 @@ static uint8_t *map_aligned(size_t nbytes)
 static int map_slots(eng_pipeline *p)
 {
     const size_t nbytes = (size_t)p->config.slot_count * p->config.slot_bytes;
-    pthread_mutex_lock(&fork_mutex);
+    forks_lock();
     p->memory = map_aligned(nbytes);
     if (p->memory != MAP_FAILED) /* a fork must not copy slots that the kernel is writing from */
         madvise(p->memory, nbytes, MADV_DONTFORK);
-    pthread_mutex_unlock(&fork_mutex);
+    forks_unlock();
     if (p->memory == MAP_FAILED)
         return -ENOMEM;
     madvise(p->memory, nbytes, MADV_HUGEPAGE); /* pinning and copying are cheaper in huge pages */
@@ -343,7 +298,6 @@ int eng_open(eng_config *config, eng_pipeline **pipeline)
         return -ENOMEM;
     p->config = *config;
     p->memory = MAP_FAILED;
-    p->ring_fd = p->wake_fd = -1;
     pthread_mutex_init(&p->mutex, NULL);
     pthread_condattr_t monotonic;
     pthread_condattr_init(&monotonic);
@@ -389,7 +343,7 @@ static void abort_entry(entry *e, int32_t error)
 int eng_close(eng_pipeline *p, int32_t error, uint64_t timeout_ns)
 {
     const uint64_t until_ns = deadline_ns(timeout_ns);
-    if (p->forked)
+    if (p->forks.forked)
         return 1; /* the thread is another process's, and the mutex may have been locked at the fork */
     pthread_mutex_lock(&p->mutex);
     if (p->state == SERVICE_OPEN)
@@ -416,7 +370,7 @@ void eng_free(eng_pipeline **pipeline)
     *pipeline = NULL;
     if (p == NULL)
         return;
-    if (!p->forked) {
+    if (!p->forks.forked) {
         if (p->has_thread)
             eng_close(p, ECANCELED, UINT64_MAX);
         unmap_slots(p); /* this and the descriptor are left only if there was no thread */
@@ -488,6 +442,8 @@ int eng_attach(eng_pipeline *p, eng_job *job, const int32_t *fds, const eng_hash
 /* End a job that the thread has not seen.  The mutex is held. */
 static void abort_unsubmitted(eng_pipeline *p, eng_job *job, int32_t error)
 {
+    if (job->guard != NULL)
+        guard_end(job->guard, job);
     job->failure = ENG_ABORTED_FAILURE;
     job->error = error;
     job->failed_block = UINT32_MAX;

@@ -30,7 +30,7 @@ from volumes import volume
 import engine
 from engine.errors import EngineWarning, PlatformError, StorageError
 from engine.io import backend
-from engine.io.backend import LADDER, Attempt, Probe
+from engine.io.backend import LADDER, Attempt
 from engine.io.job import Failure, FailureKind, Job
 from engine.io.pipeline import OpenError, Pipeline, Refused
 from engine.options import Backend
@@ -59,7 +59,7 @@ def unprivileged():
 tensors = {{"a": torch.rand(300_000), "b": torch.rand(1000)}}
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    eng = engine.Engine(directory + "/run", {options})
+    eng = engine.Engine(directory + "/run", guard="fence", {options})
 with eng:
     for step in range(3):
         tensors["a"].add_(1)
@@ -92,18 +92,21 @@ def on_a_host(directory: Path, change: str, options: str = "") -> list[str]:
 def test_this_host_has_the_best_backend(tmp_path: Path) -> None:
     """The other tests prove little if they do not run on the ring."""
     found = engine.probe(tmp_path, **SMALL)
-    assert found == Probe(str(tmp_path), "io_uring", (Attempt("io_uring"),))
-    assert str(found) == f"{tmp_path}: io_uring\nio_uring: works"
+    assert found[:3] == (str(tmp_path), "io_uring", (Attempt("io_uring"),))
+    assert found.guard is not None and found.guard.guard == "cow"
+    assert re.fullmatch(
+        rf"{tmp_path}: io_uring\nio_uring: works\nguard: cow\ncow: works \(.* ms to protect a gigabyte\)", str(found)
+    )
     assert os.listdir(tmp_path) == [], "a probe leaves something behind"
     with engine.Engine(tmp_path, **SMALL) as eng:
-        assert (eng.backend, eng.probe) == ("io_uring", found)
+        assert (eng.backend, eng.guard, eng.probe[:3]) == ("io_uring", "cow", found[:3])
 
 
 def test_a_probe_has_as_many_slots_as_an_engine(tmp_path: Path) -> None:
     """With small blocks the memory has room for more slots than a ring takes."""
     with engine.Engine(tmp_path, block_bytes=4096) as eng:
         opened = eng.probe
-    assert engine.probe(tmp_path, block_bytes=4096) == opened  # now: the limit on locked memory is one for both
+    assert engine.probe(tmp_path, block_bytes=4096)[:3] == opened[:3]  # now: the limit on locked memory is one for both
     wrongs: list[dict[str, Any]] = [{"block_bytes": 0}, {"block_bytes": 5000}, {"staging_bytes": 4096}]
     for wrong in wrongs:
         with pytest.raises(engine.ArgumentError, match="it must be"):
@@ -195,7 +198,7 @@ def test_little_locked_memory_leaves_a_plain_ring() -> None:
                     os.setgid(65534)
                     os.setuid(65534)
             {change}
-            with engine.engine.Engine(directory + "/run", {advised[1]}, {advised[2]}) as eng:
+            with engine.engine.Engine(directory + "/run", {advised[1]}, {advised[2]}, guard="fence") as eng:
                 print(eng.backend)
         """
         command = [sys.executable, "-W", "error", "-c", textwrap.dedent(script), directory]
@@ -265,7 +268,7 @@ def test_the_sysctl_is_distinguished_from_a_filter(
 
 
 def test_every_cause_has_its_own_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_content", lambda path: "")  # neither sysctl nor filter, on every host
+    monkeypatch.setattr(backend, "content_of", lambda path: "")  # neither sysctl nor filter, on every host
     monkeypatch.setattr(resource, "getrlimit", lambda which: (4096, 4096))
     errors = [
         refusal(Refused.RING, errno.EPERM),  # a filter
@@ -366,7 +369,7 @@ def test_auto_goes_down_one_rung_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_
         eng.close()
         assert len(caught) == 1 and eng.backend == lower
         assert [attempt.backend for attempt in eng.probe.attempts if attempt.cause] == list(refused)
-        assert engine.probe(tmp_path, **SMALL) == eng.probe
+        assert engine.probe(tmp_path, **SMALL)[:3] == eng.probe[:3]
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, refused: dict[str, int]) -> None:
@@ -451,7 +454,7 @@ def without_nameless_files(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_probe_needs_no_lock_and_takes_none(tmp_path: Path) -> None:
     with engine.Engine(tmp_path, **SMALL) as eng:
-        assert engine.probe(tmp_path, **SMALL) == eng.probe
+        assert engine.probe(tmp_path, **SMALL)[:3] == eng.probe[:3]
         eng.checkpoint(engine.Arena.wrap({"a": torch.zeros(10)})).result()
 
 

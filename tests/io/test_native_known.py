@@ -5,6 +5,7 @@ Theory of operation.  A `FaultTable` does the I/O and lists every operation, so 
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import tempfile
@@ -136,9 +137,9 @@ def test_a_torn_source_is_reported_even_if_its_blocks_are_known(
     job = make_job(WRITE, PLAN, [plain(tensor)], checked=True)
     pipeline.submit(job)
     until(lambda: job.states()[0] == BlockState.STAGED)
-    tensor[0] ^= 1
+    tensor[-1] ^= 1
     pipeline.attach(job, [buffered_fd], [*old.checksums()])
-    assert finish(pipeline, job).failure == Failure(FailureKind.TORN, 0, 0)
+    assert finish(pipeline, job).failure == Failure(FailureKind.TORN, errno.EBUSY, len(PLAN.blocks) - 1)
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ from disk import GatedFilesystem, same, stored
 from torch import Tensor, nn
 
 import engine
-from engine.session.checkpoint import Snapshot
+from engine.options import GuardChoice
+from engine.session.snapshot import Snapshot
 
 pytestmark = [pytest.mark.every_backend, pytest.mark.remote_owner]
 
@@ -31,10 +32,10 @@ TINY: dict[str, Any] = {"staging_bytes": 2 * BLOCK_BYTES, "block_bytes": BLOCK_B
 class Held:
     """An engine whose saves stop at two staged blocks until `release`."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, guard: GuardChoice = "auto") -> None:
         self.directory = directory
         self.filesystem = GatedFilesystem()
-        self.engine = engine.Engine(directory, filesystem=self.filesystem, **TINY)
+        self.engine = engine.Engine(directory, filesystem=self.filesystem, guard=guard, **TINY)
         self.pool = ThreadPoolExecutor(4)
 
     def release(self) -> None:
@@ -49,6 +50,14 @@ class Held:
 @pytest.fixture
 def held(tmp_path: Path) -> Iterator[Held]:
     opened = Held(tmp_path)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(params=["detect", "fence"])
+def fenced(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Held]:
+    """Under guards that hold writers back by the fence."""
+    opened = Held(tmp_path, request.param)
     yield opened
     opened.close()
 
@@ -122,7 +131,8 @@ def test_loading_a_state_dict_waits_too(held: Held) -> None:
     assert_stored(held.directory, 1, want)
 
 
-def test_the_call_returns_before_the_rest_is_staged_but_after_module_buffers(held: Held) -> None:
+def test_the_call_returns_before_the_rest_is_staged_but_after_module_buffers(fenced: Held) -> None:
+    held = fenced
     model, optimizer = make_training(buffers=True)
     arena = engine.Arena.adopt(model, optimizer)
     model(torch.randn(8, 300))
@@ -268,8 +278,8 @@ def test_tensors_moved_to_shared_memory_during_a_save_are_saved(held: Held) -> N
     assert len(trash) == 50
 
 
-@pytest.mark.parametrize("snapshot", ["eager", None])
-def test_a_wrapped_arena_is_staged_before_the_call_returns(held: Held, snapshot: Snapshot | None) -> None:
+@pytest.mark.parametrize("snapshot", ["eager", "auto"])
+def test_a_wrapped_arena_is_staged_before_the_call_returns(held: Held, snapshot: Snapshot) -> None:
     tensors = {"a": torch.zeros(100_000)}
     calling = held.pool.submit(held.engine.checkpoint, engine.Arena.wrap(tensors), step=1, snapshot=snapshot)
     assert is_blocked(calling)
@@ -288,7 +298,8 @@ def test_an_adopted_arena_can_be_saved_eagerly(held: Held) -> None:
     calling.result().result()
 
 
-def test_an_arena_adopted_without_optimizer_has_no_fence_and_is_staged_eagerly(held: Held) -> None:
+def test_an_arena_adopted_without_optimizer_has_no_fence_and_is_staged_eagerly(fenced: Held) -> None:
+    held = fenced
     arena = engine.Arena.adopt(make_training()[0])
     calling = held.pool.submit(held.engine.checkpoint, arena, step=1)
     assert is_blocked(calling)

@@ -1,0 +1,31 @@
+/*
+ * guard.h: what the pipeline asks of a guard.  engine_native.h has the calls of Python.
+ *
+ * All are called by the pipeline's thread, for the job that the guard was armed with.
+ */
+#ifndef GUARD_H
+#define GUARD_H
+
+#include "engine_native.h"
+
+/* Let the guard wake the pipeline through this eventfd when a writer waits for a block. */
+void guard_attach(eng_guard *guard, int wake_fd);
+
+/* Whether nothing was written to a block's sources since the job before, so that it has the same bytes. */
+int guard_is_clean(const eng_guard *guard, uint32_t block);
+
+/* A block, still pending, that a writer waits for: 1, or 0 if there is none. */
+int guard_wanted(eng_guard *guard, uint32_t *block);
+
+/* A block has been copied.  Its sources may change again, and a writer that waits for them goes on.
+ * `is_unchanged`: it has the bytes that the job before found.  Returns 0, or an errno if its sources may have been
+ * written before they were copied: EBUSY, or ETIMEDOUT if the guard had to let writers go on. */
+int guard_release(eng_guard *guard, uint32_t block, int is_unchanged);
+
+/* A clean block need not be copied. */
+void guard_skip(eng_guard *guard, uint32_t block);
+
+/* The job has ended, or will not read its sources again: every writer goes on.  May be called again. */
+void guard_end(eng_guard *guard, const eng_job *job);
+
+#endif
