@@ -57,10 +57,12 @@ if TYPE_CHECKING:
     from engine.io.guard_probe import GuardAttempt, GuardProbe
     from engine.options import Options
     from engine.session.restore import RestoreInfo
+    from engine.session.resume import resume
     from engine.session.run import Run
     from engine.session.run import open_run as open
     from engine.session.save import ChunkStatus, Save
     from engine.state.arena import Arena
+    from engine.state.rng import rng_state, set_rng_state
     from engine.store.info import CheckpointInfo
     from engine.store.reader import PassedOver
     from engine.store.retention import Retention
@@ -107,6 +109,9 @@ __all__ = [
     "open",
     "probe",
     "restore",
+    "resume",
+    "rng_state",
+    "set_rng_state",
 ]
 
 # The module of every name that is not of `engine.errors`.
@@ -130,6 +135,9 @@ _MODULES = {
     "open": "engine.session.run",
     "probe": "engine.engine",
     "restore": "engine.defaults",
+    "resume": "engine.session.resume",
+    "rng_state": "engine.state.rng",
+    "set_rng_state": "engine.state.rng",
 }
 
 
