@@ -86,10 +86,12 @@ def probe_guard(choice: GuardChoice) -> GuardProbe:
 
 
 def guard_degradation(probe: GuardProbe) -> str | None:
-    """What to tell the user where the best guard is not used; None where it is."""
+    """What to tell the user where no guard works, or None: the other two keep every save from mixing two moments."""
+    if probe.guard != "fence":
+        return None
     refused = [attempt for attempt in probe.attempts if attempt.cause is not None]
     if not refused:
-        return None
+        return None  # the fence was asked for
     reasons = "; ".join(dict.fromkeys(f"{attempt.cause}; {attempt.remedy}" for attempt in refused))
     return f"snapshots are guarded by {probe.guard!r}, and not by {refused[0].guard!r}: {reasons}"
 

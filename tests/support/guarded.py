@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import mmap
 
+import pytest
 import torch
 from jobs import WRITE, make_job, plain
 
 from engine.format.plan import Plan
-from engine.io.guard import Guard, Kind
+from engine.io.guard import KINDS, Guard, GuardError, Kind
 from engine.io.job import Job
 from engine.io.pipeline import Pipeline
 
 UNIT_BYTES = 2 << 20
+
+
+def _works(kind: Kind) -> bool:
+    try:
+        Guarded(kind, UNIT_BYTES).guard.close()
+    except GuardError:
+        return False
+    return True
 
 
 class Guarded:
@@ -51,3 +60,9 @@ class Guarded:
         self.guard.arm(job, plan)
         pipeline.submit(job)
         return job
+
+
+# The kinds that this user may have: cow needs a privilege.  `test_guards_that_need_a_privilege` runs the tests with it.
+KINDS_HERE: tuple[Kind, ...] = tuple(kind for kind in KINDS if _works(kind))
+
+needs_cow = pytest.mark.skipif("cow" not in KINDS_HERE, reason="run under sudo by test_guards_that_need_a_privilege")
