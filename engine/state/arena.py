@@ -317,7 +317,7 @@ class Arena:
             if segment.role == "model"
             for tensor in self._inventory.entries[segment.name].tensors
         }
-        self._fence.guard_params(params, self._optimizer)
+        self._fence.guard_params(params, self.unfenced, self._optimizer)
         if self._optimizer is not None:
             self._fence.guard_steps(self._optimizer, self._after_step)
 

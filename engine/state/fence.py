@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from typing import Any
 
 from torch import nn
@@ -38,6 +38,7 @@ class Fence:
     def __init__(self) -> None:
         self._held: deque[tuple[Wait, bool]] = deque()
         self._params: Mapping[int, str] = {}
+        self._unfenced: Collection[str] = ()
         self._own: Optimizer | None = None
         self.foreign: set[str] = set()
         self._hooks: _Hooks = weakref.WeakKeyDictionary()
@@ -73,14 +74,15 @@ class Fence:
                 load = module.register_load_state_dict_pre_hook(_Hook(self.hold_writer))
                 self._hooks[module] = (load,)
 
-    def guard_params(self, params: Mapping[int, str], own: Optimizer | None) -> None:
+    def guard_params(self, params: Mapping[int, str], unfenced: Collection[str], own: Optimizer | None) -> None:
         """Hold back every optimizer that steps one of these parameters.
 
         Args:
             params: the names of the arena's parameters, by id().
+            unfenced: those of them that are staged before `checkpoint()` returns, so that no step need wait for them.
             own: the arena's optimizer, which `guard_steps` hooks.
         """
-        self._params, self._own = params, own
+        self._params, self._unfenced, self._own = params, unfenced, own
         _fences.add(self)
         _watch_all_steps()
 
@@ -91,9 +93,9 @@ class Fence:
         shared = [
             self._params[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in self._params
         ]
-        if shared:
+        if any(name not in self._unfenced for name in shared):
             self.hold_writer()
-            self.foreign.update(shared)
+        self.foreign.update(shared)
 
     def guard_steps(self, optimizer: Optimizer, after_step: Callable[[], None]) -> None:
         """Hook an optimizer, once.
