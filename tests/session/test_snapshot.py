@@ -330,7 +330,7 @@ def test_memory_that_training_frees_is_kept_until_it_is_staged(held: Held) -> No
 
 
 @pytest.mark.parametrize("disturb", [True, False])
-def test_checked_catches_a_writer(held: Held, disturb: bool) -> None:
+def test_checked_mixes_nothing_with_a_writer(held: Held, disturb: bool) -> None:
     model, optimizer = make_training()
     arena = engine.Arena.adopt(model, optimizer)
     want = copies(arena)
@@ -343,12 +343,11 @@ def test_checked_catches_a_writer(held: Held, disturb: bool) -> None:
         with torch.no_grad():
             model.get_parameter("0.weight")[0, 0] += 1  # in the first block, which has been staged
     held.release()
-    if disturb:
-        with pytest.raises(engine.TornSnapshot, match=r"0\.weight"):
-            save.result()
-        assert held.engine.steps() == []
-    else:
+    try:
         save.result()
+    except engine.TornSnapshot as error:  # under cow, where the writer waits for slots that nobody frees
+        assert disturb and "0.weight" in str(error) and held.engine.steps() == []
+    else:
         assert_stored(held.directory, 1, want)
 
 
