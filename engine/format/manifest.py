@@ -211,7 +211,12 @@ def affected(segments: Iterable[SegmentRecord], file_index: int, offset: int, nb
     end = offset + nbytes
     here = (s for s in segments if s.file == file_index and s.nbytes > 0)
     names = [s.name for s in here if s.offset < end and s.offset + s.nbytes > offset]
-    shown = ", ".join(names[:_NAMES_SHOWN]) if names else "the header"
+    return listed(names) if names else "the header"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names of tensors for a message; of many, the first few and a count."""
+    shown = ", ".join(names[:_NAMES_SHOWN])
     return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} tensors more"
 
 

@@ -27,7 +27,7 @@ from typing import Any, Literal
 from engine.errors import ArenaError, ArgumentError, BusyError, ClosedError, StepError, TornSnapshot, UsageError, warn
 from engine.format.checks import is_user_name
 from engine.format.layout import Layout
-from engine.format.manifest import STEP_MAX
+from engine.format.manifest import STEP_MAX, listed
 from engine.format.plan import chunk_size
 from engine.io.job import Milestone
 from engine.io.packing import Packed
@@ -213,10 +213,9 @@ class Checkpointer:
         new = [name for name in names if name not in self._warned_of.setdefault(arena, set())]
         if new:
             self._warned_of[arena].update(new)
-            more = f" and {len(new) - 4} more" if len(new) > 4 else ""
             warn(
-                f"another optimizer than the arena's has stepped {', '.join(new[:4])}{more}; its state is in no "
-                "checkpoint: adopt the model with the optimizer that steps them"
+                f"another optimizer than the arena's has stepped {listed(new)}; its state is in no checkpoint: adopt "
+                "the model with the optimizer that steps them"
             )
 
     def _gather(self, arena: Arena, request: Request, plan: SnapshotPlan) -> Content:

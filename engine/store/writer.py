@@ -37,6 +37,7 @@ from engine.format.manifest import (
     digest_of,
     encode,
     known_hashes,
+    listed,
     segment_records,
 )
 from engine.format.plan import Extents, Plan, Source, block_rows, extent_columns, make_plan
@@ -291,8 +292,7 @@ def _refuse_changed(write: Write) -> None:
     """
     changed = () if write.content is None else write.content.changed()
     if changed:
-        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
-        raise _torn(", ".join(changed[:4]) + more)
+        raise _torn(listed(changed))
 
 
 def _torn(names: str) -> TornSnapshot:
