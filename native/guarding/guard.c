@@ -27,16 +27,15 @@
 #include <errno.h>
 #include <poll.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "guarding/protection.h"
 #include "pipeline/forks.h"
 #include "pipeline/job.h"
+#include "pipeline/thread.h"
 
 enum {
     UNIT_BYTES = 2 << 20,
@@ -80,13 +79,6 @@ struct eng_guard {
 };
 
 enum { DESCRIPTOR_UFFD = 0, DESCRIPTOR_PAGEMAP = 1, DESCRIPTOR_STOP = 2 };
-
-static uint64_t now_ns(void)
-{
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
-}
 
 /* ---- units ---- */
 
@@ -273,7 +265,7 @@ static int arm(eng_guard *g, const eng_job *job)
     for (uint32_t u = 0; u < g->unit_count; u++)
         g->units[u].is_wanted = g->units[u].has_changed = 0;
     g->has_given_up = 0;
-    g->progress_ns = now_ns();
+    g->progress_ns = thread_now_ns();
     g->job = job;
     return result;
 }
@@ -394,7 +386,7 @@ static void release(eng_guard *g, const eng_block *block, int is_unchanged)
 {
     for (uint32_t i = 0; i < block->extent_count && !g->has_given_up; i++)
         release_extent(g, block->extent_start + i, is_unchanged);
-    g->progress_ns = now_ns();
+    g->progress_ns = thread_now_ns();
 }
 
 int guard_release(eng_guard *g, uint32_t block, int is_unchanged)
@@ -443,7 +435,7 @@ static void answer(eng_guard *g, uint64_t address)
     if (!at->is_wanted) {
         at->is_wanted = 1;
         if (g->wanted_count == 0)
-            g->progress_ns = now_ns();
+            g->progress_ns = thread_now_ns();
         g->wanted[g->wanted_count] = u;
         __atomic_store_n(&g->wanted_count, g->wanted_count + 1, __ATOMIC_RELEASE);
     }
@@ -458,7 +450,7 @@ static int keep_patience(eng_guard *g)
     int is_waiting = 0;
     for (uint32_t u = 0; u < g->unit_count && !g->has_given_up; u++)
         is_waiting |= g->units[u].is_wanted;
-    if (!is_waiting || now_ns() - g->progress_ns < PATIENCE_NS)
+    if (!is_waiting || thread_now_ns() - g->progress_ns < PATIENCE_NS)
         return is_waiting;
     g->has_given_up = 1;
     unprotect(g, 0, g->unit_count);
@@ -489,22 +481,15 @@ static void *watch(void *argument)
 
 static int start_thread(eng_guard *g)
 {
-    sigset_t blocked, before;
     forks_lock();
     const int stop_fd = eventfd(0, EFD_CLOEXEC);
     g->forks.descriptors[DESCRIPTOR_STOP] = stop_fd;
     forks_unlock();
     if (stop_fd < 0)
         return -errno;
-    sigfillset(&blocked); /* signals belong to the program's own threads */
-    pthread_sigmask(SIG_SETMASK, &blocked, &before);
-    const int result = pthread_create(&g->thread, NULL, watch, g);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (result != 0)
-        return -result;
-    g->has_thread = 1;
-    pthread_setname_np(g->thread, "engine-guard");
-    return 0;
+    const int result = thread_start(&g->thread, "engine-guard", watch, g);
+    g->has_thread = result == 0;
+    return result;
 }
 
 static int open_protection(eng_guard *g, uint64_t address, uint64_t nbytes, uint32_t *refused)

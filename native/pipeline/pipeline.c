@@ -21,6 +21,7 @@
 
 #include "guarding/guard.h"
 #include "pipeline/job.h"
+#include "pipeline/thread.h"
 #include "staging/host.h"
 
 enum {
@@ -38,13 +39,6 @@ enum {
     REFUSALS_MAX = 100,
     REAP_MAX = 64
 };
-
-uint64_t pipeline_now_ns(void)
-{
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
-}
 
 static uint8_t *slot_memory(const eng_pipeline *p, uint32_t index)
 {
@@ -186,7 +180,7 @@ static void settle(eng_pipeline *p, uint32_t entry_index)
     if (e->has_files)
         set_files(p, entry_index, 0);
     take_out(p->queue, &p->queue_count, entry_index);
-    job->done_ns = pipeline_now_ns();
+    job->done_ns = thread_now_ns();
     pthread_mutex_lock(&p->mutex);
     memset(e, 0, sizeof *e);
     pthread_mutex_unlock(&p->mutex);
@@ -281,16 +275,16 @@ static void note_staged(eng_pipeline *p, entry *e)
         return;
     if (job->guard != NULL)
         guard_end(job->guard, job); /* before the milestone: the next save may be armed then */
-    job->staged_ns = pipeline_now_ns();
+    job->staged_ns = thread_now_ns();
     reach(p, job, ENG_ALL_STAGED);
 }
 
 /* Copy a block's sources into a slot, with the time that it took. */
 static eng_hash gather(eng_pipeline *p, eng_job *job, uint32_t block, uint32_t index)
 {
-    const uint64_t start_ns = pipeline_now_ns();
+    const uint64_t start_ns = thread_now_ns();
     const eng_hash checksum = host_gather(job, &job->blocks[block], slot_memory(p, index));
-    job->copying_ns += pipeline_now_ns() - start_ns;
+    job->copying_ns += thread_now_ns() - start_ns;
     return checksum;
 }
 
@@ -429,13 +423,13 @@ uint32_t pipeline_verify(eng_pipeline *p)
         return 0;
     const uint32_t index = p->unverified.slots[0], entry_index = p->slots[index].entry, block = p->slots[index].block;
     eng_job *job = p->entries[entry_index].job;
-    const uint64_t start_ns = pipeline_now_ns();
+    const uint64_t start_ns = thread_now_ns();
     const eng_hash checksum = eng_hash_bytes(slot_memory(p, index), job->blocks[block].nbytes);
-    const uint64_t hashed_ns = pipeline_now_ns();
+    const uint64_t hashed_ns = thread_now_ns();
     job->hashing_ns += hashed_ns - start_ns;
     if (is_same(checksum, job->checksums[block])) {
         host_scatter(job, &job->blocks[block], slot_memory(p, index));
-        job->copying_ns += pipeline_now_ns() - hashed_ns;
+        job->copying_ns += thread_now_ns() - hashed_ns;
         finish_block(p, index);
     } else {
         fail(p, entry_index, ENG_CHECKSUM_FAILURE, 0, block);

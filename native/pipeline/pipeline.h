@@ -86,9 +86,6 @@ struct eng_pipeline {
     int has_thread;           /* to be joined */
 };
 
-/* CLOCK_MONOTONIC in nanoseconds. */
-uint64_t pipeline_now_ns(void);
-
 /* Take one entry's inbox: a new job, its files, an abort. */
 void pipeline_accept(struct eng_pipeline *p, uint32_t entry_index);
 

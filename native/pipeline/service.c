@@ -8,7 +8,6 @@
 #include <errno.h>
 #include <poll.h>
 #include <sched.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -18,6 +17,7 @@
 
 #include "guarding/guard.h"
 #include "pipeline/pipeline.h"
+#include "pipeline/thread.h"
 
 /* The size on x86-64, and on aarch64 with pages of 4 KiB. */
 static const size_t HUGE_PAGE_BYTES = 2 << 20;
@@ -256,20 +256,10 @@ static void *run(void *argument)
 
 static int start_thread(eng_pipeline *p)
 {
-    /* The program's own threads take signals: a handler must not run here or interrupt the ring.  Crash signals stay
-     * unblocked, so that the program's crash handler runs. */
-    static const int CRASHES[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP};
-    sigset_t blocked, before;
-    sigfillset(&blocked);
-    for (size_t i = 0; i < sizeof CRASHES / sizeof *CRASHES; i++)
-        sigdelset(&blocked, CRASHES[i]);
-    pthread_sigmask(SIG_SETMASK, &blocked, &before);
-    const int result = pthread_create(&p->thread, NULL, run, p);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (result != 0)
-        return -result;
+    const int result = thread_start(&p->thread, "engine-io", run, p);
+    if (result < 0)
+        return result;
     p->has_thread = 1;
-    pthread_setname_np(p->thread, "engine-io");
     pthread_mutex_lock(&p->mutex);
     while (p->state == SERVICE_OPENING)
         pthread_cond_wait(&p->changed, &p->mutex);
@@ -320,7 +310,7 @@ int eng_open(eng_config *config, eng_pipeline **pipeline)
     return 0;
 }
 
-/* Wait for a change until a time of pipeline_now_ns.  Returns 0 if that has passed.  The mutex is held. */
+/* Wait for a change until a time of thread_now_ns.  Returns 0 if that has passed.  The mutex is held. */
 static int await_change(eng_pipeline *p, uint64_t until_ns)
 {
     const struct timespec until = {(time_t)(until_ns / 1000000000u), (long)(until_ns % 1000000000u)};
@@ -330,7 +320,7 @@ static int await_change(eng_pipeline *p, uint64_t until_ns)
 static uint64_t deadline_ns(uint64_t timeout_ns)
 {
     uint64_t until_ns;
-    const int is_endless = __builtin_add_overflow(pipeline_now_ns(), timeout_ns, &until_ns) || until_ns > INT64_MAX;
+    const int is_endless = __builtin_add_overflow(thread_now_ns(), timeout_ns, &until_ns) || until_ns > INT64_MAX;
     return is_endless ? INT64_MAX : until_ns;
 }
 
@@ -405,7 +395,7 @@ static int try_submit(eng_pipeline *p, eng_job *job)
     entry *e = find(p, NULL);
     if (e == NULL)
         return -EAGAIN;
-    job->submitted_ns = pipeline_now_ns();
+    job->submitted_ns = thread_now_ns();
     e->job = job;
     e->submitted = 1;
     wake(p);
