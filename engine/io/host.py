@@ -1,7 +1,7 @@
 """Host: the kernel's words about this process and about errors, for messages.
 
 Theory of operation.  `backend` and `guard_probe` explain a refusal by its errno, a limit, and files under /proc and
-/sys. A file that cannot be read says nothing.
+/sys.  A file that cannot be read says nothing.
 """
 
 from __future__ import annotations

@@ -99,12 +99,13 @@ static uint64_t unit_address(const eng_guard *g, uint32_t index)
     return g->protection.address + (offset < g->protection.nbytes ? offset : g->protection.nbytes);
 }
 
+/* Protect units, or unprotect them; if the kernel refuses, none counts as protected. */
 static int set_units(eng_guard *g, uint32_t first, uint32_t end, int is_protected)
 {
     const uint64_t address = unit_address(g, first);
     const int result = protection_set(&g->protection, address, unit_address(g, end) - address, is_protected);
     for (uint32_t u = first; u < end; u++)
-        g->units[u].is_protected = (uint8_t)is_protected;
+        g->units[u].is_protected = is_protected && result == 0;
     return result;
 }
 

@@ -206,7 +206,7 @@ def test_an_arena_that_was_torn_is_saved_eagerly_with_one_warning(tmp_path: Path
 
 @needs_cow
 def test_two_engines_save_one_arena(tmp_path: Path) -> None:
-    """What is clean for one engine is not for the other: a guard goes by the save before, whoever made it."""
+    """A block is clean only since the last save of the arena, even if another engine made that save."""
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     arena = engine.Arena.adopt(model, optimizer)
