@@ -8,6 +8,7 @@ pyproject.toml and the Makefile.
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 from pathlib import Path
 
@@ -85,3 +86,11 @@ def test_no_file_names_the_machine_it_was_written_on() -> None:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             assert not home.search(line), f"{relative(path)}:{number} holds a path of one machine: {line.strip()}"
             assert not registry.search(line), f"{relative(path)}:{number} names a package registry: {line.strip()}"
+
+
+def test_every_row_of_the_nearest_tests_is_of_files_that_exist() -> None:
+    nearest = runpy.run_path(str(ROOT / "tests/mutants/nearest.py"))["NEAREST"]
+    missing = [test for tests in nearest.values() for test in tests if not (ROOT / test).exists()]
+    sources = [relative(path) for path in [*PYTHON_FILES, *C_FILES]]
+    missing += [prefix for prefix in nearest if not any(source.startswith(prefix) for source in sources)]
+    assert not missing, f"`make mutants` would decide nothing with {missing}"
