@@ -40,6 +40,7 @@ from engine.format.plan import Extents, Source, file_runs
 from engine.state.fence import Fence
 from engine.state.inventory import Inventory, gather, gather_tensors
 from engine.state.memory import HostMemory, TensorLocation, dense_stride, location_of, merge_dims
+from engine.state.modules import Rename
 from engine.state.optimizers import Options, makes_state_late
 from engine.state.versions import Versions
 from engine.state.watch import TensorWatch
@@ -60,8 +61,13 @@ class Arena:
         self._take_in()
 
     @classmethod
-    def adopt(cls, model: nn.Module, optimizer: Optimizer | None = None) -> Arena:
+    def adopt(cls, model: nn.Module, optimizer: Optimizer | None = None, *, rename: Rename | None = None) -> Arena:
         """Move a model's and its optimizer's tensors into one buffer; training goes on bit-identically.
+
+        Args:
+            model: compiled and distributed ones are stored under the names of the modules that they wrap.
+            rename: maps the name of each of the model's tensors to the name to store it under, which is also that of
+                its optimizer state and its layer: `lambda name: name.removeprefix("backbone.")`.
 
         Raises:
             ArenaError: a tensor cannot be stored; nothing was changed.
@@ -71,7 +77,9 @@ class Arena:
             raise ArgumentError(f"model is a {_type_name(model)}; it must be a torch.nn.Module")
         if optimizer is not None and not isinstance(optimizer, Optimizer):
             raise ArgumentError(f"optimizer is a {_type_name(optimizer)}; it must be one torch.optim.Optimizer")
-        return cls(lambda: gather(model, optimizer), model, optimizer)
+        if rename is not None and not callable(rename):
+            raise ArgumentError(f"rename is a {_type_name(rename)}; it must be a function from names to names")
+        return cls(lambda: gather(model, optimizer, rename), model, optimizer)
 
     @classmethod
     def wrap(cls, tensors: Mapping[str, Tensor]) -> Arena:

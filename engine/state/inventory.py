@@ -4,7 +4,7 @@ Theory of operation.  An **inventory** is what one walk over the owners of the t
 under its name, joins the names that share one memory (tied weights), and watches the containers it walked, so that
 another walk is needed only after one of them has changed.
 
-    nn.Module      parameters and persistent buffers, under the names of `state_dict()`
+    nn.Module      parameters and persistent buffers, under the names that `modules` gives them
     Optimizer      state[param][key] as `optimizer.<param name>.<key>`; a parameter that the model does not own is
                    stored itself, as `optimizer.params.<group>.<index>`
 
@@ -28,6 +28,7 @@ from torch.optim import SGD, Optimizer
 from engine.errors import ArenaError
 from engine.format.layout import DTYPES, TensorSpec, lay_out
 from engine.state.memory import SOURCE_DIMS_MAX, location_of, merge_dims
+from engine.state.modules import Names, Rename, walk_modules
 from engine.state.optimizers import MOMENTUM, Owned, create_state, has_momentum, reserves_momentum
 from engine.state.watch import ContainerWatch
 
@@ -84,20 +85,23 @@ class Inventory(NamedTuple):
         return {self.aliases.get(name, name) for name, param in self.owned.params.items() if param.requires_grad}
 
 
-def gather(model: nn.Module, optimizer: Optimizer | None) -> Inventory:
+def gather(model: nn.Module, optimizer: Optimizer | None, rename: Rename | None = None) -> Inventory:
     """The inventory of a model and its optimizer, whose missing state is made first.
+
+    Args:
+        rename: maps the names of the model's tensors.
 
     Raises:
         ArenaError: a tensor cannot be stored; nothing was changed.
     """
-    inventory = _walk(model, optimizer)  # refuses existing tensors before anything is created
+    inventory = _walk(model, optimizer, rename)  # refuses existing tensors before anything is created
     if optimizer is None:
         return inventory
     created: list[Tensor] = []
     try:
         create_state(optimizer, created)
         if created:
-            inventory = _walk(model, optimizer)
+            inventory = _walk(model, optimizer, rename)
             # Names that no file can hold must be refused here as well, while what was created can be taken away.
             lay_out([entry.spec for entry in inventory.entries.values()], inventory.aliases)
     except BaseException:
@@ -119,9 +123,9 @@ def gather_tensors(tensors: Mapping[str, Tensor]) -> Inventory:
     return _join(found, ContainerWatch(), Owned())
 
 
-def _walk(model: nn.Module, optimizer: Optimizer | None) -> Inventory:
+def _walk(model: nn.Module, optimizer: Optimizer | None, rename: Rename | None) -> Inventory:
     watch = ContainerWatch()
-    found = list(_find_model(model, watch))
+    found = list(_find_model(model, watch, Names(rename)))
     if optimizer is None:
         return _join(found, watch, Owned())
     names: dict[int, tuple[str, str]] = {}
@@ -132,9 +136,8 @@ def _walk(model: nn.Module, optimizer: Optimizer | None) -> Inventory:
     return _join(found, watch, owned)
 
 
-def _find_model(model: nn.Module, watch: ContainerWatch) -> Iterator[Found]:
-    # A shared module is walked under each of its paths, as state_dict() does: its tensors get all their names.
-    for path, module in model.named_modules(remove_duplicate=False):
+def _find_model(model: nn.Module, watch: ContainerWatch, names: Names) -> Iterator[Found]:
+    for path, module in walk_modules(model):
         hidden = module._non_persistent_buffers_set
         for member in _MODULE_MEMBERS:
             watch.member(member, module)
@@ -145,10 +148,12 @@ def _find_model(model: nn.Module, watch: ContainerWatch) -> Iterator[Found]:
         prefix = f"{path}." if path else ""
         for key, param in module._parameters.items():
             if param is not None:
-                yield Found(prefix + key, "model", path, param, param)
+                name = names.take(prefix + key)
+                yield Found(name, "model", name.rpartition(".")[0], param, param)
         for key, buffer in module._buffers.items():
             if buffer is not None and key not in hidden:
-                yield Found(prefix + key, "buffer", path, buffer, buffer)
+                name = names.take(prefix + key)
+                yield Found(name, "buffer", name.rpartition(".")[0], buffer, buffer)
 
 
 def _find_optimizer(
