@@ -54,6 +54,8 @@ def restore(reader: Reader, arena: Arena, step: int | None, select: Select) -> R
         if selection.is_all:
             arena.check_options(options)
         arena.mark_torn()  # before the first byte, so that an interrupt leaves it torn
+        if arena.resize({target.record.name: target.record.shape for target in targets}):
+            targets = _match(arena, manifest, selection)
         nbytes = reader.read(checkpoint, targets, pack_sources(arena.sources), arena.memory, whole=selection.is_all)
         if selection.is_all:
             arena.restored(options)
@@ -155,7 +157,7 @@ def _match(arena: Arena, manifest: Manifest, selection: Selection) -> list[Targe
     problems += [f"{name}: not in the arena" for name in stored if name not in here]
     for name in stored.keys() & here.keys():
         record, segment = stored[name], here[name].segment
-        if (record.dtype, record.shape) != (segment.dtype, segment.shape):
+        if record.dtype != segment.dtype or (record.shape != segment.shape and not arena.can_resize(name)):
             problems.append(
                 f"{name}: {record.dtype}{list(record.shape)} in the checkpoint, "
                 f"{segment.dtype}{list(segment.shape)} in the arena"

@@ -14,7 +14,7 @@ inventory taken.  If it has the same segments, the tensors that left are copied 
 is a new layout in a new buffer.  A layout is never changed, so callers may cache by its identity.
 
 No writer may change the arena while a save is staged.  `fence.py` lists the writers that wait by themselves.  Segments
-that change without those writers are `unfenced`, and are staged first.
+that change without those writers are `unfenced`, and are staged first.  Buffers that forward resizes are mirrored.
 
 Rules: a refused tensor leaves everything as it was.  An interrupted `refresh()` is completed by the next one.  An arena
 is not thread-safe.  Adoption leaves other views of a tensor's old memory behind (a flat buffer): wrap such tensors
@@ -40,6 +40,7 @@ from engine.format.plan import Extents, Source, file_runs
 from engine.state.fence import Fence
 from engine.state.inventory import Inventory, gather, gather_tensors
 from engine.state.memory import HostMemory, TensorLocation, dense_stride, location_of, merge_dims
+from engine.state.mirrors import Mirror, Mirrors, own_memory, resize
 from engine.state.modules import Rename
 from engine.state.optimizers import Options, makes_state_late
 from engine.state.versions import Versions
@@ -181,6 +182,19 @@ class Arena:
         """Whether a restore failed half-way, so that the tensors are of no one step."""
         return self._torn
 
+    def can_resize(self, name: str) -> bool:
+        """Whether `resize` can give a segment another shape."""
+        return self._model is not None and self._inventory.entries[name].mirrored
+
+    def resize(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Give segments that `can_resize` these shapes, and return whether any has changed; those have no content."""
+        changed = [segment for segment in self.segments if shapes.get(segment.name, segment.shape) != segment.shape]
+        with torch.inference_mode(False):
+            for segment in changed:
+                resize(self._inventory.entries[segment.name].tensors, shapes[segment.name])
+        self.refresh()
+        return bool(changed)
+
     def mark_torn(self) -> None:
         """A restore begins: until `restored` or `mark_whole`, the tensors are of no one step."""
         self._torn = True
@@ -228,6 +242,7 @@ class Arena:
             ArenaError: a new tensor cannot be stored; nothing was changed.
         """
         if self._watch is not None and self._inventory.watch.unchanged() and self._watch.unchanged():
+            self._mirrors.copy_in()
             return
         self.fence()
         self._take_in()
@@ -251,6 +266,7 @@ class Arena:
         and autograd does not notice.
         """
         self.check_options(options)
+        self._mirrors.copy_out(self._inventory.entries)
         self._options.put_back(options)
         self._put_reserved(self._inventory.owned.reserved, options.get("absent", ()))
         self.refresh()
@@ -261,6 +277,7 @@ class Arena:
 
         Hyperparameters and the plain state of the optimizer stay as they are.
         """
+        self._mirrors.copy_out(names)
         if self._put_reserved(names, absent):
             self.refresh()
 
@@ -292,6 +309,14 @@ class Arena:
             self._inventory = inventory
             self._options = Options(self._optimizer, inventory.owned, inventory.absent)
             self._bind()
+            self._mirrors = Mirrors(
+                [
+                    Mirror(segment.name, entry.tensors, self._view(segment))
+                    for segment in self.segments
+                    if (entry := inventory.entries[segment.name]).mirrored and adopted
+                ]
+            )
+            self._mirrors.copy_in()
             tensors = [tensor for entry in inventory.entries.values() for tensor in entry.tensors]
             buffer = self._arrangement.buffer
             self._memory: object = buffer if buffer is not None else [tensor.detach() for tensor in tensors]
@@ -305,8 +330,10 @@ class Arena:
             return
         moves: list[tuple[Segment, tuple[Tensor, ...], Tensor | None]] = []
         for segment in self.segments:
-            tensors = self._inventory.entries[segment.name].tensors
-            if not tensors:
+            _, _, tensors, mirrored = self._inventory.entries[segment.name]
+            if mirrored:
+                own_memory(tensors)
+            elif not tensors:
                 self._view(segment).zero_()
             elif location_of(tensors[0]) != self._location(segment):  # which they share
                 # If two tensors were swapped, the first copy would overwrite the second.

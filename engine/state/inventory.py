@@ -28,7 +28,7 @@ from torch.optim import SGD, Optimizer
 from engine.errors import ArenaError
 from engine.format.layout import DTYPES, TensorSpec, lay_out
 from engine.state.memory import SOURCE_DIMS_MAX, location_of, merge_dims
-from engine.state.modules import Names, Rename, walk_modules
+from engine.state.modules import Names, Rename, resizes_buffers, walk_modules
 from engine.state.optimizers import MOMENTUM, Owned, create_state, has_momentum, reserves_momentum
 from engine.state.watch import ContainerWatch
 
@@ -39,13 +39,17 @@ _group_params = itemgetter("params")
 
 
 class Found(NamedTuple):
-    """One tensor under one name.  A reserved tensor that does not exist yet is None, and will look like `like`."""
+    """One tensor under one name.
+
+    A reserved tensor that does not exist yet is None, and will look like `like`.  A mirrored one keeps its own memory.
+    """
 
     name: str
     role: str
     layer: str
     tensor: Tensor | None
     like: Tensor
+    mirrored: bool = False
 
 
 class Entry(NamedTuple):
@@ -54,6 +58,7 @@ class Entry(NamedTuple):
     spec: TensorSpec
     like: Tensor
     tensors: tuple[Tensor, ...]
+    mirrored: bool
 
 
 class Inventory(NamedTuple):
@@ -139,6 +144,7 @@ def _walk(model: nn.Module, optimizer: Optimizer | None, rename: Rename | None) 
 def _find_model(model: nn.Module, watch: ContainerWatch, names: Names) -> Iterator[Found]:
     for path, module in walk_modules(model):
         hidden = module._non_persistent_buffers_set
+        resizes = bool(module._buffers) and resizes_buffers(module)
         for member in _MODULE_MEMBERS:
             watch.member(member, module)
         watch.mapping(module._modules)
@@ -153,7 +159,7 @@ def _find_model(model: nn.Module, watch: ContainerWatch, names: Names) -> Iterat
         for key, buffer in module._buffers.items():
             if buffer is not None and key not in hidden:
                 name = names.take(prefix + key)
-                yield Found(name, "buffer", name.rpartition(".")[0], buffer, buffer)
+                yield Found(name, "buffer", name.rpartition(".")[0], buffer, buffer, resizes)
 
 
 def _find_optimizer(
@@ -235,10 +241,10 @@ def _join(found: Iterable[Found], watch: ContainerWatch, owned: Owned) -> Invent
         if name == item.name:
             tensors = () if item.tensor is None else (item.tensor,)
             spec = TensorSpec(name, _dtype_name(item.like), tuple(item.like.shape), item.role, item.layer)
-            entries[name] = Entry(spec, item.like, tensors)
+            entries[name] = Entry(spec, item.like, tensors, item.mirrored)
             continue
         aliases[item.name] = name
-        entry = entries[name]
+        entry = entries[name] = entries[name]._replace(mirrored=entries[name].mirrored or item.mirrored)
         assert item.tensor is not None, item
         if not any(item.tensor is tensor for tensor in entry.tensors):
             entries[name] = entry._replace(tensors=(*entry.tensors, item.tensor))

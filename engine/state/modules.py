@@ -9,13 +9,20 @@ its own key to every name:
 So a checkpoint is the same whether a model, or a part of it, is compiled or distributed.  A function of the caller's
 can map these names to others.
 
+Some modules resize their buffers in place, as the observers of quantization-aware training do.  Only memory of torch's
+own can grow, so those buffers stay in theirs (`mirrors`).  Such a module is known by its code: a method of its class
+calls `resize_`.
+
 Rules: a wrapper is known by its class.  A module of another class keeps its key, even if that is `module`.  Called by
 `inventory`.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
+from types import FunctionType
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -45,6 +52,23 @@ def _wrapped_key(module: nn.Module) -> str | None:
     """The key under which a wrapper holds its module, or None."""
     classes = (f"{base.__module__}.{base.__qualname__}" for base in type(module).__mro__)
     return next((_KEYS[name] for name in classes if name in _KEYS), None)
+
+
+def resizes_buffers(module: nn.Module) -> bool:
+    """Whether a method of the module's class, or of a base, calls `resize_`."""
+    kind = type(module)
+    if kind not in _resizing:
+        _resizing[kind] = any(_calls_resize(member) for base in kind.__mro__ for member in vars(base).values())
+    return _resizing[kind]
+
+
+_resizing: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
+
+
+def _calls_resize(member: object) -> bool:
+    # Decorators such as torch.no_grad() leave the function in __wrapped__.
+    function = inspect.unwrap(member) if callable(member) else None
+    return isinstance(function, FunctionType) and "resize_" in function.__code__.co_names
 
 
 class Names:

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.ao.quantization as quantization
+from guarded import KINDS_HERE
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import engine
+from engine.options import GuardName
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -99,3 +102,87 @@ def test_a_compiled_training_resumes_in_a_raw_model(tmp_path: Path) -> None:
 def test_a_renamed_training_resumes(tmp_path: Path) -> None:
     loaded = assert_resumes(linear, tmp_path, (7, 6), rename=lambda name: f"net.{name}")
     assert set(loaded) >= {"net.0.weight", "net.1.running_mean", "optimizer.net.2.bias.exp_avg"}
+
+
+class Quantized(nn.Module):
+    """Layers between the stubs of quantization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quant, self.dequant = quantization.QuantStub(), quantization.DeQuantStub()
+        self.conv, self.norm, self.relu = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, images: Tensor) -> Any:
+        return self.dequant(self.head(self.relu(self.norm(self.conv(self.quant(images)))).mean((2, 3))))
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+@pytest.mark.filterwarnings("ignore:Please use quant_min and quant_max")
+@pytest.mark.parametrize(("backend", "version"), [("x86", 0), ("x86", 1), ("qnnpack", 1)])
+def test_quantization_aware_training_resumes(backend: str, version: int, tmp_path: Path) -> None:
+    """Observers of channels resize their buffers in the first forward; those of whole tensors do not."""
+
+    def make() -> tuple[nn.Module, Optimizer]:
+        model = Quantized().train()
+        model.qconfig = quantization.get_default_qat_qconfig(backend, version)
+        quantization.fuse_modules_qat(model, [["conv", "norm", "relu"]], inplace=True)
+        quantization.prepare_qat(model, inplace=True)
+        return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    loaded = assert_resumes(make, tmp_path, (5, 2, 8, 8))
+    assert loaded["conv.weight_fake_quant.scale"].shape == ((4,) if backend == "x86" else (1,))
+
+
+def test_a_histogram_observer_resumes(tmp_path: Path) -> None:
+    def make() -> tuple[nn.Module, Optimizer]:
+        model = nn.Sequential(nn.Linear(6, 4), quantization.HistogramObserver(bins=32), nn.Linear(4, 2))
+        return model, torch.optim.AdamW(model.parameters())
+
+    assert assert_resumes(make, tmp_path, (9, 6))["1.histogram"].shape == (32,)
+
+
+class Counts(nn.Module):
+    """Resizes its buffer in each forward, and writes to it."""
+
+    seen: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(width))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        self.seen.resize_(rows.shape[1:])
+        self.seen += 1
+        return rows
+
+
+@pytest.mark.parametrize("guard", [*KINDS_HERE, "fence"])
+def test_a_forward_that_resizes_tears_no_save(guard: GuardName, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(1000, 1000), Counts(1000))
+    optimizer = torch.optim.AdamW(model.parameters())
+    slow: dict[str, Any] = {"staging_bytes": 512 << 10, "block_bytes": 256 << 10}
+    with engine.Engine(tmp_path, guard=guard, keep=9, **slow) as eng:
+        arena = engine.Arena.adopt(model, optimizer)
+        wanted = []
+        for number in range(6):
+            wanted.append({name: tensor.clone() for name, tensor in arena.state_dict().items()})
+            eng.checkpoint(arena, number)
+            step(model, optimizer, (3, 1000), number)
+        eng.wait()
+        for number, want in enumerate(wanted):
+            assert_same(list(eng.load(number).values()), [want[name] for name in eng.load(number)])
+
+
+def test_a_restore_that_is_refused_resizes_nothing(tmp_path: Path) -> None:
+    with engine.Engine(tmp_path) as eng:
+        eng.checkpoint(engine.Arena.adopt(nn.Sequential(nn.Linear(2, 2), Counts(4)))).result()
+        model = nn.Sequential(nn.Linear(2, 3), Counts(1))
+        with pytest.raises(engine.MismatchError, match=r"0\.weight") as caught:
+            eng.restore(engine.Arena.adopt(model))
+        assert "1.seen" not in str(caught.value)
+        assert model.get_buffer("1.seen").shape == (1,)
+        arena = engine.Arena.adopt(model)
+        model.get_buffer("1.seen").fill_(3)
+        eng.restore(arena, select="1.seen")
+        assert_same([model.get_buffer("1.seen")], [torch.zeros(4)])
