@@ -14,6 +14,7 @@ Rules: methods may be called from several threads, but one arena only from one a
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import weakref
@@ -24,7 +25,7 @@ from enum import Enum
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import ArgumentError, ClosedError, PlatformError, UsageError, warn
+from engine.errors import ArgumentError, ClosedError, PlatformError, StorageError, UsageError, warn
 from engine.io.backend import Probe, degradation, find
 from engine.io.guard_probe import guard_degradation, probe_guard
 from engine.options import Backend, GuardName, Options, Tunables, check_range
@@ -36,7 +37,7 @@ from engine.session.save import Save
 from engine.session.snapshot import Snapshot, Snapshots
 from engine.session.workers import Workers
 from engine.state.arena import Arena
-from engine.store.directory import path_of
+from engine.store.directory import is_directory, path_of
 from engine.store.filesystem import Filesystem
 from engine.store.reader import check_step
 from engine.store.retention import Retention
@@ -267,10 +268,13 @@ def probe(directory: str | os.PathLike[str], *, options: Options = DEFAULTS, **t
 
     Raises:
         ArgumentError: a number is out of range.
-        StorageError: no file can be made in the directory, for instance because it does not exist.
+        StorageError: no file can be made in the directory, or it does not exist.
     """
     options = replace(options, **tunables)
-    found = find(os.path.realpath(path_of(directory)), Filesystem(), options.slot_count, options.block_bytes)
+    root, filesystem = os.path.realpath(path_of(directory)), Filesystem()
+    if not is_directory(filesystem, root):
+        raise StorageError(errno.ENOENT, "open", root, remedy="probe a directory that exists, such as its parent")
+    found = find(root, filesystem, options.slot_count, options.block_bytes)
     return found._replace(guard=probe_guard("auto"))
 
 

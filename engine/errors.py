@@ -150,24 +150,27 @@ class StorageError(EngineError, OSError):
         operation: the operation refused, e.g. ``"write"`` or ``"fsync"``.
         path: the file or directory it was refused on.
         offset: the file offset in bytes, or None where the operation has none.
-        remedy: an action of the user that helps.
+        remedy: an action of the user that helps; by default the one that helps against this errno.
     """
 
-    def __init__(self, errno: int, operation: str, path: str, offset: int | None = None) -> None:
+    def __init__(
+        self, errno: int, operation: str, path: str, offset: int | None = None, remedy: str | None = None
+    ) -> None:
         super().__init__(errno, os.strerror(errno))
         self.operation = operation
         self.path = path
         self.offset = offset
+        self._remedy = remedy
 
-    def __reduce__(self) -> tuple[type[StorageError], tuple[int, str, str, int | None]]:
-        """Rebuild from the four fields: OSError's own way would drop the last three."""
+    def __reduce__(self) -> tuple[type[StorageError], tuple[int, str, str, int | None, str | None]]:
+        """Rebuild from the five arguments: OSError's own way would drop the last four."""
         assert self.errno is not None
-        return type(self), (self.errno, self.operation, self.path, self.offset)
+        return type(self), (self.errno, self.operation, self.path, self.offset, self._remedy)
 
     @property
     def remedy(self) -> str:
         """An action of the user that helps, in one line."""
-        return remedy_for(self.errno or 0)
+        return self._remedy or remedy_for(self.errno or 0)
 
     def __str__(self) -> str:
         at = "" if self.offset is None else f" at byte {self.offset}"

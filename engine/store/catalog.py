@@ -50,7 +50,16 @@ from engine.errors import (
     warn,
 )
 from engine.format.manifest import MANIFEST_NAME, Manifest
-from engine.store.directory import PRIVATE_NAME, Directory, OpenedStep, committed_steps, refuse_step, step_name
+from engine.store.directory import (
+    NO_DIRECTORY_HERE,
+    PRIVATE_NAME,
+    Directory,
+    OpenedStep,
+    committed_steps,
+    is_directory,
+    refuse_step,
+    step_name,
+)
 from engine.store.filesystem import Filesystem
 from engine.store.lock import take_lock
 from engine.store.retention import (
@@ -399,19 +408,18 @@ class Catalog(Directory):
         """Create the missing ones of the root and our own directories, each durable in its parent."""
         if len(os.fsencode(self.root)) > _ROOT_BYTES_MAX:  # every save would fail
             raise StorageError(errno.ENAMETOOLONG, "mkdir", self.root)
+        is_directory(self.filesystem, self.root)  # first, so that an error names it and no path below it
         missing = []
         path = self._spares.path
-        while not self.filesystem.is_directory(path):
-            status = self.filesystem.status(path)
-            # A link would lead retirement, deletion and the lock out of the directory.
-            if status is not None and path in (self._private, self._spares.path):
-                raise StorageError(errno.ELOOP if stat.S_ISLNK(status.st_mode) else errno.ENOTDIR, "open", path)
+        while not is_directory(self.filesystem, path):
             missing.append(path)
             path = os.path.dirname(path)
         for path in reversed(missing):
             try:
                 self.filesystem.make_directory(path)
             except StorageError as error:
+                if error.errno == errno.ENOENT:  # its parent was there just now
+                    raise StorageError(error.errno, "mkdir", path, remedy=NO_DIRECTORY_HERE) from None
                 if error.errno != errno.EEXIST:  # another process has made it
                     raise
             self._sync(os.path.dirname(path))

@@ -42,6 +42,9 @@ from engine.store.filesystem import Filesystem
 
 PRIVATE_NAME = ".engine"
 
+NO_DIRECTORY_HERE = "no directory can be made there; use another path, on a disk"
+_NO_FILE_HERE = "a directory is needed there, and not a file; use another path, or move the file away"
+
 # ASCII: without it \d matches the digits of other scripts too.
 _STEP_NAME = re.compile(r"step-(\d{8,19})", re.ASCII)
 
@@ -74,6 +77,20 @@ def refuse_step(root: str) -> None:
     parent, name = os.path.split(root)
     if _STEP_NAME.fullmatch(name.removesuffix(".partial")):
         raise ArgumentError(f"{root} is the directory of one checkpoint; open the run that it is in: {parent!r}")
+
+
+def is_directory(filesystem: Filesystem, path: str) -> bool:
+    """Whether there is a directory at a real path; False if there is nothing.
+
+    Raises:
+        StorageError: there is a file, or a link, which would lead retirement, deletion and the lock elsewhere.
+    """
+    status = filesystem.status(path)
+    if status is None or stat.S_ISDIR(status.st_mode):
+        return status is not None
+    if stat.S_ISLNK(status.st_mode):
+        raise StorageError(errno.ELOOP, "open", path)
+    raise StorageError(errno.ENOTDIR, "open", path, remedy=_NO_FILE_HERE)
 
 
 class OpenedStep:
@@ -157,8 +174,10 @@ class Directory:
         refuse_step(self.root)
         self.filesystem = filesystem
         status = filesystem.status(self.root)
-        if status is None or not stat.S_ISDIR(status.st_mode):
+        if status is None:
             raise NotFoundError(f"{self.root} is no run: there is no such directory; check the path")
+        if not stat.S_ISDIR(status.st_mode):
+            raise NotFoundError(f"{self.root} is no run: it is not a directory; check the path")
         if not filesystem.is_directory(os.path.join(self.root, PRIVATE_NAME)) and not self._list_steps():
             raise NotFoundError(f"{self.root} is no run: it holds neither {PRIVATE_NAME} nor a step; check the path")
 

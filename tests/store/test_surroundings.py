@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import shutil
 import subprocess
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -278,3 +279,38 @@ def test_a_step_retired_while_it_is_verified_is_retired_and_not_damaged(tmp_path
         with engine.open(tmp_path) as run, pytest.raises(engine.errors.RetiredError, match=r"step 1 .* was retired"):
             run.verify(1)
         assert eng.steps() == [4] and eng.verify(4) == ()
+
+
+@pytest.mark.parametrize(
+    ("act", "path", "place", "remedy"),
+    [
+        (engine.Engine, "file", "file", "a directory is needed there, and not a file"),
+        (engine.Engine, "file/runs/x", "file", "a directory is needed there, and not a file"),
+        (engine.Engine, "loop", "loop", "name the real directory"),
+        (engine.probe, "file", "file", "a directory is needed there, and not a file"),
+        (engine.probe, "nowhere", "nowhere", "probe a directory that exists, such as its parent"),
+    ],
+)
+def test_a_path_that_is_no_directory_is_named_with_what_helps(
+    tmp_path: Path, act: Callable[..., Any], path: str, place: str, remedy: str
+) -> None:
+    """And not with what helps while an Engine is open: nothing has been removed or replaced."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(engine.StorageError, match=remedy) as caught:
+        act(tmp_path / path)
+    assert caught.value.path == str(tmp_path / place) and str(tmp_path / place) in str(caught.value)
+    assert "something else" not in str(caught.value)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (again.remedy, str(again)) == (caught.value.remedy, str(caught.value))
+
+
+def test_where_no_directory_can_be_made_another_path_helps() -> None:
+    with pytest.raises(engine.StorageError, match=r"mkdir of /proc/runs: No such .*; no directory can be made there"):
+        engine.Engine("/proc/runs")
+
+
+def test_a_file_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(engine.NotFoundError, match=f"{tmp_path}/file is no run: it is not a directory; check"):
+        engine.open(tmp_path / "file")
