@@ -172,8 +172,8 @@ class Engine(Reading):
             StorageError: it is refused, now or because an earlier sync of a directory failed.
         """
         self._check_usable()
-        check_step(step)
-        return self._in_flight.while_idle(lambda: self._store.catalog.retire_after(step))
+        number = check_step(step)
+        return self._in_flight.while_idle(lambda: self._store.catalog.retire_after(number))
 
     def delete(self, step: int) -> None:
         """Delete a committed checkpoint, even a tagged one, and free its room.  Blocks until that is durable.
@@ -184,8 +184,7 @@ class Engine(Reading):
             StorageError: it is refused, now or because an earlier sync of a directory failed.
         """
         self._check_usable()
-        check_step(step)
-        self._store.catalog.delete(step)
+        self._store.catalog.delete(check_step(step))
 
     @property
     def retention(self) -> Retention:
@@ -286,9 +285,7 @@ def _rule(keep: int | _Unset | None, retention: Retention | None) -> Retention |
         return retention
     if retention is not None:
         raise ArgumentError("keep and retention were both given; keep=N is short for retention=Retention(last=N)")
-    if keep is not None:
-        check_range("keep", keep, 1, None)
-    return Retention(last=keep)
+    return Retention(last=None if keep is None else check_range("keep", keep, 1, None))
 
 
 def _start_workers(count: int) -> Workers:

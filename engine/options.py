@@ -6,6 +6,7 @@ Theory of operation.  `Options` is an immutable value that is checked when it is
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
@@ -72,10 +73,10 @@ class Options:
     rewrite_all: bool = False
 
     def __post_init__(self) -> None:
-        check_range("max_async", self.max_async, 1, MAX_ASYNC_MAX)
-        check_range("block_bytes", self.block_bytes, ALIGNMENT, BLOCK_BYTES_MAX)
-        check_range("staging_bytes", self.staging_bytes, 2 * self.block_bytes, None)
-        check_range("chunk_bytes", self.chunk_bytes, 1, None)
+        self._check_range("max_async", 1, MAX_ASYNC_MAX)
+        self._check_range("block_bytes", ALIGNMENT, BLOCK_BYTES_MAX)
+        self._check_range("staging_bytes", 2 * self.block_bytes, None)
+        self._check_range("chunk_bytes", 1, None)
         check_choice("backend", self.backend, Choice)
         check_choice("guard", self.guard, GuardChoice)
         if self.block_bytes % ALIGNMENT:
@@ -86,13 +87,31 @@ class Options:
         """The number of slots."""
         return min(self.staging_bytes // self.block_bytes, SLOT_COUNT_MAX)
 
+    def _check_range(self, name: str, low: int, high: int | None) -> None:
+        object.__setattr__(self, name, check_range(name, getattr(self, name), low, high))
 
-def check_range(name: str, value: int, low: int, high: int | None) -> None:
-    """Raise ArgumentError unless `value` is an integer from `low` to `high`."""
-    if isinstance(value, bool) or not isinstance(value, int):
+
+def whole_number(value: object) -> int | None:
+    """An integer of any type (`operator.index`), such as numpy's or a tensor's, as an int; None if it is none.
+
+    True is none, because it would name step 1.
+    """
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):  # torch.tensor(True) has an index
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):  # torch's, for a tensor that has no value
+        return None
+
+
+def check_range(name: str, value: object, low: int, high: int | None) -> int:
+    """Return an integer from `low` to `high` as an int, or raise ArgumentError."""
+    number = whole_number(value)
+    if number is None:
         raise ArgumentError(f"{name} is {value!r}; it must be an integer")
-    if value < low or (high is not None and value > high):
-        raise ArgumentError(f"{name} is {value}; it must be at least {low}" + (f" and at most {high}" if high else ""))
+    if number < low or (high is not None and number > high):
+        raise ArgumentError(f"{name} is {number}; it must be at least {low}" + (f" and at most {high}" if high else ""))
+    return number
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:

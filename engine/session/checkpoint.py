@@ -69,12 +69,10 @@ class Request:
     files: Mapping[str, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.step is not None:
-            check_range("step", self.step, 0, STEP_MAX)
-        if self.chunk_count is not None:
-            check_range("chunk_count", self.chunk_count, 1, None)
-        if self.chunk_bytes is not None:
-            check_range("chunk_bytes", self.chunk_bytes, 1, None)
+        for name, low, high in (("step", 0, STEP_MAX), ("chunk_count", 1, None), ("chunk_bytes", 1, None)):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, check_range(name, value, low, high))
         check_choice("snapshot", self.snapshot, Snapshot)
         check_choice("on_busy", self.on_busy, OnBusy)
         object.__setattr__(self, "metrics", _plain_metrics(self.metrics))

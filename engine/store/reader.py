@@ -33,6 +33,7 @@ from engine.io.backend import open_like
 from engine.io.job import Direction, Failure, FailureKind, Job, Milestone, contradiction
 from engine.io.packing import Packed, pack_blocks, pack_extents, pack_order
 from engine.io.pipeline import Pipeline
+from engine.options import whole_number
 from engine.store.access import Opened, OpenFile, ReadAccess
 from engine.store.info import CheckpointInfo, info_of
 
@@ -153,8 +154,7 @@ class Reader:
             ArgumentError: the step is no number.
         """
         if step is not None:
-            check_step(step)
-            yield step
+            yield check_step(step)
             return
         tried: set[int] = set()
         while left := [s for s in self._directory.steps() if s not in tried]:
@@ -303,10 +303,12 @@ def drive(pipeline: Pipeline, job: Job, descriptors: Sequence[int]) -> None:
         raise
 
 
-def check_step(step: object) -> None:
-    """Raise ArgumentError unless this is a number: True would name step 1, and "1" none."""
-    if isinstance(step, bool) or not isinstance(step, int):
+def check_step(step: object) -> int:
+    """Return a step as an int, or raise ArgumentError: True would name step 1, and "1" none."""
+    number = whole_number(step)
+    if number is None:
         raise ArgumentError(f"step is {step!r}; it must be an integer, such as steps() returns")
+    return number
 
 
 def _target_runs(manifest: Manifest, targets: Sequence[Target]) -> list[Extents]:

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from engine.errors import ArgumentError, CorruptError
+from engine.options import whole_number
 
 # A rule has a few numbers and the name of a metric; a longer file is not a rule.
 RETENTION_BYTES_MAX = 4096
@@ -46,10 +47,13 @@ class Retention:
 
     def __post_init__(self) -> None:
         for name, value in (("last", self.last), ("every", self.every)):
-            if value is not None and not _is_count(value):
-                raise ArgumentError(f"{name} is {value!r}; it must be a whole number from 1, or None")
-        if self.best is not None and not _is_best(self.best):
-            raise ArgumentError(f"best is {self.best!r}; it must be (metric, 'min' or 'max', how many)")
+            if value is not None:
+                count = _count(value)
+                if count is None:
+                    raise ArgumentError(f"{name} is {value!r}; it must be a whole number from 1, or None")
+                object.__setattr__(self, name, count)
+        if self.best is not None:
+            object.__setattr__(self, "best", _plain_best(self.best))
 
 
 KEEP_ALL = Retention(last=None)
@@ -129,12 +133,15 @@ def decode_rule(raw: bytes) -> Retention:
         raise CorruptError(f"the stored retention rule is no rule: {error}") from None
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _COUNT_MAX
+def _count(value: object) -> int | None:
+    """A count as an int, or None if it is none."""
+    count = whole_number(value)
+    return count if count is not None and 1 <= count <= _COUNT_MAX else None
 
 
-def _is_best(value: object) -> bool:
-    if not isinstance(value, tuple) or len(value) != 3:
-        return False
-    metric, which, count = value
-    return isinstance(metric, str) and which in ("min", "max") and _is_count(count)
+def _plain_best(best: object) -> tuple[str, str, int]:
+    if isinstance(best, tuple) and len(best) == 3:
+        metric, which, count = best[0], best[1], _count(best[2])
+        if isinstance(metric, str) and which in ("min", "max") and count is not None:
+            return metric, which, count
+    raise ArgumentError(f"best is {best!r}; it must be (metric, 'min' or 'max', how many)")

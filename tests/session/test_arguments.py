@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import engine
 from engine.session.checkpoint import NAME_CHARS_MAX
+from engine.store.retention import decode_rule, encode_rule
 
 Call = Callable[[engine.Engine, engine.Arena], object]
 
@@ -32,6 +34,9 @@ def saved(tmp_path: Path) -> Iterator[tuple[engine.Engine, engine.Arena]]:
 MODEL: Any = nn.Linear(2, 2)
 FIVE: Any = 5
 OF_A_STEP = ["info", "extra", "metrics", "load", "verify", "rollback", "delete"]
+TRUE: Any = torch.tensor(True)
+HALF: Any = torch.tensor(0.5)
+UNKNOWN: Any = torch.zeros((), dtype=torch.int64, device="meta")
 LONG = "x" * (NAME_CHARS_MAX + 1)
 
 
@@ -52,6 +57,11 @@ LONG = "x" * (NAME_CHARS_MAX + 1)
         (lambda eng, arena: eng.restore(arena, "1"), "step is '1'; it must be an integer"),
         *((lambda eng, _, name=name: getattr(eng, name)("1"), "step is '1'; it must be an") for name in OF_A_STEP),
         *((lambda eng, _, name=name: getattr(eng, name)(True), "step is True") for name in OF_A_STEP),
+        (lambda eng, arena: eng.checkpoint(arena, TRUE), r"step is tensor\(True\); it must be an integer"),
+        (lambda eng, arena: eng.checkpoint(arena, np.True_), r"step is (np\.)?True_?; it must be an integer"),
+        (lambda eng, arena: eng.checkpoint(arena, HALF), r"step is tensor\(0\.5000\); it must be an integer"),
+        (lambda eng, _: eng.info(UNKNOWN), r"step is tensor\(.*meta.*\); it must be an integer"),
+        (lambda eng, arena: eng.checkpoint(arena, np.int64(-1)), "step is -1; it must be at least 0"),
         (lambda eng, _: eng.rollback(None), "step is None; it must be an integer"),
         (lambda eng, _: eng.delete(None), "step is None; it must be an integer"),
         (lambda eng, _: eng.delete([1]), r"step is \[1\]; it must be an integer"),
@@ -105,3 +115,29 @@ def test_the_directory_of_a_checkpoint_is_no_run(tmp_path: Path) -> None:
         with pytest.raises(engine.ArgumentError, match=f"one checkpoint; open the run that it is in: '{tmp_path}'"):
             opening(step)
     assert sorted(os.listdir(step)) == before
+
+
+@pytest.mark.parametrize(
+    "integer", [np.int64, np.uint16, np.array, torch.tensor], ids=["int64", "uint16", "0-d", "tensor"]
+)
+def test_a_step_or_a_count_may_be_any_integer(tmp_path: Path, integer: Callable[[int], Any]) -> None:
+    """The counter of a training is often a number of numpy, or a tensor, as in an optimizer's state."""
+    options = engine.Options(staging_bytes=integer(8192), block_bytes=integer(4096), max_async=integer(1))
+    assert options == engine.Options(staging_bytes=8192, block_bytes=4096, max_async=1)
+    arena = engine.Arena.wrap({"a": torch.ones(3)})
+    with engine.Engine(tmp_path, keep=integer(3), options=options) as eng:
+        for step in (1, 2, 3):
+            info = eng.checkpoint(arena, integer(step), chunk_count=integer(1)).result()
+            assert (type(info.step), info.step) == (int, step)
+        assert eng.restore(arena, integer(2)).step == 2 and eng.info(integer(2)).step == 2
+        assert eng.load(integer(1)) and eng.verify(integer(1)) == ()
+        assert eng.rollback(integer(2)) == [3] and eng.steps() == [1, 2]
+        eng.delete(integer(1))
+        assert eng.steps() == [2] and eng.retention == engine.Retention(3)
+
+
+@pytest.mark.parametrize("integer", [np.int64, torch.tensor])
+def test_a_rule_holds_plain_integers(integer: Callable[[int], Any]) -> None:
+    rule = engine.Retention(integer(1), integer(5), ("loss", "min", integer(2)))
+    assert rule.best is not None and [type(each) for each in (rule.last, rule.every, rule.best[2])] == [int] * 3
+    assert decode_rule(encode_rule(rule)) == rule == engine.Retention(1, 5, ("loss", "min", 2))
