@@ -43,7 +43,7 @@ from engine.state.memory import HostMemory, TensorLocation, dense_stride, locati
 from engine.state.mirrors import Mirror, Mirrors, own_memory, resize
 from engine.state.modules import Rename
 from engine.state.optimizers import Options, makes_state_late
-from engine.state.versions import Versions
+from engine.state.versions import Counted, Versions
 from engine.state.watch import TensorWatch
 
 
@@ -218,12 +218,7 @@ class Arena:
 
     def versions(self) -> Versions:
         """The write counts of the segments that nobody may write to while a save is staged."""
-        return Versions(
-            (segment.name, tensor)
-            for segment in self.segments
-            if segment.name not in self.unfenced
-            for tensor in self._inventory.entries[segment.name].tensors
-        )
+        return Versions(self._counted)
 
     def take_foreign(self) -> list[str]:
         """The parameters that another optimizer has stepped since the last call, in order."""
@@ -321,6 +316,12 @@ class Arena:
             buffer = self._arrangement.buffer
             self._memory: object = buffer if buffer is not None else [tensor.detach() for tensor in tensors]
             self._sources = _sources(self._arrangement, inventory)
+            self._counted = Counted(
+                (segment.name, tensor)
+                for segment in self.segments
+                if segment.name not in self.unfenced
+                for tensor in inventory.entries[segment.name].tensors
+            )
             self._watch = TensorWatch(tensors, inventory.owned.params.values())
 
     def _bind(self) -> None:

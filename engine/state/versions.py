@@ -10,22 +10,41 @@ Rules: `settle` may be called from any thread; only the first call counts.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import attrgetter
 
 from torch import Tensor
+
+_version = attrgetter("_version")
+
+
+class Counted:
+    """Tensors whose counts saves compare.  Made once for each inventory, because every save reads it."""
+
+    def __init__(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        # Tensors that were made under inference_mode() have no count.
+        counted = [(name, tensor) for name, tensor in tensors if not tensor.is_inference()]
+        self.names = [name for name, _ in counted]
+        self.tensors = [tensor for _, tensor in counted]
+
+    def versions(self) -> list[int]:
+        """The counts now."""
+        return list(map(_version, self.tensors))
 
 
 class Versions:
     """The counts of some tensors, at the moment when this is made."""
 
-    def __init__(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        # Tensors that were made under inference_mode() have no count.
-        self._counted = [(name, tensor, tensor._version) for name, tensor in tensors if not tensor.is_inference()]
-        self._changed: tuple[str, ...] | None = None
+    def __init__(self, counted: Counted) -> None:
+        self._counted: Counted | None = counted
+        self._versions = counted.versions()
+        self._changed: tuple[str, ...] = ()
 
     def settle(self) -> tuple[str, ...]:
         """The names of the tensors that have changed, as of the first call."""
-        if self._changed is None:
-            changed = tuple(name for name, tensor, version in self._counted if tensor._version != version)
-            if self._changed is None:
-                self._changed, self._counted = changed, []
+        counted = self._counted
+        if counted is not None:
+            pairs = zip(counted.names, self._versions, counted.versions(), strict=True)
+            changed = tuple(name for name, before, now in pairs if before != now)
+            if self._counted is not None:
+                self._changed, self._counted = changed, None
         return self._changed
