@@ -12,15 +12,20 @@ mistaken for a tag:
     nan              {"float": "7ff8000000000000"}         the bits of a binary64, highest byte first
     b"hi"            {"bytes": "aGk="}
     torch.ones(1)    {"tensor": ["float32", [1], "AACAPw=="]}   torch's dtype, shape, row-major bytes
+    numpy.ones(1)    {"array": ["<f8", [1], "AAAAAAAA8D8="]}    numpy's dtype; the shape of a scalar is null
+    torch.float32    {"dtype": "float32"}
+    torch.Size([2])  {"size": [2]}
+    Path("a/b")      {"path": "a/b"}
 
-Types are exact: a subclass (an enum, a namedtuple, a numpy number) would come back as another type, and is refused with
-its path and a remedy.  An optimizer's options have the same form, but the caller did not choose their values
-(schedulers put numpy's floats there).  So `encode_options` stores a subclass of a number, of text or of a tuple as the
-plain value that it equals.  Attributes of an OrderedDict, such as the `_metadata` of `Module.state_dict()`, are
-not values and are not stored.  A tensor that occurs twice is stored twice.
+An enum is stored as its value, a dataclass as a dict of its fields, a namedtuple as a tuple, and they come back as
+those.  Any other subclass (a defaultdict) would come back as another type, and is refused with its path and a remedy.
+An optimizer's options have the same form, but the caller did not choose their values (schedulers put numpy's floats
+there).  So `encode_options` stores a subclass of a number, of text or of a tuple as the plain value that it equals.
+Attributes of an OrderedDict, such as the `_metadata` of `Module.state_dict()`, are not values and are not stored.  A
+tensor that occurs twice is stored twice.
 
-This module knows no torch.  A tensor is a `TensorValue`: the caller of `encode` passes an `adapt` that makes one of a
-foreign value, and the caller of `decode` passes a `make` that turns one back (`state.tensors` does both).
+This module knows neither torch nor numpy.  Their values are those of `foreign`: the caller of `encode` passes an
+`adapt` that makes them, and the caller of `decode` passes a `make` that turns them back (`state.tensors` does both).
 
 Rules: nothing is pickled, and nothing that was read is executed.  `decode` trusts no input, allocates memory in
 proportion to its input, and raises only `CorruptError`.
@@ -35,10 +40,26 @@ import re
 import struct
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 from engine.errors import CorruptError, ExtraError
+from engine.format.foreign import (
+    Adapt,
+    ArrayValue,
+    DtypeValue,
+    Make,
+    Refused,
+    SizeValue,
+    TensorValue,
+    adapt_nothing,
+    array_itemsize,
+    content_bytes,
+    is_array_dtype,
+    is_possible,
+    keep,
+    undressed,
+)
 from engine.format.layout import DTYPES
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
@@ -55,41 +76,6 @@ EXACT_INT_MAX = 2**53
 
 # A value of a subclass of one of these becomes storable by the constructor of that type.
 CONVERTIBLE = (int, float, str, tuple, list, set, frozenset, dict)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TensorValue:
-    """A tensor outside torch.
-
-    Attributes:
-        dtype: torch's name of it, one of `layout.DTYPES`.
-        shape: in elements.
-        data: returns the row-major bytes of its elements, little-endian; called once, after their number is checked.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    data: Callable[[], bytes | memoryview]
-
-
-class Refused(NamedTuple):
-    """A value that cannot be stored: a description that follows "is" in the message, and advice."""
-
-    what: str
-    advice: str
-
-
-Adapt: TypeAlias = Callable[[object], "TensorValue | Refused | None"]
-Make: TypeAlias = Callable[[TensorValue], object]
-
-
-def adapt_nothing(_: object) -> None:
-    """Refuse every value that is not plain."""
-
-
-def keep(tensor: TensorValue) -> object:
-    """Leave a tensor as a `TensorValue`."""
-    return tensor
 
 
 class Names(list[str]):
@@ -149,9 +135,10 @@ def encode(value: object, where: str = "extra", adapt: Adapt = adapt_nothing) ->
     """The value as Python values that JSON can hold; the result shares nothing with the value.
 
     Args:
-        value: dicts, lists, tuples, sets, None, bool, int, float, str, bytes and `TensorValue`, nested.
+        value: dicts, lists, tuples, sets, None, bool, int, float, str, bytes, paths, enums, dataclasses, namedtuples
+            and values of `foreign`, nested.
         where: the caller's name of the value; error messages start their path with it.
-        adapt: returns a `TensorValue` for another value, or why it is refused, or None.
+        adapt: returns a value of `foreign` for another value, or why it is refused, or None.
 
     Raises:
         ExtraError: something in it cannot be stored; the message holds the path to it and the remedy.
@@ -165,7 +152,7 @@ def decode(value: object, where: str = "extra", make: Make = keep) -> object:
     Args:
         value: the decoded JSON.
         where: the name of the value, as for `encode`.
-        make: turns a `TensorValue` into the tensor.
+        make: turns a value of `foreign` into what it stands for.
 
     Raises:
         CorruptError: the value does not have the form of `encode`.
@@ -214,7 +201,7 @@ class _Holder(NamedTuple):
 
 _EXTRA = _Holder(
     name="extra",
-    advice="pass plain values or tensors: an object's state_dict(), a number's .item(), an array's .tolist()",
+    advice="pass plain values or tensors: an object's state_dict()",
     size_advice="put big tensors into the arena (Arena.wrap)",
     plain={},
 )
@@ -242,14 +229,20 @@ class _Encoder:
         write = _WRITERS.get(kind)
         if write is not None:
             return write(self, value, spot)
-        adapted = self.adapt(value)
-        if isinstance(adapted, TensorValue):
-            return self.tensor(adapted, spot)
-        if adapted is not None:
-            raise ExtraError(f"{spot.path} is {adapted.what}, which {self.holder.name} cannot hold; {adapted.advice}")
+        plain = undressed(value)
+        if plain is not value:
+            # A level deeper, because an enum's value may be a member of another enum, and so on.
+            return self.encode(plain, spot._replace(depth=spot.depth + 1))
         for base, convert in self.holder.plain.items():
             if isinstance(value, base):
                 return self.encode(convert(value), spot)
+        if isinstance(value, PurePath):
+            return {"path": self.text(str(value), spot)}
+        adapted = self.adapt(value)
+        if isinstance(adapted, Refused):
+            raise ExtraError(f"{spot.path} is {adapted.what}, which {self.holder.name} cannot hold; {adapted.advice}")
+        if adapted is not None:
+            return _WRITERS[type(adapted)](self, adapted, spot)
         name = f"{kind.__module__}.{kind.__qualname__}"
         advice = _conversion(value) or self.holder.advice
         raise ExtraError(f"{spot.path} is a {name}, which {self.holder.name} cannot hold; {advice}")
@@ -301,16 +294,31 @@ class _Encoder:
         return {_TAGS[type(value)]: pairs}
 
     def tensor(self, value: TensorValue, spot: _Spot) -> Json:
-        if not _is_possible(value.shape):
-            raise ExtraError(f"{spot.path} has no elements, and the sizes {value.shape}, which cannot be stored")
-        self._charge(math.prod(value.shape) * DTYPES[value.dtype].itemsize, spot)  # before anything is copied
+        self._charge_elements(value.shape, DTYPES[value.dtype].itemsize, spot)
         return {"tensor": [value.dtype, [*value.shape], base64.b64encode(value.data()).decode()]}
+
+    def array(self, value: ArrayValue, spot: _Spot) -> Json:
+        self._charge_elements(value.shape or (), array_itemsize(value.dtype), spot)
+        shape: Json = None if value.shape is None else [*value.shape]
+        return {"array": [value.dtype, shape, base64.b64encode(value.data()).decode()]}
+
+    def dtype(self, value: DtypeValue, spot: _Spot) -> Json:
+        return {"dtype": value.name}
+
+    def size(self, value: SizeValue, spot: _Spot) -> Json:
+        return {"size": [*value.extents]}
 
     def _hashable(self, value: object, spot: _Spot) -> Json:
         encoded = self.encode(value, spot)
-        if not _is_hashable(value):
-            raise ExtraError(f"{spot.path} holds a tensor, which only equals itself; use a name or a number instead")
+        if not _is_key(encoded) or not _stays_equal(value):
+            raise ExtraError(f"{spot.path} would not equal itself when it is read; use a name or a number instead")
         return encoded
+
+    def _charge_elements(self, shape: tuple[int, ...], itemsize: int, spot: _Spot) -> None:
+        """Before anything is copied."""
+        if not is_possible(shape):
+            raise ExtraError(f"{spot.path} has no elements, and the sizes {shape}, which cannot be stored")
+        self._charge(math.prod(shape) * itemsize, spot)
 
     def _charge(self, nbytes: int, spot: _Spot) -> None:
         self.binary_bytes += nbytes
@@ -352,11 +360,25 @@ def _is_text(value: str) -> bool:
     return True
 
 
-def _is_hashable(value: object) -> bool:
-    """Whether a decoded copy of the value equals it when it is used as a key."""
+# The tags of values that can be keys; members of the first two can be keys themselves.
+_KEY_CONTAINERS = ("tuple", "frozenset")
+_KEYS = ("int", "float", "bytes", "path", "size")
+
+
+def _is_key(encoded: object) -> bool:
+    """Whether a value of this form can be the key of a dictionary or the member of a set."""
+    if isinstance(encoded, dict):
+        [(tag, payload)] = encoded.items()
+        return tag in _KEYS or (tag in _KEY_CONTAINERS and all(map(_is_key, payload)))
+    return not isinstance(encoded, list)
+
+
+def _stays_equal(value: object) -> bool:
+    """Whether a key equals what it is stored as: the members of an IntEnum do, those of an Enum do not."""
     if isinstance(value, (tuple, frozenset)):
-        return all(map(_is_hashable, value))
-    return value is None or isinstance(value, (bool, int, float, str, bytes))
+        return all(map(_stays_equal, value))
+    plain = undressed(value)
+    return plain is value or bool(plain == value)
 
 
 class _Decoder:
@@ -431,23 +453,35 @@ class _Decoder:
         return result
 
     def tensor(self, payload: object, spot: _Spot) -> object:
-        if not isinstance(payload, list) or len(payload) != 3:
-            raise spot.corrupt("is not a dtype, a shape and base64")
-        dtype, shape, text = _read_text(payload[0], spot), payload[1], payload[2]
+        dtype, shape, text = _read_content(payload, spot)
         if dtype not in DTYPES:
             raise spot.corrupt(f"has the unknown dtype {dtype!r}")
-        if not isinstance(shape, list) or not all(type(extent) is int and 0 <= extent < 2**63 for extent in shape):
-            raise spot.corrupt("has a shape that is not a list of sizes")
-        data = _read_binary(text, spot)
-        if len(data) != _tensor_bytes(dtype, shape, len(data)):
-            raise spot.corrupt(f"has {len(data)} bytes, which is not what {dtype} of shape {shape} takes")
-        if not _is_possible(shape):
-            raise spot.corrupt(f"has the impossible shape {shape}")
-        return self.make(TensorValue(dtype, tuple(shape), lambda: data))
+        data = _read_elements(dtype, DTYPES[dtype].itemsize, _read_shape(shape, spot), text, spot)
+        return self.make(TensorValue(dtype, tuple(_read_shape(shape, spot)), lambda: data))
+
+    def array(self, payload: object, spot: _Spot) -> object:
+        dtype, shape, text = _read_content(payload, spot)
+        if not is_array_dtype(dtype):
+            raise spot.corrupt(f"has the unknown dtype {dtype!r}")
+        extents = None if shape is None else tuple(_read_shape(shape, spot))
+        data = _read_elements(dtype, array_itemsize(dtype), extents or (), text, spot)
+        return self.make(ArrayValue(dtype, extents, lambda: data))
+
+    def dtype(self, payload: object, spot: _Spot) -> object:
+        name = _read_text(payload, spot)
+        if not re.fullmatch("[a-z][a-z0-9_]{0,31}", name):
+            raise spot.corrupt(f"is not the name of a dtype: {name[:40]!r}")
+        return self.make(DtypeValue(name))
+
+    def size(self, payload: object, spot: _Spot) -> object:
+        return self.make(SizeValue(tuple(_read_shape(payload, spot))))
+
+    def path(self, payload: object, spot: _Spot) -> Path:
+        return Path(_read_text(payload, spot))
 
     def _hashable(self, payload: object, spot: _Spot) -> object:
         value = self.decode(payload, spot)
-        if not _is_hashable(value):
+        if not _is_key(payload):
             raise spot.corrupt("cannot be a key or a member of a set")
         return value
 
@@ -465,19 +499,27 @@ def _read_binary(payload: object, spot: _Spot) -> bytes:
         raise spot.corrupt("is not base64") from None
 
 
-def _is_possible(shape: Iterable[int]) -> bool:
-    """Whether a tensor of this shape has strides that fit 64 bits, as torch requires even without elements."""
-    return math.prod(max(extent, 1) for extent in shape) < 1 << 63
+def _read_content(payload: object, spot: _Spot) -> tuple[str, object, object]:
+    """The parts of a tensor or an array."""
+    if not isinstance(payload, list) or len(payload) != 3:
+        raise spot.corrupt("is not a dtype, a shape and base64")
+    return _read_text(payload[0], spot), payload[1], payload[2]
 
 
-def _tensor_bytes(dtype: str, shape: list[int], at_most: int) -> int:
-    """Bytes of a tensor, or any number above `at_most`: a product of many large sizes may have millions of digits."""
-    nbytes = 0 if 0 in shape else DTYPES[dtype].itemsize
-    for extent in shape:
-        nbytes *= extent
-        if nbytes > at_most:
-            break
-    return nbytes
+def _read_shape(shape: object, spot: _Spot) -> list[int]:
+    if not isinstance(shape, list) or not all(type(extent) is int and 0 <= extent < 2**63 for extent in shape):
+        raise spot.corrupt("has a shape that is not a list of sizes")
+    return shape
+
+
+def _read_elements(dtype: str, itemsize: int, shape: Iterable[int], text: object, spot: _Spot) -> bytes:
+    """The bytes of the elements, which are as many as the dtype and the shape say."""
+    data, extents = _read_binary(text, spot), list(shape)
+    if len(data) != content_bytes(itemsize, extents, len(data)):
+        raise spot.corrupt(f"has {len(data)} bytes, which is not what {dtype} of shape {extents} takes")
+    if not is_possible(extents):
+        raise spot.corrupt(f"has the impossible shape {extents}")
+    return data
 
 
 _WRITERS: Mapping[type, Callable[[_Encoder, Any, _Spot], Json]] = {
@@ -496,6 +538,9 @@ _WRITERS: Mapping[type, Callable[[_Encoder, Any, _Spot], Json]] = {
     OrderedDict: _Encoder.mapping,
     Counter: _Encoder.mapping,
     TensorValue: _Encoder.tensor,
+    ArrayValue: _Encoder.array,
+    DtypeValue: _Encoder.dtype,
+    SizeValue: _Encoder.size,
 }
 
 _TAGS: Mapping[type, str] = {
@@ -517,4 +562,8 @@ _READERS: Mapping[object, Callable[[_Decoder, object, _Spot], object]] = {
     "ordered_dict": lambda decoder, payload, spot: OrderedDict(decoder.mapping(payload, spot)),
     "counter": lambda decoder, payload, spot: Counter(decoder.mapping(payload, spot)),
     "tensor": _Decoder.tensor,
+    "array": _Decoder.array,
+    "dtype": _Decoder.dtype,
+    "size": _Decoder.size,
+    "path": _Decoder.path,
 }

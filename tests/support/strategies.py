@@ -207,15 +207,18 @@ def change(draw: st.DrawFn, within: Any, key: Any) -> None:
 
 
 # The tags of engine.format.values, and one that is none.
-TAGS = ("int", "float", "bytes", "tuple", "set", "frozenset", "dict", "ordered_dict", "counter", "tensor", "list")
+TAGS = (
+    *("int", "float", "bytes", "tuple", "set", "frozenset", "dict", "ordered_dict", "counter", "tensor", "array"),
+    *("dtype", "size", "path", "list"),
+)
 TEXTS = ("0x1f", "-0x0", "0x" + "f" * 40, "7ff8000000000000", "aGk=", "AACAPw==", "float32", "uint8", "nonsense", "")
 
 
 def _tagged_around(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     pairs = st.lists(st.lists(inner, min_size=2, max_size=2), max_size=3)
     tensors = st.tuples(
-        st.sampled_from(["float32", "uint8", "complex128", "float128"]),
-        st.lists(st.sampled_from([0, 1, 2, 4, 2**31, 2**62, 2**63]), max_size=4),
+        st.sampled_from(["float32", "uint8", "complex128", "float128", "<f4", "|u1", "<c16", "|O"]),
+        st.none() | st.lists(st.sampled_from([0, 1, 2, 4, 2**31, 2**62, 2**63]), max_size=4),
         st.sampled_from(["", "AACAPw==", "AAAAAAAAAAAAAAAAAAAAAA==", "=A"]),
     ).map(list)
     payloads = inner | st.lists(inner, max_size=3) | pairs | tensors
