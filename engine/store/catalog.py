@@ -408,7 +408,9 @@ class Catalog(Directory):
         """Create the missing ones of the root and our own directories, each durable in its parent."""
         if len(os.fsencode(self.root)) > _ROOT_BYTES_MAX:  # every save would fail
             raise StorageError(errno.ENAMETOOLONG, "mkdir", self.root)
-        is_directory(self.filesystem, self.root)  # first, so that an error names it and no path below it
+        # From the outside in: an error names the outermost, and a link to another run's directory has a `spare` in it.
+        for path in (self.root, self._private):
+            is_directory(self.filesystem, path)
         missing = []
         path = self._spares.path
         while not is_directory(self.filesystem, path):

@@ -1127,6 +1127,19 @@ def test_a_lock_that_is_a_link_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "precious").read_text() == "precious"
 
 
+@pytest.mark.parametrize("name", [".engine", ".engine/spare"])
+def test_a_link_to_the_directories_of_another_run_is_refused(tmp_path: Path, name: str) -> None:
+    other, run = tmp_path / "other", tmp_path / "run"
+    Catalog(str(other), Filesystem(), spare_max=1, facts=StepFacts).close()
+    before = (other / ".engine/lock").stat().st_mtime_ns
+    (run / name).parent.mkdir(parents=True)
+    (run / name).symlink_to(other / name)
+    with pytest.raises(StorageError) as caught:
+        Catalog(str(run), Filesystem(), spare_max=1, facts=StepFacts)
+    assert caught.value.errno == errno.ELOOP and caught.value.path == str(run / name)
+    assert (other / ".engine/lock").stat().st_mtime_ns == before
+
+
 def test_a_started_program_does_not_hold_the_lock(catalog: Catalog, tmp_path: Path) -> None:
     with subprocess.Popen(["sleep", "60"], close_fds=False) as sleeper:
         catalog.close()
