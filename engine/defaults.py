@@ -13,12 +13,17 @@ import threading
 from typing import Any
 
 from engine.engine import Engine
-from engine.errors import BusyError
+from engine.errors import ArgumentError, BusyError
+from engine.options import Tunables, check_keywords
 from engine.session.restore import RestoreInfo
 from engine.session.save import Save
 from engine.session.select import Select
 from engine.state.arena import Arena
 from engine.store.directory import path_of
+
+# Of Engine.checkpoint, and of Engine.
+_KEYWORDS = tuple(Engine.checkpoint.__kwdefaults__ or ())
+_OF_AN_ENGINE = (*(Engine.__init__.__kwdefaults__ or ()), *Tunables.__annotations__)
 
 _engines: dict[str, Engine] = {}
 _opening: set[str] = set()
@@ -27,6 +32,13 @@ _mutex = threading.RLock()  # reentrant, for a signal handler that saves
 
 def checkpoint(arena: Arena, directory: str | os.PathLike[str], step: int | None = None, **options: Any) -> Save:
     """`Engine.checkpoint` on the directory's default Engine; the same arguments and errors."""
+    for name in options:
+        if name in _OF_AN_ENGINE and name not in _KEYWORDS:
+            raise ArgumentError(
+                f"engine.checkpoint() has no keyword {name!r}, which is one of Engine; open the directory yourself: "
+                f"Engine(directory, {name}=...).checkpoint(arena)"
+            )
+    check_keywords("engine.checkpoint", options, _KEYWORDS)  # before the directory is made
     return _engine(directory).checkpoint(arena, step, **options)
 
 

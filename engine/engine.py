@@ -20,7 +20,6 @@ import threading
 import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from enum import Enum
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -28,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import ArgumentError, ClosedError, PlatformError, StorageError, UsageError, warn
 from engine.io.backend import Probe, degradation, find
 from engine.io.guard_probe import guard_degradation, probe_guard
-from engine.options import Backend, GuardName, Options, Tunables, check_range
+from engine.options import Backend, GuardName, Options, Tunables, check_range, with_tunables
 from engine.session.checkpoint import Checkpointer, OnBusy, Request
 from engine.session.gate import seconds
 from engine.session.in_flight import InFlight
@@ -85,7 +84,7 @@ class Engine(Reading):
         **tunables: Unpack[Tunables],
     ) -> None:
         retention = _rule(keep, retention)
-        options = replace(options, **tunables)
+        options = with_tunables("Engine", options, tunables, _KEYWORDS)
         with ExitStack() as undo:
             self._store = Store(path_of(directory), options, retention, filesystem or Filesystem())
             undo.callback(self._store.close)
@@ -246,6 +245,10 @@ class Engine(Reading):
             raise ClosedError(f"the Engine of {self._store.root} has been closed; open a new one")
 
 
+# Of an Engine, beside the tunables.
+_KEYWORDS = tuple(Engine.__init__.__kwdefaults__ or ())
+
+
 def _shut_down(in_flight: InFlight, workers: Workers, store: Store) -> None:
     """Drain and release everything, in order.  Each part may be done already."""
     if store.pipeline.is_forked:
@@ -269,7 +272,7 @@ def probe(directory: str | os.PathLike[str], *, options: Options = DEFAULTS, **t
         ArgumentError: a number is out of range.
         StorageError: no file can be made in the directory, or it does not exist.
     """
-    options = replace(options, **tunables)
+    options = with_tunables("engine.probe", options, tunables, ["options"])
     root, filesystem = os.path.realpath(path_of(directory)), Filesystem()
     if not is_directory(filesystem, root):
         raise StorageError(errno.ENOENT, "open", root, remedy="probe a directory that exists, such as its parent")

@@ -6,8 +6,10 @@ Theory of operation.  `Options` is an immutable value that is checked when it is
 
 from __future__ import annotations
 
+import difflib
 import operator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypedDict
 
 from engine.errors import ArgumentError
@@ -89,6 +91,34 @@ class Options:
 
     def _check_range(self, name: str, low: int, high: int | None) -> None:
         object.__setattr__(self, name, check_range(name, getattr(self, name), low, high))
+
+
+def with_tunables(function: str, options: object, tunables: Mapping[str, Any], keywords: Iterable[str]) -> Options:
+    """The Options of a call that takes them whole and one by one.
+
+    Args:
+        function: its name, for messages.
+        options: given whole.
+        tunables: given by keyword, and replace those of `options`.
+        keywords: its other keywords.
+
+    Raises:
+        ArgumentError: there is no such keyword, or a value is out of range.
+    """
+    if not isinstance(options, Options):
+        raise ArgumentError(f"options is {options!r}; it must be an engine.Options")
+    known = [field.name for field in fields(Options)]
+    check_keywords(function, tunables, [*keywords, *known])
+    return replace(options, **tunables)
+
+
+def check_keywords(function: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Raise ArgumentError if a keyword is not known; the message names the nearest one that is."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"
+            raise ArgumentError(f"{function}() has no keyword {name!r}; {hint}")
 
 
 def whole_number(value: object) -> int | None:

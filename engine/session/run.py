@@ -13,14 +13,13 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from engine.errors import ClosedError, ForkedError
 from engine.io.backend import open_to_read
 from engine.io.pipeline import Pipeline
-from engine.options import Options, Tunables
+from engine.options import Options, Tunables, with_tunables
 from engine.session.reading import Lent, Reading
 from engine.store.directory import Directory, path_of
 from engine.store.filesystem import Filesystem
@@ -120,4 +119,5 @@ def open_run(
         NotFoundError: there is no such directory, or it is no run.
         StorageError: the directory cannot be read.
     """
-    return Run(Directory(path_of(directory), Filesystem()), replace(options or Options(), **tunables))
+    options = with_tunables("engine.open", options or Options(), tunables, ["options"])
+    return Run(Directory(path_of(directory), Filesystem()), options)

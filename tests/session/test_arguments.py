@@ -23,14 +23,16 @@ Call = Callable[[engine.Engine, engine.Arena], object]
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> Iterator[tuple[engine.Engine, engine.Arena]]:
+def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[engine.Engine, engine.Arena]]:
     """An Engine with step 1, and its arena."""
+    monkeypatch.chdir(tmp_path)
     with engine.Engine(tmp_path, staging_bytes=8192, block_bytes=4096) as eng:
         arena = engine.Arena.wrap({"a": torch.ones(3)})
         eng.checkpoint(arena, step=1).result()
         yield eng, arena
 
 
+UNTYPED: Any = engine  # no checker warns a newcomer
 MODEL: Any = nn.Linear(2, 2)
 FIVE: Any = 5
 OF_A_STEP = ["info", "extra", "metrics", "load", "verify", "rollback", "delete"]
@@ -75,6 +77,22 @@ LONG = "x" * (NAME_CHARS_MAX + 1)
         (lambda eng, arena: eng.checkpoint(arena, metrics=0), "metrics is 0; it must map names to numbers"),
         (lambda eng, arena: eng.checkpoint(arena, files=[]), r"files is \[\]; it must map names to bytes"),
         (lambda *_: engine.open(FIVE), "the directory is 5; it must be a path"),
+        (lambda *_: UNTYPED.Engine("nowhere", kep=2), r"Engine\(\) has no keyword 'kep'; did you mean keep\?"),
+        (
+            lambda *_: UNTYPED.Engine("nowhere", zz=2),
+            r"Engine\(\) has no keyword 'zz'; it takes keep, retention, options,",
+        ),
+        (lambda *_: UNTYPED.Engine("nowhere", options=FIVE), r"options is 5; it must be an engine\.Options"),
+        (lambda *_: UNTYPED.probe(".", bakend="auto"), r"engine\.probe\(\) has no keyword .*did you mean backend\?"),
+        (lambda *_: UNTYPED.open(".", blok_bytes=1), r"engine\.open\(\) has no keyword .*did you mean block_bytes\?"),
+        (
+            lambda _, arena: engine.checkpoint(arena, "nowhere", etra={}),
+            r"engine\.checkpoint\(\) has no keyword 'etra'; did you mean extra\?",
+        ),
+        (
+            lambda _, arena: engine.checkpoint(arena, "nowhere", keep=2),
+            r"engine\.checkpoint\(\) has no keyword 'keep', which is one of Engine; .*Engine\(directory, keep=\.\.\.\)",
+        ),
         (lambda *_: engine.Engine("nowhere", retention=FIVE), "retention is 5; it must be an engine.Retention"),
     ],
 )
@@ -85,6 +103,7 @@ def test_a_wrong_argument_is_named_with_its_value_and_a_remedy(
     eng.wait()
     with pytest.raises(engine.ArgumentError, match=message):
         call(eng, arena)
+    assert not Path("nowhere").exists()
     eng.wait()
     assert 1 in eng.steps() and not arena.torn, "a refused call changed something"
 
