@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, SupportsFloat
 
 from engine.errors import ArenaError, ArgumentError, BusyError, ClosedError, StepError, TornSnapshot, UsageError, warn
 from engine.format.checks import is_user_name
@@ -100,12 +100,19 @@ def _plain_metrics(metrics: object) -> dict[str, float]:
         if not _is_name(name):
             raise ArgumentError(f"metrics has {_shortened(name)} as a name; it must be {_NAME}")
         if isinstance(value, bool) or not isinstance(value, Real):
-            raise ArgumentError(f"metrics has {name!r}: {value!r}; it must map names to numbers: pass .item()")
+            raise ArgumentError(f"metrics has {name!r}: {value!r}; it must map names to numbers{_as_number(value)}")
         try:
             plain[str.__str__(name)] = float(value)
         except OverflowError:
             raise ArgumentError(f"metrics has {name!r}, an integer that no float can hold") from None
     return plain
+
+
+def _as_number(value: object) -> str:
+    """How to make a number of a value, for a message; nothing where there is no way."""
+    if hasattr(value, "item"):  # a tensor's or array's
+        return ": pass .item()"
+    return f": pass float({_shortened(value)})" if isinstance(value, str | SupportsFloat) else ""
 
 
 def _is_name(name: object) -> bool:

@@ -73,7 +73,7 @@ def load(reader: Reader, step: int | None, select: Select) -> Tensors:
     """Read tensors into new memory, without an arena.  Blocks."""
     selection = Selection(select)
 
-    def fill(checkpoint: Checkpoint) -> tuple[int, Tensors]:
+    def fill(checkpoint: Checkpoint) -> Tensors:
         manifest = checkpoint.manifest
         decode(manifest.extra)  # a manifest with a damaged part is damaged as a whole
         absent = {
@@ -82,6 +82,8 @@ def load(reader: Reader, step: int | None, select: Select) -> Tensors:
         aliases = {alias: name for alias, name in manifest.aliases.items() if selection.has_alias(alias)}
         needed = set(aliases.values())
         wanted = [r for r in manifest.segments if r.name not in absent and (r.name in needed or selection.has(r))]
+        if not wanted and not selection.is_all:
+            raise ArgumentError(_no_match(manifest, selection))
         _refuse_shards(manifest, wanted)
         targets = [Target(record, index, 0) for index, record in enumerate(wanted)]
         tensors = [make_tensor(record) for record in wanted]
@@ -90,12 +92,9 @@ def load(reader: Reader, step: int | None, select: Select) -> Tensors:
         reader.read(checkpoint, targets, sources, tensors, whole=selection.is_all)
         names = {target.record.name for target in targets if selection.has(target.record)}
         result = {name: tensor for name, tensor in stored.items() if name in names}
-        return checkpoint.step, result | {alias: stored[name] for alias, name in aliases.items() if name in stored}
+        return result | {alias: stored[name] for alias, name in aliases.items() if name in stored}
 
-    (loaded, tensors), _ = reader.use(step, fill)
-    if not tensors and not selection.is_all:
-        raise ArgumentError(f"select={select!r} matches no tensor of step {loaded}")
-    return tensors
+    return reader.use(step, fill)[0]
 
 
 def _options(manifest: Manifest) -> dict[str, Any]:
@@ -131,6 +130,11 @@ def _info(checkpoint: Checkpoint, extra: Any, nbytes: int) -> RestoreInfo:
         checkpoint.manifest_bytes + nbytes,
         (),
     )
+
+
+def _no_match(manifest: Manifest, selection: Selection) -> str:
+    known = selection.suggest(manifest.segments, manifest.aliases)
+    return f"select={selection.select!r} matches no tensor of step {manifest.step}; {known}"
 
 
 class _Here(NamedTuple):
@@ -171,7 +175,7 @@ def _match(arena: Arena, manifest: Manifest, selection: Selection) -> list[Targe
             )
         raise MismatchError(f"step {manifest.step} does not fit the arena; nothing was changed:\n  {lines}")
     if not stored and not selection.is_all:
-        raise MismatchError(f"the selection matches no tensor of step {manifest.step}; nothing was changed")
+        raise MismatchError(f"{_no_match(manifest, selection)}; nothing was changed")
     return [Target(record, here[name].source, here[name].offset) for name, record in stored.items()]
 
 

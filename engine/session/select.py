@@ -8,14 +8,20 @@ any other.
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import re
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from engine.errors import ArgumentError
+from engine.format.manifest import listed
 
 Select = str | Sequence[str] | None
+
+
+# Enough to find a misspelt name among.
+_NEAR_COUNT = 3
 
 
 class Named(Protocol):
@@ -35,13 +41,24 @@ class Selection:
     """
 
     def __init__(self, select: Select) -> None:
+        self.select = select
         self.is_all = select is None
         patterns = (select,) if isinstance(select, str) else tuple(select) if isinstance(select, Iterable) else ()
         if not self.is_all and (not patterns or not all(isinstance(pattern, str) for pattern in patterns)):
             raise ArgumentError(f"select is {select!r}; it must be a pattern (str) or a list of patterns")
+        self._texts = [re.sub(r"[*?\[\]!]", "", pattern) for pattern in patterns]
         # One expression for all patterns, and each layer once: there may be a hundred thousand names to try.
         self._matches = re.compile("|".join(map(fnmatch.translate, patterns))).match
         self._layers: dict[str, bool] = {}
+
+    def suggest(self, segments: Sequence[Named], aliases: Iterable[str]) -> str:
+        """For the message that nothing was picked: the names and layers near the patterns, or else the first names."""
+        names = [*(segment.name for segment in segments), *aliases]
+        known = dict.fromkeys([*names, *(segment.layer for segment in segments if segment.layer)])
+        near = [name for text in self._texts for name in difflib.get_close_matches(text, known, _NEAR_COUNT)]
+        if near:
+            return f"near are {', '.join(dict.fromkeys(near))}"
+        return f"it has {listed(names)}" if names else "it has no tensor"
 
     def has_name(self, name: str) -> bool:
         """Whether a pattern matches the name itself."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 
 import engine
 from engine.session.checkpoint import NAME_CHARS_MAX
+from engine.session.select import Selection
 from engine.store.retention import decode_rule, encode_rule
 
 Call = Callable[[engine.Engine, engine.Arena], object]
@@ -74,6 +76,19 @@ LONG = "x" * (NAME_CHARS_MAX + 1)
         (lambda eng, arena: eng.checkpoint(arena, metrics={LONG: 1}), "metrics has 'x+'... of 256 characters as a"),
         (lambda eng, arena: eng.checkpoint(arena, metrics={1: 1}), "metrics has 1 as a name; it must be printable"),
         (lambda eng, arena: eng.checkpoint(arena, metrics={"a": "x"}), "metrics has 'a': 'x'; it must map names to"),
+        (
+            lambda eng, arena: eng.checkpoint(arena, metrics={"a": "3"}),
+            r"'a': '3'; it must .* numbers: pass float\('3'\)$",
+        ),
+        (
+            lambda eng, arena: eng.checkpoint(arena, metrics={"a": True}),
+            r"'a': True; it .* numbers: pass float\(True\)$",
+        ),
+        (
+            lambda eng, arena: eng.checkpoint(arena, metrics={"a": TRUE}),
+            r"'a': tensor.*; it .* numbers: pass \.item\(\)$",
+        ),
+        (lambda eng, arena: eng.checkpoint(arena, metrics={"a": None}), "'a': None; it must map names to numbers$"),
         (lambda eng, arena: eng.checkpoint(arena, metrics=0), "metrics is 0; it must map names to numbers"),
         (lambda eng, arena: eng.checkpoint(arena, files=[]), r"files is \[\]; it must map names to bytes"),
         (lambda *_: engine.open(FIVE), "the directory is 5; it must be a path"),
@@ -160,3 +175,29 @@ def test_a_rule_holds_plain_integers(integer: Callable[[int], Any]) -> None:
     rule = engine.Retention(integer(1), integer(5), ("loss", "min", integer(2)))
     assert rule.best is not None and [type(each) for each in (rule.last, rule.every, rule.best[2])] == [int] * 3
     assert decode_rule(encode_rule(rule)) == rule == engine.Retention(1, 5, ("loss", "min", 2))
+
+
+@pytest.mark.parametrize(
+    ("select", "said"),
+    [
+        ("encoder.layer.0*", "near are encoder.layers.0, encoder.layers.0.bias, encoder.layers.0.weight"),
+        (["tied.wieght"], "near are tied.weight, head.weight"),
+        (["zzz", "ended.bias"], "near are head.bias"),
+        ("zzz*", "it has encoder.layers.0.weight, encoder.layers.0.bias, head.weight, head.bias and 1 tensors more"),
+    ],
+)
+def test_a_selection_that_matches_nothing_is_told_near_names(tmp_path: Path, select: Any, said: str) -> None:
+    model = nn.ModuleDict(
+        {"encoder": nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 2)])}), "head": nn.Linear(2, 2)}
+    )
+    model["tied"] = nn.Module()
+    model["tied"].weight = model["head"].weight
+    arena = engine.Arena.adopt(model)
+    with engine.Engine(tmp_path, staging_bytes=8192, block_bytes=4096) as eng:
+        eng.checkpoint(arena).result()
+        for read, error in ((eng.load, engine.ArgumentError), (partial(eng.restore, arena), engine.MismatchError)):
+            with pytest.raises(error) as caught:
+                read(select=select)
+            message = f"select={select!r} matches no tensor of step 0; {said}"
+            assert str(caught.value).removesuffix("; nothing was changed") == message
+    assert "it has no tensor" in Selection("a").suggest([], [])
