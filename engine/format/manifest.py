@@ -206,12 +206,16 @@ def chunk_layers(plan: Plan, layout: Layout) -> tuple[tuple[str, ...], ...]:
     return tuple(found)
 
 
-def affected(segments: Iterable[SegmentRecord], file_index: int, offset: int, nbytes: int) -> str:
-    """The names of the tensors in a range of a file; of many, the first few and a count."""
+def affected_names(segments: Iterable[SegmentRecord], file_index: int, offset: int, nbytes: int) -> tuple[str, ...]:
+    """The names of the tensors in a range of a file; none if it is all header."""
     end = offset + nbytes
     here = (s for s in segments if s.file == file_index and s.nbytes > 0)
-    names = [s.name for s in here if s.offset < end and s.offset + s.nbytes > offset]
-    return listed(names) if names else "the header"
+    return tuple(s.name for s in here if s.offset < end and s.offset + s.nbytes > offset)
+
+
+def affected(segments: Iterable[SegmentRecord], file_index: int, offset: int, nbytes: int) -> str:
+    """The same for a message; of many names, the first few and a count."""
+    return listed(affected_names(segments, file_index, offset, nbytes)) or "the header"
 
 
 def listed(names: Sequence[str]) -> str:

@@ -27,7 +27,15 @@ from engine.errors import (
     StorageError,
     warn,
 )
-from engine.format.manifest import ChunkRecord, Manifest, SegmentRecord, affected, block_checksums
+from engine.format.manifest import (
+    ChunkRecord,
+    Manifest,
+    SegmentRecord,
+    affected,
+    affected_names,
+    block_checksums,
+    listed,
+)
 from engine.format.plan import Block, ExtentColumns, Extents, block_rows, extent_columns, lay_extents, merge_runs
 from engine.io.backend import open_like
 from engine.io.job import Direction, Failure, FailureKind, Job, Milestone, contradiction
@@ -226,10 +234,11 @@ class Reader:
             return None
         reason = f"{file_path} has {nbytes} bytes, and its manifest says {file.nbytes}"
         if nbytes > file.nbytes:
-            return WrongLength(None, file.nbytes, "no tensor", f"{reason}; affected: no tensor")
+            return WrongLength(None, file.nbytes, (), f"{reason}; affected: no tensor")
         chunk = chunk_at(manifest, index, nbytes)
-        names = affected(manifest.segments, index, nbytes, file.nbytes - nbytes)
-        return WrongLength(chunk, nbytes, names, f"{reason}; it ends in chunk {chunk}; affected: {names}")
+        names = affected_names(manifest.segments, index, nbytes, file.nbytes - nbytes)
+        told = listed(names) or "the header"
+        return WrongLength(chunk, nbytes, names, f"{reason}; it ends in chunk {chunk}; affected: {told}")
 
     @contextmanager
     def _distrusting(self, step: int) -> Iterator[None]:
@@ -259,7 +268,7 @@ class WrongLength(NamedTuple):
 
     chunk: int | None
     offset: int
-    tensors: str
+    tensors: tuple[str, ...]
     reason: str
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from engine.errors import CorruptError, NotFoundError, StorageError
-from engine.format.manifest import MANIFEST_NAME, Manifest, affected, block_checksums, digest_of
+from engine.format.manifest import MANIFEST_NAME, Manifest, affected_names, block_checksums, digest_of
 from engine.format.plan import Block, ExtentColumns
 from engine.format.values import decode, decode_options
 from engine.io.job import BlockState, Failure, Job
@@ -31,14 +31,15 @@ class Damage(NamedTuple):
     Attributes:
         path: the file.
         chunk, offset: the location in the file; None for the whole file, or for bytes beyond its chunks.
-        tensors: the names of the affected tensors; of many, the first few and a count.
-        reason: a sentence with all of the above.
+        tensors: the names of the affected tensors; empty if only a header or a file of the user's is damaged, and None
+            if a damaged manifest leaves no tensor of the checkpoint readable.
+        reason: a sentence with all of the above; of many tensors, the first few and a count.
     """
 
     path: str
     chunk: int | None
     offset: int | None
-    tensors: str
+    tensors: tuple[str, ...] | None
     reason: str
 
 
@@ -71,7 +72,7 @@ class Verifier:
                 # else it was retired since it was listed
             except CorruptError as error:  # it has no directory any more
                 path = os.path.join(self._directory.path(candidate), MANIFEST_NAME)
-                return (Damage(path, None, None, "everything", str(error)),)
+                return (Damage(path, None, None, None, str(error)),)
         raise self._reader.nothing()
 
     def _verify(self, opened: Opened) -> tuple[Damage, ...]:
@@ -83,7 +84,7 @@ class Verifier:
                 decode_options(options)
         except (CorruptError, StorageError) as error:
             demand_damage(error)
-            return (Damage(os.path.join(opened.path, MANIFEST_NAME), None, None, "everything", str(error)),)
+            return (Damage(os.path.join(opened.path, MANIFEST_NAME), None, None, None, str(error)),)
         return tuple(self._verify_files(opened, manifest, manifest_bytes))
 
     def _verify_files(self, opened: Opened, manifest: Manifest, manifest_bytes: int) -> Iterator[Damage]:
@@ -99,7 +100,7 @@ class Verifier:
                     yield Damage(os.path.join(opened.path, file.name), *wrong)
             except (CorruptError, StorageError) as error:
                 demand_damage(error)
-                names = affected(manifest.segments, index, 0, file.nbytes)
+                names = affected_names(manifest.segments, index, 0, file.nbytes)
                 yield Damage(os.path.join(opened.path, file.name), None, None, names, str(error))
         yield from _verify_user_files(opened, manifest)
         yield from self._verify_blocks(Checkpoint(opened.step, manifest, manifest_bytes, opened.path, descriptors))
@@ -122,7 +123,7 @@ def _verify_user_files(opened: Opened, manifest: Manifest) -> Iterator[Damage]:
                 raise CorruptError(f"{path} is not the file that was saved: its sha256 differs")
         except (CorruptError, StorageError) as error:
             demand_damage(error)
-            yield Damage(path, None, None, "no tensor", str(error))
+            yield Damage(path, None, None, (), str(error))
 
 
 def _verify_chunk(
@@ -159,6 +160,6 @@ def _damage(failure: Failure, found: Checkpoint, blocks: Sequence[Block]) -> Dam
         os.path.join(found.path, found.manifest.files[block.file_index].name),
         chunk_at(found.manifest, block.file_index, block.file_offset),
         block.file_offset,
-        affected(found.manifest.segments, block.file_index, block.file_offset, block.nbytes),
+        affected_names(found.manifest.segments, block.file_index, block.file_offset, block.nbytes),
         str(error),
     )
