@@ -13,6 +13,7 @@ class Hash:
     digest: Any
 
 class Lib:
+    ENG_VERSION: int
     ENG_ALIGNMENT: int
     ENG_JOBS_MAX: int
     ENG_JOB_PLACES: int

@@ -12,14 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from engine.format.plan import Source
-from engine.io.binding import DIMS_MAX, ffi
-
-_EXTENT = struct.Struct("=QIIII")
-_BLOCK = struct.Struct("=QIIII")
-_SOURCE = struct.Struct(f"=QQII{2 * DIMS_MAX}q")
-assert _EXTENT.size == ffi.sizeof("eng_extent")
-assert _BLOCK.size == ffi.sizeof("eng_block")
-assert _SOURCE.size == ffi.sizeof("eng_source")
+from engine.io.binding import BLOCK, DIMS_MAX, EXTENT, SOURCE, ffi
 
 
 class Packed(NamedTuple):
@@ -36,16 +29,16 @@ def pack_extents(
     """Pack extents, given in columns.  Packs whole columns, because there may be a hundred thousand."""
     offset_halves = array("I", array("Q", source_offsets).tobytes())
     columns = (offset_halves[0::2], offset_halves[1::2], block_offsets, nbytes, sources)
-    words_each = _EXTENT.size // offset_halves.itemsize
-    words = array("I", bytes(_EXTENT.size * len(nbytes)))
+    words_each = EXTENT.size // offset_halves.itemsize
+    words = array("I", bytes(EXTENT.size * len(nbytes)))
     for index, column in enumerate(columns):
         words[index::words_each] = array("I", column)
-    return _pack("eng_extent", _EXTENT, words.tobytes())
+    return _pack("eng_extent", EXTENT, words.tobytes())
 
 
 def pack_blocks(rows: Iterable[tuple[int, int, int, int, int]]) -> Packed:
     """Pack rows of (file_offset, nbytes, file, extent_start, extent_count)."""
-    return _pack("eng_block", _BLOCK, b"".join([_BLOCK.pack(*row) for row in rows]))
+    return _pack("eng_block", BLOCK, b"".join([BLOCK.pack(*row) for row in rows]))
 
 
 def pack_sources(sources: Iterable[Source]) -> Packed:
@@ -56,8 +49,8 @@ def pack_sources(sources: Iterable[Source]) -> Packed:
         assert ndim == len(source.stride) <= DIMS_MAX, source
         rest = (0,) * (DIMS_MAX - ndim)
         dims = (*source.shape, *rest, *source.stride, *rest)
-        rows.append(_SOURCE.pack(source.address, source.nbytes, source.itemsize, ndim, *dims))
-    return _pack("eng_source", _SOURCE, b"".join(rows))
+        rows.append(SOURCE.pack(source.address, source.nbytes, source.itemsize, ndim, *dims))
+    return _pack("eng_source", SOURCE, b"".join(rows))
 
 
 def address_of(memory: bytes | bytearray) -> int:

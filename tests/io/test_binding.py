@@ -1,10 +1,15 @@
-"""The typed stub of the compiled module agrees with the header."""
+"""The typed stub of the compiled module agrees with the header, and a module of another version is refused."""
 
 from __future__ import annotations
 
 import ast
+import hashlib
 import re
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 from engine.io.binding import lib
 
@@ -48,3 +53,46 @@ def test_every_constant_is_there() -> None:
     names = {first or second for first, second in declared} - {""}
     typed = {ast.unparse(node.target) for node in stub_class("Lib").body if isinstance(node, ast.AnnAssign)}
     assert typed == names == {name for name in dir(lib) if name.startswith("ENG_")}
+
+
+# The version of the interface, and the digest of the header without comments and white space.
+INTERFACE = (1, "d3a9ceb466259198")
+
+
+def test_a_changed_interface_has_another_version() -> None:
+    digest = hashlib.sha256("".join(header().split()).encode()).hexdigest()[:16]
+    assert (lib.ENG_VERSION, digest) == INTERFACE, (
+        "raise ENG_VERSION, and _VERSION in io/binding.py, and update INTERFACE"
+    )
+
+
+MODULE = """
+import sys, types
+import engine._native as real
+lib = types.SimpleNamespace(**{name: getattr(real.lib, name) for name in dir(real.lib)})
+ffi = types.SimpleNamespace(sizeof=real.ffi.sizeof)
+"""
+
+REBUILD = "run `make setup` in a source tree, or install the package again"
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ("", None),
+        ("lib = None", "_native.abi3.so has version None of the native interface, and not "),
+        ("lib.ENG_VERSION += 1", "_native.abi3.so has version "),
+        ("ffi.sizeof = lambda name: 24", "_native.abi3.so differs from the Python files in eng_source"),
+        ("lib.ENG_ALIGNMENT = 512", "_native.abi3.so differs from the Python files in ENG_ALIGNMENT"),
+        ("sys.modules['engine._native'] = None", "the compiled module engine._native is missing ("),
+    ],
+)
+def test_a_module_that_is_missing_or_stale_is_refused(change: str, cause: str | None) -> None:
+    """Without assertions too: what they guard is what native code reads."""
+    code = f"{MODULE}\n{change}\nreal.lib, real.ffi = lib, ffi\nimport engine.io.packing"
+    result = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True)
+    if cause is None:
+        assert result.returncode == 0, result.stderr
+    else:
+        last = result.stderr.splitlines()[-1]
+        assert last.startswith("ImportError: ") and cause in last and REBUILD in last, result.stderr

@@ -619,7 +619,7 @@ def test_importing_without_the_compiled_module_says_how_to_build_it() -> None:
         """,
         check=False,
     )
-    assert "build it with 'pip install .'" in result.stderr
+    assert "run `make setup` in a source tree, or install the package again" in result.stderr
 
 
 def test_an_engine_opens_below_an_unreadable_parent(tmp_path: Path) -> None:
