@@ -60,6 +60,21 @@ def test_nothing_is_committed_by_accident() -> None:
     assert tops == TOP_FILES | set(SOURCE_DIRECTORIES), "a leftover of a run is committed, or a file is missing"
 
 
+def test_every_python_file_is_linted_and_typed() -> None:
+    """Commands have no suffix, by which ruff and mypy find the others."""
+    config = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listings = [re.findall(rf"^{key} = \[(.*?)\]", config, re.MULTILINE) for key in ("extend-include", "files")]
+    commands = [
+        relative(path)
+        for path in committed_files()
+        if not path.suffix and re.match(rb"#!.*python", path.read_bytes()[:100])
+    ]
+    assert ".ci/lowest" in commands
+    for listing in listings:
+        unlisted = [command for command in commands if f'"{command}"' not in "".join(listing)]
+        assert not unlisted, f"pyproject.toml does not list {unlisted} beside {listing}"
+
+
 def test_every_decision_is_linked() -> None:
     pages = [ROOT / "README.md", ROOT / "docs/architecture.md"]
     text = "".join(page.read_text(encoding="utf-8") for page in pages)
