@@ -23,6 +23,12 @@ from engine.session.gate import Gate, seconds
 from engine.store.info import CheckpointInfo
 from engine.store.writer import Write
 
+# What completion offers: of a Future, and of a Save alone.
+_PUBLIC_NAMES = (
+    *("add_done_callback", "cancel", "cancelled", "done", "exception", "result", "running"),
+    *("checkpoint_id", "chunks", "plan", "stats", "step", "wait_staged"),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class ChunkStatus:
@@ -45,6 +51,12 @@ class Save(Future[CheckpointInfo]):
     Attributes:
         step, checkpoint_id: which checkpoint this is.
     """
+
+    def __new__(cls, *given: object, **_named: object) -> Save:
+        """Refuse a call by anybody but `Engine.checkpoint`, which gives a step and a `Write`."""
+        if len(given) < 2 or not isinstance(given[1], Write | None):
+            raise UsageError("a Save is made by Engine.checkpoint(arena), or by engine.checkpoint(arena, directory)")
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -191,6 +203,10 @@ class Save(Future[CheckpointInfo]):
     def mark_held(self, began_ns: int) -> None:
         """Called once, as `checkpoint()` returns: it began then, on the clock of time.monotonic_ns()."""
         self._began_ns, self._held_ns = began_ns, time.monotonic_ns() - began_ns
+
+    def __dir__(self) -> list[str]:
+        """The names for callers; the others are for the rest of the engine."""
+        return sorted(_PUBLIC_NAMES)
 
     def _await_end(self, timeout: float | None) -> None:
         timeout = seconds(timeout)

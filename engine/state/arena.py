@@ -27,6 +27,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from types import FunctionType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -46,9 +47,21 @@ from engine.state.optimizers import Options, makes_state_late
 from engine.state.versions import Counted, Versions
 from engine.state.watch import TensorWatch
 
+# What completion offers.
+_PUBLIC_NAMES = (
+    *("adopt", "wrap", "refresh", "state_dict"),
+    *("aliases", "layout", "nbytes", "segments", "fenced", "unfenced", "torn"),
+)
+
 
 class Arena:
     """The tensors of a training, ready for a checkpoint.  Made by `adopt` or `wrap`."""
+
+    def __new__(cls, *given: object, **_named: object) -> Arena:
+        """Refuse a call by anybody but `adopt` and `wrap`, which give a function."""
+        if not given or not isinstance(given[0], FunctionType):
+            raise UsageError("an Arena is made by Arena.adopt(model, optimizer), or by Arena.wrap(tensors)")
+        return super().__new__(cls)
 
     def __init__(self, find: Callable[[], Inventory], model: nn.Module | None, optimizer: Optimizer | None) -> None:
         """Called by `adopt` and `wrap` only.  A wrapped arena has no model."""
@@ -289,6 +302,10 @@ class Arena:
             parts.append(" / ".join(f"{role} {counts[role]}" for role in ROLES if counts[role]))
         parts += ["cpu", "wrapped" if self._model is None else "adopted"]
         return f"Arena({', '.join(parts + ['torn'] * self._torn)})"
+
+    def __dir__(self) -> list[str]:
+        """The names for callers; the others are for the rest of the engine."""
+        return sorted(_PUBLIC_NAMES)
 
     def _take_in(self) -> None:
         """Find the tensors and make the arena hold them, in the present layout if it still fits."""

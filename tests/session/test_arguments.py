@@ -201,3 +201,27 @@ def test_a_selection_that_matches_nothing_is_told_near_names(tmp_path: Path, sel
             message = f"select={select!r} matches no tensor of step 0; {said}"
             assert str(caught.value).removesuffix("; nothing was changed") == message
     assert "it has no tensor" in Selection("a").suggest([], [])
+
+
+@pytest.mark.parametrize("given", [(), (MODEL,), (MODEL, None), ({"a": torch.ones(1)},), (1, MODEL)])
+def test_what_only_the_engine_makes_says_how_it_is_made(given: tuple[Any, ...]) -> None:
+    with pytest.raises(
+        engine.UsageError, match=r"made by Arena\.adopt\(model, optimizer\), or by Arena\.wrap\(tensors\)"
+    ):
+        UNTYPED.Arena(*given)
+    if given != (MODEL, None):
+        with pytest.raises(engine.UsageError, match=r"a Save is made by Engine\.checkpoint\(arena\)"):
+            UNTYPED.Save(*given)
+
+
+def test_completion_offers_what_callers_need(saved: tuple[engine.Engine, engine.Arena]) -> None:
+    eng, arena = saved
+    save = eng.checkpoint(arena)
+    save.result()
+    for value, wanted, internal in [
+        (arena, {"adopt", "wrap", "state_dict", "nbytes"}, {"hold", "fence", "restored", "mark_torn"}),
+        (save, {"result", "wait_staged", "chunks", "stats", "add_done_callback"}, {"set_result", "end", "resolve"}),
+    ]:
+        offered = set(dir(value))
+        assert wanted <= offered and not offered & internal and not any(name.startswith("_") for name in offered)
+        assert all(hasattr(value, name) for name in offered)
