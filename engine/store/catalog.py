@@ -39,16 +39,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from engine.errors import (
-    CheckpointError,
-    ClosedError,
-    CorruptError,
-    NoSpaceError,
-    NotFoundError,
-    StepError,
-    StorageError,
-    warn,
-)
+from engine.errors import ClosedError, CorruptError, NoSpaceError, StepError, StorageError
 from engine.format.manifest import MANIFEST_NAME, Manifest
 from engine.store.directory import (
     NO_DIRECTORY_HERE,
@@ -60,17 +51,11 @@ from engine.store.directory import (
     refuse_step,
     step_name,
 )
+from engine.store.facts import Facts
 from engine.store.filesystem import Filesystem
 from engine.store.lock import take_lock
-from engine.store.retention import (
-    KEEP_ALL,
-    RETENTION_BYTES_MAX,
-    Retention,
-    StepFacts,
-    decode_rule,
-    encode_rule,
-    to_retire,
-)
+from engine.store.retention import Retention, StepFacts, to_retire
+from engine.store.rule_file import RuleFile
 from engine.store.spares import Spares, Stamp, passing_over
 
 _log = logging.getLogger("engine")
@@ -137,15 +122,14 @@ class Catalog(Directory):
         self._in_flight: set[int] = set()  # steps begun, and neither published nor discarded
         self._fresh_paths: dict[int, str] = {}  # partials of another name than their step gives them
         self._pins: set[tuple[int, object]] = set()  # one for each reader
-        self._load_facts = facts or self._read_facts
-        self._facts: dict[int, StepFacts] = {}
-        self._untold: set[int] = set()  # steps whose facts could not be read, and were warned of
         self._make_directories()
+        self._facts = Facts(Directory(self.root, filesystem), facts)
         self._closing = threading.RLock()  # a signal handler may close in the middle of close
         self._lock: int | None = take_lock(filesystem, self._private, self.root)
         try:
             self._steps = self._recover()
-            self.retention = self._settle_retention(retention)
+            rule_file = RuleFile(filesystem, self._private, self._sync)
+            self.retention = rule_file.settle(retention, self._steps, self._facts.of)
         except BaseException:
             self.close()
             raise
@@ -210,7 +194,7 @@ class Catalog(Directory):
             if room is not None and room < nbytes and self.free_surplus():
                 room = self._room()
             if room is not None and room < nbytes:
-                lower = to_retire(Retention(last=1), self._steps, self._facts_of)
+                lower = to_retire(Retention(last=1), self._steps, self._facts.of)
                 raise NoSpaceError(self.root, nbytes, nbytes - room, only_newest=not lower)
 
     def free_surplus(self, spares: int = 1) -> bool:
@@ -343,7 +327,7 @@ class Catalog(Directory):
             read = sorted(self._read_steps().intersection(later))
             if read:
                 raise StepError(f"steps {read} are being read; wait for that before rolling back")
-            tagged = [s for s in reversed(later) if (facts := self._facts_of(s)) is not None and facts.tag is not None]
+            tagged = [s for s in reversed(later) if (facts := self._facts.of(s)) is not None and facts.tag is not None]
             if tagged:
                 raise StepError(f"steps {tagged} have a tag; delete(step) each of them, or roll back to {tagged[-1]}")
             self._retire(later, demanded=True)
@@ -450,57 +434,6 @@ class Catalog(Directory):
         self._spares.trim(self._spare_max)
         return tuple(committed_steps(self.filesystem, self.root, names))
 
-    def _settle_retention(self, explicit: Retention | None) -> Retention:
-        """The rule in effect: the given one, or the one stored with the run.  Stores a given rule, and a new run's."""
-        path = os.path.join(self._private, "retention.json")
-        stored: Retention | None = None
-        status = self.filesystem.status(path)
-        is_stored = status is not None
-        if status is not None:
-            in_the_way = stat.S_ISDIR(status.st_mode)  # no rename replaces it
-            try:
-                stored = self._read_rule(path)
-            except CorruptError as error:
-                if explicit is None:
-                    first = "move it away: " if in_the_way else ""
-                    warn(f"{error}; {first}every checkpoint is kept until an Engine is opened with a rule")
-                elif in_the_way:
-                    raise StorageError(errno.EISDIR, "open", path) from None
-        if explicit is None and (is_stored or self._steps):
-            return stored or KEEP_ALL
-        rule = explicit or Retention()
-        if rule != stored:
-            surplus = to_retire(rule, self._steps, self._facts_of)
-            if surplus:
-                warn(
-                    f"{rule} keeps fewer checkpoints of {self.root} than are there: once the next save is durable, "
-                    f"{len(surplus)} of {len(self._steps)} are retired; open it with another rule to keep them"
-                )
-            self._store_rule(path, rule)
-        return rule
-
-    def _read_rule(self, path: str) -> Retention:
-        raw = self.filesystem.read_file(path, RETENTION_BYTES_MAX)
-        try:
-            return decode_rule(raw)
-        except CorruptError as error:
-            raise CorruptError(f"{path}: {error}") from None
-
-    def _store_rule(self, path: str, rule: Retention) -> None:
-        new = path + ".new"
-        try:
-            if self.filesystem.status(new) is not None:  # left by a kill
-                self.filesystem.unlink(new)
-            self.filesystem.write_new_file(new, encode_rule(rule))
-            self.filesystem.rename(new, path)
-            self._sync(self._private)
-        except StorageError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # a full disk must not prevent a restore
-                raise
-            with suppress(StorageError):
-                self.filesystem.unlink(new)
-            warn(f"{rule} could not be stored with the run, and is forgotten when this Engine is closed: {error}")
-
     # -- how: moving ------------------------------------------------------------------------------------------
 
     def _retire(self, steps: Sequence[int], demanded: bool = False) -> None:
@@ -531,7 +464,7 @@ class Catalog(Directory):
 
     def _surplus(self) -> list[int]:
         """The steps that the rule does not keep and that are not being read."""
-        return to_retire(self.retention, self._steps, self._facts_of, self._read_steps())
+        return to_retire(self.retention, self._steps, self._facts.of, self._read_steps())
 
     def _end(self, step: int) -> None:
         """Forget a save in flight, and delete the spare that it took."""
@@ -543,31 +476,6 @@ class Catalog(Directory):
         """The bytes that a save can write; None if the file system does not report them."""
         free = self.filesystem.free_bytes(self.root)
         return None if free is None else free + (self._spares.room() if self._sound else 0)
-
-    def _facts_of(self, step: int) -> StepFacts | None:
-        """Tag and metrics of a committed step, kept once they are known."""
-        if step not in self._facts:
-            found = self._load_facts(step)
-            if found is None:
-                return None
-            self._facts[step] = found
-        return self._facts[step]
-
-    def _read_facts(self, step: int) -> StepFacts | None:
-        """The tag and metrics in a step's manifest; None, with one warning, if it cannot be read."""
-        try:
-            with super().opened(step) as opened:
-                found = opened.summary()
-        except NotFoundError:  # it was deleted by hand
-            return StepFacts(step)
-        except (CheckpointError, StorageError) as error:
-            if step not in self._untold:
-                self._untold.add(step)
-                warn(
-                    f"step {step} is kept, since its tag and metrics cannot be read: {error}; delete({step}) deletes it"
-                )
-            return None
-        return StepFacts(step, found.tag, {name: x for name, x in found.metrics.items() if x is not None})
 
     def _sync(self, path: str) -> None:
         """Sync a directory; once that has failed, no rename can be relied on until the next open."""
@@ -602,7 +510,7 @@ class Catalog(Directory):
     def _forget(self, step: int) -> None:
         # One assignment of a new tuple: steps() reads it without the lock.
         self._steps = tuple(s for s in self._steps if s != step)
-        self._facts.pop(step, None)
+        self._facts.forget(step)
 
     def _read_steps(self) -> set[int]:
         return {step for step, _ in self._pins}
