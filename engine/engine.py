@@ -19,12 +19,11 @@ import os
 import threading
 import weakref
 from collections.abc import Mapping
-from contextlib import ExitStack
 from enum import Enum
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import ArgumentError, ClosedError, PlatformError, StorageError, UsageError, warn
+from engine.errors import ArgumentError, ClosedError, StorageError, UsageError, warn
 from engine.io.backend import Probe, degradation, find
 from engine.io.guard_probe import guard_degradation, probe_guard
 from engine.options import Backend, GuardName, Options, Tunables, check_range, with_tunables
@@ -85,11 +84,10 @@ class Engine(Reading):
     ) -> None:
         retention = _rule(keep, retention)
         options = with_tunables("Engine", options, tunables, _KEYWORDS)
-        with ExitStack() as undo:
-            self._store = Store(path_of(directory), options, retention, filesystem or Filesystem())
-            undo.callback(self._store.close)
-            self._workers = _start_workers(options.max_async)
-            undo.callback(self._workers.close)
+        self._workers = Workers()
+        self._store = Store(path_of(directory), options, retention, filesystem or Filesystem())
+        try:
+            self._workers.start(options.max_async)
             self._lent = Lent(self._store.reader, self._store.verifier)
             self._in_flight = InFlight(options.max_async)
             self._snapshots = Snapshots(options.guard)
@@ -100,7 +98,10 @@ class Engine(Reading):
             self._closing = False
             # Closes an Engine that is collected, or still open at exit.  In a forked child it does nothing.
             self._closer = weakref.finalize(self, _shut_down, self._in_flight, self._workers, self._store)
-            undo.pop_all()  # last: an earlier Ctrl-C closes everything
+        except BaseException:  # Ctrl-C too
+            self._workers.close()
+            self._store.close()
+            raise
 
     # -- saving -----------------------------------------------------------------------------------------------
 
@@ -289,11 +290,3 @@ def _rule(keep: int | _Unset | None, retention: Retention | None) -> Retention |
     if retention is not None:
         raise ArgumentError("keep and retention were both given; keep=N is short for retention=Retention(last=N)")
     return Retention(last=None if keep is None else check_range("keep", keep, 1, None))
-
-
-def _start_workers(count: int) -> Workers:
-    try:
-        return Workers(count)
-    except RuntimeError as error:  # threading's, for pthread_create(3) with EAGAIN
-        cause = f"{count} commit threads could not be started: {error}"
-        raise PlatformError(cause, "raise the limit on threads (ulimit -u, or pids.max of the cgroup)") from None

@@ -233,6 +233,9 @@ uint32_t eng_direct_alignment(int32_t fd);
  * cannot. */
 int eng_allocate(int32_t fd, uint64_t offset, uint64_t nbytes);
 
+/* Close a file, and then set its descriptor to -1.  Does nothing if it is negative. */
+void eng_close_file(int32_t *fd);
+
 /* Watch `nbytes` of anonymous private memory; both numbers are multiples of the page size.  Returns 0, or a negative
  * errno and in `refused` the step that failed. */
 int eng_guard_open(uint32_t kind, uint64_t address, uint64_t nbytes, uint32_t *refused, eng_guard **guard);

@@ -109,16 +109,16 @@ def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     path = tmp_path_factory.mktemp("native") / "blocks"
     fd = Filesystem().open_for_blocks(str(path), write=True, direct=True)
     pipeline = Pipeline(4, SLOT_BYTES, request.param)
-    yield Stage(pipeline, path, fd)
+    yield Stage(pipeline, path, fd.number)
     pipeline.close()
-    os.close(fd)
+    fd.close()
 
 
 @pytest.fixture
 def fd(tmp_path: Path) -> Iterator[int]:
     descriptor = Filesystem().open_for_blocks(str(tmp_path / "blocks"), write=True, direct=True)
-    yield descriptor
-    os.close(descriptor)
+    yield descriptor.number
+    descriptor.close()
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from typing import NamedTuple, Protocol, get_args
 from engine.errors import MEDIA_ERRORS, PlatformError, StorageError, remedy_for
 from engine.format.plan import ALIGNMENT, Source
 from engine.io.binding import JOB_PLACES, JOBS_MAX, NATIVE_PATH, direct_alignment
+from engine.io.descriptor import Descriptor
 from engine.io.guard_probe import GuardProbe
 from engine.io.host import content_of, limit_of, named
 from engine.io.job import Direction, FailureKind, Job, Milestone
@@ -48,10 +49,10 @@ _SYSCTL = "/proc/sys/kernel/io_uring_disabled"
 class Scratch(Protocol):
     """The file operations of a trial; the store's `Filesystem` has them."""
 
-    def open_scratch(self, directory: str, direct: bool) -> int:
+    def open_scratch(self, directory: str, direct: bool) -> Descriptor:
         """Open an empty file that has no name, to read and write."""
 
-    def close(self, descriptor: int) -> None:
+    def close(self, descriptor: Descriptor) -> None:
         """Close it."""
 
 
@@ -191,7 +192,7 @@ def _try(directory: str, filesystem: Scratch, backend: Backend, slot_count: int,
             raise _explain_open(error, slot_count * slot_bytes) from None
         try:
             if descriptor is not None:
-                _round_trip(pipeline, descriptor)
+                _round_trip(pipeline, descriptor.number)
         except BaseException:
             pipeline.close()
             raise
@@ -201,7 +202,7 @@ def _try(directory: str, filesystem: Scratch, backend: Backend, slot_count: int,
             filesystem.close(descriptor)
 
 
-def _open_scratch(directory: str, filesystem: Scratch, direct: bool) -> int | None:
+def _open_scratch(directory: str, filesystem: Scratch, direct: bool) -> Descriptor | None:
     """A file without a name, or None if there is no room; PlatformError if it refuses O_DIRECT with our alignment."""
     try:
         descriptor = filesystem.open_scratch(directory, direct)
@@ -211,7 +212,7 @@ def _open_scratch(directory: str, filesystem: Scratch, direct: bool) -> int | No
         if not direct or error.errno != errno.EINVAL:  # open(2): no O_DIRECT
             raise
         raise PlatformError(f"the file system of {directory} has no direct I/O (O_DIRECT)", _ELSEWHERE) from None
-    wanted = direct_alignment(descriptor)
+    wanted = direct_alignment(descriptor.number)
     if direct and wanted > ALIGNMENT:
         filesystem.close(descriptor)
         cause = f"direct I/O in {directory} is aligned to {wanted} bytes, and blocks to {ALIGNMENT}"

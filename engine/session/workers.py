@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 
+from engine.errors import PlatformError
 from engine.session.gate import Gate
 
 Call = Callable[[], None]
@@ -31,30 +32,36 @@ _local = _Local()
 
 
 class Workers:
-    """`count` threads that run what is submitted, in order of submission.  A call that is submitted never raises.
+    """Threads that run what is submitted, in order of submission.  A call that is submitted never raises.
+
+    There are none before `start`, so that its caller can have `close` end them wherever Ctrl-C strikes.
 
     Attributes:
         submit: has a call run.  Returns at once.
         is_closed: whether `close` was called; a call that is submitted after that is never run.
-
-    Raises:
-        RuntimeError: a thread could not be started; none is left.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self) -> None:
         self._calls: SimpleQueue[Call | None] = SimpleQueue()
         self.is_closed = False
         self.submit: Callable[[Call], None] = self._calls.put
         self._threads: list[tuple[threading.Thread, Gate]] = []
+
+    def start(self, count: int) -> None:
+        """Start `count` threads.  After an error or Ctrl-C `close` ends those that were started.
+
+        Raises:
+            PlatformError: a thread could not be started.
+        """
         try:
             for index in range(count):
                 ended, name = Gate(), f"engine-commit-{index}"
                 thread = threading.Thread(target=_work, args=(self._calls, ended), daemon=True, name=name)
                 self._threads.append((thread, ended))  # before it starts: Ctrl-C may come at any line
                 thread.start()
-        except BaseException:
-            self.close()
-            raise
+        except RuntimeError as error:  # threading's, for pthread_create(3) with EAGAIN
+            cause = f"{count} commit threads could not be started: {error}"
+            raise PlatformError(cause, "raise the limit on threads (ulimit -u, or pids.max of the cgroup)") from None
 
     def is_current(self) -> bool:
         """Whether this thread is one of these."""

@@ -81,6 +81,13 @@ class Begun(NamedTuple):
     reused: frozenset[str]
 
 
+class _Pin:
+    """Keeps a step from being retired, until it is removed or collected."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+
 class Catalog(Directory):
     """The checkpoints of one directory, owned by one engine.
 
@@ -121,11 +128,11 @@ class Catalog(Directory):
         self._unsynced = False  # moves to spare may not be durable: Ctrl-C came before their sync
         self._in_flight: set[int] = set()  # steps begun, and neither published nor discarded
         self._fresh_paths: dict[int, str] = {}  # partials of another name than their step gives them
-        self._pins: set[tuple[int, object]] = set()  # one for each reader
+        # One for each reader.  Weak: Ctrl-C may keep a reader from removing its pin, which must not stay for ever.
+        self._pins: weakref.WeakSet[_Pin] = weakref.WeakSet()
         self._make_directories()
         self._facts = Facts(Directory(self.root, filesystem), facts)
-        self._closing = threading.RLock()  # a signal handler may close in the middle of close
-        self._lock: int | None = take_lock(filesystem, self._private, self.root)
+        self._lock = take_lock(filesystem, self._private, self.root)
         try:
             self._steps = self._recover()
             rule_file = RuleFile(filesystem, self._private, self._sync)
@@ -133,7 +140,6 @@ class Catalog(Directory):
         except BaseException:
             self.close()
             raise
-        _open_catalogs.add(self)
 
     # -- reading ----------------------------------------------------------------------------------------------
 
@@ -166,7 +172,7 @@ class Catalog(Directory):
         Raises:
             NotFoundError: the step is not committed.
         """
-        pin = (step, object())
+        pin = _Pin(step)
         try:
             with self._mutex:
                 if step not in self._steps:
@@ -219,11 +225,10 @@ class Catalog(Directory):
         Raises:
             StorageError: it was removed (ENOENT) or replaced (ESTALE).
         """
-        if self._lock is None:
+        if not self._lock.is_held:
             raise ClosedError(f"{self.root} has been given back; open a new Engine")
-        path = os.path.join(self._private, "lock")
-        if not self.filesystem.is_at(self._lock, path):
-            raise StorageError(errno.ESTALE, "stat", path)
+        if not self._lock.is_in_place():
+            raise StorageError(errno.ESTALE, "stat", self._lock.path)
 
     def begin(self, step: int, names: Sequence[str]) -> Begun:
         """Make `step-N.partial`, and move the wanted files of a spare into it.
@@ -376,15 +381,7 @@ class Catalog(Directory):
 
     def close(self) -> None:
         """Give the directory back."""
-        with self._closing:  # otherwise a second thread could close a descriptor that was reused
-            if self._lock is not None:
-                self.filesystem.close(self._lock)
-                self._lock = None
-
-    def close_in_child(self) -> None:
-        """Close a forked child's copy of the lock; a thread of the parent may have held `_closing` at the fork."""
-        self._closing = threading.RLock()
-        self.close()
+        self._lock.close()
 
     # -- how: opening -----------------------------------------------------------------------------------------
 
@@ -513,22 +510,10 @@ class Catalog(Directory):
         self._facts.forget(step)
 
     def _read_steps(self) -> set[int]:
-        return {step for step, _ in self._pins}
+        return {pin.step for pin in self._pins}
 
     def _sync_moves(self) -> None:
         """Make renames to spare durable: the target directory first, so that a crash never loses both names."""
         self._sync(self._spares.path)
         self._sync(self.root)
         self._unsynced = False
-
-
-_open_catalogs: weakref.WeakSet[Catalog] = weakref.WeakSet()
-
-
-def _close_all_in_child() -> None:
-    """A forked child shares the lock's open file, and would hold the lock after its parent has died."""
-    for catalog in tuple(_open_catalogs):
-        catalog.close_in_child()
-
-
-os.register_at_fork(after_in_child=_close_all_in_child)

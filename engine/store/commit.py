@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from engine.errors import CorruptError
 from engine.format.manifest import MANIFEST_NAME, DigestedFile, digest_of
+from engine.io.descriptor import Descriptor
 from engine.store.access import WriteAccess
 from engine.store.catalog import Catalog
 from engine.store.filesystem import Filesystem
@@ -30,7 +31,7 @@ from engine.store.filesystem import Filesystem
 class WrittenFile(NamedTuple):
     """A data file whose blocks have all been written: its open descriptor, its path and its exact length."""
 
-    descriptor: int
+    descriptor: Descriptor
     path: str
     nbytes: int
 

@@ -37,6 +37,7 @@ from engine.format.manifest import (
     decode,
     decode_summary,
 )
+from engine.io.descriptor import Descriptor
 from engine.store.access import OpenFile
 from engine.store.filesystem import Filesystem
 
@@ -96,12 +97,12 @@ def is_directory(filesystem: Filesystem, path: str) -> bool:
 class OpenedStep:
     """A committed step whose directory is open; made by `Directory.opened`."""
 
-    def __init__(self, filesystem: Filesystem, step: int, path: str, descriptor: int) -> None:
+    def __init__(self, filesystem: Filesystem, step: int, path: str, descriptor: Descriptor) -> None:
         self.step = step
         self.path = path
         self._filesystem = filesystem
         self._descriptor = descriptor
-        self._files: list[int] = []
+        self._files: list[Descriptor] = []
 
     def manifest(self) -> tuple[Manifest, int]:
         """The manifest and its length in bytes.
@@ -141,7 +142,7 @@ class OpenedStep:
         path = os.path.join(self.path, name)
         descriptor = self._filesystem.open_for_blocks(path, write=False, direct=direct, directory=self._descriptor)
         self._files.append(descriptor)
-        return OpenFile(descriptor, self._filesystem.size(descriptor, path))
+        return OpenFile(descriptor.number, self._filesystem.size(descriptor, path))
 
     def is_in_place(self) -> bool:
         """Whether the step's name still leads to this directory; if not, the step was retired after it was opened."""

@@ -16,17 +16,62 @@ from __future__ import annotations
 
 import os
 import stat
+import weakref
 from contextlib import suppress
 
 from engine.errors import CorruptError, LockedError, StorageError
+from engine.io.descriptor import Descriptor
 from engine.store.filesystem import Filesystem
 
 # Three numbers of at most 20 digits, and the ends of their lines.
 _CONTENT_BYTES_MAX = 64
 
 
-def take_lock(filesystem: Filesystem, private: str, root: str) -> int:
-    """Lock a directory; returns the descriptor that holds the lock.
+class Lock:
+    """A lock that is held; made by `take_lock`.
+
+    Attributes:
+        path: of its file.
+    """
+
+    def __init__(self, filesystem: Filesystem, path: str, descriptor: Descriptor) -> None:
+        self.path = path
+        self._filesystem = filesystem
+        self._descriptor = descriptor
+        _open_locks.add(self)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it has not been closed."""
+        return self._descriptor.number >= 0
+
+    def is_in_place(self) -> bool:
+        """Whether its name still leads to the locked file; StorageError (ENOENT) if the name is gone."""
+        return self._filesystem.is_at(self._descriptor, self.path)
+
+    def close(self) -> None:
+        """Give the lock back.  May be called again."""
+        self._filesystem.close(self._descriptor)
+
+    def close_in_child(self) -> None:
+        """Close a forked child's copy."""
+        self._descriptor.close_in_child()
+
+
+_open_locks: weakref.WeakSet[Lock] = weakref.WeakSet()
+
+
+def _close_all_in_child() -> None:
+    """A forked child shares the lock's open file, and would hold the lock after its parent has died."""
+    for lock in tuple(_open_locks):
+        lock.close_in_child()
+
+
+os.register_at_fork(after_in_child=_close_all_in_child)
+
+
+def take_lock(filesystem: Filesystem, private: str, root: str) -> Lock:
+    """Lock a directory.
 
     Args:
         filesystem: the file operations.
@@ -41,16 +86,16 @@ def take_lock(filesystem: Filesystem, private: str, root: str) -> int:
     while True:
         descriptor = filesystem.open_lock(path)
         try:
-            is_ours = _lock(filesystem, descriptor, path, root)
-            if is_ours:
-                return descriptor
+            lock = Lock(filesystem, path, descriptor)  # before it is taken: a fork may come at any time
+            if _lock(filesystem, descriptor, path, root):
+                return lock
         except BaseException:
             filesystem.close(descriptor)
             raise
         filesystem.close(descriptor)  # another file has the name now
 
 
-def _lock(filesystem: Filesystem, descriptor: int, path: str, root: str) -> bool:
+def _lock(filesystem: Filesystem, descriptor: Descriptor, path: str, root: str) -> bool:
     """Lock an open lock file; False if another file has its name now, which must be opened instead."""
     status = filesystem.descriptor_status(descriptor, path)
     if not stat.S_ISREG(status.st_mode):
@@ -90,14 +135,14 @@ def _replace(filesystem: Filesystem, path: str) -> None:
         filesystem.close(directory)
 
 
-def _is_of_another(filesystem: Filesystem, descriptor: int, path: str) -> bool:
+def _is_of_another(filesystem: Filesystem, descriptor: Descriptor, path: str) -> bool:
     """Whether the holder has written the inode of another `.engine`."""
     _, _, inode = _content(filesystem, descriptor)
     # Not the device number: it differs between two clients of a network file system.
     return inode not in (0, _inode(filesystem, os.path.dirname(path)))
 
 
-def _holder(filesystem: Filesystem, descriptor: int) -> str:
+def _holder(filesystem: Filesystem, descriptor: Descriptor) -> str:
     pid, namespace, _ = _content(filesystem, descriptor)
     if not pid:
         return "process unknown"
@@ -106,7 +151,7 @@ def _holder(filesystem: Filesystem, descriptor: int) -> str:
     return f"process {pid}"
 
 
-def _content(filesystem: Filesystem, descriptor: int) -> tuple[int, int, int]:
+def _content(filesystem: Filesystem, descriptor: Descriptor) -> tuple[int, int, int]:
     """The three numbers that a holder writes; 0 for a missing one."""
     words = filesystem.read_lock(descriptor, _CONTENT_BYTES_MAX).split()
     pid, namespace, inode, *_ = [int(word) if word.isdigit() else 0 for word in words] + [0, 0, 0]

@@ -41,7 +41,7 @@ class Owner(Catalog):
             descriptor = self.filesystem.open_for_blocks(path, write=True, direct=direct)
             written.append(WrittenFile(descriptor, path, file.nbytes))
             self._allocate(written[-1])
-        return BegunSave(begun.path, [file.descriptor for file in written], begun.recycled, begun.reused)
+        return BegunSave(begun.path, [file.descriptor.number for file in written], begun.recycled, begun.reused)
 
     def seal_save(self, step: int, small_files: Mapping[str, bytes]) -> None:
         """Make the files of a save durable, and write its small ones."""

@@ -3,15 +3,16 @@
 Theory of operation.  A `Store` has the owner of the directory, which holds the lock, and one native pipeline with its
 slots.  `Writer`, `Reader` and `Verifier` use both.  It knows bytes and steps, and neither tensors nor training: it runs
 without torch.
+
+Ctrl-C may come while a Store is opened, or before its opener has it.  A Store that is dropped closes everything: its
+lock and its pipeline close themselves with their last reference, and no cycle of references holds them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 
-from engine.io.backend import Probe, open_pipeline
-from engine.io.pipeline import Pipeline
+from engine.io.backend import open_pipeline
 from engine.options import Options
 from engine.store.access import WriteAccess
 from engine.store.filesystem import Filesystem
@@ -46,19 +47,22 @@ class Store:
         filesystem: Filesystem,
         own: Callable[[str, Filesystem, int, Retention | None], WriteAccess] = Owner,
     ) -> None:
-        with ExitStack() as undo:
-            self.catalog = own(directory, filesystem, options.max_async, retention)
-            undo.callback(self.catalog.close)
-            self.pipeline: Pipeline
-            self.probe: Probe
+        self.catalog = own(directory, filesystem, options.max_async, retention)
+        try:
             self.pipeline, self.probe = open_pipeline(
                 self.catalog.root, filesystem, options.backend, options.slot_count, options.block_bytes
             )
-            undo.callback(self.pipeline.close)
-            undo.pop_all()
-        self.writer = Writer(self.catalog, self.pipeline, options.rewrite_all)
-        self.reader = Reader(self.catalog, lambda: self.pipeline)
-        self.verifier = Verifier(self.catalog, self.reader)
+        except BaseException:  # Ctrl-C too
+            self.catalog.close()
+            raise
+        try:
+            pipeline = self.pipeline
+            self.writer = Writer(self.catalog, pipeline, options.rewrite_all)
+            self.reader = Reader(self.catalog, lambda: pipeline)
+            self.verifier = Verifier(self.catalog, self.reader)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def root(self) -> str:

@@ -10,6 +10,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include "engine_native.h"
 
@@ -32,4 +33,12 @@ int eng_allocate(int32_t fd, uint64_t offset, uint64_t nbytes)
         result = fallocate(fd, 0, (off_t)offset, (off_t)nbytes);
     while (result < 0 && errno == EINTR);
     return result < 0 ? -errno : 0;
+}
+
+void eng_close_file(int32_t *fd)
+{
+    if (*fd < 0)
+        return;
+    close(*fd); /* not again after EINTR: Linux has closed it (close(2), NOTES) */
+    *fd = -1;   /* last: a child that is forked before this closes its copy */
 }

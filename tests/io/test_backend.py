@@ -445,10 +445,10 @@ def without_nameless_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the kernel refuse O_TMPFILE."""
     real_open = os.open
 
-    def without_tmpfile(path: str, flags: int, mode: int = 0o777) -> int:
+    def without_tmpfile(path: str, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
         if flags & os.O_TMPFILE == os.O_TMPFILE:
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-        return real_open(path, flags, mode)
+        return real_open(path, flags, mode, dir_fd=dir_fd)
 
     monkeypatch.setattr(os, "open", without_tmpfile)
 

@@ -119,7 +119,8 @@ def test_several_files_in_any_order(open_pipeline: Callable[..., Pipeline], tmp_
     before = [noise(nbytes, seed) for seed, nbytes in enumerate(sizes)]
     after = [torch.zeros_like(tensor) for tensor in before]
     paths = [tmp_path / f"{index}" for index in range(3)]
-    fds = [Filesystem().open_for_blocks(str(path), write=True, direct=True) for path in paths]
+    files = [Filesystem().open_for_blocks(str(path), write=True, direct=True) for path in paths]
+    fds = [file.number for file in files]
     plan = cut([[Extent(index, 0, 0, nbytes)] for index, nbytes in enumerate(sizes)], SLOT_BYTES)
     backwards = range(len(plan.blocks))[::-1]
     written = run(pipeline, make_job(WRITE, plan, [*map(plain, before)], order=backwards), fds)
@@ -128,8 +129,8 @@ def test_several_files_in_any_order(open_pipeline: Callable[..., Pipeline], tmp_
     read = run(pipeline, make_job(READ, plan, [*map(plain, after)], checksums=written.checksums()), fds)
     assert read.failure is None
     assert all(map(torch.equal, before, after))
-    for descriptor in fds:
-        os.close(descriptor)
+    for file in files:
+        file.close()
 
 
 def test_a_read_may_want_only_a_part_of_a_block(stage: Stage) -> None:
@@ -701,17 +702,17 @@ def test_more_jobs_at_once_than_slots(
     plan = whole(2 * SLOT_BYTES + 1, SLOT_BYTES)
     tensors = [noise(2 * SLOT_BYTES + 1, seed) for seed in range(JOBS_MAX)]
     jobs = [make_job(WRITE, plan, [plain(tensor)]) for tensor in tensors]
-    fds = [
+    files = [
         Filesystem().open_for_blocks(str(tmp_path / f"{index}"), write=True, direct=True) for index in range(JOBS_MAX)
     ]
     for job in jobs:
         pipeline.submit(job)
     for index in range(JOBS_MAX)[:: -1 if attach_backwards else 1]:
-        pipeline.attach(jobs[index], [fds[index]])
-    for job, tensor, descriptor in zip(jobs, tensors, fds, strict=True):
+        pipeline.attach(jobs[index], [files[index].number])
+    for job, tensor, file in zip(jobs, tensors, files, strict=True):
         assert finish(pipeline, job).failure is None
-        assert content(descriptor, len(tensor)) == bytes_of(tensor)
-        os.close(descriptor)
+        assert content(file.number, len(tensor)) == bytes_of(tensor)
+        file.close()
 
 
 @pytest.mark.every_backend
@@ -739,15 +740,15 @@ def test_jobs_from_several_threads(open_pipeline: Callable[..., Pipeline], tmp_p
     wrong: list[object] = []
 
     def save_and_restore(number: int) -> None:
-        descriptor = Filesystem().open_for_blocks(str(tmp_path / f"{number}"), write=True, direct=True)
+        file = Filesystem().open_for_blocks(str(tmp_path / f"{number}"), write=True, direct=True)
         for seed in range(10):
             before = noise(3 * SLOT_BYTES + 7, 100 * number + seed)
             after = torch.zeros_like(before)
-            written = run(pipeline, make_job(WRITE, plan, [plain(before)]), [descriptor])
+            written = run(pipeline, make_job(WRITE, plan, [plain(before)]), [file.number])
             job = make_job(READ, plan, [plain(after)], checksums=written.checksums())
-            if run(pipeline, job, [descriptor]).failure or not torch.equal(before, after):
+            if run(pipeline, job, [file.number]).failure or not torch.equal(before, after):
                 wrong.append((number, seed))
-        os.close(descriptor)
+        file.close()
 
     threads = [threading.Thread(target=save_and_restore, args=(number,)) for number in range(4)]
     for thread in threads:

@@ -56,11 +56,11 @@ def test_one_ring_and_one_thread_and_nothing_is_left(tmp_path: Path) -> None:
         assert rings() == rings_before + 1
         until(lambda: len(native_threads()) == threads_before + 1)
         for job in jobs:
-            pipeline.attach(job, [descriptor])
+            pipeline.attach(job, [descriptor.number])
             finish(pipeline, job)
     pipeline.close()
     pipeline.close()
-    os.close(descriptor)
+    descriptor.close()
     until(lambda: len(native_threads()) == threads_before)
     assert descriptors() == descriptors_before
 

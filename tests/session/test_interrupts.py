@@ -1,7 +1,7 @@
 """Ctrl-C at any moment of `checkpoint()` and `restore()`: no torn snapshot, no lost permit, and the engine works on.
 Ctrl-C while an Engine is opened: nothing of it is left.
 
-First at the moments that make a difference, one by one; then at random ones.
+First at the moments that make a difference, one by one; then at random ones, of every call that opens files.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from leaks import held
 
 import engine
 from engine.io.backend import LADDER
+from engine.io.descriptor import Descriptor
 from engine.io.job import Job, Milestone
 from engine.io.pipeline import Pipeline
 from engine.session.checkpoint import Checkpointer
@@ -44,7 +45,7 @@ class Begun(GatedFilesystem):
         super().__init__()
         self.begun = threading.Event()
 
-    def allocate(self, descriptor: int, nbytes: int, path: str) -> None:
+    def allocate(self, descriptor: Descriptor, nbytes: int, path: str) -> None:
         self.begun.set()
         super().allocate(descriptor, nbytes, path)
 
@@ -161,7 +162,7 @@ def test_an_interrupt_before_the_handover_abandons_the_save(
 
 
 @pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("place", ["Lent", "InFlight", "Checkpointer", "finalize"])
+@pytest.mark.parametrize("place", ["Store", "Lent", "InFlight", "Checkpointer", "finalize"])
 def test_an_interrupt_while_an_engine_is_opened_leaves_nothing_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, done: bool
 ) -> None:
@@ -313,3 +314,88 @@ def test_interrupts_at_random_moments(tmp_path: Path, backend: str) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) > 100, "hardly anything was interrupted"
+
+
+# At random moments of every call that opens files without a save.  Nothing is left of a call, and it works again.
+OTHER_CALLS = """
+import logging, os, random, signal, sys, time
+from collections import Counter
+import torch, engine
+
+directory, seed, rounds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+random.seed(seed)
+logging.getLogger("engine").setLevel(logging.CRITICAL)
+small = {"max_async": 2, "staging_bytes": 256 << 10, "block_bytes": 64 << 10}
+saved = engine.Arena.wrap({"a": torch.ones(50_000)})
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+def held():
+    names = []
+    for kind, read in ("fd", os.readlink), ("task", lambda path: open(path + "/comm").read().strip()):
+        for name in os.listdir("/proc/self/" + kind):
+            try:
+                names.append(read(f"/proc/self/{kind}/{name}"))
+            except (FileNotFoundError, ProcessLookupError):  # the directory that is read, or a thread that ends
+                pass
+    return Counter(names)
+
+def save_two():
+    for _ in range(2):
+        eng.checkpoint(saved).result(60)
+
+def open_and_close():
+    engine.Engine(directory + "/other", backend="threads", guard="fence", **small).close()
+
+calls = {
+    "restore": (lambda: None, lambda: eng.restore(engine.Arena.wrap({"a": torch.zeros(50_000)}))),
+    "load": (lambda: None, lambda: eng.load()),
+    "verify": (lambda: None, lambda: eng.verify()),
+    "rollback": (save_two, lambda: eng.rollback(eng.steps()[0])),
+    "delete": (save_two, lambda: eng.delete(eng.steps()[-1])),
+    "open": (lambda: None, open_and_close),
+}
+signal.signal(signal.SIGALRM, interrupt)
+eng = engine.Engine(directory, keep=3, **small)
+save_two()
+for name, (prepare, call) in calls.items():
+    took = []
+    for _ in range(3):
+        prepare()
+        start = time.perf_counter()
+        call()
+        took.append(time.perf_counter() - start)
+    before, interrupted = held(), 0
+    for _ in range(rounds):
+        prepare()
+        try:
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, min(took)))
+            call()
+        except KeyboardInterrupt:
+            interrupted += 1
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        except KeyboardInterrupt:
+            pass
+        end = time.monotonic() + 20
+        while held() - before and time.monotonic() < end:  # a thread ends a moment after it was told to
+            time.sleep(0.001)
+        assert not held() - before, (name, held() - before)
+    save_two()
+    for step in eng.steps()[1:]:  # nothing counts as being read
+        eng.delete(step)
+    save_two()
+    assert len(eng.rollback(eng.steps()[0])) == 2 and not eng.verify() and eng.load()["a"].eq(1).all()
+    print(name, interrupted)
+eng.close()
+"""
+
+
+def test_interrupts_at_random_moments_of_calls_that_open_files(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", OTHER_CALLS, str(tmp_path), "1", "50"], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    interrupted = {name: int(count) for name, count in map(str.split, result.stdout.splitlines())}
+    assert len(interrupted) == 6 and sum(interrupted.values()) > 100, "hardly anything was interrupted"

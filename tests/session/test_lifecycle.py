@@ -24,6 +24,7 @@ from disk import FailingFilesystem, GatedFilesystem, stored
 
 import engine
 from engine.io.binding import JOBS_MAX
+from engine.io.descriptor import Descriptor
 from engine.io.pipeline import Pipeline
 from engine.session.in_flight import InFlight
 from engine.store.filesystem import Filesystem
@@ -231,15 +232,15 @@ def test_a_started_program_inherits_no_descriptor(tmp_path: Path) -> None:
     class Looking(Filesystem):
         """Looks while data files are open, those to write and those to read."""
 
-        def allocate(self, descriptor: int, nbytes: int, path: str) -> None:
+        def allocate(self, descriptor: Descriptor, nbytes: int, path: str) -> None:
             super().allocate(descriptor, nbytes, path)
             looks.append(inherited())
 
-        def size(self, descriptor: int, path: str) -> int:
+        def size(self, descriptor: Descriptor, path: str) -> int:
             looks.append(inherited())
             return super().size(descriptor, path)
 
-        def open_scratch(self, directory: str, direct: bool) -> int:
+        def open_scratch(self, directory: str, direct: bool) -> Descriptor:
             descriptor = super().open_scratch(directory, direct)
             looks.append(inherited())
             return descriptor
@@ -264,7 +265,7 @@ def test_a_permit_is_free_when_its_save_has_ended(tmp_path: Path, fails: bool) -
     gate = threading.Event()
 
     class Waiting(FailingFilesystem):
-        def allocate(self, descriptor: int, nbytes: int, path: str) -> None:
+        def allocate(self, descriptor: Descriptor, nbytes: int, path: str) -> None:
             assert gate.wait(60)
             super().allocate(descriptor, nbytes, path)
 

@@ -18,6 +18,7 @@ from volumes import mounted_read_only
 
 import engine
 from engine.io.backend import open_to_read
+from engine.io.descriptor import Descriptor
 from engine.session import run as run_module
 from engine.store.filesystem import Filesystem
 
@@ -126,7 +127,7 @@ def test_a_run_closed_while_a_load_opens_files_starts_no_thread(
     run = engine.open(tmp_path, **SMALL)
     real = Filesystem.open_directory
 
-    def close_first(filesystem: Filesystem, path: str) -> int:
+    def close_first(filesystem: Filesystem, path: str) -> Descriptor:
         run.close()
         return real(filesystem, path)
 

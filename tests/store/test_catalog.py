@@ -19,7 +19,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import msgspec
@@ -864,6 +864,27 @@ def test_a_pin_ends_when_its_reader_raises(catalog: Catalog) -> None:
     save(catalog, 2)
     with pytest.raises(ZeroDivisionError), catalog.pinned(1):
         raise ZeroDivisionError
+    retire(catalog, 1)
+    assert catalog.steps() == [2]
+
+
+def test_a_pin_ends_though_ctrl_c_strikes_in_place_of_its_end(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupting:
+        def __enter__(self) -> None:
+            raise KeyboardInterrupt
+
+        def __exit__(self, *_: object) -> None: ...
+
+    save(catalog, 1)
+    save(catalog, 2)
+    reading = catalog.pinned(1)
+    reading.__enter__()
+    with monkeypatch.context() as patch:
+        patch.setattr(catalog, "_mutex", Interrupting())
+        with suppress(KeyboardInterrupt):
+            reading.__exit__(None, None, None)
     retire(catalog, 1)
     assert catalog.steps() == [2]
 

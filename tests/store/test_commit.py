@@ -12,6 +12,7 @@ import pytest
 
 from engine.errors import CorruptError, StorageError
 from engine.format.manifest import DigestedFile
+from engine.io.descriptor import Descriptor
 from engine.store.catalog import Catalog
 from engine.store.commit import WrittenFile, publish, seal
 from engine.store.filesystem import Filesystem
@@ -25,7 +26,7 @@ class Recorded(Filesystem):
     def __init__(self) -> None:
         self.done: list[tuple[str, str]] = []
 
-    def sync_file(self, descriptor: int, path: str) -> None:
+    def sync_file(self, descriptor: Descriptor, path: str) -> None:
         super().sync_file(descriptor, path)
         self.done.append(("sync", os.path.basename(path)))
 
@@ -54,7 +55,7 @@ def seal_as(filesystem: Filesystem, partial: str, rank: int) -> DigestedFile:
     """Write and seal the files of a rank."""
     path = os.path.join(partial, f"model-{rank}.safetensors")
     descriptor = filesystem.open_for_blocks(path, write=True, direct=False)
-    os.pwrite(descriptor, bytes([rank]) * 200, 0)
+    os.pwrite(descriptor.number, bytes([rank]) * 200, 0)
     file = WrittenFile(descriptor, path, 100)
     part = seal(filesystem, partial, [file], {}, (f"manifest-{rank:05d}.json", b"part" * rank))
     filesystem.close(descriptor)
@@ -125,7 +126,7 @@ class Failing(Filesystem):
     def __init__(self, suffix: str) -> None:
         self.suffix = suffix
 
-    def sync_file(self, descriptor: int, path: str) -> None:
+    def sync_file(self, descriptor: Descriptor, path: str) -> None:
         if path.endswith(self.suffix):
             raise StorageError(errno.EIO, "fsync", path)
         super().sync_file(descriptor, path)

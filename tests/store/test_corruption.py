@@ -16,7 +16,7 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import pytest
 import torch
@@ -548,7 +548,7 @@ def test_verify_finds_every_damaged_file(sound: Sound, copy: Path) -> None:
 
 def test_verify_does_not_take_missing_descriptors_for_damage(copy: Path) -> None:
     class Starved(engine.store.filesystem.Filesystem):
-        def open_for_blocks(self, path: str, *_: Any, **__: Any) -> int:
+        def open_for_blocks(self, path: str, *_: Any, **__: Any) -> NoReturn:
             raise StorageError(24, "open", path)  # EMFILE
 
     with opened(copy, filesystem=Starved()) as eng, pytest.raises(StorageError, match="errno 24"):

@@ -159,7 +159,7 @@ def test_a_step_retired_while_it_is_read_is_named_and_gives_no_bytes_of_a_later_
     with told, directory.opened(1) as opened:
         for step in (2, 3, 4):
             if step == 3:  # not recycled yet
-                descriptor = os.open(DATA_NAME, os.O_RDONLY, dir_fd=opened._descriptor)
+                descriptor = os.open(DATA_NAME, os.O_RDONLY, dir_fd=opened._descriptor.number)
                 assert os.pread(descriptor, 100, 0) == b"1111"
                 os.close(descriptor)
                 assert opened.manifest()[0].step == 1 and not opened.is_in_place()

@@ -42,6 +42,7 @@ from scenarios import content, training
 from syscalls import Call, SystemCalls
 
 import engine
+from engine.io.descriptor import Descriptor
 from engine.io.job import Job
 from engine.io.pipeline import Pipeline
 from engine.store.filesystem import Filesystem
@@ -216,7 +217,7 @@ def check_error(error: engine.EngineError, calls: list[Call], code: int) -> None
 def check_refused(error: engine.EngineError | None, told: list[str], system: SystemCalls, code: int) -> None:
     """Assert that the refusal failed the act with the right error, or was passed over with a warning."""
     injected["system calls"] += len(system.refused)
-    grave = [call for call in system.refused if not call.is_probe and call.operation != "close"]
+    grave = [call for call in system.refused if not call.is_probe]
     if code in (errno.ENOSPC, errno.EDQUOT):
         grave = [call for call in grave if not call.is_scratch]
     if isinstance(error, engine.CorruptError):  # every step was passed over
@@ -573,15 +574,15 @@ class Closing(Filesystem):
     """Records whether blocks were still in flight when a data file was closed."""
 
     def __init__(self) -> None:
-        self.data: set[int] = set()
-        self.closed: list[int] = []
+        self.data: set[Descriptor] = set()
+        self.closed: list[Descriptor] = []
 
-    def open_for_blocks(self, path: str, write: bool, direct: bool, directory: int | None = None) -> int:
+    def open_for_blocks(self, path: str, write: bool, direct: bool, directory: Descriptor | None = None) -> Descriptor:
         descriptor = super().open_for_blocks(path, write, direct, directory)
         self.data.add(descriptor)
         return descriptor
 
-    def close(self, descriptor: int) -> None:
+    def close(self, descriptor: Descriptor) -> None:
         if descriptor in self.data:
             self.closed.append(descriptor)
             self.data.discard(descriptor)

@@ -83,16 +83,16 @@ def test_only_the_missing_blocks_of_a_longer_file_are_allocated() -> None:
         for nbytes in (5000, 4096 * 4, 4096 * 4 + 1, 4096 * 9):
             descriptor = filesystem.open_for_blocks(path, write=True, direct=False)
             filesystem.allocate(descriptor, nbytes, path)
-            assert os.fstat(descriptor).st_size == nbytes
-            assert os.fstat(descriptor).st_blocks * 512 >= nbytes
-            os.pwrite(descriptor, b"x" * nbytes, 0)
-            os.fsync(descriptor)
+            assert os.fstat(descriptor.number).st_size == nbytes
+            assert os.fstat(descriptor.number).st_blocks * 512 >= nbytes
+            os.pwrite(descriptor.number, b"x" * nbytes, 0)
+            os.fsync(descriptor.number)
             filesystem.close(descriptor)
         descriptor = filesystem.open_for_blocks(path, write=True, direct=False)
         os.truncate(path, 0)
-        os.pwrite(descriptor, b"x", 4096 * 5)
+        os.pwrite(descriptor.number, b"x", 4096 * 5)
         filesystem.allocate(descriptor, 4096 * 9, path)
-        assert os.fstat(descriptor).st_blocks * 512 >= 4096 * 9
+        assert os.fstat(descriptor.number).st_blocks * 512 >= 4096 * 9
         filesystem.close(descriptor)
 
 

@@ -8,6 +8,7 @@ Rules: no torch; the owner's process imports this.
 
 from __future__ import annotations
 
+from engine.io.descriptor import Descriptor
 from engine.store.filesystem import Filesystem
 
 
@@ -24,19 +25,19 @@ class HookedFilesystem(Filesystem):
         self.before("make_directory", path)
         super().make_directory(path)
 
-    def open_for_blocks(self, path: str, write: bool, direct: bool, directory: int | None = None) -> int:
+    def open_for_blocks(self, path: str, write: bool, direct: bool, directory: Descriptor | None = None) -> Descriptor:
         self.before("open_for_blocks" if write else "open_to_read", path)
         return super().open_for_blocks(path, write, direct, directory)
 
-    def allocate(self, descriptor: int, nbytes: int, path: str) -> None:
+    def allocate(self, descriptor: Descriptor, nbytes: int, path: str) -> None:
         self.before("allocate", path)
         super().allocate(descriptor, nbytes, path)
 
-    def truncate(self, descriptor: int, nbytes: int, path: str) -> None:
+    def truncate(self, descriptor: Descriptor, nbytes: int, path: str) -> None:
         self.before("truncate", path)
         super().truncate(descriptor, nbytes, path)
 
-    def sync_file(self, descriptor: int, path: str) -> None:
+    def sync_file(self, descriptor: Descriptor, path: str) -> None:
         self.before("sync_file", path)
         super().sync_file(descriptor, path)
 

@@ -26,6 +26,7 @@ from simulator import Create, Rename
 
 from engine.errors import StorageError
 from engine.format.manifest import MANIFEST_NAME
+from engine.io.descriptor import Descriptor
 from engine.store import writer
 from engine.store.catalog import Catalog
 from engine.store.owner import Owner
@@ -145,7 +146,7 @@ def reordered(order: str) -> Change:
 class _Stubborn(RecordingFilesystem):
     """Tries a failed fsync of a file again, and believes the second."""
 
-    def sync_file(self, descriptor: int, path: str) -> None:
+    def sync_file(self, descriptor: Descriptor, path: str) -> None:
         try:
             super().sync_file(descriptor, path)
         except StorageError:

@@ -47,6 +47,7 @@ from simulator import (
 import engine
 from engine._native import ffi, lib
 from engine.errors import EngineWarning, StorageError
+from engine.io.descriptor import Descriptor
 from engine.io.pipeline import Pipeline
 from engine.store.filesystem import Filesystem
 
@@ -269,7 +270,7 @@ class RecordingFilesystem(Filesystem):
     def sync_directory(self, path: str) -> None:
         self._sync("sync_directory", path, super().sync_directory)
 
-    def sync_file(self, descriptor: int, path: str) -> None:
+    def sync_file(self, descriptor: Descriptor, path: str) -> None:
         with self._world.mutex:
             self._world.noticed(path)
         self._sync("sync_file", path, lambda path: Filesystem.sync_file(self, descriptor, path))
@@ -285,32 +286,32 @@ class RecordingFilesystem(Filesystem):
             sync(path)
             self._world.synced(path, succeeded=True)
 
-    def open_scratch(self, directory: str, direct: bool) -> int:
+    def open_scratch(self, directory: str, direct: bool) -> Descriptor:
         descriptor = super().open_scratch(directory, direct=False)
-        self._world.scratch(descriptor)
+        self._world.scratch(descriptor.number)
         return descriptor
 
-    def open_for_blocks(self, path: str, write: bool, direct: bool, directory: int | None = None) -> int:
+    def open_for_blocks(self, path: str, write: bool, direct: bool, directory: Descriptor | None = None) -> Descriptor:
         if not write:
             return super().open_for_blocks(path, write, False, directory)
         self._world.hook("open_for_blocks", path)
         self._world.staged.wait()
         with self._world.mutex:
             descriptor = super().open_for_blocks(path, write, direct=False)
-            self._world.opened(path, descriptor)
+            self._world.opened(path, descriptor.number)
         return descriptor
 
-    def allocate(self, descriptor: int, nbytes: int, path: str) -> None:
+    def allocate(self, descriptor: Descriptor, nbytes: int, path: str) -> None:
         self._world.hook("allocate", path)
         with self._world.mutex:
             super().allocate(descriptor, nbytes, path)
-            self._world.extended(descriptor, nbytes)
+            self._world.extended(descriptor.number, nbytes)
 
-    def truncate(self, descriptor: int, nbytes: int, path: str) -> None:
+    def truncate(self, descriptor: Descriptor, nbytes: int, path: str) -> None:
         self._world.hook("truncate", path)
         with self._world.mutex:
             super().truncate(descriptor, nbytes, path)
-            self._world.truncated(descriptor, nbytes)
+            self._world.truncated(descriptor.number, nbytes)
 
     def write_new_file(self, path: str, content: bytes | bytearray) -> None:
         self._world.hook("write_new_file", path)

@@ -5,7 +5,7 @@ the store does.  An installed `SystemCalls` replaces these with stand-ins.  A st
 refuses it if `refuse` has named it, and otherwise does it.  One exception: an fsync that is not refused does nothing.
 No test here cuts the power, and a sweep over thousands of refusals would wait for the disk most of its time.
 
-A refused call has not happened, except for close(2): the kernel closes the descriptor even if it returns an error.
+A refused call has not happened.  close(2) is not among the calls: a `Descriptor` closes itself, and no result matters.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ _OPERATIONS = {
     "write": "write",
     "pread": "read",
     "pwrite": "write",
-    "close": "close",
 }
 
 # How a file is opened, and whether it is made: `Filesystem.is_ours_alone` opens an existing file to write.
@@ -112,11 +111,8 @@ class SystemCalls:
                 path = target if directory is None else os.path.join(self._paths[directory][0], target)
                 access = arguments[0] & _ACCESS if name == "open" else None
                 noted = Call(operation, path, access == os.O_RDWR, access == os.O_RDWR | os.O_TMPFILE)
-            if name == "close":
-                real(target)
-                del self._paths[int(target)]
             self._note(noted)
-            if name in ("close", "fsync"):
+            if name == "fsync":
                 return None
             result = real(target, *arguments, **options)
             if name == "open":
@@ -132,8 +128,8 @@ class SystemCalls:
             return error.errno or errno.EIO
         return _allocate(descriptor, offset, nbytes)
 
-    def _fdopen(self, descriptor: int, mode: str) -> _File:
-        return _File(self._note, self._paths[descriptor][0], os.fdopen(descriptor, mode))
+    def _fdopen(self, descriptor: int, mode: str, *, closefd: bool) -> _File:
+        return _File(self._note, self._paths[descriptor][0], os.fdopen(descriptor, mode, closefd=closefd))
 
 
 _allocate = allocate

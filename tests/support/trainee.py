@@ -43,6 +43,7 @@ import torch
 from torch import nn
 
 import engine
+from engine.io.descriptor import Descriptor
 from engine.store.filesystem import Filesystem
 
 MAX_ASYNC = 2
@@ -183,21 +184,21 @@ class DeadlyFilesystem(Filesystem):
         with self._operation("sync_directory", path):
             super().sync_directory(path)
 
-    def open_for_blocks(self, path: str, write: bool, direct: bool, directory: int | None = None) -> int:
+    def open_for_blocks(self, path: str, write: bool, direct: bool, directory: Descriptor | None = None) -> Descriptor:
         if not write:
             return super().open_for_blocks(path, write, direct, directory)
         with self._operation("open_for_blocks", path):
             return super().open_for_blocks(path, write, direct, directory)
 
-    def allocate(self, descriptor: int, nbytes: int, path: str) -> None:
+    def allocate(self, descriptor: Descriptor, nbytes: int, path: str) -> None:
         with self._operation("allocate", path):
             super().allocate(descriptor, nbytes, path)
 
-    def truncate(self, descriptor: int, nbytes: int, path: str) -> None:
+    def truncate(self, descriptor: Descriptor, nbytes: int, path: str) -> None:
         with self._operation("truncate", path):
             super().truncate(descriptor, nbytes, path)
 
-    def sync_file(self, descriptor: int, path: str) -> None:
+    def sync_file(self, descriptor: Descriptor, path: str) -> None:
         with self._operation("sync_file", path):
             super().sync_file(descriptor, path)
 
