@@ -100,25 +100,25 @@ class Reader:
             CorruptError, StorageError: the step, or with None every step, is damaged or cannot be read.
         """
         passed_over: list[PassedOver] = []
-        for candidate in self.candidates(step):
-            try:
-                with self._directory.opened(candidate) as opened, self._distrusting(candidate):
-                    return use(self._open(opened)), tuple(passed_over)
-            except NotFoundError:
-                if step is not None:
-                    raise
-                # else it was retired after it was listed: a save in flight has committed a newer one
-            except (CorruptError, StorageError) as error:
-                if step is not None:
-                    raise
-                demand_damage(error)
-                passed_over.append(PassedOver(candidate, str(error)))
-                self.damaged.add(candidate)
-                warn(f"step {candidate} is passed over: {error}")
-        if passed_over:
+
+        def act(opened: Opened) -> T:
+            with self._distrusting(opened.step):
+                return use(self._open(opened))
+
+        def pass_over(candidate: int, error: Exception) -> None:
+            demand_damage(error)
+            passed_over.append(PassedOver(candidate, str(error)))
+            self.damaged.add(candidate)
+            warn(f"step {candidate} is passed over: {error}")
+
+        try:
+            return self.with_opened(step, act, pass_over if step is None else None), tuple(passed_over)
+        except NotFoundError:
+            if not passed_over:
+                raise
             reasons = "; ".join(f"step {bad.step}: {bad.reason}" for bad in passed_over)
-            raise CorruptError(f"none of the checkpoints in {self._directory.root} can be restored: {reasons}")
-        raise self.nothing()
+            what = f"none of the checkpoints in {self._directory.root} can be restored"
+            raise CorruptError(f"{what}: {reasons}") from None
 
     def steps(self) -> list[int]:
         """Committed steps, oldest first."""
@@ -131,31 +131,48 @@ class Reader:
             NotFoundError: there is no such checkpoint.
             CorruptError, StorageError: it is damaged or cannot be read.
         """
-        for candidate in self.candidates(step):
-            try:
-                with self._directory.opened(candidate) as opened:
-                    return opened.manifest()[0]
-            except NotFoundError:
-                if step is not None:
-                    raise
-        raise self.nothing()
+        return self.with_opened(step, lambda opened: opened.manifest()[0])
 
     def info(self, step: int | None) -> CheckpointInfo:
         """The facts of a checkpoint without its tensors; raises as `manifest`."""
-        for candidate in self.candidates(step):
+        return self.with_opened(step, lambda opened: info_of(opened.summary(), opened.path))
+
+    def with_opened(
+        self,
+        step: int | None,
+        act: Callable[[Opened], T],
+        on_damage: Callable[[int, Exception], T | None] | None = None,
+    ) -> T:
+        """Open a step, or with None the newest, and return the result of `act` on it.
+
+        With None, a step that is retired after it was listed is passed over: a save in flight has committed a newer
+        one.
+
+        Args:
+            step: which.
+            act: may raise.
+            on_damage: called with a step and the CorruptError or StorageError that opening it or `act` has raised; its
+                result is returned, or if that is None the next older step is tried.  Without it the error is raised.
+
+        Raises:
+            NotFoundError: there is no such checkpoint, or none is left to try.
+        """
+        for candidate in self._candidates(step):
             try:
                 with self._directory.opened(candidate) as opened:
-                    return info_of(opened.summary(), opened.path)
+                    return act(opened)
             except NotFoundError:
                 if step is not None:
                     raise
-        raise self.nothing()
+            except (CorruptError, StorageError) as error:
+                if on_damage is None:
+                    raise
+                result = on_damage(candidate, error)
+                if result is not None:
+                    return result
+        raise NotFoundError(f"{self._directory.root} holds no committed checkpoint")
 
-    def nothing(self) -> NotFoundError:
-        """An error: there is no checkpoint."""
-        return NotFoundError(f"{self._directory.root} holds no committed checkpoint")
-
-    def candidates(self, step: int | None) -> Iterator[int]:
+    def _candidates(self, step: int | None) -> Iterator[int]:
         """The given step, or with None all, newest first.  Lists them anew each time, since saves may be in flight.
 
         Raises:

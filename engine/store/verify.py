@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from engine.errors import CorruptError, NotFoundError, StorageError
+from engine.errors import CorruptError, StorageError
 from engine.format.manifest import MANIFEST_NAME, Manifest, affected_names, block_checksums, digest_of
 from engine.format.plan import Block, ExtentColumns
 from engine.format.values import decode, decode_options
@@ -57,23 +57,22 @@ class Verifier:
 
     def verify(self, step: int | None) -> tuple[Damage, ...]:
         """Read every block of a committed checkpoint, and return all damage.  Blocks."""
-        for candidate in self._reader.candidates(step):
-            try:
-                with self._directory.opened(candidate) as opened:
-                    damage = self._verify(opened)
-                    if damage:
-                        self._directory.distrust(candidate)
-                    if damage and not opened.is_in_place():
-                        raise CorruptError(damage[0].reason)  # which `opened` makes a RetiredError of
-                    return damage
-            except NotFoundError:
-                if step is not None:
-                    raise
-                # else it was retired since it was listed
-            except CorruptError as error:  # it has no directory any more
-                path = os.path.join(self._directory.path(candidate), MANIFEST_NAME)
-                return (Damage(path, None, None, None, str(error)),)
-        raise self._reader.nothing()
+        return self._reader.with_opened(step, self._verify_opened, self._without_directory)
+
+    def _verify_opened(self, opened: Opened) -> tuple[Damage, ...]:
+        damage = self._verify(opened)
+        if damage:
+            self._directory.distrust(opened.step)
+            if not opened.is_in_place():
+                raise CorruptError(damage[0].reason)  # which `opened` makes a RetiredError of
+        return damage
+
+    def _without_directory(self, step: int, error: Exception) -> tuple[Damage, ...]:
+        """The damage of a step whose directory is gone."""
+        if not isinstance(error, CorruptError):
+            raise error
+        path = os.path.join(self._directory.path(step), MANIFEST_NAME)
+        return (Damage(path, None, None, None, str(error)),)
 
     def _verify(self, opened: Opened) -> tuple[Damage, ...]:
         """Everything wrong with a step."""
