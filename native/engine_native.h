@@ -25,7 +25,7 @@
 #include <stdint.h>
 
 enum {
-    ENG_VERSION = 1, /* of this interface, raised with every change of it; io/binding.py has the same number */
+    ENG_VERSION = 2, /* of this interface, raised with every change of it; io/binding.py has the same number */
     ENG_ALIGNMENT = 4096,    /* of slots, block offsets and written lengths; plan.ALIGNMENT is the same number */
     ENG_JOBS_MAX = 64,       /* jobs in one pipeline at a time: max_async is at most 32, and restores come on top */
     /* Files of one job that have a place in a ring's table of registered files.  A block of a further file names its
