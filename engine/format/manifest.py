@@ -218,10 +218,10 @@ def affected(segments: Iterable[SegmentRecord], file_index: int, offset: int, nb
     return listed(affected_names(segments, file_index, offset, nbytes)) or "the header"
 
 
-def listed(names: Sequence[str]) -> str:
-    """Names of tensors for a message; of many, the first few and a count."""
+def listed(names: Sequence[str], kind: str = "tensors") -> str:
+    """Names for a message, of tensors or of another kind; of many, the first few and a count."""
     shown = ", ".join(names[:_NAMES_SHOWN])
-    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} tensors more"
+    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} {kind} more"
 
 
 def block_checksums(chunks: Iterable[ChunkRecord]) -> list[bytes]:

@@ -181,7 +181,10 @@ def decode_options(value: object, make: Make = keep) -> dict[str, Any]:
     """
     options = decode(value, "options", make)
     shape = {"param_groups": list, "state": dict, "absent": list}
-    if not isinstance(options, dict) or (options and {k: type(v) for k, v in options.items()} != shape):
+    optional = {"class": str, "added": dict}
+    if not isinstance(options, dict) or (options and {k: type(options.get(k)) for k in shape} != shape):
+        raise CorruptError("the manifest's options are not an optimizer's")
+    if any(type(options.get(key, kind())) is not kind for key, kind in optional.items()):
         raise CorruptError("the manifest's options are not an optimizer's")
     if options:
         dicts = all(type(value) is dict for value in (*options["param_groups"], *options["state"].values()))

@@ -220,7 +220,7 @@ class Checkpointer:
             self._warned_of[arena].update(new)
             warn(
                 f"another optimizer than the arena's has stepped {listed(new)}; its state is in no checkpoint: adopt "
-                "the model with the optimizer that steps them"
+                "the model with all optimizers that step them, Arena.adopt(model, [first, second])"
             )
 
     def _gather(self, arena: Arena, request: Request, plan: SnapshotPlan) -> Content:
@@ -232,7 +232,7 @@ class Checkpointer:
             guard=plan.guard,
             changed=tuple if plan.guard is not None else arena.versions().settle,
             aliases=dict(arena.aliases),
-            optimizers={"": encode_options(options)} if (options := arena.options()) else {},
+            optimizers={name: encode_options(options) for name, options in arena.options().items()},
             extra=encode(request.extra),
             metrics={name: value if math.isfinite(value) else None for name, value in request.metrics.items()},
             tag=request.tag,

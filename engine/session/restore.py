@@ -3,22 +3,25 @@
 Theory of operation.  Names, shapes and dtypes that do not fit are found before a byte of the arena changes.  While
 bytes arrive the arena is marked torn.  If the restore fails half-way it stays torn, and no checkpoint is taken of it
 until a whole restore succeeds.
+
+State that an optimizer would only make in a step of its own is made before the bytes arrive (`state.late`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from engine.errors import ArgumentError, MismatchError
-from engine.format.layout import Segment
+from engine.errors import ArenaError, ArgumentError, MismatchError
+from engine.format.layout import Segment, TensorSpec
 from engine.format.manifest import Manifest, SegmentRecord
 from engine.format.plan import Source
 from engine.io.packing import pack_sources
 from engine.session.select import Select, Selection
 from engine.state.arena import Arena, check_arena
+from engine.state.late import StatePlan
 from engine.state.tensors import decode, decode_options, make_tensor
 from engine.store.reader import Checkpoint, PassedOver, Reader, Target
 
@@ -46,21 +49,24 @@ def restore(reader: Reader, arena: Arena, step: int | None, select: Select) -> R
 
     def fill(checkpoint: Checkpoint) -> RestoreInfo:
         manifest = checkpoint.manifest
-        extra, options = decode(manifest.extra), _options(manifest)
+        extra = decode(manifest.extra)
+        options = {name: decode_options(value) for name, value in manifest.optimizers.items()}
         _refuse_shards(manifest, manifest.segments)
-        if selection.is_all and bool(options) != arena.fenced:
-            arena.check_options(options)  # before a long list of the names of that optimizer's state
-        targets = _match(arena, manifest, selection)
         if selection.is_all:
-            arena.check_options(options)
+            arena.check_options(options)  # before a long list of the names of other optimizers' state
+        plan = _plan_state(arena, manifest, options) if selection.is_all else StatePlan({}, {}, {})
+        targets = _match(arena, manifest, selection, plan.names)
         arena.mark_torn()  # before the first byte, so that an interrupt leaves it torn
+        if plan.names:
+            targets = _make_state(arena, manifest, plan, was_torn)
         if arena.resize({target.record.name: target.record.shape for target in targets}):
-            targets = _match(arena, manifest, selection)
+            targets = _match(arena, manifest, selection, ())
         nbytes = reader.read(checkpoint, targets, pack_sources(arena.sources), arena.memory, whole=selection.is_all)
         if selection.is_all:
             arena.restored(options)
         else:
-            arena.restored_part({target.record.name for target in targets}, options.get("absent", ()))
+            absent = {name for each in options.values() for name in each["absent"]}
+            arena.restored_part({target.record.name for target in targets}, absent)
             if not was_torn:
                 arena.mark_whole()
         return _info(checkpoint, extra, nbytes)
@@ -97,21 +103,6 @@ def load(reader: Reader, step: int | None, select: Select) -> Tensors:
     return reader.use(step, fill)[0]
 
 
-def _options(manifest: Manifest) -> dict[str, Any]:
-    """The options of the only optimizer; {} if there was none.
-
-    Raises:
-        MismatchError: there are several optimizers, which an arena cannot hold.
-    """
-    named = sorted(name for name in manifest.optimizers if name)
-    if named:
-        raise MismatchError(
-            f"step {manifest.step} has the optimizers {', '.join(named)}, and an arena holds one without a name; "
-            "load() reads their tensors"
-        )
-    return decode_options(manifest.optimizers[""]) if "" in manifest.optimizers else {}
-
-
 def _refuse_shards(manifest: Manifest, records: Sequence[SegmentRecord]) -> None:
     """Refuse shards: the format has them, but this engine does not join them yet."""
     shards = sorted({record.name for record in records if record.global_shape})
@@ -145,8 +136,29 @@ class _Here(NamedTuple):
     offset: int
 
 
-def _match(arena: Arena, manifest: Manifest, selection: Selection) -> list[Target]:
-    """Pair the checkpoint's segments with the arena's, or list all differences.
+def _plan_state(arena: Arena, manifest: Manifest, options: Mapping[str, Mapping[str, Any]]) -> StatePlan:
+    """The state that the arena's optimizers lack, and only their own steps would make."""
+    stored = {
+        record.name: TensorSpec(record.name, record.dtype, record.shape, record.role, record.layer)
+        for record in manifest.segments
+        if record.role == "optimizer"
+    }
+    return arena.plan_state(stored, manifest.aliases, options)
+
+
+def _make_state(arena: Arena, manifest: Manifest, plan: StatePlan, was_torn: bool) -> list[Target]:
+    """Carry a plan out, and pair again: all locations are new."""
+    try:
+        arena.make_state(plan)
+    except ArenaError:
+        if not was_torn:
+            arena.mark_whole()
+        raise
+    return _match(arena, manifest, Selection(None), ())
+
+
+def _match(arena: Arena, manifest: Manifest, selection: Selection, planned: Collection[str]) -> list[Target]:
+    """Pair the checkpoint's segments with the arena's, or list all differences; without planned state.
 
     Raises:
         MismatchError: listing every name, shape and dtype that differs.
@@ -157,9 +169,9 @@ def _match(arena: Arena, manifest: Manifest, selection: Selection) -> list[Targe
         for segment, place in zip(arena.segments, arena.locations, strict=True)
         if segment.name in stored or selection.has(segment)
     }
-    problems = [f"{name}: not in the checkpoint" for name in here if name not in stored]
-    problems += [f"{name}: not in the arena" for name in stored if name not in here]
-    for name in stored.keys() & here.keys():
+    problems = [f"{name}: not in the checkpoint" for name in here.keys() - stored.keys() - set(planned)]
+    problems += [f"{name}: not in the arena" for name in stored.keys() - here.keys() - set(planned)]
+    for name in (stored.keys() & here.keys()) - set(planned):
         record, segment = stored[name], here[name].segment
         if record.dtype != segment.dtype or (record.shape != segment.shape and not arena.can_resize(name)):
             problems.append(
@@ -170,13 +182,13 @@ def _match(arena: Arena, manifest: Manifest, selection: Selection) -> list[Targe
         lines = "\n  ".join(sorted(problems))
         if arena.makes_state_late and any(stored[name].role == "optimizer" for name in stored.keys() - here.keys()):
             lines += (
-                "\nthe optimizer makes its state in its first step: take one step before adopting, then restore "
-                "(LBFGS: two or more, until it has the tensors that the checkpoint has)"
+                "\nthe optimizer makes its state in its first step: a restore without select= makes it; or take one "
+                "step before adopting, then restore (LBFGS: two or more)"
             )
         raise MismatchError(f"step {manifest.step} does not fit the arena; nothing was changed:\n  {lines}")
     if not stored and not selection.is_all:
         raise MismatchError(f"{_no_match(manifest, selection)}; nothing was changed")
-    return [Target(record, here[name].source, here[name].offset) for name, record in stored.items()]
+    return [Target(record, here[name].source, here[name].offset) for name, record in stored.items() if name in here]
 
 
 def _picked(arena: Arena, manifest: Manifest, selection: Selection) -> Mapping[str, SegmentRecord]:

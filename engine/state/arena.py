@@ -34,16 +34,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from engine.errors import ArenaError, ArgumentError, UsageError
+from engine.errors import ArenaError, ArgumentError, UsageError, warn
 from engine.format.layout import DTYPES, ROLES, Layout, Segment, TensorSpec, lay_out
-from engine.format.manifest import Rows, encode_rows
+from engine.format.manifest import Rows, encode_rows, listed
 from engine.format.plan import Extents, Source, file_runs
+from engine.state.adopted import Adopted, adopt_optimizers, optimizers_in
 from engine.state.fence import Fence
 from engine.state.inventory import Inventory, gather, gather_tensors
+from engine.state.late import Owner, StatePlan, plan_state
 from engine.state.memory import HostMemory, TensorLocation, dense_stride, location_of, merge_dims
 from engine.state.mirrors import Mirror, Mirrors, own_memory, resize
 from engine.state.modules import Rename
-from engine.state.optimizers import Options, makes_state_late
+from engine.state.optimizers import Options, check_names, is_late
 from engine.state.versions import Counted, Versions
 from engine.state.watch import TensorWatch
 
@@ -63,37 +65,57 @@ class Arena:
             raise UsageError("an Arena is made by Arena.adopt(model, optimizer), or by Arena.wrap(tensors)")
         return super().__new__(cls)
 
-    def __init__(self, find: Callable[[], Inventory], model: nn.Module | None, optimizer: Optimizer | None) -> None:
+    def __init__(
+        self, find: Callable[[], Inventory], model: nn.Module | None, optimizers: Mapping[str, Adopted]
+    ) -> None:
         """Called by `adopt` and `wrap` only.  A wrapped arena has no model."""
         self._find = find
         self._model = model
-        self._optimizer = optimizer
+        self._optimizers = optimizers
+        self._names = {id(stepper): name for name, each in optimizers.items() for stepper in each.steppers}
         self._fence = Fence()
         self._torn = False
         self._watch: TensorWatch | None = None
         self._arrangement = _arrange(_Table({}, {}, {}, frozenset()), model is not None, None)
-        self._take_in()
+        bare = {id(each): _params_without_state(each) for each in optimizers_in(optimizers)}
+        try:
+            self._take_in()
+        except BaseException:
+            self._fence.release()
+            for optimizer in optimizers_in(optimizers):
+                for param in bare[id(optimizer)]:
+                    optimizer.state.pop(param, None)
+            raise
 
     @classmethod
-    def adopt(cls, model: nn.Module, optimizer: Optimizer | None = None, *, rename: Rename | None = None) -> Arena:
-        """Move a model's and its optimizer's tensors into one buffer; training goes on bit-identically.
+    def adopt(
+        cls,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer] | Mapping[str, Optimizer] | None = None,
+        *,
+        rename: Rename | None = None,
+    ) -> Arena:
+        """Move a model's and its optimizers' tensors into one buffer; training goes on bit-identically.
 
         Args:
             model: compiled and distributed ones are stored under the names of the modules that they wrap.
+            optimizer: the optimizer; or several, which have the names "0", "1", ... in a list and their keys in a dict.
+                An optimizer that a library has wrapped is unwrapped.
             rename: maps the name of each of the model's tensors to the name to store it under, which is also that of
                 its optimizer state and its layer: `lambda name: name.removeprefix("backbone.")`.
 
         Raises:
-            ArenaError: a tensor cannot be stored; nothing was changed.
+            ArenaError: a tensor cannot be stored, or state of an optimizer; nothing was changed.
             ArgumentError: an argument is no model, or no optimizer.
         """
         if not isinstance(model, nn.Module):
             raise ArgumentError(f"model is a {_type_name(model)}; it must be a torch.nn.Module")
-        if optimizer is not None and not isinstance(optimizer, Optimizer):
-            raise ArgumentError(f"optimizer is a {_type_name(optimizer)}; it must be one torch.optim.Optimizer")
+        optimizers = adopt_optimizers(optimizer)
         if rename is not None and not callable(rename):
             raise ArgumentError(f"rename is a {_type_name(rename)}; it must be a function from names to names")
-        return cls(lambda: gather(model, optimizer, rename), model, optimizer)
+        arena = cls(lambda: gather(model, optimizers, rename), model, optimizers)
+        arena._warn_of_untrained()
+        return arena
 
     @classmethod
     def wrap(cls, tensors: Mapping[str, Tensor]) -> Arena:
@@ -109,7 +131,7 @@ class Arena:
         for name, tensor in named.items():
             if not isinstance(name, str) or not isinstance(tensor, Tensor):
                 raise ArgumentError(f"{name!r} is mapped to a {_type_name(tensor)}; map names (str) to tensors")
-        return cls(lambda: gather_tensors(named), None, None)
+        return cls(lambda: gather_tensors(named), None, {})
 
     @property
     def layout(self) -> Layout:
@@ -161,8 +183,8 @@ class Arena:
 
     @property
     def steps_by_torch(self) -> bool:
-        """Whether the optimizer is one of torch's own, whose step writes and is hooked."""
-        return self._optimizer is not None and type(self._optimizer).__module__.startswith("torch.optim.")
+        """Whether there are optimizers, and each is of a kind that writes in its hooked step only, as torch's own."""
+        return self.fenced and all(each.writes_in_step_only for each in self._optimizers.values())
 
     @property
     def memory(self) -> object:
@@ -175,7 +197,7 @@ class Arena:
     @property
     def fenced(self) -> bool:
         """Whether `optimizer.step()` waits until a save is staged."""
-        return self._optimizer is not None
+        return bool(self._optimizers)
 
     @property
     def unfenced(self) -> frozenset[str]:
@@ -187,8 +209,8 @@ class Arena:
 
     @property
     def makes_state_late(self) -> bool:
-        """Whether the optimizer makes its state in its first step, so that it is unknown before."""
-        return self._optimizer is not None and makes_state_late(self._optimizer)
+        """Whether an optimizer makes its state in its first step, so that it is unknown before."""
+        return any(map(is_late, self._optimizers.values()))
 
     @property
     def torn(self) -> bool:
@@ -255,19 +277,59 @@ class Arena:
         self.fence()
         self._take_in()
 
-    def options(self) -> dict[str, Any]:
-        """What the optimizer keeps besides tensors, as of the last `refresh()`; {} without an optimizer."""
-        return self._options.read()
+    def options(self) -> dict[str, dict[str, Any]]:
+        """What each optimizer keeps besides tensors, by its name, as of the last `refresh()`.
 
-    def check_options(self, options: Mapping[str, Any]) -> None:
+        Raises:
+            ArenaError: an optimizer has state that cannot be stored.
+        """
+        return {name: options.read() for name, options in self._options.items()}
+
+    def check_options(self, options: Mapping[str, Mapping[str, Any]]) -> None:
         """Refuse options that `restored()` could not put back.
 
         Raises:
-            MismatchError: they are of another optimizer; the message says how.
+            MismatchError: they are of other optimizers; the message says how.
         """
-        self._options.check(options)
+        check_names(options, self._options)
+        for name, each in self._options.items():
+            each.check(options[name])
 
-    def restored(self, options: Mapping[str, Any]) -> None:
+    def plan_state(
+        self, stored: Mapping[str, TensorSpec], aliases: Mapping[str, str], options: Mapping[str, Mapping[str, Any]]
+    ) -> StatePlan:
+        """The state that optimizers lack and only their own steps would make; see `late`.
+
+        Args:
+            stored: the segments of a checkpoint.
+            aliases: its aliases.
+            options: its options, which fit.
+
+        Raises:
+            MismatchError: an optimizer that lacks state is of another class.
+        """
+        owners = {
+            name: Owner(each.optimizer, self._inventory.owned[name], is_late(each))
+            for name, each in self._optimizers.items()
+        }
+        here = {name: entry.spec for name, entry in self._inventory.entries.items()}
+        return plan_state(owners, here, self.aliases, stored, aliases, options)
+
+    def make_state(self, plan: StatePlan) -> None:
+        """Give the optimizers planned state, whose content is undefined, and take it in.
+
+        Raises:
+            ArenaError: a tensor cannot be stored; nothing was changed.
+        """
+        live = {name: entry.tensors[0] for name, entry in self._inventory.entries.items() if entry.tensors}
+        undo = plan.apply(live)
+        try:
+            self.refresh()
+        except BaseException:
+            undo()
+            raise
+
+    def restored(self, options: Mapping[str, Mapping[str, Any]]) -> None:
         """Put back the result of `options()`, after all segments were filled from the same checkpoint.
 
         No version counter counts a restore.  So a backward whose forward ran before it computes with restored values,
@@ -275,18 +337,19 @@ class Arena:
         """
         self.check_options(options)
         self._mirrors.copy_out(self._inventory.entries)
-        self._options.put_back(options)
-        self._put_reserved(self._inventory.owned.reserved, options.get("absent", ()))
+        for name, each in self._options.items():
+            each.put_back(options[name])
+            self._put_reserved(name, self._inventory.owned[name].reserved, options[name]["absent"])
         self.refresh()
         self._torn = False
 
     def restored_part(self, names: Collection[str], absent: Collection[str]) -> None:
-        """Take in that these segments were filled; `absent` are those that the checkpoint's optimizer lacked.
+        """Take in that these segments were filled; `absent` are those that the checkpoint's optimizers lacked.
 
-        Hyperparameters and the plain state of the optimizer stay as they are.
+        Hyperparameters and the plain state of the optimizers stay as they are.
         """
         self._mirrors.copy_out(names)
-        if self._put_reserved(names, absent):
+        if any([self._put_reserved(name, names, absent) for name in self._options]):
             self.refresh()
 
     def __reduce__(self) -> NoReturn:
@@ -319,7 +382,10 @@ class Arena:
                 # The old buffer is freed when the last of its tensors has moved.
                 self._arrangement = _arrange(table, adopted, self._arrangement)
             self._inventory = inventory
-            self._options = Options(self._optimizer, inventory.owned, inventory.absent)
+            self._options = {
+                name: Options(self._optimizers[name], owned, inventory.absent(owned))
+                for name, owned in inventory.owned.items()
+            }
             self._bind()
             self._mirrors = Mirrors(
                 [
@@ -339,13 +405,14 @@ class Arena:
                 if segment.name not in self.unfenced
                 for tensor in inventory.entries[segment.name].tensors
             )
-            self._watch = TensorWatch(tensors, inventory.owned.params.values())
+            self._watch = TensorWatch(tensors, inventory.params.values())
 
     def _bind(self) -> None:
         """Copy the tensors that are not in an adopted arena's buffer into it, and make them views of it."""
         buffer = self._arrangement.buffer
         if buffer is None or self._model is None:
             return
+        self._guard(self._model)
         moves: list[tuple[Segment, tuple[Tensor, ...], Tensor | None]] = []
         for segment in self.segments:
             _, _, tensors, mirrored = self._inventory.entries[segment.name]
@@ -363,16 +430,37 @@ class Arena:
             view.copy_(tensors[0].detach() if content is None else content)
             for tensor in tensors:
                 _point(tensor, view)
-        self._fence.guard_loads(self._model)
+
+    def _guard(self, model: nn.Module) -> None:
+        """Hook the writers.  Called before a tensor moves, because it may fail."""
+        self._fence.guard_loads(model)
         params = {
             id(tensor): segment.name
             for segment in self.segments
             if segment.role == "model"
             for tensor in self._inventory.entries[segment.name].tensors
         }
-        self._fence.guard_params(params, self.unfenced, self._optimizer)
-        if self._optimizer is not None:
-            self._fence.guard_steps(self._optimizer, self._after_step)
+        self._fence.guard_params(params, self.unfenced, self._names)
+        for each in self._optimizers.values():
+            for stepper in each.steppers:
+                self._fence.guard_steps(stepper, self._after_step)
+
+    def _warn_of_untrained(self) -> None:
+        """Name the trainable parameters whose optimizer was not given."""
+        if not self._optimizers:
+            return
+        trained = self._inventory.trained
+        forgotten = [
+            name
+            for name, entry in self._inventory.entries.items()
+            if entry.spec.role == "model" and name not in trained and any(each.requires_grad for each in entry.tensors)
+        ]
+        if forgotten:
+            warn(
+                f"no optimizer of the arena trains {listed(forgotten)}: adopt every optimizer, "
+                "Arena.adopt(model, [first, second]), or the state of the others is in no checkpoint; "
+                "requires_grad_(False) says that a parameter is not trained"
+            )
 
     def _view(self, segment: Segment) -> Tensor:
         """A tensor over a segment of the buffer."""
@@ -388,16 +476,16 @@ class Arena:
         strides = self._arrangement.table.strides
         return TensorLocation(address, getattr(torch, segment.dtype), segment.shape, strides[segment.name])
 
-    def _put_reserved(self, names: Collection[str], absent: Collection[str]) -> bool:
+    def _put_reserved(self, name: str, names: Collection[str], absent: Collection[str]) -> bool:
         segments = {segment.name: segment for segment in self.segments}
-        return self._options.put_reserved(names, absent, lambda name: self._view(segments[name]))
+        return self._options[name].put_reserved(names, absent, lambda each: self._view(segments[each]))
 
-    def _after_step(self) -> None:
+    def _after_step(self, stepper: Any) -> None:
         """Move state that the step has made into its reserved segment at once.
 
-        Never raises, because it is called inside the caller's `optimizer.step()`; the next `refresh()` raises instead.
+        Never raises, because it is called inside the caller's `step()`; the next `refresh()` raises instead.
         """
-        if self._options.absent:
+        if self._options[self._names[id(stepper)]].has_made_awaited:
             with contextlib.suppress(ArenaError):
                 self.refresh()
 
@@ -495,6 +583,10 @@ def _point(tensor: Tensor, view: Tensor) -> None:
     was not written to, so a backward that needs it goes on.
     """
     tensor.data = view
+
+
+def _params_without_state(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p not in optimizer.state]
 
 
 def check_arena(arena: object) -> None:

@@ -2,8 +2,9 @@
 
 Theory of operation.  A save leaves a `wait` with `hold()`.  `wait_staged()` calls all of them.  Hooks of torch call
 those that hold writers back before `optimizer.step()` and before `load_state_dict()` of any module.  In the arena's own
-optimizer the hook runs before the optimizer's other hooks, but after torch's global ones.  One global hook does the
-same for every other optimizer that has a parameter of the arena, and notes which.
+optimizers the hook runs before the optimizer's other hooks, but after torch's global ones.  A step that calls no hooks
+is wrapped (`steps`).  One global hook does the same for every other optimizer that has a parameter of the arena, and
+notes which.
 
 A save under a guard that lets writers wait by themselves (`io.guard`, ``cow``) holds nobody back.
 
@@ -18,12 +19,14 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Mapping, MutableMapping
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
+
+from engine.state.steps import WrappedStep, calls_hooks
 
 Wait = Callable[[float | None], bool]
 
@@ -32,17 +35,23 @@ class Fence:
     """The saves that read an arena, and the hooks of its writers.
 
     Attributes:
-        foreign: the parameters that another optimizer than the arena's has stepped.
+        foreign: the parameters that another optimizer than the arena's own has stepped.
     """
 
     def __init__(self) -> None:
         self._held: deque[tuple[Wait, bool]] = deque()
         self._params: Mapping[int, str] = {}
         self._unfenced: Collection[str] = ()
-        self._own: Optimizer | None = None
+        self._own: Collection[int] = ()
         self.foreign: set[str] = set()
         self._hooks: _Hooks = weakref.WeakKeyDictionary()
-        weakref.finalize(self, _unhook, self._hooks).atexit = False
+        self._unhook = weakref.finalize(self, _unhook, self._hooks)
+        self._unhook.atexit = False
+
+    def release(self) -> None:
+        """Remove all hooks."""
+        self._unhook()
+        self._params = {}
 
     def hold(self, wait: Wait, holds_writers: bool) -> None:
         """Let the next `wait_staged()` wait for a save.
@@ -74,13 +83,13 @@ class Fence:
                 load = module.register_load_state_dict_pre_hook(_Hook(self.hold_writer))
                 self._hooks[module] = (load,)
 
-    def guard_params(self, params: Mapping[int, str], unfenced: Collection[str], own: Optimizer | None) -> None:
+    def guard_params(self, params: Mapping[int, str], unfenced: Collection[str], own: Collection[int]) -> None:
         """Hold back every optimizer that steps one of these parameters.
 
         Args:
             params: the names of the arena's parameters, by id().
             unfenced: those of them that are staged before `checkpoint()` returns, so that no step need wait for them.
-            own: the arena's optimizer, which `guard_steps` hooks.
+            own: id() of the arena's optimizers and their wrappers, which `guard_steps` hooks.
         """
         self._params, self._unfenced, self._own = params, unfenced, own
         _fences.add(self)
@@ -88,7 +97,7 @@ class Fence:
 
     def before_step_of(self, optimizer: Optimizer) -> None:
         """Called before any optimizer's step."""
-        if optimizer is self._own or not self._params:
+        if id(optimizer) in self._own or not self._params:
             return
         shared = [
             self._params[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in self._params
@@ -97,21 +106,26 @@ class Fence:
             self.hold_writer()
         self.foreign.update(shared)
 
-    def guard_steps(self, optimizer: Optimizer, after_step: Callable[[], None]) -> None:
-        """Hook an optimizer, once.
+    def guard_steps(self, stepper: Any, after_step: Callable[[Any], None]) -> None:
+        """Hook the step of an optimizer, or of a wrapper of one, once; again if it has another step since.
 
         Args:
-            optimizer: its steps wait.
-            after_step: a method, held weakly, that is called after every step.
+            stepper: its steps wait.
+            after_step: a method, held weakly, that is called with the stepper after every step.
         """
-        if optimizer in self._hooks:
+        handles = self._hooks.get(stepper, ())
+        if any(isinstance(handle, WrappedStep) and handle.is_first(stepper) for handle in handles):
             return
-        before = optimizer.register_step_pre_hook(_Hook(self.hold_writer))
-        after = optimizer.register_step_post_hook(_Hook(after_step))
-        self._hooks[optimizer] = (before, after)
-        hooks = optimizer._optimizer_step_pre_hooks
-        if isinstance(hooks, OrderedDict):  # as torch makes it; another hook may write, so ours goes first
-            hooks.move_to_end(before.id, last=False)
+        if not calls_hooks(stepper):
+            wrapped = WrappedStep(stepper, _Hook(self.hold_writer), _StepHook(after_step))
+            self._hooks[stepper] = (*handles, wrapped)
+        elif not handles:
+            before = stepper.register_step_pre_hook(_Hook(self.hold_writer))
+            after = stepper.register_step_post_hook(_StepHook(after_step))
+            self._hooks[stepper] = (before, after)
+            hooks = stepper._optimizer_step_pre_hooks
+            if isinstance(hooks, OrderedDict):  # as torch makes it; another hook may write, so ours goes first
+                hooks.move_to_end(before.id, last=False)
 
 
 _fences: weakref.WeakSet[Fence] = weakref.WeakSet()
@@ -137,7 +151,7 @@ class _Hook:
 
     __slots__ = ("_method",)
 
-    def __init__(self, method: Callable[[], None] | None = None) -> None:
+    def __init__(self, method: Callable[..., None] | None = None) -> None:
         self._method = None if method is None else weakref.WeakMethod(method)
 
     def __call__(self, *_: object) -> None:
@@ -146,11 +160,26 @@ class _Hook:
             method()
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
-        return _Hook, ()
+        return type(self), ()
+
+
+class _StepHook(_Hook):
+    """The same, for a method that takes what has stepped."""
+
+    __slots__ = ()
+
+    def __call__(self, stepper: Any, *_: object) -> None:  # type: ignore[override]
+        method = None if self._method is None else self._method()
+        if method is not None:
+            method(stepper)
+
+
+class _Handle(Protocol):
+    def remove(self) -> None: ...
 
 
 # The hooked objects, and the handles that remove the hooks.  Weak, because modules come and go.
-_Hooks = MutableMapping[nn.Module | Optimizer, tuple[RemovableHandle, ...]]
+_Hooks = MutableMapping[Any, tuple["_Handle", ...]]
 
 
 def _unhook(hooks: _Hooks) -> None:

@@ -7,6 +7,7 @@ another walk is needed only after one of them has changed.
     nn.Module      parameters and persistent buffers, under the names that `modules` gives them
     Optimizer      state[param][key] as `optimizer.<param name>.<key>`; a parameter that the model does not own is
                    stored itself, as `optimizer.params.<group>.<index>`
+    several        `optimizer.<name>.` in place of `optimizer.`; a name has no dot
 
 Not stored are non-persistent buffers, which their module recomputes, and `get_extra_state()`, which is no tensor and
 belongs in `extra`.  State that the optimizer has not made yet is made or reserved as `optimizers` says.
@@ -17,7 +18,7 @@ Rules: a refusal names the tensor and leaves everything as it was.  No tensor is
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from operator import attrgetter, itemgetter
+from operator import attrgetter, itemgetter, methodcaller
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from torch.optim import SGD, Optimizer
 
 from engine.errors import ArenaError
 from engine.format.layout import DTYPES, TensorSpec, lay_out
+from engine.state.adopted import Adopted, optimizers_in
 from engine.state.memory import SOURCE_DIMS_MAX, location_of, merge_dims
 from engine.state.modules import Names, Rename, resizes_buffers, walk_modules
 from engine.state.optimizers import MOMENTUM, Owned, create_state, has_momentum, reserves_momentum
@@ -36,6 +38,11 @@ from engine.state.watch import ContainerWatch
 _MODULE_MEMBERS = tuple(map(attrgetter, ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")))
 _OPTIMIZER_MEMBERS = tuple(map(attrgetter, ("state", "param_groups")))
 _group_params = itemgetter("params")
+_own_step = methodcaller("get", "step")  # of the optimizer's __dict__: a scheduler or a user has put it there
+
+# Each file is opened, synced and verified by itself.  More optimizers than this (one for each parameter, stepped in
+# backward) share one file.
+OPTIMIZER_FILES_MAX = 8
 
 
 class Found(NamedTuple):
@@ -49,6 +56,7 @@ class Found(NamedTuple):
     layer: str
     tensor: Tensor | None
     like: Tensor
+    optimizer: str = ""
     mirrored: bool = False
 
 
@@ -67,31 +75,35 @@ class Inventory(NamedTuple):
     Attributes:
         entries: stored name to entry, in the order of the walk.
         aliases: other names of the same memory, alias to stored name.
-        owned: the names of what the optimizer owns.
+        owned: the names of what each optimizer owns, by its name.
         watch: tells whether another walk would find the same objects.
     """
 
     entries: Mapping[str, Entry]
     aliases: Mapping[str, str]
-    owned: Owned
+    owned: Mapping[str, Owned]
     watch: ContainerWatch
 
+    def absent(self, owned: Owned) -> list[str]:
+        """The reserved names that an optimizer has not made yet."""
+        return [name for name in owned.reserved if not self.entries[name].tensors]
+
     @property
-    def absent(self) -> list[str]:
-        """The reserved names that the optimizer has not made yet."""
-        return [name for name in self.owned.reserved if not self.entries[name].tensors]
+    def params(self) -> dict[str, Tensor]:
+        """The parameters of all optimizers, by name."""
+        return {name: param for owned in self.owned.values() for name, param in owned.params.items()}
 
     @property
     def trained(self) -> set[str]:
-        """The stored names that the optimizer's step writes, besides its own state.
+        """The stored names that the steps of optimizers write, besides their own state.
 
-        A frozen parameter changes in no step, even if the optimizer has it.
+        A frozen parameter changes in no step, even if an optimizer has it.
         """
-        return {self.aliases.get(name, name) for name, param in self.owned.params.items() if param.requires_grad}
+        return {self.aliases.get(name, name) for name, param in self.params.items() if param.requires_grad}
 
 
-def gather(model: nn.Module, optimizer: Optimizer | None, rename: Rename | None = None) -> Inventory:
-    """The inventory of a model and its optimizer, whose missing state is made first.
+def gather(model: nn.Module, optimizers: Mapping[str, Adopted], rename: Rename | None = None) -> Inventory:
+    """The inventory of a model and its optimizers, whose missing state is made first.
 
     Args:
         rename: maps the names of the model's tensors.
@@ -99,18 +111,17 @@ def gather(model: nn.Module, optimizer: Optimizer | None, rename: Rename | None 
     Raises:
         ArenaError: a tensor cannot be stored; nothing was changed.
     """
-    inventory = _walk(model, optimizer, rename)  # refuses existing tensors before anything is created
-    if optimizer is None:
-        return inventory
-    created: list[Tensor] = []
+    inventory = _walk(model, optimizers, rename)  # refuses existing tensors before anything is created
+    created: list[tuple[Optimizer, Tensor]] = []
     try:
-        create_state(optimizer, created)
+        for optimizer in optimizers_in(optimizers):
+            create_state(optimizer, created)
         if created:
-            inventory = _walk(model, optimizer, rename)
+            inventory = _walk(model, optimizers, rename)
             # Names that no file can hold must be refused here as well, while what was created can be taken away.
             lay_out([entry.spec for entry in inventory.entries.values()], inventory.aliases)
     except BaseException:
-        for param in created:
+        for optimizer, param in created:
             optimizer.state.pop(param, None)
         raise
     return inventory
@@ -125,19 +136,24 @@ def gather_tensors(tensors: Mapping[str, Tensor]) -> Inventory:
     found = []
     for name, tensor in tensors.items():
         found.append(Found(name, "model", name.rpartition(".")[0], tensor, tensor))
-    return _join(found, ContainerWatch(), Owned())
+    return _join(found, ContainerWatch(), {})
 
 
-def _walk(model: nn.Module, optimizer: Optimizer | None, rename: Rename | None) -> Inventory:
+def _walk(model: nn.Module, optimizers: Mapping[str, Adopted], rename: Rename | None) -> Inventory:
     watch = ContainerWatch()
     found = list(_find_model(model, watch, Names(rename)))
-    if optimizer is None:
-        return _join(found, watch, Owned())
     names: dict[int, tuple[str, str]] = {}
     for item in found:
         names.setdefault(id(item.tensor), (item.name, item.layer))
-    owned = Owned()
-    found += _find_optimizer(optimizer, names, watch, owned)
+    owned: dict[str, Owned] = {}
+    for name, adopted in optimizers.items():
+        adopted.added()  # refuses state that the walk would not find
+        owned[name] = Owned()
+        file = name if len(optimizers) <= OPTIMIZER_FILES_MAX else ""
+        items = _find_optimizer(name, adopted.optimizer, names, watch, owned[name])
+        found += [item._replace(optimizer=file) for item in items]
+        for wrapper in adopted.wrappers:
+            watch.mapping(wrapper.state)
     return _join(found, watch, owned)
 
 
@@ -159,12 +175,14 @@ def _find_model(model: nn.Module, watch: ContainerWatch, names: Names) -> Iterat
         for key, buffer in module._buffers.items():
             if buffer is not None and key not in hidden:
                 name = names.take(prefix + key)
-                yield Found(name, "buffer", name.rpartition(".")[0], buffer, buffer, resizes)
+                yield Found(name, "buffer", name.rpartition(".")[0], buffer, buffer, mirrored=resizes)
 
 
 def _find_optimizer(
-    optimizer: Optimizer, names: Mapping[int, tuple[str, str]], watch: ContainerWatch, owned: Owned
+    own_name: str, optimizer: Optimizer, names: Mapping[int, tuple[str, str]], watch: ContainerWatch, owned: Owned
 ) -> Iterator[Found]:
+    stem = f"optimizer.{own_name}" if own_name else "optimizer"
+    watch.member(_own_step, vars(optimizer))
     for member in _OPTIMIZER_MEMBERS:
         watch.member(member, optimizer)
     watch.sequence(optimizer.param_groups)
@@ -176,12 +194,13 @@ def _find_optimizer(
             watch.member(has_momentum, group)
         owned.groups.append([])
         for index, param in enumerate(group["params"]):
-            name, layer = names.get(id(param), (f"optimizer.params.{group_index}.{index}", ""))
+            name, layer = names.get(id(param), (f"{stem}.params.{group_index}.{index}", ""))
             if id(param) not in names:
                 yield Found(name, "optimizer", layer, param, param)
             owned.params[name] = param
             owned.groups[-1].append(name)
-            prefix = f"optimizer.{name}" if id(param) in names else name
+            prefix = f"{stem}.{name}" if id(param) in names else name
+            owned.prefixes[prefix] = param
             if reserves_momentum(optimizer, group, param):
                 owned.reserved[f"{prefix}.{MOMENTUM}"] = (param, MOMENTUM)
             yield from _find_state(optimizer, param, prefix, layer, watch, owned)
@@ -227,7 +246,7 @@ def _check_state_owners(optimizer: Optimizer, names: Mapping[int, tuple[str, str
             )
 
 
-def _join(found: Iterable[Found], watch: ContainerWatch, owned: Owned) -> Inventory:
+def _join(found: Iterable[Found], watch: ContainerWatch, owned: Mapping[str, Owned]) -> Inventory:
     """Join the names that share one memory, and refuse the tensors that cannot be stored."""
     entries: dict[str, Entry] = {}
     aliases: dict[str, str] = {}
@@ -240,7 +259,8 @@ def _join(found: Iterable[Found], watch: ContainerWatch, owned: Owned) -> Invent
         name = stored.setdefault(_memory(item), item.name)
         if name == item.name:
             tensors = () if item.tensor is None else (item.tensor,)
-            spec = TensorSpec(name, _dtype_name(item.like), tuple(item.like.shape), item.role, item.layer)
+            shape = tuple(item.like.shape)
+            spec = TensorSpec(name, _dtype_name(item.like), shape, item.role, item.layer, item.optimizer)
             entries[name] = Entry(spec, item.like, tensors, item.mirrored)
             continue
         aliases[item.name] = name

@@ -7,10 +7,10 @@ Theory of operation.  An arena has one layout, so the state of an optimizer shou
 * SGD's first step makes momentum a copy of the gradient, so momentum cannot exist earlier.  Its segment is reserved
   under its name, and the name is absent until the step has made the tensor.
 * LBFGS, SparseAdam and optimizers that are not torch's make state in the middle of a step (`makes_state_late`).  The
-  first walk after that step finds it.
+  first walk after that step finds it.  A restore makes it from the checkpoint: see `late`.
 
-Everything else that an optimizer keeps is in `Options`: hyperparameters of its groups, state that is no tensor, and the
-absent names.
+Everything else that an optimizer keeps is in `Options`: hyperparameters of its groups, state that is no tensor, the
+absent names, and the keys that its `state_dict()` adds.
 
 Rules: tensors are created but never moved here.  Called by `inventory` and `arena`.
 """
@@ -27,7 +27,9 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from engine.errors import MismatchError
+from engine.format.manifest import listed
 from engine.format.values import Names
+from engine.state.adopted import Adopted
 
 # The state that SGD makes of a gradient.
 MOMENTUM = "momentum_buffer"
@@ -41,11 +43,13 @@ class Owned:
         params: name to parameter, in the order of the groups.
         groups: the names of the parameters of each group.
         reserved: name of a state tensor that may not exist yet, to its parameter and the key of that state.
+        prefixes: the name of a parameter's state without its key, to the parameter.
     """
 
     params: dict[str, Tensor] = field(default_factory=dict)
     groups: list[list[str]] = field(default_factory=list)
     reserved: dict[str, tuple[Tensor, str]] = field(default_factory=dict)
+    prefixes: dict[str, Tensor] = field(default_factory=dict)
 
 
 def makes_state_late(optimizer: Optimizer) -> bool:
@@ -58,8 +62,13 @@ def makes_state_late(optimizer: Optimizer) -> bool:
     return not all(getattr(method, "__module__", "").startswith("torch.optim.") for method in methods)
 
 
+def is_late(adopted: Adopted) -> bool:
+    """Whether a step may make state that `create_state` does not: that of the optimizer, or of a wrapper."""
+    return bool(adopted.wrappers) or makes_state_late(adopted.optimizer)
+
+
 @torch.no_grad()
-def create_state(optimizer: Optimizer, created: list[Tensor]) -> None:
+def create_state(optimizer: Optimizer, created: list[tuple[Optimizer, Tensor]]) -> None:
     """Make the state that the first step would make, and append the parameters that have got it to `created`.
 
     `_init_group` makes state for every parameter that has a gradient, and reads only the shape and dtype of the
@@ -73,7 +82,7 @@ def create_state(optimizer: Optimizer, created: list[Tensor]) -> None:
         for param in group["params"]:
             if not param.requires_grad or optimizer.state.get(param):
                 continue
-            created.append(param)
+            created.append((optimizer, param))
             grad = param.grad
             try:
                 param.grad = torch.zeros_like(param, memory_format=torch.preserve_format)
@@ -98,36 +107,43 @@ class Options:
     """What an optimizer keeps besides tensors.  Made once for each inventory, because every save reads it.
 
     Args:
-        optimizer: None for an arena without one, which has no options.
+        adopted: the optimizer.
         owned: the names of what it owns.
         absent: those of `owned.reserved` that it has not made yet.
     """
 
-    def __init__(self, optimizer: Optimizer | None, owned: Owned, absent: Collection[str]) -> None:
+    def __init__(self, adopted: Adopted, owned: Owned, absent: Collection[str]) -> None:
         self.absent = tuple(absent)
-        self._optimizer = optimizer
+        self._adopted = adopted
+        self._optimizer = adopted.optimizer
         self._owned = owned
-        awaited = {(id(param), key) for param, key in map(owned.reserved.__getitem__, absent)}
+        self._awaited = [owned.reserved[name] for name in absent]
+        awaited = {(id(param), key) for param, key in self._awaited}
         # The parameters that have state which is no tensor: name, state, and the keys of that part.
         self._plain: list[tuple[str, Mapping[Any, Any], list[Any]]] = []
         for name, param in owned.params.items():
-            state = {} if optimizer is None else optimizer.state.get(param, {})
+            state = self._optimizer.state.get(param, {})
             keys = [k for k, v in state.items() if not isinstance(v, Tensor) and (id(param), k) not in awaited]
             if keys:
                 self._plain.append((name, state, keys))
 
     def read(self) -> dict[str, Any]:
-        """The options as they are now; {} without an optimizer."""
-        if self._optimizer is None:
-            return {}
-        return {
+        """The options as they are now.
+
+        Raises:
+            ArenaError: the optimizer has state that cannot be stored.
+        """
+        options = {
             "param_groups": [
                 _hyperparameters(group) | {"params": Names(names)}
                 for group, names in zip(self._optimizer.param_groups, self._owned.groups, strict=True)
             ],
             "state": {name: {key: state[key] for key in keys} for name, state, keys in self._plain},
             "absent": Names(self.absent),
+            "class": type(self._optimizer).__qualname__,
         }
+        added = self._adopted.added()
+        return options | {"added": added} if added else options
 
     def check(self, options: Mapping[str, Any]) -> None:
         """Refuse options that `put_back` could not put back.
@@ -135,44 +151,73 @@ class Options:
         Raises:
             MismatchError: they are of another optimizer; the message says how.
         """
-        if self._optimizer is None and not options:
-            return
-        if self._optimizer is None or not options:
-            has, lacks = ("checkpoint", "arena") if options else ("arena", "checkpoint")
-            adopt = "make it with Arena.adopt(model, optimizer), or " if lacks == "arena" else ""
-            raise MismatchError(
-                f"the {has} has an optimizer and the {lacks} has none; {adopt}restore the model alone: "
-                "restore(arena, select=[s.name for s in arena.segments if s.role != 'optimizer'])"
-            )
+        label = self._adopted.label.removeprefix("the ")
         saved_count, count = len(options["param_groups"]), len(self._optimizer.param_groups)
         if saved_count != count:
             raise MismatchError(
-                f"the checkpoint's optimizer has {saved_count} parameter groups and the arena's has {count}; "
+                f"the checkpoint's {label} has {saved_count} parameter groups and the arena's has {count}; "
                 "give the optimizer the same groups"
             )
         for index, names in enumerate(self._owned.groups):
             saved_names = options["param_groups"][index].get("params")
             if saved_names != names:
                 raise MismatchError(
-                    f"parameter group {index} of the checkpoint's optimizer has {saved_names}, and that of the "
+                    f"parameter group {index} of the checkpoint's {label} has {saved_names}, and that of the "
                     f"arena's has {names}; give the optimizer the same groups in the same order"
                 )
         unknown = sorted(set(options["state"]) - set(self._owned.params))
         unknown += sorted(set(options["absent"]) - set(self._owned.reserved))
         if unknown:
             raise MismatchError(
-                f"the checkpoint has optimizer state that the arena's optimizer cannot take: {', '.join(unknown)}; "
+                f"the checkpoint has state that the arena's {label} cannot take: {', '.join(unknown)}; "
                 "use the optimizer and the trainable parameters of the run that was saved"
             )
 
     def put_back(self, options: Mapping[str, Any]) -> None:
-        """Give the optimizer the hyperparameters and the plain state of checked options."""
-        if self._optimizer is None:
-            return
+        """Give the optimizer the hyperparameters, the plain state and the added keys of checked options.
+
+        Raises:
+            MismatchError: its `load_state_dict()` refuses the added keys.
+        """
         for group, saved in zip(self._optimizer.param_groups, options["param_groups"], strict=True):
             _put_hyperparameters(group, _hyperparameters(saved))
         for name, param in self._owned.params.items():
             _put_plain_state(self._optimizer.state, param, options["state"].get(name, {}))
+        if options.get("added"):
+            self._put_added(options["added"])
+
+    def _put_added(self, added: Mapping[str, Any]) -> None:
+        """Have `load_state_dict()` of the optimizer take the added keys, and no tensor.
+
+        Torch's `load_state_dict()` copies groups and casts state, so the live objects are put back afterwards.
+        """
+        optimizer, face = self._optimizer, self._adopted.face
+        attributes = [
+            (vars(each), name, vars(each)[name])
+            for each in {id(each): each for each in (face, *self._adopted.steppers)}.values()
+            for name in ("state", "param_groups")
+            if name in vars(each)
+        ]
+        held = [(live, dict(live)) for live in (*optimizer.state.values(), *optimizer.param_groups)]
+        try:
+            face.load_state_dict({**face.state_dict(), **added})
+        except Exception as error:
+            raise MismatchError(
+                f"load_state_dict() of {self._adopted.label} refuses what its state_dict() gave: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        finally:
+            for attributes_of_one, name, value in attributes:
+                attributes_of_one[name] = value
+            for live, content in held:
+                live.clear()
+                live.update(content)
+
+    @property
+    def has_made_awaited(self) -> bool:
+        """Whether the optimizer has made state that was absent."""
+        states = self._optimizer.state
+        return any(states[param].get(key) is not None for param, key in self._awaited if param in states)
 
     def put_reserved(self, names: Collection[str], absent: Collection[str], view: Callable[[str], Tensor]) -> bool:
         """Give the optimizer the reserved state among `names`, except for `absent`, of which it loses what it has.
@@ -188,7 +233,6 @@ class Options:
         concerned = [name for name in self._owned.reserved if name in names]
         for name in concerned:
             param, key = self._owned.reserved[name]
-            assert self._optimizer is not None
             state = self._optimizer.state[param]
             if name in absent:
                 state.pop(key, None)
@@ -196,6 +240,31 @@ class Options:
                 with torch.inference_mode(False):  # or training could not write to it
                     state[key] = view(name)
         return bool(concerned)
+
+
+def check_names(saved: Collection[str], here: Collection[str]) -> None:
+    """Refuse a checkpoint of optimizers of other names.
+
+    Raises:
+        MismatchError: naming both.
+    """
+    if set(saved) == set(here):
+        return
+    if saved and here:
+        raise MismatchError(
+            f"the checkpoint has {_optimizer_names(saved)} and the arena has {_optimizer_names(here)}; adopt the "
+            "optimizers that were saved, under their names: Arena.adopt(model, {name: optimizer, ...}) or a list"
+        )
+    has, lacks = ("checkpoint", "arena") if saved else ("arena", "checkpoint")
+    adopt = "make it with Arena.adopt(model, optimizer), or " if lacks == "arena" else ""
+    raise MismatchError(
+        f"the {has} has an optimizer and the {lacks} has none; {adopt}restore the model alone: "
+        "restore(arena, select=[s.name for s in arena.segments if s.role != 'optimizer'])"
+    )
+
+
+def _optimizer_names(names: Collection[str]) -> str:
+    return f"the optimizers {listed(sorted(names), 'optimizers')}" if any(names) else "one optimizer without a name"
 
 
 def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:

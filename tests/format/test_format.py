@@ -335,7 +335,8 @@ def test_every_rule_holds_for_a_training(tmp_path: Path, block_bytes: int, chunk
     assert reader.body["aliases"] == {"head.weight": "embed.weight"}
     assert list(reader.body["optimizers"]) == [""]
     options = decode(reader.body["optimizers"][""])
-    assert set(options) == {"param_groups", "state", "absent"} and options["param_groups"][0]["lr"] == 0.25
+    assert set(options) == {"param_groups", "state", "absent", "class"} and options["class"] == "AdamW"
+    assert options["param_groups"][0]["lr"] == 0.25
     assert options["param_groups"][0]["params"] == [name for name, _ in model.named_parameters()]
     assert options["absent"] == []
 

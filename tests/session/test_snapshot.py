@@ -162,6 +162,7 @@ def by_forward_though_owned(model: nn.Sequential, trained: list[nn.Parameter]) -
     return by_forward(model, trained)
 
 
+@pytest.mark.filterwarnings("ignore:no optimizer of the arena trains")
 @pytest.mark.parametrize("late", [False, True], ids=["from the start", "later"])
 @pytest.mark.parametrize("make_writer", [by_another_optimizer, by_forward, by_forward_though_owned])
 def test_parameters_that_the_step_does_not_train_are_staged_before_the_call_returns(

@@ -196,7 +196,7 @@ def test_lbfgs_keeps_its_lists_in_options() -> None:
     lbfgs_steps(model, optimizers[1], arena.refresh)
     assert {n: bits(p) for n, p in model.named_parameters()} == {n: bits(p) for n, p in plain.named_parameters()}
     assert_holds(arena)
-    state = arena.options()["state"]["0.weight"]
+    state = arena.options()[""]["state"]["0.weight"]
     assert state["n_iter"] == optimizers[0].state[plain[0].weight]["n_iter"] > 3
     assert all(isinstance(tensor, Tensor) for tensor in state["old_dirs"])
 
@@ -231,6 +231,7 @@ def test_tensors_copy_and_pickle_as_before(tmp_path: Path) -> None:
     assert_holds(arena)
 
 
+@pytest.mark.filterwarnings("ignore:no optimizer of the arena trains")
 def test_each_tensor_has_its_own_storage_and_version() -> None:
     model, optimizer = build("channels_last", "adam")
     model.empty = nn.Parameter(torch.zeros(3, 0))
@@ -288,7 +289,8 @@ def test_an_optimizer_of_named_parameters(optimizer_name: str) -> None:
     train(model, optimizer, "mlp", 1)
     saved = save(arena)
     names = [name for name, _ in model.named_parameters()]
-    assert saved[1]["param_groups"][0]["params"] == names and "param_names" not in saved[1]["param_groups"][0]
+    group = saved[1][""]["param_groups"][0]
+    assert group["params"] == names and "param_names" not in group
     optimizer.param_groups[0]["param_names"] = [f"mine.{name}" for name in names]
     restore(arena, saved)
     assert optimizer.param_groups[0]["param_names"] == [f"mine.{name}" for name in names], "it is the live one's"

@@ -98,6 +98,7 @@ def test_hooks_are_removed_with_their_arena() -> None:
     assert not model._load_state_dict_pre_hooks and not optimizer._optimizer_step_pre_hooks
 
 
+@pytest.mark.filterwarnings("ignore:no optimizer of the arena trains")
 def test_untrained_segments_are_unfenced() -> None:
     model = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("ours", "theirs", "frozen")})
     model["norm"] = nn.BatchNorm1d(2)
@@ -121,6 +122,7 @@ def test_untrained_segments_are_unfenced() -> None:
     assert arena.unfenced == buffers
 
 
+@pytest.mark.filterwarnings("ignore:no optimizer of the arena trains")
 @pytest.mark.parametrize("elements", [1, 1023, 1024, 1025, 4096])
 @pytest.mark.parametrize("chunk_bytes", [ALIGNMENT, 3 * ALIGNMENT])
 def test_only_blocks_with_unfenced_segments_are_staged_first(elements: int, chunk_bytes: int) -> None:

@@ -87,7 +87,11 @@ WRAP: Callable[..., Arena] = Arena.wrap
     [
         (lambda: ADOPT("model"), r"model is a builtins\.str"),
         (lambda: Arena.adopt(mlp().state_dict()), r"model is a collections\.OrderedDict"),
-        (lambda: ADOPT(mlp(), [torch.optim.SGD(mlp().parameters())]), r"optimizer is a builtins\.list"),
+        (lambda: ADOPT(mlp(), []), r"optimizer is an empty builtins\.list"),
+        (lambda: ADOPT(mlp(), [torch.optim.SGD(mlp().parameters()), 3]), r"optimizer '1' is a builtins\.int"),
+        (lambda: ADOPT(mlp(), {"Adam": 3}), r"cannot be called 'Adam'.*use 1 to 64 of a to z"),
+        (lambda: ADOPT(mlp(), {"": 3}), r"cannot be called ''"),
+        (lambda: ADOPT(mlp(), {torch.zeros(1): 3}), r"cannot be called a torch\.Tensor.*or give a list"),
         (lambda: Arena.adopt(mlp(), mlp()), r"optimizer is a torch\.nn\.modules\.container\.Sequential"),
         (lambda: WRAP([torch.zeros(1)]), r"tensors is a builtins\.list"),
         (lambda: WRAP({7: torch.zeros(1)}), r"7 is mapped to a torch\.Tensor"),

@@ -117,7 +117,7 @@ def test_renamed_tensors_give_their_names_to_state_and_layer() -> None:
     assert arena.aliases == {"backbone.head.weight": "backbone.embed.weight"}
     moment = segments["optimizer.backbone.blocks.1.linear1.weight.exp_avg"]
     assert moment.layer == segments["backbone.blocks.1.linear1.weight"].layer == "backbone.blocks.1.linear1"
-    assert "backbone.embed.weight" in arena.options()["param_groups"][0]["params"]
+    assert "backbone.embed.weight" in arena.options()[""]["param_groups"][0]["params"]
     train(model, optimizer, "transformer", 2)
     train(*plain, "transformer", 2)
     assert everything(model, optimizer) == everything(*plain)

@@ -57,16 +57,16 @@ def test_momentum_is_absent_until_made() -> None:
     model, optimizer = build("mlp", "sgd-momentum")
     arena = Arena.adopt(model, optimizer)
     absent = [f"optimizer.{name}.momentum_buffer" for name, _ in model.named_parameters()]
-    assert arena.options()["absent"] == absent
+    assert arena.options()[""]["absent"] == absent
     assert len(optimizer.state) == 0
     assert all(not arena.state_dict()[name].any() for name in absent), "reserved segments read as zeros"
     layout = arena.layout
     train(model, optimizer, "mlp", 1)
-    assert arena.options()["absent"] == []
+    assert arena.options()[""]["absent"] == []
     assert all(any(read(arena, name)) for name in absent)
     optimizer.state.clear()
     arena.refresh()
-    assert arena.options()["absent"] == absent
+    assert arena.options()[""]["absent"] == absent
     assert all(not any(read(arena, name)) for name in absent), "a deleted tensor leaves zeros"
     assert arena.layout is layout
 
@@ -88,19 +88,19 @@ def test_freezing_and_unfreezing_are_noticed() -> None:
     name = "optimizer.2.bias.momentum_buffer"
     model[2].bias.requires_grad_(False)
     arena.refresh()
-    assert name not in arena.options()["absent"] and name not in arena.state_dict()
+    assert name not in arena.options()[""]["absent"] and name not in arena.state_dict()
     model[2].bias.requires_grad_(True)
     arena.refresh()
-    assert name in arena.options()["absent"] and name in arena.state_dict()
+    assert name in arena.options()[""]["absent"] and name in arena.state_dict()
 
 
 def test_momentum_switched_on_is_noticed_and_its_schedule_causes_no_walk(monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer = build("mlp", "sgd")
     arena = Arena.adopt(model, optimizer)
-    assert arena.options()["absent"] == []
+    assert arena.options()[""]["absent"] == []
     optimizer.param_groups[0]["momentum"] = 0.9
     arena.refresh()
-    assert len(arena.options()["absent"]) == 4
+    assert len(arena.options()[""]["absent"]) == 4
     gathers = count_calls(monkeypatch, "gather")
     optimizer.param_groups[0]["momentum"] = 0.8
     arena.refresh()
@@ -123,7 +123,7 @@ def test_restoring_a_part_creates_and_deletes_momentum() -> None:
     everywhere = [f"optimizer.{name}.momentum_buffer" for name, _ in model.named_parameters()]
     arena.restored_part(names, absent=everywhere)
     assert [p for p in model.parameters() if "momentum_buffer" in optimizer.state[p]] == [model[0].bias, last]
-    assert set(arena.options()["absent"]) == names and optimizer.param_groups[0]["lr"] == 0.5
+    assert set(arena.options()[""]["absent"]) == names and optimizer.param_groups[0]["lr"] == 0.5
     assert_holds(arena)
 
 
@@ -173,13 +173,13 @@ def test_momentum_of_an_unused_parameter_stays_absent() -> None:
     layout = arena.layout
     train(model, optimizer, "mlp", 2)
     saved = save(arena)
-    assert saved[1]["absent"] == ["optimizer.params.1.0.momentum_buffer"] and arena.layout is layout
+    assert saved[1][""]["absent"] == ["optimizer.params.1.0.momentum_buffer"] and arena.layout is layout
     assert_inside(arena, optimizer.state[model[0].weight]["momentum_buffer"])
     unused.grad = torch.ones(3)
     optimizer.step()
-    assert arena.options()["absent"] == []
+    assert arena.options()[""]["absent"] == []
     restore(arena, saved)
-    assert arena.options()["absent"] == saved[1]["absent"]
+    assert arena.options()[""]["absent"] == saved[1][""]["absent"]
     assert "momentum_buffer" not in optimizer.state[unused]
 
 
@@ -238,7 +238,7 @@ def test_plain_state_is_restored() -> None:
     optimizer.state[param] = {"count": 3, "note": "x"}
     arena = Arena.adopt(model, optimizer)
     saved = save(arena)
-    assert saved[1]["state"] == {"0.bias": {"count": 3, "note": "x"}}
+    assert saved[1][""]["state"] == {"0.bias": {"count": 3, "note": "x"}}
     optimizer.state[param] = {"count": 4, "later": True}
     restore(arena, saved)
     assert optimizer.state[param] == {"count": 3, "note": "x"}
@@ -252,16 +252,20 @@ def test_options_of_another_optimizer_are_refused() -> None:
     arena = Arena.adopt(model, optimizer)
     bare = Arena.adopt(mlp())
     options = arena.options()
+
+    def changed(**other: Any) -> dict[str, Any]:
+        return {"": options[""] | other}
+
     assert bare.options() == {} and Arena.wrap({}).options() == {}
     bare.restored({})
     for holder, given_options, words in [
         (bare, options, "the arena has none"),
         (arena, {}, "the checkpoint has none"),
-        (arena, options | {"param_groups": []}, "0 parameter groups and the arena's has 1"),
-        (arena, options | {"absent": ["optimizer.0.weight.exp_avg"]}, r"cannot take: optimizer\.0\.weight\.exp_avg"),
-        (arena, options | {"state": {"gone": {"n": 1}}}, "cannot take: gone"),
+        (arena, changed(param_groups=[]), "0 parameter groups and the arena's has 1"),
+        (arena, changed(absent=["optimizer.0.weight.exp_avg"]), r"cannot take: optimizer\.0\.weight\.exp_avg"),
+        (arena, changed(state={"gone": {"n": 1}}), "cannot take: gone"),
     ]:
         with pytest.raises(MismatchError, match=words):
             holder.check_options(given_options)
-    assert set(options["param_groups"][0]) >= {"lr", "betas"}
-    assert options["param_groups"][0]["params"] == [name for name, _ in model.named_parameters()]
+    assert set(options[""]["param_groups"][0]) >= {"lr", "betas"}
+    assert options[""]["param_groups"][0]["params"] == [name for name, _ in model.named_parameters()]

@@ -1,0 +1,176 @@
+"""Late: state of optimizers that a restore makes, because nothing but a step would make it otherwise.
+
+Theory of operation.  Some optimizers make state in the middle of a step (`optimizers.is_late`).  A fresh one has none,
+and the checkpoint says what there was.  `plan_state` compares names and kinds, and changes nothing.  The plan puts
+tensors of the stored kinds into `optimizer.state`, lets names share a tensor that shared one when they were saved,
+and takes away what the checkpoint lacks.  Then the arena takes the tensors in, and the restore fills them.
+
+A name of state is that of its parameter and a key.  No name of a parameter is the beginning of another one's, and only
+keys without a dot are made, so the name says which parameter it is.
+
+Rules: only state of late optimizers is touched.  A plan that fails is undone.  Called by `arena`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from engine.errors import MismatchError
+from engine.format.layout import TensorSpec
+from engine.state.optimizers import Owned
+
+
+class _Place(NamedTuple):
+    """An item of an optimizer's state."""
+
+    optimizer: Optimizer
+    param: Tensor
+    key: str
+
+
+class Owner(NamedTuple):
+    """An optimizer, the names of what it owns, and whether it makes state late."""
+
+    optimizer: Optimizer
+    owned: Owned
+    is_late: bool
+
+
+class StatePlan(NamedTuple):
+    """What a restore does to the state of late optimizers.
+
+    Attributes:
+        makes: the name of new state, to its place and its kind.
+        shares: the name of state that is another name of stored state, to its place and that name.
+        drops: the name of state that the checkpoint lacks, to its place.
+    """
+
+    makes: Mapping[str, tuple[_Place, TensorSpec]]
+    shares: Mapping[str, tuple[_Place, str]]
+    drops: Mapping[str, _Place]
+
+    @property
+    def names(self) -> set[str]:
+        """All names that come, go, or get another kind."""
+        return {*self.makes, *self.shares, *self.drops}
+
+    def apply(self, live: Mapping[str, Tensor]) -> Callable[[], None]:
+        """Do it, and return what undoes it.
+
+        Args:
+            live: the tensors of the arena by name.
+        """
+        before = [(place, _item(place)) for place in self._places()]
+
+        def undo() -> None:
+            for place, items in before:
+                _put(place, items)
+
+        made = {}
+        with torch.inference_mode(False):  # or training could not write to them
+            for name, (place, spec) in self.makes.items():
+                made[name] = _make(place.param, spec)
+                _put(place, [made[name]])
+        for place, name in self.shares.values():
+            _put(place, [made[name] if name in made else live[name]])
+        for place in self.drops.values():
+            _put(place, [])
+        return undo
+
+    def _places(self) -> Iterator[_Place]:
+        yield from (place for place, _ in self.makes.values())
+        yield from (place for place, _ in self.shares.values())
+        yield from self.drops.values()
+
+
+def plan_state(
+    owners: Mapping[str, Owner],
+    here: Mapping[str, TensorSpec],
+    here_aliases: Mapping[str, str],
+    stored: Mapping[str, TensorSpec],
+    stored_aliases: Mapping[str, str],
+    options: Mapping[str, Mapping[str, Any]],
+) -> StatePlan:
+    """Compare the state of late optimizers with that of a checkpoint.
+
+    Args:
+        owners: the arena's optimizers by name.
+        here: the arena's segments.
+        here_aliases: its aliases.
+        stored: the checkpoint's segments.
+        stored_aliases: its aliases.
+        options: its options, by the same names as `owners`.
+
+    Raises:
+        MismatchError: state must be made for an optimizer of another class.
+    """
+    places = _places_by_prefix(owners)
+    reserved = {name for owner in owners.values() for name in owner.owned.reserved}  # there before a step
+    makes, shares, drops = {}, {}, {}
+    for name, spec in stored.items():
+        place = None if name in reserved else _place(places, name)
+        if place is not None and (name not in here or _kind(here[name]) != _kind(spec)):
+            makes[name] = place, spec
+    for alias, name in stored_aliases.items():
+        place = _place(places, alias)
+        if place is not None and here_aliases.get(alias) != name and (name in here or name in stored):
+            shares[alias] = place, name
+    for name in (*here, *here_aliases):
+        place = None if name in reserved else _place(places, name)
+        if place is not None and name not in stored and name not in stored_aliases:
+            drops[name] = place
+    for name, (optimizer, _, _) in owners.items():
+        saved, own = options[name].get("class"), type(optimizer).__qualname__
+        if saved != own and any(place.optimizer is optimizer for place, _ in makes.values()):
+            raise MismatchError(
+                f"the checkpoint's optimizer is a {saved}, and the arena's, which lacks state, is a {own}; adopt an "
+                "optimizer of the same class"
+            )
+    return StatePlan(makes, shares, drops)
+
+
+def _places_by_prefix(owners: Mapping[str, Owner]) -> dict[str, tuple[Optimizer, Tensor]]:
+    return {
+        prefix: (optimizer, param)
+        for optimizer, owned, is_late in owners.values()
+        if is_late
+        for prefix, param in owned.prefixes.items()
+    }
+
+
+def _place(places: Mapping[str, tuple[Optimizer, Tensor]], name: str) -> _Place | None:
+    prefix, _, key = name.rpartition(".")
+    owner = places.get(prefix)
+    return _Place(*owner, key) if owner is not None and key.isidentifier() else None
+
+
+def _kind(spec: TensorSpec) -> tuple[str, tuple[int, ...]]:
+    return spec.dtype, spec.shape
+
+
+def _make(param: Tensor, spec: TensorSpec) -> Tensor:
+    """A tensor of stored state.  It has its parameter's strides, as `zeros_like` gives it, if it has its shape."""
+    dtype = getattr(torch, spec.dtype)
+    if spec.shape == param.shape:
+        return torch.empty_like(param.detach(), dtype=dtype, memory_format=torch.preserve_format)
+    return torch.empty(spec.shape, dtype=dtype, device=param.device)
+
+
+def _item(place: _Place) -> list[Any]:
+    """The value at a place, or nothing."""
+    state = place.optimizer.state.get(place.param, {})
+    return [state[place.key]] if place.key in state else []
+
+
+def _put(place: _Place, items: list[Any]) -> None:
+    if items:
+        place.optimizer.state.setdefault(place.param, {})[place.key] = items[0]
+    elif place.param in place.optimizer.state:
+        place.optimizer.state[place.param].pop(place.key, None)
+        if not place.optimizer.state[place.param]:
+            del place.optimizer.state[place.param]  # as before the first step
