@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from engine.errors import ArenaError, ArgumentError, MismatchError
+from engine.errors import ArgumentError, MismatchError
 from engine.format.layout import Segment, TensorSpec
 from engine.format.manifest import Manifest, SegmentRecord
 from engine.format.plan import Source
@@ -150,7 +150,7 @@ def _make_state(arena: Arena, manifest: Manifest, plan: StatePlan, was_torn: boo
     """Carry a plan out, and pair again: all locations are new."""
     try:
         arena.make_state(plan)
-    except ArenaError:
+    except Exception:  # it was undone
         if not was_torn:
             arena.mark_whole()
         raise

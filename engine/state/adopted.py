@@ -73,7 +73,7 @@ class Adopted(NamedTuple):
         return {key: value for key, value in content.items() if key not in _STATE_DICT_KEYS}
 
     def _check_wrapper(self, wrapper: Any) -> None:
-        if any(wrapper.state.values()):
+        if any(not isinstance(state, Mapping) or state for state in wrapper.state.values()):
             raise ArenaError(
                 f"{self.label} is wrapped in a {_type_name(wrapper)}, which keeps state of its own; adopt both: "
                 "Arena.adopt(model, {'wrapper': wrapper, 'inner': the optimizer in it})"
@@ -162,6 +162,11 @@ def _adopt(name: str, given: object, given_ids: set[int]) -> Adopted:
                 f"{label} is a {_type_name(chain[-1])}, which holds {len(inner)} optimizers; adopt them instead: "
                 "Arena.adopt(model, [first, second])"
             )
+        if not _params(chain[-1]) <= _params(inner[0]):
+            raise ArgumentError(
+                f"{label} is a {_type_name(chain[-1])}, which holds an optimizer of other parameters; adopt both: "
+                "Arena.adopt(model, [outer, inner])"
+            )
         chain.append(inner[0])
     optimizer = chain[-1]
     if not isinstance(optimizer, Optimizer):
@@ -191,6 +196,11 @@ def _outermost(optimizers: Sequence[Optimizer]) -> list[Optimizer]:
     """Those of them that no other one holds."""
     held = {id(inner) for each in optimizers for inner in _held_by(each)}
     return [each for each in optimizers if id(each) not in held]
+
+
+def _params(optimizer: object) -> set[int]:
+    groups = getattr(optimizer, "param_groups", [])
+    return {id(param) for group in groups for param in group["params"]}
 
 
 def _has_own_state(wrapper: object, state: Mapping[Any, Any]) -> bool:

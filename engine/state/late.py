@@ -126,7 +126,7 @@ def plan_state(
             drops[name] = place
     for name, (optimizer, _, _) in owners.items():
         saved, own = options[name].get("class"), type(optimizer).__qualname__
-        if saved != own and any(place.optimizer is optimizer for place, _ in makes.values()):
+        if saved not in (None, own) and any(place.optimizer is optimizer for place, _ in makes.values()):
             raise MismatchError(
                 f"the checkpoint's optimizer is a {saved}, and the arena's, which lacks state, is a {own}; adopt an "
                 "optimizer of the same class"

@@ -17,6 +17,7 @@ from trainings import bits, mlp
 from wrappers import Accelerated, Counting, Lightning, Lookahead, Unhooked, params_of
 
 import engine
+from engine.state.memory import HostMemory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -342,6 +343,40 @@ def test_state_after_the_saved_step_is_taken_away(tmp_path: Path) -> None:
         assert optimizer.state
         eng.restore(arena)
         assert not optimizer.state and contents(model, optimizer) == first
+
+
+def test_state_of_a_damaged_checkpoint_does_not_stay(tmp_path: Path) -> None:
+    model, optimizer, train = one(Unhooked)()
+    with engine.Engine(tmp_path, **TINY, rewrite_all=True) as eng:
+        arena = engine.Arena.adopt(model, optimizer)
+        eng.checkpoint(arena, step=1).result()
+        want = contents(model, optimizer)
+        train(0)
+        file = Path(eng.checkpoint(arena, step=2).result().path) / "optimizer.safetensors"
+        file.write_bytes(file.read_bytes()[:-4] + b"oops")
+        other, fresh, _ = one(Unhooked)()
+        with pytest.warns(engine.EngineWarning, match="step 2"):
+            assert eng.restore(engine.Arena.adopt(other, fresh)).step == 1
+    assert contents(other, fresh) == want and not fresh.state
+
+
+def test_state_that_cannot_be_taken_in_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer, train = one(Unhooked)()
+    train(0)
+    with engine.Engine(tmp_path, **TINY) as eng:
+        eng.checkpoint(engine.Arena.adopt(model, optimizer)).result()
+        other, fresh, _ = one(Unhooked)()
+        arena = engine.Arena.adopt(other, fresh)
+
+        def refuse(self: HostMemory, nbytes: int) -> None:
+            raise MemoryError
+
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr(HostMemory, "__init__", refuse)
+            eng.restore(arena)
+        assert not fresh.state and not arena.torn
+        eng.restore(arena)
+        assert contents(other, fresh) == contents(model, optimizer)
 
 
 def test_added_keys_leave_tensors_and_groups_where_they_are(tmp_path: Path) -> None:

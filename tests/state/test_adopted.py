@@ -47,6 +47,12 @@ class Pair(Optimizer):
         self.inner = [AdamW([model[0].weight]), SGD([model[2].weight])]
 
 
+def partners(model: Any) -> Optimizer:
+    optimizer: Any = AdamW([model[0].weight, model[0].bias])
+    optimizer.partner = SGD([model[2].weight])
+    return optimizer  # type: ignore[no-any-return]
+
+
 class Secret(AdamW):
     """An optimizer whose state_dict() has a hyperparameter that no group has."""
 
@@ -71,6 +77,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
         r"\(AdamW\) is wrapped in a .*FastLookahead, which keeps state of its own; adopt both",
     ),
     "two inside": (Pair, ArgumentError, r"is a .*Pair, which holds 2 optimizers; adopt them instead"),
+    "other parameters": (partners, ArgumentError, r"AdamW, which holds an optimizer of other parameters; adopt both"),
     "hidden group": (lambda model: Secret(model.parameters()), ArenaError, r"has 'secret' in parameter group 0"),
     "raises": (lambda model: Gathering(model.parameters()), ArenaError, r"\(Gathering\) raises RuntimeError: not cons"),
     "twice": (
