@@ -64,7 +64,9 @@ class Reading(ABC):
         """Fill an arena from a checkpoint.  Blocks until every byte has been read and verified.
 
         Args:
-            arena: with the same names, shapes and dtypes as were saved; any chunking.
+            arena: with the same names, shapes and dtypes as were saved; any chunking.  Its optimizers have the names
+                and groups that they had.  An optimizer that makes its state in its own step, and has taken none, gets
+                it here.
             step: which; None for the newest that verifies, passing over damaged ones with a warning.
             select: patterns of layers or names; only those tensors are read and changed.  Hyperparameters, and
                 everything else that the optimizer keeps besides tensors, stay as they are.

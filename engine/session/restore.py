@@ -182,8 +182,9 @@ def _match(arena: Arena, manifest: Manifest, selection: Selection, planned: Coll
         lines = "\n  ".join(sorted(problems))
         if arena.makes_state_late and any(stored[name].role == "optimizer" for name in stored.keys() - here.keys()):
             lines += (
-                "\nthe optimizer makes its state in its first step: a restore without select= makes it; or take one "
-                "step before adopting, then restore (LBFGS: two or more)"
+                "\nthe optimizer makes its state in its first step: "
+                + ("" if selection.is_all else "a restore without select= makes it; or ")
+                + "take one step before adopting, then restore (LBFGS: two or more)"
             )
         raise MismatchError(f"step {manifest.step} does not fit the arena; nothing was changed:\n  {lines}")
     if not stored and not selection.is_all:

@@ -96,6 +96,23 @@ def muon_and_adamw() -> Made:
     return model, optimizers, train
 
 
+def sparse_adam_and_muon() -> Made:
+    """Torch's own: one that makes its state late, and, since torch 2.9, one for matrices."""
+    embedding, head = nn.Embedding(7, 6, sparse=True), nn.Linear(6, 3, bias=False)
+    model = nn.Sequential(embedding, head)
+    for_matrices = getattr(torch.optim, "Muon", torch.optim.RMSprop)
+    optimizers = [torch.optim.SparseAdam(embedding.parameters()), for_matrices(head.parameters(), lr=0.01)]
+
+    def train(seed: int) -> None:
+        torch.manual_seed(seed)
+        model(torch.randint(0, 7, (4,))).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return model, optimizers, train
+
+
 def in_backward() -> Made:
     model = nn.Sequential(*(mlp() if index == 0 else nn.Linear(3, 3) for index in range(4)))
     by_param = {param: SGD([param], lr=0.1, momentum=0.9) for param in model.parameters()}
@@ -130,6 +147,22 @@ def scheduled() -> Made:
     return model, optimizer, train
 
 
+def lbfgs() -> Made:
+    model = mlp()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3, history_size=4)
+
+    def train(seed: int) -> None:
+        def loss() -> float:
+            optimizer.zero_grad()
+            value = loss_of(model, seed)
+            value.backward()
+            return value.item()
+
+        optimizer.step(loss)
+
+    return model, optimizer, train
+
+
 class Shared(Optimizer):
     """An 8-bit optimizer's map: one tensor in the state of all parameters."""
 
@@ -152,6 +185,9 @@ KINDS: dict[str, Callable[[], Made]] = {
     "gan": gan,
     "muon and adamw": muon_and_adamw,
     "in backward": in_backward,
+    "sparse adam and muon": sparse_adam_and_muon,
+    "lbfgs": lbfgs,
+    "adafactor of torch": one(lambda p: getattr(torch.optim, "Adafactor", AdamW)(p)),
     "accelerated": one(lambda p: Accelerated(AdamW(p, lr=0.01))),
     "lightning": one(lambda p: Lightning(SGD(p, lr=0.1, momentum=0.9))),
     "lightning around accelerated": one(lambda p: Lightning(Accelerated(SGD(p, lr=0.1, momentum=0.9)))),
