@@ -176,7 +176,8 @@ def _adopt(name: str, given: object, given_ids: set[int]) -> Adopted:
     if not isinstance(groups, list) or not isinstance(state, Mapping):
         raise ArenaError(f"{label} has no param_groups or no state; have its __init__ call super().__init__()")
     wrappers = [each for each in chain[:-1] if _has_own_state(each, state)]
-    faces = [each for each in chain[:-1] if _has_own_state(each, state) or _adds_keys(label, each)]
+    known = _added_keys(label, optimizer)
+    faces = [each for each in chain[:-1] if _has_own_state(each, state) or _added_keys(label, each) - known]
     return Adopted(label, optimizer, faces[0] if faces else optimizer, tuple(wrappers))
 
 
@@ -208,10 +209,10 @@ def _has_own_state(wrapper: object, state: Mapping[Any, Any]) -> bool:
     return isinstance(own, Mapping) and own is not state
 
 
-def _adds_keys(label: str, wrapper: Any) -> bool:
-    if not callable(getattr(wrapper, "state_dict", None)) or _has_plain_state_dict(wrapper):
-        return False
-    return any(key not in _STATE_DICT_KEYS for key in _state_dict(label, wrapper))
+def _added_keys(label: str, face: Any) -> set[str]:
+    if not callable(getattr(face, "state_dict", None)) or _has_plain_state_dict(face):
+        return set()
+    return set(_state_dict(label, face)) - set(_STATE_DICT_KEYS)
 
 
 def _has_plain_state_dict(face: object) -> bool:

@@ -195,6 +195,7 @@ KINDS: dict[str, Callable[[], Made]] = {
     "lookahead of a late one": one(lambda p: Lookahead(OwnMuonOfAll(p))),
     "unhooked": one(Unhooked),
     "adds keys": one(Counting),
+    "lightning around added keys": one(lambda p: Lightning(Counting(p))),
     "scheduled": scheduled,
     "shared state": one(Shared),
 }
