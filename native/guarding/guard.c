@@ -209,17 +209,20 @@ static void note_written(void *context, uint64_t start, uint64_t end)
         g->units[u].is_protected = 0;
 }
 
-/* Find the blocks all of whose units are still protected.  A block without any has sources that never change. */
-static void find_clean(eng_guard *g, const eng_job *job)
+/* Keep of the clean blocks those all of whose units are still protected, and count them.  A block without any unit has
+ * sources that never change. */
+static uint32_t keep_clean(eng_guard *g, const eng_job *job)
 {
+    uint32_t count = 0;
     for (uint32_t b = 0; b < job->block_count; b++) {
-        g->clean[b] = job->previous != NULL;
         for (uint32_t i = 0; i < job->blocks[b].extent_count && g->clean[b]; i++) {
             uint32_t u, end;
             for (extent_units(g, job, job->blocks[b].extent_start + i, &u, &end); u < end; u++)
                 g->clean[b] = g->clean[b] && g->units[u].is_protected;
         }
+        count += g->clean[b];
     }
+    return count;
 }
 
 /* Protect every unit that is not, those next to each other in one call. */
@@ -232,6 +235,31 @@ static int protect_all(eng_guard *g)
         if (first < u)
             result = set_units(g, first, u, 1);
         first = u + 1;
+    }
+    return result;
+}
+
+/* Note the units of which a page was written; with `again`, protect those pages again. */
+static int ask_written(eng_guard *g, int again)
+{
+    return protection_scan(&g->protection, g->protection.address, g->protection.nbytes, again, note_written, g);
+}
+
+/* Protect everything, and find out which blocks are clean.  The moment of the snapshot is when the last unit is protected.
+ * Under ENG_GUARD_DETECT a unit that was protected from before may be written until then, after the first question: its
+ * blocks are not clean, and are torn when they are staged. */
+static int protect(eng_guard *g, const eng_job *job)
+{
+    const int is_async = g->kind == ENG_GUARD_DETECT;
+    int result = is_async ? ask_written(g, 1) : 0;
+    if (job->block_count > 0)
+        memset(g->clean, job->previous != NULL, job->block_count);
+    const uint32_t clean_count = keep_clean(g, job);
+    if (result == 0)
+        result = protect_all(g);
+    if (result == 0 && is_async && clean_count > 0) {
+        result = ask_written(g, 0);
+        keep_clean(g, job);
     }
     return result;
 }
@@ -257,12 +285,7 @@ static int arm(eng_guard *g, const eng_job *job)
     if (result < 0)
         return result;
     list_blocks(g, job);
-    /* Of a write between these two calls the guard cannot say whether it was before the save; nor can the caller. */
-    if (g->kind == ENG_GUARD_DETECT)
-        result = protection_scan(&g->protection, g->protection.address, g->protection.nbytes, 1, note_written, g);
-    find_clean(g, job);
-    if (result == 0)
-        result = protect_all(g);
+    result = protect(g, job);
     for (uint32_t u = 0; u < g->unit_count; u++)
         g->units[u].is_wanted = g->units[u].has_changed = 0;
     g->has_given_up = 0;

@@ -286,6 +286,45 @@ def test_a_forked_child_writes_its_own_copy(
 
 
 @pytest.mark.parametrize("kind", KINDS_HERE)
+def test_a_save_is_of_one_moment_within_the_call(
+    open_pipeline: Callable[..., Pipeline], open_guarded: Callable[..., Guarded], fd: int, kind: Kind
+) -> None:
+    """A thread writes to a unit that was clean, and then to one that was not, while the guard is armed.
+
+    A save that has the second write and not the first is of no moment.
+    """
+    unit_count = 64
+    pipeline, memory = open_pipeline(8, ALIGNMENT), open_guarded(kind, unit_count * UNIT_BYTES)
+    runs = [Extent(0, u * UNIT_BYTES, u * ALIGNMENT, ALIGNMENT) for u in range(unit_count)]
+    plan, known = cut([runs], ALIGNMENT), None
+    heads = memory.tensor.view(unit_count, UNIT_BYTES)
+    both = heads[:: unit_count - 1, 0]  # of the first unit and the last one, written in this order by one call into C
+    both.zero_()
+    for _ in range(150):
+        for is_raced in (False, False, True):  # the first unit is clean from the third save on
+            heads[1::2, 1].add_(1)
+            job = memory.make_job(plan)
+            writer = threading.Thread(target=both.add_, args=(1,))
+            if is_raced:
+                writer.start()
+            memory.guard.arm(job, plan)
+            pipeline.submit(job)
+            pipeline.attach(job, [fd], known)
+            if is_raced:
+                writer.join()
+            if finish(pipeline, job).failure is None:
+                known = [*job.checksums()]
+                stored = content(fd, unit_count * ALIGNMENT)
+                first, last = stored[0], stored[(unit_count - 1) * ALIGNMENT]
+                assert first == last or (first, last) == (both[0], (int(both[1]) - 1) % 256), (
+                    "the second write without the first"
+                )
+            else:
+                assert kind == "detect"
+                known = None
+
+
+@pytest.mark.parametrize("kind", KINDS_HERE)
 @pytest.mark.parametrize("huge", [False, True])
 def test_pages_that_were_never_touched_are_guarded_too(
     open_pipeline: Callable[..., Pipeline], fd: int, kind: Kind, huge: bool
