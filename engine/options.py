@@ -43,6 +43,7 @@ class Tunables(TypedDict, total=False):
     backend: Choice
     guard: GuardChoice
     rewrite_all: bool
+    split_untrained: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,8 @@ class Options:
         backend: how blocks are moved.  ``"auto"`` takes the best that works; any other is insisted on.
         guard: how a snapshot is kept from tearing.  ``"auto"`` takes the best that works; any other is insisted on.
         rewrite_all: write every block, even one that the recycled file holds already by its hash.
+        split_untrained: store untrained tensors of the model (frozen parameters, buffers) in files of their own, which
+            are hard-linked from the checkpoint before as long as nothing in them changes.  Off: the model is one file.
 
     Raises:
         ArgumentError: a value is out of range.
@@ -73,6 +76,7 @@ class Options:
     backend: Choice = "auto"
     guard: GuardChoice = "auto"
     rewrite_all: bool = False
+    split_untrained: bool = False
 
     def __post_init__(self) -> None:
         self._check_range("max_async", 1, MAX_ASYNC_MAX)

@@ -11,7 +11,9 @@ element size, so every tensor in it is aligned to its own element size without p
 buffers, which change in forward and are staged first, are contiguous.
 
 A model may be cut into several files, as Hugging Face does: `model-00001-of-00003.safetensors` and so on, with an index
-of the file of each tensor.
+of the file of each tensor.  It is cut by size, and by `Kind`: trained parameters, frozen parameters, untrained buffers.
+The files of the last two are linked from the checkpoint before as long as nothing in them changes.  Buffers are apart
+from frozen parameters, which are large, because a forward may change some bytes of buffers.
 
 Rules: no torch, no I/O, integers of any size, the same input always gives the same bytes.  Called by `arena`, and by
 `manifest` for the dtype table.
@@ -23,7 +25,8 @@ import json
 import math
 import re
 import struct
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from enum import IntEnum
 from typing import NamedTuple
 
 from engine.errors import ArenaError
@@ -136,12 +139,24 @@ class Segment(NamedTuple):
     nbytes: int
 
 
+class Kind(IntEnum):
+    """The tensors that share a file if untrained ones are apart, in the order of the files."""
+
+    TRAINED = 0
+    FROZEN = 1  # parameters that no step of training writes
+    BUFFER = 2
+
+
 class FileLayout(NamedTuple):
-    """One safetensors file: its name, its exact length and its padded header."""
+    """One safetensors file: its name, its exact length and its padded header.
+
+    `is_untrained` says that the file is for untrained tensors alone, so that it may be linked while none changes.
+    """
 
     name: str
     nbytes: int
     header: bytes
+    is_untrained: bool = False
 
 
 class Layout(NamedTuple):
@@ -162,6 +177,7 @@ def lay_out(
     aliases: Mapping[str, str] | None = None,
     model_file_bytes_max: int | None = None,
     untrained: Collection[str] = frozenset(),
+    split_untrained: bool = False,
 ) -> Layout:
     """Give every tensor its locations.
 
@@ -173,39 +189,42 @@ def lay_out(
             tensor has a file of its own.
         untrained: the names of tensors that no step of training writes.  They are together in a file, and share no huge
             page of the arena with the others.
+        split_untrained: give the untrained tensors of the model files of their own.
 
     Raises:
         ArenaError: a name twice or not storable, an unknown dtype or role, or a header over 100 MB.
     """
-    ordered = sorted(specs, key=lambda spec: (*_file_order(spec), spec.name not in untrained))
+
+    def kind(spec: TensorSpec) -> Kind:
+        is_apart = split_untrained and spec.name in untrained and FILE_STEMS[spec.role] == "model"
+        return Kind.TRAINED if not is_apart else Kind.BUFFER if spec.role == "buffer" else Kind.FROZEN
+
+    ordered = sorted(specs, key=lambda spec: (*_file_order(spec, kind), spec.name not in untrained))
     _check_specs(ordered)
     for alias in aliases or {}:
         _check_name(alias)
-    groups: dict[str, list[TensorSpec]] = {}
+    groups: dict[tuple[str, Kind], list[TensorSpec]] = {}
     for spec in ordered:
-        groups.setdefault(_file_name(spec), []).append(spec)
+        groups.setdefault((_file_name(spec), kind(spec)), []).append(spec)
     if not groups:
-        groups[_MODEL_FILE] = []
-    if model_file_bytes_max is not None and _MODEL_FILE in groups:
-        groups = _cut_model(groups.pop(_MODEL_FILE), model_file_bytes_max) | groups
+        groups[_MODEL_FILE, Kind.TRAINED] = []
 
     segments: list[Segment] = []
     files: list[FileLayout] = []
     arena_offset = 0
-    was_untrained: bool | None = None
-    for file_index, (file_name, members) in enumerate(groups.items()):
+    region: tuple[bool, Kind] | None = None
+    for file_index, (file_name, file_kind, members) in enumerate(_cut(groups, model_file_bytes_max)):
         header = encode_header(members, aliases or {})
         file_offset = len(header)
         for spec in members:
             nbytes = spec.nbytes
-            is_untrained = spec.name in untrained
-            if was_untrained not in (None, is_untrained):
+            before, region = region, (spec.name in untrained, file_kind)
+            if before not in (None, region):
                 arena_offset = align_up(arena_offset, REGION_ALIGNMENT)
-            was_untrained = is_untrained
             segments.append(Segment(*spec, arena_offset, file_index, file_offset, nbytes))
             arena_offset = align_up(arena_offset + nbytes, ARENA_ALIGNMENT)
             file_offset += nbytes
-        files.append(FileLayout(file_name, file_offset, header))
+        files.append(FileLayout(file_name, file_offset, header, file_kind != Kind.TRAINED))
     return Layout(tuple(segments), tuple(files), arena_offset)
 
 
@@ -252,8 +271,27 @@ def _file_name(spec: TensorSpec) -> str:
     return f"{stem}-{spec.optimizer}.safetensors" if spec.optimizer and stem != "model" else f"{stem}.safetensors"
 
 
-def _cut_model(members: Sequence[TensorSpec], bytes_max: int) -> dict[str, list[TensorSpec]]:
-    """The model's tensors by their file, named as Hugging Face names them."""
+def _cut(
+    groups: Mapping[tuple[str, Kind], Sequence[TensorSpec]], model_bytes_max: int | None
+) -> Iterable[tuple[str, Kind, Sequence[TensorSpec]]]:
+    """The files: their names, as Hugging Face gives them to a model in several, their kinds and their tensors."""
+    shards: list[tuple[Kind, Sequence[TensorSpec]]] = []
+    others: list[tuple[str, Kind, Sequence[TensorSpec]]] = []
+    for (name, kind), members in groups.items():
+        if name == _MODEL_FILE:
+            shards += [(kind, shard) for shard in _shards(members, model_bytes_max)]
+        else:
+            others.append((name, kind, members))
+    count = len(shards)
+    for number, (kind, shard) in enumerate(shards, 1):
+        yield _MODEL_FILE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors", kind, shard
+    yield from others
+
+
+def _shards(members: Sequence[TensorSpec], bytes_max: int | None) -> list[Sequence[TensorSpec]]:
+    """Tensors cut into runs of at most so many bytes, or of one tensor."""
+    if bytes_max is None:
+        return [members]
     shards: list[list[TensorSpec]] = [[]]
     shard_bytes = 0
     for spec in members:
@@ -262,14 +300,11 @@ def _cut_model(members: Sequence[TensorSpec], bytes_max: int) -> dict[str, list[
             shard_bytes = 0
         shards[-1].append(spec)
         shard_bytes += spec.nbytes
-    if len(shards) == 1:
-        return {_MODEL_FILE: shards[0]}
-    count = len(shards)
-    return {f"model-{number:05d}-of-{count:05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
+    return list(shards)
 
 
-def _file_order(spec: TensorSpec) -> tuple[str, int, int]:
-    """Model file first, then by falling element size, then by role; sorted() keeps the rest as given."""
+def _file_order(spec: TensorSpec, kind: Callable[[TensorSpec], Kind]) -> tuple[str, int, int, int]:
+    """Model file first, then by kind, by falling element size, by role; sorted() keeps the rest as given."""
     dtype = DTYPES.get(spec.dtype)
     if dtype is None:
         raise ArenaError(
@@ -279,7 +314,7 @@ def _file_order(spec: TensorSpec) -> tuple[str, int, int]:
         raise ArenaError(f"tensor {spec.name!r} has role {spec.role!r}; roles are {', '.join(ROLES)}")
     # Element sizes are powers of two, so falling order keeps every offset a multiple of the element size, and no
     # block boundary (a multiple of 4096) cuts an element.
-    return _file_name(spec), -dtype.itemsize, ROLES.index(spec.role)
+    return _file_name(spec), kind(spec), -dtype.itemsize, ROLES.index(spec.role)
 
 
 def _check_specs(specs: Sequence[TensorSpec]) -> None:

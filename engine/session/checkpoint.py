@@ -180,6 +180,8 @@ class Checkpointer:
         try:
             if not self._in_flight.admit(permit, wait=request.on_busy == "wait"):
                 return self._refuse(request)
+            if self._options.split_untrained:
+                arena.split_untrained()
             arena.refresh()
             plan = self._snapshots.plan(arena, request.snapshot)
             if plan.guard is not None:

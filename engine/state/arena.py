@@ -66,9 +66,14 @@ class Arena:
         return super().__new__(cls)
 
     def __init__(
-        self, find: Callable[[], Inventory], model: nn.Module | None, optimizers: Mapping[str, Adopted]
+        self,
+        find: Callable[[], Inventory],
+        model: nn.Module | None,
+        optimizers: Mapping[str, Adopted],
+        split_untrained: bool = False,
     ) -> None:
         """Called by `adopt` and `wrap` only.  A wrapped arena has no model."""
+        self._split_untrained = split_untrained
         self._find = find
         self._model = model
         self._optimizers = optimizers
@@ -76,7 +81,7 @@ class Arena:
         self._fence = Fence()
         self._torn = False
         self._watch: TensorWatch | None = None
-        self._arrangement = _arrange(_Table({}, {}, {}, frozenset()), model is not None, None)
+        self._arrangement = _arrange(_Table({}, {}, {}, frozenset(), False), model is not None, None)
         bare = {id(each): _params_without_state(each) for each in optimizers_in(optimizers)}
         try:
             self._take_in()
@@ -94,6 +99,7 @@ class Arena:
         optimizer: Optimizer | Sequence[Optimizer] | Mapping[str, Optimizer] | None = None,
         *,
         rename: Rename | None = None,
+        split_untrained: bool = False,
     ) -> Arena:
         """Move a model's and its optimizers' tensors into one buffer; training goes on bit-identically.
 
@@ -103,6 +109,8 @@ class Arena:
                 An optimizer that a library has wrapped is unwrapped.
             rename: maps the name of each of the model's tensors to the name to store it under, which is also that of
                 its optimizer state and its layer: `lambda name: name.removeprefix("backbone.")`.
+            split_untrained: lay the tensors out as `Options.split_untrained` says, so that the first save of an Engine
+                with that option need not move them.
 
         Raises:
             ArenaError: a tensor cannot be stored, or state of an optimizer; nothing was changed.
@@ -113,7 +121,7 @@ class Arena:
         optimizers = adopt_optimizers(optimizer)
         if rename is not None and not callable(rename):
             raise ArgumentError(f"rename is a {_type_name(rename)}; it must be a function from names to names")
-        arena = cls(lambda: gather(model, optimizers, rename), model, optimizers)
+        arena = cls(lambda: gather(model, optimizers, rename), model, optimizers, split_untrained)
         arena._warn_of_untrained()
         return arena
 
@@ -265,6 +273,12 @@ class Arena:
         """Return once no save is reading the arena."""
         self._fence.wait_staged()
 
+    def split_untrained(self) -> None:
+        """From the next `refresh()` on, give the untrained tensors of an adopted model files of their own."""
+        if not self._split_untrained and self._model is not None:
+            self._watch = None
+            self._split_untrained = True
+
     def refresh(self) -> None:
         """Take in every change of containers and tensors since the last call; about 1 us a tensor without one.
 
@@ -377,7 +391,7 @@ class Arena:
             inventory = self._find()
             self._watch = None  # until all is done, so that the next refresh() completes an interrupted one
             adopted = self._model is not None
-            table = _tabulate(inventory, adopted, self.fenced)
+            table = _tabulate(inventory, adopted, self.fenced, self._split_untrained)
             if table != self._arrangement.table:
                 # The old buffer is freed when the last of its tensors has moved.
                 self._arrangement = _arrange(table, adopted, self._arrangement)
@@ -491,12 +505,14 @@ class Arena:
 
 
 class _Table(NamedTuple):
-    """Everything that a layout and its plans depend on: specs, strides and aliases by name, and `Arena.unfenced`."""
+    """Everything that a layout and its plans depend on: specs, strides and aliases by name, `Arena.unfenced`, and
+    whether untrained tensors have files of their own."""
 
     specs: Mapping[str, TensorSpec]
     strides: Mapping[str, tuple[int, ...]]
     aliases: Mapping[str, str]
     unfenced: frozenset[str]
+    split_untrained: bool
 
 
 class _Arrangement(NamedTuple):
@@ -515,7 +531,7 @@ class _Arrangement(NamedTuple):
     buffer: HostMemory | None
 
 
-def _tabulate(inventory: Inventory, adopted: bool, fenced: bool) -> _Table:
+def _tabulate(inventory: Inventory, adopted: bool, fenced: bool, split_untrained: bool) -> _Table:
     entries = inventory.entries
     specs = {name: entry.spec for name, entry in entries.items()}
     # Wrapped tensors are read with the strides that they have at each save.
@@ -523,16 +539,21 @@ def _tabulate(inventory: Inventory, adopted: bool, fenced: bool) -> _Table:
     trained = inventory.trained
     roles = {"buffer", "model"} if fenced else {"buffer"}
     unfenced = frozenset(name for name, spec in specs.items() if spec.role in roles and name not in trained)
-    return _Table(specs, strides, inventory.aliases, unfenced)
+    return _Table(specs, strides, inventory.aliases, unfenced, split_untrained)
 
 
 def _arrange(table: _Table, adopted: bool, previous: _Arrangement | None) -> _Arrangement:
     """The arrangement of a table, in the previous buffer if no segment of that would change."""
-    layout = lay_out(list(table.specs.values()), table.aliases, untrained=table.unfenced)
+    layout = lay_out(
+        list(table.specs.values()),
+        table.aliases,
+        untrained=table.unfenced,
+        split_untrained=table.split_untrained,
+    )
     buffer = None
     if adopted:
-        fits = previous is not None and (layout.segments, table.strides) == (
-            previous.layout.segments,
+        fits = previous is not None and (_in_arena(layout), table.strides) == (
+            _in_arena(previous.layout),
             previous.table.strides,
         )
         buffer = previous.buffer if previous is not None and fits else HostMemory(layout.arena_bytes)
@@ -547,6 +568,11 @@ def _arrange(table: _Table, adopted: bool, previous: _Arrangement | None) -> _Ar
     file_count = len(layout.files)
     runs = file_runs(layout, [(source + file_count, offset) for source, offset in locations])
     return _Arrangement(table, layout, encode_rows(layout), tuple(locations), runs, buffer)
+
+
+def _in_arena(layout: Layout) -> tuple[int, dict[str, tuple[str, tuple[int, ...], int]]]:
+    """The part of a layout that a buffer depends on."""
+    return layout.arena_bytes, {s.name: (s.dtype, s.shape, s.arena_offset) for s in layout.segments}
 
 
 def _sources(arrangement: _Arrangement, inventory: Inventory) -> tuple[Source, ...]:

@@ -20,10 +20,23 @@ from engine.store.retention import Retention
 
 
 class NewFile(NamedTuple):
-    """A data file that a save will write, and its exact length."""
+    """A data file that a save will write, and its exact length.
+
+    With `link_from` the file of that name of that step is linked beside it, if this process has sealed it and nothing
+    has changed it since.
+    """
 
     name: str
     nbytes: int
+    link_from: int | None = None
+
+
+class HeldRange(NamedTuple):
+    """A range of a linked file that the new file needs too, and the content hash of its bytes."""
+
+    offset: int
+    nbytes: int
+    checksum: bytes
 
 
 class OpenFile(NamedTuple):
@@ -41,12 +54,14 @@ class BegunSave(NamedTuple):
         descriptors: of the files, in the order of the request; open until the save is published or discarded.
         recycled: the manifest of the reused files, or None if their content is not certain.
         reused: the names of the files that were moved from a spare.
+        linked: the names of the files that were linked beside those to write; see `WriteAccess.settle_links`.
     """
 
     path: str
     descriptors: Sequence[int]
     recycled: Manifest | None
     reused: frozenset[str]
+    linked: frozenset[str] = frozenset()
 
 
 class Opened(Protocol):
@@ -114,7 +129,8 @@ class ReadAccess(Protocol):
 class WriteAccess(ReadAccess, Protocol):
     """A directory of checkpoints that is owned.
 
-    A save is begun, sealed and published in this order; one that fails at any point is discarded.
+    A save is begun, its links are settled if it has any, and it is sealed and published, in this order; one that fails
+    at any point is discarded.
 
     Attributes:
         retention: the rule in effect.
@@ -123,11 +139,25 @@ class WriteAccess(ReadAccess, Protocol):
     retention: Retention
 
     def begin_save(self, step: int, files: Sequence[NewFile], direct: bool) -> BegunSave:
-        """Create the files of a save, with room for every block.  With `direct` they bypass the page cache.
+        """Create the files of a save, with room for every block of those without a link.
+
+        With `direct` they bypass the page cache.
 
         Raises:
             NoSpaceError: there is not enough room.
             StepError: something that is not a checkpoint has the step's name.
+        """
+
+    def settle_links(self, step: int, changed: Mapping[str, Sequence[HeldRange]]) -> None:
+        """Decide about each linked file, after all blocks are written: its content is that of the save, or has changed.
+
+        Args:
+            step: of the save.
+            changed: the names of those that have changed, and for each the ranges that were not written because the
+                linked file holds them: they are copied into the written one.
+
+        Raises:
+            CorruptError: such a range does not have its hash; the linked file is damaged.
         """
 
     def seal_save(self, step: int, small_files: Mapping[str, bytes]) -> None:

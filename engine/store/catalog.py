@@ -9,7 +9,8 @@ Theory of operation.  A checkpoint's directory is in exactly one of three locati
 Overwriting extents that are already written is several times faster than writing fresh ones, so `begin` makes a new
 partial directory and moves the wanted files of a spare into it, one by one; the rest of the spare is deleted.  Files
 move and directories do not, so a reader that has an old step's directory open finds files gone, never the files of a
-later step.  `retire` makes its renames durable before anything may be taken from the spare, and `publish` makes the
+later step.  A save may link a file of the step before in place of writing it; a file with two names is never
+overwritten.  `retire` makes its renames durable before anything may be taken from the spare, and `publish` makes the
 moves out of the spare durable before the rename to the final name (docs/durability.md, I4 and I5).
 
 A move that is not durable may revert at a power cut, after the file was overwritten.  So a spare found at open may
@@ -35,7 +36,7 @@ import re
 import stat
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
@@ -56,7 +57,8 @@ from engine.store.filesystem import Filesystem
 from engine.store.lock import take_lock
 from engine.store.retention import Retention, StepFacts, to_retire
 from engine.store.rule_file import RuleFile
-from engine.store.spares import Spares, Stamp, passing_over
+from engine.store.spares import Spares, linked_name, passing_over
+from engine.store.stamps import Stamp
 
 _log = logging.getLogger("engine")
 
@@ -259,10 +261,33 @@ class Catalog(Directory):
         reused = self._spares.move_files(spare, partial, names)
         return Begun(partial, recycled if is_sealed else None, reused)
 
-    def vouch(self, step: int, stamps: Mapping[str, Stamp]) -> None:
-        """Record that this process sealed and published a step whose files had these stamps."""
+    def link(self, step: int, source: int, names: Collection[str]) -> Mapping[str, Stamp]:
+        """Link files of a committed step into the partial of a save, under `linked_name`; returns those linked.
+
+        A file that this process has not sealed there, or that has changed since, is not linked.  While it is, no save
+        overwrites it, whatever becomes of the step that it came from.
+        """
+        partial = self.partial_path(step)
+        with self._mutex:  # so that the step is not retired meanwhile, and no link is made from a spare
+            if not self._sound or source not in self._steps:
+                return {}
+            sealed = self._spares.sealed(source)
+            link = functools.partial(self._spares.link, self.path(source), partial)
+            return {name: sealed[name] for name in names if name in sealed and link(name, sealed[name])}
+
+    def keep_link(self, step: int, name: str) -> None:
+        """Let a linked file take the place of the one of that name in the partial."""
+        path = os.path.join(self.partial_path(step), name)
+        self._spares.stamps.rename(linked_name(path), path)
+
+    def drop_link(self, step: int, name: str) -> None:
+        """Remove a linked file from the partial."""
+        self._spares.stamps.unlink(linked_name(os.path.join(self.partial_path(step), name)))
+
+    def vouch(self, step: int, written: Mapping[str, Stamp], linked: Mapping[str, Stamp]) -> None:
+        """Record that this process sealed and published a step whose files had these stamps: written or linked."""
         with self._mutex:
-            self._spares.vouch(step, stamps)
+            self._spares.vouch(step, written, linked)
 
     def distrust(self, step: int) -> None:
         """Record that a step is damaged: no save may rely on the content of its files."""

@@ -139,6 +139,11 @@ class Filesystem:
         with telling("rename", source):
             os.rename(source, target)
 
+    def link(self, source: str, target: str) -> None:
+        """Give a file a second name (link(2)), durable only after fsync of the directory of that name."""
+        with telling("link", target):
+            os.link(source, target, follow_symlinks=False)
+
     def unlink(self, path: str) -> None:
         """Remove a file's name."""
         with telling("unlink", path):
@@ -256,6 +261,19 @@ class Filesystem:
         beyond = -(-size // _PAGE_BYTES) * _PAGE_BYTES
         if beyond < nbytes:
             yield beyond, nbytes
+
+    def read_range(self, descriptor: Descriptor, offset: int, nbytes: int, path: str) -> bytes:
+        """A range of a file; shorter where the file ends."""
+        with telling("read", path):
+            return os.pread(descriptor.number, nbytes, offset)
+
+    def write_range(self, descriptor: Descriptor, offset: int, content: bytes, path: str) -> None:
+        """Write a range of a file, through the page cache."""
+        view = memoryview(content)
+        with telling("write", path):
+            while view:
+                written = os.pwrite(descriptor.number, view, offset)
+                view, offset = view[written:], offset + written
 
     def truncate(self, descriptor: Descriptor, nbytes: int, path: str) -> None:
         """Set a file's exact length."""

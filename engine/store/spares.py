@@ -8,6 +8,9 @@ A spare's manifest is trusted only if this process sealed its files itself, each
 of change that it had then, and no reader has found the step damaged.  A file of any other spare may have been
 overwritten before a power cut that then brought it back here (docs/durability.md, I13).
 
+A file of a spare that a checkpoint shares by a hard link is never overwritten: it has a second name.  No link is ever
+made from a spare, so a file that is found to have one name keeps it.
+
 A file or directory that may not be moved or deleted (immutable, another user's, a mount point) is passed over with one
 warning, and the others are still processed.
 
@@ -21,12 +24,12 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 from engine.errors import CheckpointError, StorageError, warn
 from engine.format.manifest import MANIFEST_NAME, Manifest
 from engine.store.directory import OpenedStep
 from engine.store.filesystem import Filesystem
+from engine.store.stamps import Stamp, Stamps
 
 # ASCII: without it \d matches the digits of other scripts too.
 _SPARE_NAME = re.compile(r"\d{8,19}", re.ASCII)
@@ -35,21 +38,9 @@ _SPARE_NAME = re.compile(r"\d{8,19}", re.ASCII)
 _NOT_OURS = (errno.EPERM, errno.EACCES, errno.EBUSY)
 
 
-class Stamp(NamedTuple):
-    """Values that change with a write to a file or its replacement: inode, length, and its times of change.
-
-    A program may set the mtime back after a write (`rsync --times`), but none can set the ctime.
-    """
-
-    inode: int
-    nbytes: int
-    mtime_ns: int
-    ctime_ns: int
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> Stamp:
-        """The stamp of a file with this status."""
-        return cls(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+def linked_name(path: str) -> str:
+    """The name of a linked file until it is known whether the save keeps it: beside the file that would be written."""
+    return path + ".linked"
 
 
 class Spares:
@@ -62,10 +53,12 @@ class Spares:
 
     def __init__(self, filesystem: Filesystem, path: str) -> None:
         self.path = path
+        self.stamps = Stamps(filesystem)
         self._filesystem = filesystem
         self._taken: dict[int, str] = {}  # by step in flight, the spare that its files came from
         self._sealed: dict[int, Mapping[str, Stamp]] = {}  # by committed step, its files as this process sealed them
         self._known: dict[str, tuple[int, Mapping[str, Stamp]]] = {}  # the same by spare, once it is moved here
+        self._rotten: set[int] = set()  # the inodes of files of damaged steps
         self._stuck: set[str] = set()  # paths that could not be moved or deleted
 
     def names(self) -> list[str]:
@@ -106,17 +99,35 @@ class Spares:
 
     def are_sealed(self, spare: str, wanted: Collection[str], stamps: Mapping[str, Stamp]) -> bool:
         """Whether the wanted files that have a stamp still have it.  Not after their move, which changes the ctime."""
-        statuses = {name: self._filesystem.status(os.path.join(spare, name)) for name in stamps.keys() & wanted}
-        return all(status is not None and stamps[n] == Stamp.of(status) for n, status in statuses.items())
+        return all(self.stamps.holds(stamps[name], os.path.join(spare, name)) for name in stamps.keys() & wanted)
 
-    def vouch(self, step: int, stamps: Mapping[str, Stamp]) -> None:
-        """Record that this process committed a step with these files."""
-        self._sealed[step] = stamps
+    def vouch(self, step: int, written: Mapping[str, Stamp], linked: Mapping[str, Stamp]) -> None:
+        """Record that this process committed a step with these files: those that it wrote, and those that it linked."""
+        inodes = {stamp.inode for stamp in written.values()}
+        self.stamps.forget(inodes)
+        self._rotten -= inodes
+        if self._rotten.isdisjoint(stamp.inode for stamp in linked.values()):
+            self._sealed[step] = {**written, **linked}
+
+    def link(self, source: str, partial: str, name: str, stamp: Stamp) -> bool:
+        """Link a file of a committed step into a partial; False if it has changed, or cannot be linked."""
+        return self.stamps.link(os.path.join(source, name), linked_name(os.path.join(partial, name)), stamp)
+
+    def sealed(self, step: int) -> Mapping[str, Stamp]:
+        """The stamps of a committed step's files; {} if this process has not sealed it, or does not trust it."""
+        return self._sealed.get(step, {})
 
     def distrust(self, step: int) -> None:
-        """Record that a step is damaged: its manifest is no longer trusted."""
-        self._sealed.pop(step, None)
-        self._known = {name: known for name, known in self._known.items() if known[0] != step}
+        """Record that a step is damaged: neither its manifest is trusted nor that of a step that shares a file."""
+        known = [stamps for of, stamps in self._known.values() if of == step]
+        inodes = {stamp.inode for stamps in [self.sealed(step), *known] for stamp in stamps.values()}
+        self._rotten |= inodes
+
+        def is_sound(stamps: Mapping[str, Stamp]) -> bool:
+            return inodes.isdisjoint(stamp.inode for stamp in stamps.values())
+
+        self._sealed = {of: stamps for of, stamps in self._sealed.items() if of != step and is_sound(stamps)}
+        self._known = {name: known for name, known in self._known.items() if known[0] != step and is_sound(known[1])}
 
     def _delete_checkpoint(self, path: str) -> None:
         """Delete a directory, durably the manifest first: without it the rest does not count as a checkpoint."""
@@ -166,9 +177,10 @@ class Spares:
                 if name not in wanted:
                     self.unlink(source)
                     continue
-                self._filesystem.rename(source, target)
-                # Checked after the move, when no reader of the spare can open the file.  A file with a second name
-                # (cp --link), or that a reader has mapped (safetensors does), must not be overwritten.
+                self.stamps.rename(source, target)
+                # Checked after the move, when no reader of the spare can open the file.  A file with a second name (of
+                # another checkpoint, or of cp --link), or that a reader has mapped (safetensors does), must not be
+                # overwritten.
                 if self._filesystem.is_ours_alone(target):
                     reused.add(name)
                 else:
@@ -234,7 +246,7 @@ class Spares:
                 if self._filesystem.is_directory(inner):
                     pending.append((inner, iter(self._filesystem.list_directory(inner))))
                     break
-                self._filesystem.unlink(inner)
+                self.stamps.unlink(inner)
             else:
                 self._filesystem.remove_directory(directory)
                 pending.pop()
@@ -244,7 +256,7 @@ class Spares:
         if self._filesystem.is_directory(path):
             self.remove(path)
         else:
-            self._filesystem.unlink(path)
+            self.stamps.unlink(path)
 
     def _all_names(self) -> list[str]:
         return [name for name in self._filesystem.list_directory(self.path) if _SPARE_NAME.fullmatch(name)]

@@ -49,6 +49,7 @@ from engine.io.pipeline import Pipeline
 from engine.store.access import BegunSave, NewFile, WriteAccess
 from engine.store.commit import commit
 from engine.store.info import CheckpointInfo, info_of
+from engine.store.unchanged import Candidates, Committed, candidates, changed_files, only
 
 
 @dataclass(slots=True)
@@ -215,6 +216,7 @@ class Writer:
         self._access = access
         self._pipeline = pipeline
         self._rewrite_all = rewrite_all
+        self._last: Committed | None = None  # the newest that this process committed; one assignment at a time
 
     def prepare(self, step: int, content: Content, checked: bool) -> Write:
         """Make a save for `start`; begins nothing."""
@@ -249,7 +251,9 @@ class Writer:
         """
         try:
             return self._write_and_commit(write, await_turn)
-        except BaseException:
+        except BaseException as error:
+            if not isinstance(error, TornSnapshot):
+                self._last = None  # what it held may be the cause, and a file without a link has room reserved
             with suppress(Exception):
                 self._access.discard_save(write.step)
             raise
@@ -259,10 +263,15 @@ class Writer:
     def _write_and_commit(self, write: Write, await_turn: Callable[[], None]) -> CheckpointInfo:
         # No variable here holds the content: the traceback of a failure would keep the sources' memory alive.
         job, packed = write.job, write.packed
-        files = [NewFile(file.name, file.nbytes) for file in packed.plan.files]
+        last = None if self._rewrite_all else self._last
+        held = candidates(packed.plan, packed.layout, last)
+        link_from = {name: last.step for name in held} if last is not None else {}
+        files = [NewFile(file.name, file.nbytes, link_from.get(file.name)) for file in packed.plan.files]
         try:
             begun = self._access.begin_save(write.step, files, self._pipeline.direct)
-            self._pipeline.attach(job, begun.descriptors, self._known(packed.plan, begun))
+            held = only(held, begun.linked)
+            recycled = self._recycled(packed.plan, begun)
+            self._pipeline.attach(job, begun.descriptors, _known(recycled, held))
             self._pipeline.wait(job, Milestone.STAGED)
             _refuse_changed(write)
             _ = packed.layers  # made now: the caller goes on, and the device writes
@@ -274,14 +283,32 @@ class Writer:
         if job.failure is not None:
             raise _explain(job.failure, packed, begun.path)
         manifest, small_files = _records(write)
+        if held:
+            self._access.settle_links(write.step, changed_files(packed.plan, held, recycled, job.checksums()))
         path = commit(self._access, write.step, small_files, encode(manifest, packed.rows), await_turn)
+        self._note(Committed(write.step, packed.plan, job.checksums()))
         return info_of(manifest, path)
 
-    def _known(self, plan: Plan, begun: BegunSave) -> list[bytes | None] | None:
-        """For each block the hash that its file holds already; None if nothing is known or all is to be written."""
+    def _recycled(self, plan: Plan, begun: BegunSave) -> list[bytes | None]:
+        """For each block the hash that its recycled file holds already, or None if it is to be written."""
         if begun.recycled is None or self._rewrite_all:
-            return None
+            return [None] * len(plan.blocks)
         return known_hashes(plan, begun.recycled, begun.reused)
+
+    def _note(self, committed: Committed) -> None:
+        """Remember the newest checkpoint: the next save may link from it."""
+        last = self._last
+        if last is None or last.step < committed.step:
+            self._last = committed
+
+
+def _known(recycled: Sequence[bytes | None], held: Candidates) -> list[bytes | None] | None:
+    """For each block the hash with which it is not written; None if there is no such block."""
+    known = list(recycled)
+    for hashes in held.values():
+        for block, hash_ in hashes.items():
+            known[block] = hash_
+    return known if any(known) else None
 
 
 def _refuse_changed(write: Write) -> None:

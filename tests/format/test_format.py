@@ -349,7 +349,7 @@ def test_every_rule_holds_for_several_files_optimizers_and_ranks(tmp_path: Path)
     layout = lay_out([TensorSpec(name, "float32", (5,), role, "w", owner) for name, role, owner in owners], None, 20)
     content = {segment.name: bytes([index]) * 20 for index, segment in enumerate(layout.segments)}
     files, parts = [], []
-    for index, (name, nbytes, header) in enumerate(layout.files):
+    for index, (name, nbytes, header, _) in enumerate(layout.files):
         segments = tuple(row for row in segment_records(layout) if row.file == index)
         raw = header + b"".join(content[row.name] for row in segments)
         (path / name).write_bytes(raw)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pathlib
+import random
 import struct
 import tempfile
 
@@ -24,6 +25,7 @@ from engine.format.layout import (
     DTYPES,
     FILE_STEMS,
     HEADER_ALIGNMENT,
+    REGION_ALIGNMENT,
     TensorSpec,
     align_up,
     lay_out,
@@ -199,6 +201,29 @@ def test_the_index_names_the_file_of_every_tensor_of_the_model(table: list[Tenso
             "metadata": {"total_size": sum(segment.nbytes for segment in model)},
             "weight_map": {segment.name: layout.files[segment.file_index].name for segment in model},
         }
+
+
+@given(specs(SMALL_SHAPES), st.randoms(use_true_random=False))
+def test_untrained_tensors_of_the_model_have_files_of_their_own(table: list[TensorSpec], chance: random.Random) -> None:
+    untrained = {spec.name for spec in table if spec.role in ("model", "buffer") and chance.random() < 0.5}
+    layout = lay_out(table, untrained=untrained, split_untrained=True)
+    files: dict[int, set[tuple[bool, str]]] = {}
+    for segment in layout.segments:
+        kind = segment.name in untrained, segment.role if segment.name in untrained else FILE_STEMS[segment.role]
+        files.setdefault(segment.file_index, set()).add(kind)
+    assert all(len(kinds) == 1 for kinds in files.values()), "one kind a file"
+    assert len({min(kinds) for kinds in files.values() if min(kinds)[0]}) == sum(f.is_untrained for f in layout.files)
+    for index, kinds in files.items():
+        assert layout.files[index].is_untrained == min(kinds)[0]
+    pages: dict[int, set[bool]] = {}
+    for segment in filter(lambda segment: segment.nbytes, layout.segments):
+        for offset in (segment.arena_offset, segment.arena_offset + segment.nbytes - 1):
+            pages.setdefault(offset // REGION_ALIGNMENT, set()).add(layout.files[segment.file_index].is_untrained)
+    assert all(len(kinds) == 1 for kinds in pages.values()), "no huge page holds both"
+    model = [file for file in layout.files if file.name.startswith("model")]
+    count = len(model)
+    names = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    assert [file.name for file in model] == (["model.safetensors"] if count == 1 else names)
 
 
 def test_shards_have_no_index_of_whole_tensors() -> None:

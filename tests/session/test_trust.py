@@ -19,7 +19,7 @@ import engine
 from engine.session.gate import Gate
 from engine.session.save import Save
 from engine.store.catalog import Catalog
-from engine.store.spares import Stamp
+from engine.store.stamps import Stamp
 
 SMALL: dict[str, Any] = {"staging_bytes": 1 << 20, "block_bytes": 64 << 10}
 MODEL, MANIFEST = "model.safetensors", "manifest.json"

@@ -47,7 +47,7 @@ from engine.store.catalog import Catalog
 from engine.store.directory import step_name
 from engine.store.filesystem import Filesystem
 from engine.store.retention import KEEP_ALL, Retention, StepFacts
-from engine.store.spares import Stamp
+from engine.store.stamps import Stamp
 
 DATA_NAME = "model.safetensors"
 SPARE = Path(".engine", "spare")
@@ -991,7 +991,7 @@ def stored(catalog: Catalog) -> tuple[Manifest, Path]:
     save(catalog, 1)
     path = Path(catalog.path(1), MANIFEST_NAME)
     path.write_bytes(encode(manifest))
-    catalog.vouch(1, {DATA_NAME: Stamp.of(os.stat(Path(catalog.path(1), DATA_NAME)))})
+    catalog.vouch(1, {DATA_NAME: Stamp.of(os.stat(Path(catalog.path(1), DATA_NAME)))}, {})
     return manifest, path
 
 

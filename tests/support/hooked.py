@@ -19,7 +19,7 @@ class HookedFilesystem(Filesystem):
     """
 
     def before(self, operation: str, path: str, target: str = "") -> None:
-        """Called before an operation; only a rename has a target."""
+        """Called before an operation; only a rename and a link have a target."""
 
     def make_directory(self, path: str) -> None:
         self.before("make_directory", path)
@@ -52,3 +52,15 @@ class HookedFilesystem(Filesystem):
     def rename(self, source: str, target: str) -> None:
         self.before("rename", source, target)
         super().rename(source, target)
+
+    def link(self, source: str, target: str) -> None:
+        self.before("link", source, target)
+        super().link(source, target)
+
+    def read_range(self, descriptor: Descriptor, offset: int, nbytes: int, path: str) -> bytes:
+        self.before("read_range", path)
+        return super().read_range(descriptor, offset, nbytes, path)
+
+    def write_range(self, descriptor: Descriptor, offset: int, content: bytes, path: str) -> None:
+        self.before("write_range", path)
+        super().write_range(descriptor, offset, content, path)

@@ -128,7 +128,7 @@ def commit_in(order: str) -> Callable[..., str]:
             elif line == "C6":
                 stamps = catalog.stamps(step)
                 where = catalog.publish(step)
-                catalog.vouch(step, stamps)
+                catalog.vouch(step, stamps, {})
             else:
                 assert line == "R1", line
                 catalog._retire(catalog.steps())

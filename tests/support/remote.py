@@ -25,7 +25,7 @@ from owner_process import receive, send
 
 from engine.errors import EngineError, PlatformError, warn
 from engine.format.manifest import Manifest, Summary
-from engine.store.access import BegunSave, NewFile, OpenFile
+from engine.store.access import BegunSave, HeldRange, NewFile, OpenFile
 from engine.store.directory import step_name
 from engine.store.filesystem import Filesystem
 from engine.store.retention import Retention
@@ -211,6 +211,9 @@ class RemoteOwner:
         self._descriptors[step] = descriptors
         saved: BegunSave = begun._replace(descriptors=descriptors)
         return saved
+
+    def settle_links(self, step: int, changed: Mapping[str, Sequence[HeldRange]]) -> None:
+        self._request("settle_links", step, changed)
 
     def seal_save(self, step: int, small_files: Mapping[str, bytes]) -> None:
         self._request("seal_save", step, small_files)
