@@ -22,7 +22,21 @@ from hypothesis import strategies as st
 from mutations import MUTATIONS, Drop, reordered, without
 from recorder import RUN, World, blank
 from scenarios import SCENARIOS
-from simulator import ROOT, SECTOR_BYTES, Create, Disk, Fates, Operation, Remove, Rename, Sync, Trace, Truncate, Write
+from simulator import (
+    ROOT,
+    SECTOR_BYTES,
+    Create,
+    Disk,
+    Fates,
+    Link,
+    Operation,
+    Remove,
+    Rename,
+    Sync,
+    Trace,
+    Truncate,
+    Write,
+)
 
 from engine.io.job import FailureKind, Job
 
@@ -109,6 +123,19 @@ def test_a_durable_rename_after_an_unsynced_one_may_leave_two_names() -> None:
     assert not any(
         disk.twice_named() for disk in outcomes(trace(first, second, Sync(DIRECTORY, True), Sync(ROOT, True)))
     )
+
+
+def test_a_link_is_covered_by_the_directory_of_the_new_name() -> None:
+    linked = Link(DIRECTORY, "n", FILE)
+    disks = outcomes(trace(linked))
+    assert {disk.find("d/n") for disk in disks} == {FILE, None} and not any(disk.twice_named() for disk in disks)
+    assert {disk.find("d/n") for disk in outcomes(trace(linked, Sync(FILE, True), Sync(ROOT, True)))} == {FILE, None}
+    assert {disk.find("d/n") for disk in outcomes(trace(linked, Sync(DIRECTORY, True)))} == {FILE}
+    moved = Rename(DIRECTORY, "n", OTHER, "m", FILE)
+    twice = trace(linked, moved, Rename(OTHER, "m", OTHER, "k", FILE), Sync(OTHER, True))
+    assert any(disk.twice_named() for disk in outcomes(twice)), "more names than links"
+    lost = trace(linked, Remove(ROOT, "f", FILE), Sync(DIRECTORY, True), Sync(ROOT, True))
+    assert {(disk.find("d/n"), disk.links[FILE]) for disk in outcomes(lost)} == {(FILE, 1)}
 
 
 def test_a_removal_is_pending_until_its_directory_is_synced() -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from recorder import Change, World, blank
-from scenarios import SCENARIOS, recover
+from scenarios import KINDS, SCENARIOS, recover
 from simulator import Disk, Fates, Note, Operation, Rot, Trace
 
 # The stop of the first engine before a second one opens its directory.
@@ -146,12 +146,13 @@ class Recorder:
 
     def _second(self, index: int, stop: int, fates: int, nesting: int) -> Recorded:
         first = self.scenario(index)
+        recovery = functools.partial(recover, KINDS[index])
         assert stop <= len(first.trace.operations), "the trace is shorter than the case says"
         if nesting == KILL:
             prefix = first.trace.operations[:stop]
-            return Recorded(self._record(recover, first.trace.disk, prefix, 1), first.before, stop)
+            return Recorded(self._record(recovery, first.trace.disk, prefix, 1), first.before, stop)
         disk = first.trace.cut(stop, Fates(fates, first.trace.pending(stop)))
-        return Recorded(self._record(recover, disk, (), 1), first.promise(stop), 0)
+        return Recorded(self._record(recovery, disk, (), 1), first.promise(stop), 0)
 
     def _record(
         self, scenario: Callable[[World], None], disk: Disk, operations: Sequence[Operation], number: int

@@ -24,7 +24,7 @@ from unittest import mock
 
 from cases import PLAIN, Case, Promise, Recorder, fresh
 from recorder import RUN, SENTINEL, SENTINEL_CONTENT, SMALL, Change, materialise, unchanged
-from scenarios import RANKS, SCENARIOS, content, part_content, part_name, training
+from scenarios import KINDS, RANKS, SCENARIOS, Kind, content, part_content, part_name, training
 from simulator import Disk, Fates
 
 import engine
@@ -77,7 +77,8 @@ class Checker:
         owed = {step: promise.reported[step] for step in _named_steps(trace.live(stop)) if step in promise.reported}
         self.tried_count += 1
         twice_named = disk.twice_named()
-        state = _digest(disk, promise, owed, twice_named)
+        kind = KINDS[case.scenario]
+        state = _digest(disk, promise, owed, twice_named, kind)
         if state in self._seen:
             return
         self._seen.add(state)
@@ -86,32 +87,35 @@ class Checker:
                 raise Violation(f"under two names: {twice_named}")
             with fresh(self._scratch) as directory:
                 materialise(disk, directory)
-                self._recover(disk, promise, owed, directory)
+                self._recover(disk, promise, owed, directory, kind)
         except (EngineError, AssertionError) as error:
             raise Violation(
                 f"{error}\n  {case}, of scenario {list(SCENARIOS)[case.scenario]}\n"
                 f"  see it again with: python tests/support/crash_campaign.py --replay {case.number}"
             ) from error
 
-    def _recover(self, disk: Disk, promise: Promise, owed: Mapping[int, set[int]], directory: Path) -> None:
+    def _recover(self, disk: Disk, promise: Promise, owed: Mapping[int, set[int]], directory: Path, kind: Kind) -> None:
         named = _named_steps(disk)
         damaged = {step for step, inode in named.items() if inode in promise.damaged}
         good = sorted(named.keys() - damaged)
         with self._opened(directory) as eng:
             _require(eng.steps() == sorted(named), f"there are {sorted(named)}, and steps() says {eng.steps()}")
-            self._verify(eng, promise, owed, good, damaged)
+            self._verify(eng, promise, owed, good, damaged, kind)
             for step in good:
                 _verify_parts(directory / RUN / f"step-{step:08d}")
             newest = max(promise.reported, default=-1)
             _require(max(good, default=-1) >= newest, f"step {newest} was durable, and now there are {good}")
-            self._restore_newest(eng, good)
-            training().fill(_CHECK_PAYLOAD)
-            saved = eng.checkpoint(training().arena, snapshot="eager").result().step
+            _restore_newest(eng, good, kind)
+            training(kind).fill(_CHECK_PAYLOAD)
+            saved = eng.checkpoint(training(kind).arena, snapshot="eager").result().step
         with self._opened(directory) as eng:
             _require(eng.steps() == [*sorted(named), saved], f"after a save, steps() says {eng.steps()}")
-            training().fill(0)
-            _require(eng.restore(training().arena).step == saved, "the newest is not what was saved last")
-            _require(training().content() == content(_CHECK_PAYLOAD), "what was saved last is not what was restored")
+            training(kind).fill(0)
+            _require(eng.restore(training(kind).arena).step == saved, "the newest is not what was saved last")
+            _require(
+                training(kind).content() == content(kind, _CHECK_PAYLOAD),
+                "what was saved last is not what was restored",
+            )
         _require_unchanged(disk, named, directory)
 
     def _verify(
@@ -121,6 +125,7 @@ class Checker:
         owed: Mapping[int, set[int]],
         good: Sequence[int],
         damaged: set[int],
+        kind: Kind,
     ) -> None:
         """Every listed step is whole and holds its saved state, and every promised step is listed."""
         missing = sorted(owed.keys() - set(good))
@@ -129,19 +134,16 @@ class Checker:
             tensors = eng.load(step)
             loaded = b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))
             allowed = owed.get(step, promise.begun.get(step, set()))
-            _require(loaded in map(content, allowed), f"step {step} does not hold what was saved, {allowed}")
+            _require(
+                loaded in [content(kind, payload) for payload in allowed],
+                f"step {step} does not hold what was saved, {allowed}",
+            )
         for step in damaged:
             try:
                 eng.load(step)
             except CorruptError:
                 continue
             raise Violation(f"step {step} was damaged, and is restored")
-
-    def _restore_newest(self, eng: engine.Engine, good: Sequence[int]) -> None:
-        if good:
-            training().fill(0)
-            restored = eng.restore(training().arena).step
-            _require(restored == good[-1], f"the newest of {good} is not {restored}")
 
     @contextmanager
     def _opened(self, directory: Path) -> Iterator[engine.Engine]:
@@ -179,6 +181,13 @@ def checking(change: Change = unchanged) -> Iterator[tuple[Recorder, Checker]]:
         pipeline.end()
 
 
+def _restore_newest(eng: engine.Engine, good: Sequence[int], kind: Kind) -> None:
+    if good:
+        training(kind).fill(0)
+        restored = eng.restore(training(kind).arena).step
+        _require(restored == good[-1], f"the newest of {good} is not {restored}")
+
+
 def _verify_parts(step: Path) -> None:
     """The parts of the manifest that several writers have sealed are all there, and whole."""
     parts = {path.name: path.read_bytes() for path in step.glob("manifest-*.json")}
@@ -211,7 +220,8 @@ def _require_unchanged(disk: Disk, named: Mapping[int, int], directory: Path) ->
 
 def _digest(disk: Disk, *promised: Any) -> bytes:
     """Equal for two states in which the same is there and the same is promised."""
-    digest = hashlib.blake2b(repr(promised).encode(), digest_size=16)
+    shared = sorted(disk.shared().values())
+    digest = hashlib.blake2b(repr((promised, shared)).encode(), digest_size=16)
     for path, inode in disk.walk():
         digest.update(path.encode() + b"\0")
         if inode in disk.files:

@@ -29,6 +29,7 @@ from engine.format.manifest import MANIFEST_NAME
 from engine.io.descriptor import Descriptor
 from engine.store import writer
 from engine.store.catalog import Catalog
+from engine.store.filesystem import Filesystem
 from engine.store.owner import Owner
 
 
@@ -215,6 +216,19 @@ MUTATIONS: dict[str, Mutation] = {
     "a failed fsync of a file is tried again and trusted": Mutation(stubborn, "failure_sync_file"),
     "a failed fsync of a directory is forgotten": Mutation(
         patched(Catalog, "_sync", _sync_and_forget), "failure_sync_directory/run"
+    ),
+    "C4 left out, with a linked file": Mutation(without(Drop("publish", ".partial")), "linked_save"),
+    "B2 overwrites a file that has another name": Mutation(
+        patched(Filesystem, "is_ours_alone", lambda self, path: True), "linked_leftovers"
+    ),
+    "B2 overwrites a retired file that a committed step shares": Mutation(
+        patched(Filesystem, "is_ours_alone", lambda self, path: True), "linked_rollback"
+    ),
+    "L1 keeps every link, also where a block has changed": Mutation(
+        patched(writer, "changed_files", lambda *_: {}), "linked_change"
+    ),
+    "L1 copies no block of a file that has changed": Mutation(
+        patched(Owner, "_copy", lambda *_: None), "linked_change"
     ),
     "an open takes a partial with a manifest for a step": Mutation(
         patched(Catalog, "_recover", _promote), nesting=KILL

@@ -33,6 +33,7 @@ from simulator import (
     Create,
     Disk,
     Extend,
+    Link,
     Note,
     Operation,
     Remove,
@@ -72,9 +73,12 @@ def blank() -> Disk:
 
 def materialise(disk: Disk, directory: Path) -> None:
     """Build the content of a disk in an empty directory."""
+    linked: dict[int, str] = {}
     for path, inode in disk.walk():
         if inode in disk.directories:
             os.mkdir(directory / path)
+        elif inode in disk.links and linked.setdefault(inode, path) != path:
+            os.link(directory / linked[inode], directory / path)
         else:
             descriptor = os.open(directory / path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             os.write(descriptor, disk.files[inode])
@@ -185,9 +189,17 @@ class World:
     def renamed(self, source: str, target: str) -> None:
         old, old_name = self._parent(source)
         new, new_name = self._parent(target)
+        if self._names[new].get(new_name) == self._names[old][old_name]:
+            return  # two names of one file: rename(2) does nothing
         inode = self._names[old].pop(old_name)
         self._names[new][new_name] = inode
         self.operations.append(Rename(old, old_name, new, new_name, inode))
+
+    def linked(self, source: str, target: str) -> None:
+        old, old_name = self._parent(source)
+        new, new_name = self._parent(target)
+        inode = self._names[new][new_name] = self._names[old][old_name]
+        self.operations.append(Link(new, new_name, inode))
 
     def written(self, descriptor: int, offset: int, content: bytes) -> None:
         self.operations.append(Write(self._inode(descriptor), offset, content))
@@ -255,6 +267,12 @@ class RecordingFilesystem(Filesystem):
             super().rename(source, target)
             self._world.renamed(source, target)
 
+    def link(self, source: str, target: str) -> None:
+        self._world.hook("link", target)
+        with self._world.mutex:
+            super().link(source, target)
+            self._world.linked(source, target)
+
     def unlink(self, path: str) -> None:
         self._world.hook("unlink", path)
         with self._world.mutex:
@@ -306,6 +324,12 @@ class RecordingFilesystem(Filesystem):
         with self._world.mutex:
             super().allocate(descriptor, nbytes, path)
             self._world.extended(descriptor.number, nbytes)
+
+    def write_range(self, descriptor: Descriptor, offset: int, content: bytes, path: str) -> None:
+        self._world.hook("write_range", path)
+        with self._world.mutex:
+            super().write_range(descriptor, offset, content, path)
+            self._world.written(descriptor.number, offset, content)
 
     def truncate(self, descriptor: Descriptor, nbytes: int, path: str) -> None:
         self._world.hook("truncate", path)

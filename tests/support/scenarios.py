@@ -6,7 +6,8 @@ Theory of operation.  Each is a function that drives an engine in a `World` and 
 * ``listed`` when an open lists a step, which promises as much as a report,
 * ``rolling back`` to a step before the call and ``rolled back`` after it.
 
-A payload is a number that determines the contents of all tensors.
+A payload is a number that determines the contents of all tensors.  In most scenarios every tensor changes with it;
+`KINDS` names those with frozen parameters, whose contents change with every hundred of payloads.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -42,23 +43,37 @@ _RECOVERY_PAYLOAD = 1 << 10
 _HANG_S = 60  # ends a test whose threads wait for each other; nothing here takes a second
 
 
-class Training:
-    """A model and an optimizer whose state fills two files of three blocks each: header, a whole block, a short one."""
+# Of a scenario's training: all is trained, or a layer is frozen and in the file of the others, or in one of its own.
+Kind = Literal["trained", "frozen", "split"]
 
-    def __init__(self) -> None:
-        model = nn.Linear(30, 40)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+# Payloads with the same frozen parameters.
+_BASE_PAYLOADS = 100
+
+
+class Training:
+    """A model and an optimizer whose state fills two files of three blocks each: header, a whole block, a short one.
+
+    With a frozen layer the blocks after the header are that layer's, and what is trained is small.
+    """
+
+    def __init__(self, kind: Kind) -> None:
+        model = nn.Linear(30, 40) if kind == "trained" else nn.Sequential(nn.Linear(30, 40), nn.Linear(40, 2))
+        if isinstance(model, nn.Sequential):
+            model[0].requires_grad_(False)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
         model(torch.zeros(30)).sum().backward()
         optimizer.step()
         self._owners = model, optimizer
-        self.arena = engine.Arena.adopt(model, optimizer)
+        self.arena = engine.Arena.adopt(model, optimizer, split_untrained=kind == "split")
         self._tensors = dict(sorted(self.arena.state_dict().items()))
+        self._frozen = {name for name, param in model.named_parameters() if not param.requires_grad}
 
     def fill(self, payload: int) -> None:
         """Make the tensors hold a payload."""
-        generator = torch.Generator().manual_seed(payload)
-        for tensor in self._tensors.values():
-            tensor.copy_(torch.rand(tensor.shape, generator=generator))
+        trained = torch.Generator().manual_seed(payload)
+        frozen = torch.Generator().manual_seed(-1 - payload // _BASE_PAYLOADS)
+        for name, tensor in self._tensors.items():
+            tensor.copy_(torch.rand(tensor.shape, generator=frozen if name in self._frozen else trained))
 
     def content(self) -> bytes:
         """The contents of the tensors, in order of name."""
@@ -66,33 +81,39 @@ class Training:
 
 
 @functools.cache
-def training() -> Training:
-    """The one that all saves are of."""
-    return Training()
+def training(kind: Kind) -> Training:
+    """The one that all saves of a scenario are of."""
+    return Training(kind)
 
 
 @functools.cache
-def content(payload: int) -> bytes:
+def content(kind: Kind, payload: int) -> bytes:
     """The contents of the tensors with this payload."""
-    training().fill(payload)
-    return training().content()
+    training(kind).fill(payload)
+    return training(kind).content()
 
 
 class Session:
-    """An open engine, and the notes of its reports."""
+    """An open engine, and the notes of its reports.
 
-    def __init__(self, world: World, eng: engine.Engine, payloads: Iterator[int]) -> None:
+    Attributes:
+        base: decides what the frozen parameters hold.
+    """
+
+    def __init__(self, world: World, eng: engine.Engine, payloads: Iterator[int], kind: Kind) -> None:
         self.world = world
         self.engine = eng
+        self.base = 0
+        self.training = training(kind)
         self._payloads = payloads
 
     def begin(self, step: int) -> tuple[Save, int]:
         """Start a save of new contents."""
-        payload = next(self._payloads)
-        training().fill(payload)
+        payload = next(self._payloads) + self.base * _BASE_PAYLOADS
+        self.training.fill(payload)
         self.world.note("began", step, payload)
         with self.world.staging():
-            return self.engine.checkpoint(training().arena, step, snapshot="eager"), payload
+            return self.engine.checkpoint(self.training.arena, step, snapshot="eager"), payload
 
     def end(self, begun: tuple[Save, int]) -> None:
         """Wait until a save is durable."""
@@ -112,10 +133,10 @@ class Session:
 
 
 @contextmanager
-def session(world: World, payload: int = 1, **options: Any) -> Iterator[Session]:
+def session(world: World, payload: int = 1, kind: Kind = "trained", **options: Any) -> Iterator[Session]:
     """An engine in a World."""
     with world.running(**options) as eng:
-        yield Session(world, eng, itertools.count(payload))
+        yield Session(world, eng, itertools.count(payload), kind)
 
 
 def first_save(world: World) -> None:
@@ -151,7 +172,7 @@ def set_aside(world: World) -> None:
     with session(world, keep=2, max_async=1) as it:
         it.save(1, 2)
         world.damage(2)
-        assert it.engine.restore(training().arena).step == 1
+        assert it.engine.restore(it.training.arena).step == 1
         it.save(2, 3)
 
 
@@ -163,6 +184,63 @@ def leftovers(world: World) -> None:
             it.attempt(3)
     with session(world, payload=11, keep=1, max_async=1) as it:
         it.save(3)
+
+
+def elided_save(world: World) -> None:
+    """Blocks that the recycled file holds are not written."""
+    with session(world, keep=1, max_async=1, kind="frozen") as it:
+        it.save(1, 2, 3)
+        it.base = 1
+        it.save(4)
+
+
+def linked_save(world: World) -> None:
+    """The file of the frozen parameters is linked from the step before."""
+    with session(world, keep=1, max_async=1, kind="split") as it:
+        it.save(1, 2, 3)
+
+
+def linked_change(world: World) -> None:
+    """The linked file is written anew, and later recycled."""
+    with session(world, keep=1, max_async=1, kind="split") as it:
+        it.save(1, 2)
+        it.base = 1
+        it.save(3)
+        it.base = 2
+        it.save(4, 5)
+
+
+def linked_rollback(world: World) -> None:
+    """A retired step shares its file with the committed one."""
+    with session(world, keep=None, max_async=1, kind="split") as it:
+        it.save(1, 2)
+        world.note("rolling back", 1)
+        it.engine.rollback(1)
+        world.note("rolled back", 1)
+        it.base = 1
+        it.save(2, 3)
+
+
+def linked_leftovers(world: World) -> None:
+    """A save that failed and could not be deleted: the next open makes a spare of it, which shares a committed file."""
+    with session(world, keep=1, max_async=1, kind="split") as it:
+        it.save(1, 2)
+        first = "step-00000003.partial/model-00001-of-00002.safetensors"
+        with refusing(world, "write_new_file"), refusing(world, "unlink", first):
+            it.attempt(3)
+    with session(world, payload=11, keep=1, max_async=1, kind="split") as it:
+        it.base = 1
+        it.save(3)
+
+
+def linked_failure(operation: str, suffix: str, world: World) -> None:
+    """A save of which one operation on a link is refused, and a save after it."""
+    with session(world, keep=1, max_async=1, kind="split") as it:
+        it.save(1, 2)
+        it.base = operation == "write_range"
+        with refusing(world, operation, suffix):
+            it.attempt(3)
+        it.save(4, 5)
 
 
 # Writers of one checkpoint; the third has no file.
@@ -343,9 +421,9 @@ def refusing(world: World, operation: str, suffix: str = "", place: int = 0) -> 
     assert next(count) > place, f"{operation} was never refused"
 
 
-def recover(world: World) -> None:
+def recover(kind: Kind, world: World) -> None:
     """Open the directory, list its steps, and save one more."""
-    with session(world, payload=_RECOVERY_PAYLOAD, keep=1, max_async=1) as it:
+    with session(world, payload=_RECOVERY_PAYLOAD, keep=1, max_async=1, kind=kind) as it:
         for step in it.engine.steps():
             with suppress(CorruptError):
                 it.engine.load(step)
@@ -385,4 +463,17 @@ SCENARIOS: dict[str, Callable[[World], None]] = {
     # R2 is the first fsync of spare there, and the second of the root, after C7.
     "failed_retirement_/spare": partial(failed_retirement, "/spare", 0),
     "failed_retirement_/run": partial(failed_retirement, "/run", 1),
+    "elided_save": elided_save,
+    "linked_save": linked_save,
+    "linked_change": linked_change,
+    "linked_rollback": linked_rollback,
+    "linked_leftovers": linked_leftovers,
+    "linked_failure_link": partial(linked_failure, "link", ""),
+    "linked_failure_rename": partial(linked_failure, "rename", "/model-00002-of-00002.safetensors"),
+    "linked_failure_write_range": partial(linked_failure, "write_range", ""),
 }
+
+# The trainings of the scenarios, in their order.
+KINDS: tuple[Kind, ...] = tuple(
+    "frozen" if name.startswith("elided") else "split" if name.startswith("linked") else "trained" for name in SCENARIOS
+)

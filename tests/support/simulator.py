@@ -6,6 +6,7 @@ after some of them and returns the state of the disk, which depends on the fate 
 * fsync of a file covers the earlier bytes and length of the file, not its name.
 * fsync of a directory covers names that were made, moved and removed in it earlier, not the files that they name.
 * A rename is one unit, and is covered once both its directories have been synced.
+* A link is covered once the directory of the new name has been synced.  A file's link count is kept with its names.
 * A failed fsync covers nothing.  Earlier writes to the file are never covered any more: the kernel may have dropped the
   pages, and the next fsync succeeds (fsync(2), "Errors").
 
@@ -62,6 +63,14 @@ class Rename(NamedTuple):
     inode: int
 
 
+class Link(NamedTuple):
+    """A further name of a file: link(2)."""
+
+    directory: int
+    name: str
+    inode: int
+
+
 class Write(NamedTuple):
     """pwrite(2), or a block that the ring wrote."""
 
@@ -109,7 +118,7 @@ class Note(NamedTuple):
     payload: int
 
 
-Operation = Create | Remove | Rename | Write | Extend | Truncate | Sync | Rot | Note
+Operation = Create | Remove | Rename | Link | Write | Extend | Truncate | Sync | Rot | Note
 
 
 class Fate(Enum):
@@ -123,14 +132,16 @@ class Fate(Enum):
 
 @dataclass
 class Disk:
-    """Inodes and their contents: bytes, or names of inodes."""
+    """Inodes and their contents: bytes, or names of inodes.  `links` are the link counts of files that were linked."""
 
     files: dict[int, bytes] = field(default_factory=dict)
     directories: dict[int, dict[str, int]] = field(default_factory=lambda: {ROOT: {}})
+    links: dict[int, int] = field(default_factory=dict)
 
     def copy(self) -> Disk:
         """One that can be changed alone."""
-        return Disk(dict(self.files), {inode: dict(names) for inode, names in self.directories.items()})
+        names = {inode: dict(names) for inode, names in self.directories.items()}
+        return Disk(dict(self.files), names, dict(self.links))
 
     def walk(self, inode: int = ROOT, path: str = "") -> Iterator[tuple[str, int]]:
         """Every path below a directory and its inode, directories before their entries, in order of name."""
@@ -149,12 +160,16 @@ class Disk:
             inode = found
         return inode
 
-    def twice_named(self) -> list[str]:
+    def shared(self) -> dict[int, list[str]]:
         """The paths of all inodes with more than one."""
         paths: dict[int, list[str]] = {}
         for path, inode in self.walk():
             paths.setdefault(inode, []).append(path)
-        return [path for same in paths.values() if len(same) > 1 for path in same]
+        return {inode: same for inode, same in paths.items() if len(same) > 1}
+
+    def twice_named(self) -> list[str]:
+        """The paths of all inodes with more of them than their link count says."""
+        return [path for inode, same in self.shared().items() if len(same) > self.links.get(inode, 1) for path in same]
 
     def apply(self, operation: Operation, premise: bool, sectors: Sequence[Fate] | None, rng: random.Random) -> None:
         """Do an operation.
@@ -170,13 +185,17 @@ class Disk:
         elif isinstance(operation, Remove):
             names = self.directories[operation.directory]
             if names.get(operation.name) == operation.inode:
-                del names[operation.name]
+                self._lose(names.pop(operation.name))
+        elif isinstance(operation, Link):
+            self.directories[operation.directory][operation.name] = operation.inode
+            self.links[operation.inode] = self.links.get(operation.inode, 1) + 1
         elif isinstance(operation, Rename):
             names = self.directories[operation.source]
             there = names.get(operation.source_name) == operation.inode
             if there:
                 del names[operation.source_name]
             if there or not premise:
+                self._lose(self.directories[operation.target].get(operation.target_name))
                 self.directories[operation.target][operation.target_name] = operation.inode
         elif isinstance(operation, Write | Rot):
             self._write(operation, sectors, rng)
@@ -184,6 +203,11 @@ class Disk:
             self.files[operation.inode] = self.files[operation.inode].ljust(operation.nbytes, b"\0")
         elif isinstance(operation, Truncate):
             self.files[operation.inode] = self.files[operation.inode][: operation.nbytes].ljust(operation.nbytes, b"\0")
+
+    def _lose(self, inode: int | None) -> None:
+        """Count a name less, if the file was linked."""
+        if inode in self.links:
+            self.links[inode] -= 1
 
     def _write(self, write: Write | Rot, sectors: Sequence[Fate] | None, rng: random.Random) -> None:
         content = bytearray(self.files[write.inode])
@@ -306,9 +330,9 @@ class Trace:
         return covered
 
 
-def _waits_for(operation: Create | Remove | Rename | Write | Extend | Truncate) -> set[int]:
+def _waits_for(operation: Create | Remove | Rename | Link | Write | Extend | Truncate) -> set[int]:
     """The inodes that must be synced to cover an operation."""
-    if isinstance(operation, Create | Remove):
+    if isinstance(operation, Create | Remove | Link):
         return {operation.directory}
     if isinstance(operation, Rename):
         return {operation.source, operation.target}
