@@ -45,6 +45,18 @@ def test_a_training_survives_kills_everywhere(server: Server, kind: str) -> None
     assert figures.recycled_count, "no save has recycled anything"
 
 
+def test_a_training_with_linked_files_survives_kills_everywhere(server: Server) -> None:
+    """One file system here; the campaign with --split tests all."""
+    figures = Figures()
+    seed = 0 if "CI" in os.environ else random.SystemRandom().getrandbits(32)
+    with volume("ext4", VOLUMES["ext4"]) as root:
+        Ordeal(server, root, "ext4", random.Random(seed), figures, split=True).suffer([True], RANDOM_COUNT)
+    missed = LINES | {"B2a", "L1"}
+    missed -= {phase for _, phase in figures.phases}
+    assert figures.kill_count >= KILLS_MIN and not missed, f"nothing was killed at {missed}"
+    assert figures.linked_count, "no file was linked"
+
+
 # -- what the checks detect ---------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,8 @@
     python tests/support/kill_campaign.py --kills 5000 --seed 1
     python tests/support/kill_campaign.py --seed 1 --replay ROUND KIND
 
+With --split untrained tensors have files of their own, which are linked from step to step.
+
 A round is one ordeal on each file system, in a new directory.  The volumes are reused, and age.  Random choices
 follow from the seed, the round and the file system.  The first violation after a kill ends the campaign, with the
 arguments that repeat the ordeal.  Kills at a random moment are repeated at the same time, but may hit another
@@ -27,15 +29,16 @@ from volumes import volume
 _RANDOM_COUNT = 100
 
 
-def suffer(server: Server, root: Path, kind: str, seed: int, round_number: int, figures: Figures) -> None:
+def suffer(server: Server, root: Path, kind: str, seed: int, round_number: int, figures: Figures, split: bool) -> None:
     """One ordeal."""
     chance = random.Random(f"{seed} {round_number} {kind}")
     try:
-        Ordeal(server, root, kind, chance, figures).suffer([False, True], _RANDOM_COUNT)
+        Ordeal(server, root, kind, chance, figures, split).suffer([False, True], _RANDOM_COUNT)
     except Lost as lost:
         raise Lost(
             f"after {figures.kill_count} kills: {lost}\n"
-            f"  see it again with: python tests/support/kill_campaign.py --seed {seed} --replay {round_number} {kind}\n"
+            f"  see it again with: python tests/support/kill_campaign.py --seed {seed} "
+            f"{'--split ' * split}--replay {round_number} {kind}\n"
         ) from lost
 
 
@@ -49,7 +52,8 @@ def report(figures: Figures, seconds: float) -> str:
     lines.append(f"  backends: {', '.join(f'{name} {number}' for name, number in sorted(figures.backends.items()))}")
     lines.append(
         f"  {figures.random_count} at a random moment, of which {figures.random_in_flight_count} hit a save in flight; "
-        f"{figures.torn_count} between the first byte of a save and its last; {figures.recycled_count} saves recycled"
+        f"{figures.torn_count} between the first byte of a save and its last; {figures.recycled_count} saves recycled, "
+        f"{figures.linked_count} files linked"
     )
     return "\n".join(lines) + "\n"
 
@@ -59,6 +63,7 @@ def main() -> int:
     arguments = argparse.ArgumentParser(description="Kill a training again and again, until something is lost.")
     arguments.add_argument("--kills", type=int, default=5000, help="how many at least")
     arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--split", action="store_true", help="untrained tensors in files of their own")
     arguments.add_argument("--replay", nargs=2, metavar=("ROUND", "KIND"), help="this ordeal only")
     options = arguments.parse_args()
     sys.stdout.write(f"seed {options.seed}\n")
@@ -71,7 +76,7 @@ def main() -> int:
         try:
             for number in [int(options.replay[0])] if options.replay else count():
                 for kind, root in roots.items():
-                    suffer(server, root, kind, options.seed, number, figures)
+                    suffer(server, root, kind, options.seed, number, figures, options.split)
                     sys.stdout.write(f"round {number}, {kind}: {figures.kill_count} kills\n")
                     sys.stdout.flush()
                 if figures.kill_count >= options.kills:

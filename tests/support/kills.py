@@ -77,6 +77,14 @@ _PARTIAL_MAX = MAX_ASYNC
 _STEP_MAX = _KEEP_MAX + MAX_ASYNC
 _SPARE_MAX = MAX_ASYNC + _STEP_MAX + _PARTIAL_MAX
 
+# The files of a step, and those of one with untrained tensors in files of their own.
+_FILES = ["manifest.json", "model.safetensors", "optimizer.safetensors"]
+_SPLIT_FILES = [
+    "manifest.json",
+    *(f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)),
+    *("model.safetensors.index.json", "optimizer.safetensors"),
+]
+
 _SENTINEL = b"not the engine's\n"
 
 
@@ -195,6 +203,7 @@ class Figures:
         random_count, random_in_flight_count: kills at a random moment, and those of them that hit a save in flight.
         torn_count: kills when some of a save's bytes were written, and some not.
         recycled_count: saves that took a spare.
+        linked_count: files that were linked from the step before.
     """
 
     phases: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -204,6 +213,7 @@ class Figures:
     random_in_flight_count: int = 0
     torn_count: int = 0
     recycled_count: int = 0
+    linked_count: int = 0
 
     @property
     def kill_count(self) -> int:
@@ -215,6 +225,9 @@ class Figures:
         self.life_count += 1
         # C5 is there only where B2 has taken a spare.
         self.recycled_count += sum(event["line"] == "C5" for event in outcome.of("did"))
+        self.linked_count += sum(
+            event["line"] == "L1" and event["operation"] == "rename" for event in outcome.of("did")
+        )
         if not outcome.was_killed:
             return
         self.phases[kind, outcome.phase] += 1
@@ -234,9 +247,19 @@ class Ordeal:
         kind: its name in the figures.
         chance: the source of random backends and points.
         figures: the counters of the lives.
+        split: whether untrained tensors have files of their own.
     """
 
-    def __init__(self, server: Server, volume: Path, kind: str, chance: random.Random, figures: Figures) -> None:
+    def __init__(
+        self,
+        server: Server,
+        volume: Path,
+        kind: str,
+        chance: random.Random,
+        figures: Figures,
+        split: bool = False,
+    ) -> None:
+        self._split = split
         self._server = server
         self._directory = volume / "run"
         self._sentinel = volume / "sentinel"
@@ -324,7 +347,14 @@ class Ordeal:
     def _live(self, where: str = "", at: float = 0, step_count: int = 4, keep: int = 1, **life: Any) -> Outcome:
         """One life, and checks of its log and its files."""
         backend = self._chance.choice(BACKENDS)
-        life |= {"where": where, "at": at, "step_count": step_count, "backend": backend, "keep": keep}
+        life |= {
+            "where": where,
+            "at": at,
+            "step_count": step_count,
+            "backend": backend,
+            "keep": keep,
+            "split": self._split,
+        }
         outcome = self._server.live(self._directory, **life)
         self._figures.note(self._kind, backend, where, outcome)
         try:
@@ -377,7 +407,7 @@ class Ordeal:
 
     def _look_at_step(self, step: int) -> None:
         path = self._directory / f"step-{step:08d}"
-        _require(sorted(os.listdir(path)) == ["manifest.json", "model.safetensors", "optimizer.safetensors"], str(path))
+        _require(sorted(os.listdir(path)) == (_SPLIT_FILES if self._split else _FILES), str(path))
         try:
             manifest = decode((path / "manifest.json").read_bytes())
         except CorruptError as error:

@@ -51,8 +51,11 @@ MAX_ASYNC = 2
 # Some hundred blocks in a save, and as few slots as can be, so that writing them takes a while.
 ENGINE_OPTIONS: Mapping[str, Any] = {"max_async": MAX_ASYNC, "block_bytes": 8 << 10, "staging_bytes": 16 << 10}
 
-# 1.6 MB with AdamW's two moments.
+# 1.6 MB with AdamW's two moments, and 64 kB that no optimizer trains.
 _INPUTS, _HIDDEN, _BATCH = 128, 512, 8
+
+# After so many steps the frozen layer changes.
+_FROZEN_STEPS = 5
 
 # Ends a life that hangs; none takes a hundredth of it.
 _HANG_S = 60.0
@@ -71,6 +74,7 @@ class Life:
         at: a number of an operation, a part, or seconds; see above.
         settled_count: how many saves it waits for one by one.
         company: whether another save is in flight.
+        split: whether untrained tensors have files of their own.
     """
 
     directory: str
@@ -82,6 +86,7 @@ class Life:
     at: float = 0
     settled_count: int = 0
     company: bool = False
+    split: bool = False
 
 
 class Log:
@@ -103,11 +108,16 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 class Training:
-    """A model whose every step depends on all earlier ones, dropout's random numbers and running means included."""
+    """A model whose every step depends on all earlier ones, dropout's random numbers and running means included.
+
+    Its first layer is frozen, and changes every few steps by other hands than the optimizer's.
+    """
 
     def __init__(self) -> None:
         torch.manual_seed(0)
+        self._frozen = nn.Linear(_INPUTS, _INPUTS).requires_grad_(False)
         self._model = nn.Sequential(
+            self._frozen,
             nn.Linear(_INPUTS, _HIDDEN),
             nn.BatchNorm1d(_HIDDEN),
             nn.ReLU(),
@@ -119,6 +129,8 @@ class Training:
 
     def step(self, number: int) -> None:
         """One step of training on the data of this number."""
+        if number % _FROZEN_STEPS == 0:
+            self._frozen.weight[number % _INPUTS].add_(0.01)
         data = torch.randn(_BATCH, _INPUTS, generator=torch.Generator().manual_seed(number))
         self._optimizer.zero_grad()
         loss: torch.Tensor = (self._model(data) - data).square().mean()
@@ -171,6 +183,14 @@ class DeadlyFilesystem(Filesystem):
     def rename(self, source: str, target: str) -> None:
         with self._operation("rename", target):
             super().rename(source, target)
+
+    def link(self, source: str, target: str) -> None:
+        with self._operation("link", target):
+            super().link(source, target)
+
+    def write_range(self, descriptor: int, offset: int, content: bytes, path: str) -> None:
+        with self._operation("write_range", path):
+            super().write_range(descriptor, offset, content, path)
 
     def unlink(self, path: str) -> None:
         with self._operation("unlink", path):
@@ -261,11 +281,14 @@ def _line_of_open(operation: str, name: str, before: str) -> str:
 def _line_of_save(operation: str, name: str, before: str) -> str:
     """Which line of docs/durability.md an operation of a save is, after one of line `before`."""
     always = {"open_for_blocks": "B3", "allocate": "B3", "truncate": "C1", "write_new_file": "C3"}
+    always |= {"link": "B2a", "write_range": "L1"}
     if operation in always:
         return always[operation]
     if operation == "sync_file":
         return "C3" if name.endswith("manifest.json") else "C2"
     is_partial, is_spare = ".partial" in name, name.startswith(".engine")
+    if is_partial and before in ("B3", "L1") and operation in ("rename", "unlink"):
+        return "L1"
     if operation == "rename":
         return "B2" if is_partial else "R1" if is_spare else "C6"
     if operation == "sync_directory":
@@ -295,6 +318,7 @@ class _Trainee:
             keep=life.keep,
             backend=life.backend,  # type: ignore[arg-type]
             filesystem=self._filesystem,
+            split_untrained=life.split,
             **ENGINE_OPTIONS,
         ) as eng:
             spares = os.listdir(Path(life.directory, ".engine/spare"))
@@ -350,9 +374,15 @@ class _Trainee:
 
     def _die_writing(self, save: engine.Save) -> None:
         nbytes = sum(file.nbytes for file in save.plan.files)
-        while (written := save.stats()["io_bytes"]) < self._life.at * nbytes:
+        while (written := _done_bytes(save)) < self._life.at * nbytes:
             os.sched_yield()  # the commit thread needs the interpreter's lock
         self._filesystem.die(line="W", step=save.step, written=written, nbytes=nbytes)
+
+
+def _done_bytes(save: engine.Save) -> int:
+    """How much of a save is written, or need not be."""
+    stats = save.stats()
+    return stats["io_bytes"] + stats["skipped_bytes"]
 
 
 def live(life: Life) -> None:
