@@ -27,7 +27,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import engine
-from engine.bench import charts, footprint, goals, host, limits, report, slowdown
+from engine.bench import charts, footprint, goals, host, limits, report, slowdown, unchanged
 from engine.bench.limits import Lent
 from engine.bench.loaders import LOADERS, LOADING_PEERS, OursLoader
 from engine.bench.measure import Rounds, Turn, few, timed_load, timed_save
@@ -376,6 +376,13 @@ def _slowdown(rounds: Rounds, scales: Scales) -> None:
     _clear(rounds)
 
 
+def _unchanged(rounds: Rounds, scales: Scales) -> None:
+    """Trainings that change little, with and without elision."""
+    if rounds.wanted(Ours.name):
+        seconds = scales.seconds / 4
+        unchanged.measure(rounds, scales.main_bytes, scales.rounds, seconds, lambda: _clear(rounds))
+
+
 SECTIONS: dict[str, Callable[[Rounds, Scales], None]] = {
     "limit": _limit,
     "main": _main,
@@ -385,6 +392,7 @@ SECTIONS: dict[str, Callable[[Rounds, Scales], None]] = {
     "size": _size,
     "tensors": _tensors,
     "flight": _flight,
+    "unchanged": _unchanged,
 }
 
 

@@ -35,6 +35,13 @@ STAGED_WHOLE = "engine staged whole"
 # The subjects of segments of training that save nothing: ordinary tensors, and an arena that has adopted them.
 NONE, ADOPTED = "no checkpoints", "no checkpoints, adopted"
 
+# The trainings of `unchanged`, and those of them that change next to nothing.
+ALL_FROZEN, ADAPTERS, EMBEDDING, EXPERTS, CHANGED = (
+    *("all frozen", "adapters", "embedding, 1 % of its rows", "experts, one in eight", "everything changed"),
+)
+STEADY = (ALL_FROZEN, ADAPTERS)
+PARTLY = (*STEADY, EMBEDDING, EXPERTS)
+
 Number = TypeVar("Number", int, float)
 Compute = Callable[[], float]  # raises _Unknown
 
@@ -78,6 +85,7 @@ def outcomes(record: Record, peers: Iterable[str], loading_peers: Iterable[str])
         *_restore(record, loading_peers),
         *_part(record),
         *_many_tensors(record),
+        *_unchanged(record),
     ]
 
 
@@ -336,6 +344,42 @@ def _many_tensors(record: Record) -> list[Outcome]:
         ),
         _held_a_tensor(record, "the most tensors: loop held by that first save, a tensor", setting="first"),
     ]
+
+
+def _unchanged(record: Record) -> list[Outcome]:
+    def of(training: str, way: str, name: str) -> float:
+        return _median(record.select("unchanged", OURS, setting=f"{training}, {way}"), name)
+
+    def beyond(training: str) -> float:
+        # Of a save that changes nothing, in shares of a block.
+        changed = of(training, "elided", "changed_bytes")
+        return (of(training, "elided", "stats.io_bytes") - changed) / (changed or BLOCK_BYTES) * 100
+
+    def held(training: str, way: str) -> float:
+        return of(training, way, "held_s") * 1e3
+
+    def durable(training: str, way: str) -> float:
+        return of(training, way, "durable_s") * 1e3
+
+    def cpu(training: str, way: str) -> float:
+        return of(training, way, "cpu_s") / of(training, "rewritten", "cpu_s")
+
+    def slower() -> float:
+        return of(CHANGED, "elided", "durable_s") / of(CHANGED, "rewritten", "durable_s")
+
+    rows = [
+        _at_most(f"{each}: bytes written beyond changed blocks", 1, lambda each=each: beyond(each), "%")  # type: ignore[misc]
+        for each in PARTLY
+    ]
+    for way in ("elided", "split"):
+        for each in STEADY:
+            told = f"{each}, {way}"
+            rows += [
+                _at_most(f"{told}: loop held", 1, lambda each=each, way=way: held(each, way), "ms"),  # type: ignore[misc]
+                _at_most(f"{told}: durable", 10, lambda each=each, way=way: durable(each, way), "ms"),  # type: ignore[misc]
+                _at_most(f"{told}: CPU, beside rewriting", 0.05, lambda each=each, way=way: cpu(each, way)),  # type: ignore[misc]
+            ]
+    return [*rows, _at_most(f"{CHANGED}: durable, beside rewriting", 1.05, slower)]
 
 
 def _against_limit(record: Record, what: str, limit: str, ours: Compute) -> Outcome:

@@ -16,6 +16,8 @@ the last word of the name (``_s`` seconds, ``_bytes``).  Nothing derived is stor
     load       with a cold page cache: ``ready_s``, ``cpu_s``, ``read_bytes``
     part       one layer of it, cold: the same
     memory     ``peak_bytes`` and ``anonymous_bytes`` beyond the memory before, in a fresh process
+    unchanged  a training that changes little, in each way to save it: the same as save, and ``changed_bytes`` of the
+               blocks that differ from the step before; the setting is the training and the way
     slowdown   each checkpoint of a training, every so many steps: ``step_s`` of an undisturbed step, ``excess_s`` that
                those from the checkpoint on took longer, ``rest_s`` that the next would have to wait for, ``held_s``;
                the setting is the interval

@@ -71,6 +71,7 @@ def tables(record: Record, goals: Iterable[Outcome]) -> list[Table]:
         _scale_table(record, "size", "by size"),
         _scale_table(record, "tensors", "by number of tensors"),
         _flight_table(record),
+        _unchanged_table(record),
         Table("How each was used", ("", "", "how"), [(s.name, s.kind, s.how) for s in record.subjects]),
     ]
     return [table for table in found if table.rows]
@@ -255,6 +256,17 @@ def _flight_table(record: Record) -> Table:
         total = samples[0].nbytes * samples[0].values["save_count"]
         rows.append((setting, *_times(samples, "seconds_s"), _rate(total, samples)))
     return Table("Saves one after the other, by how many may be in flight", ("", "all, ms", "GB/s"), rows)
+
+
+def _unchanged_table(record: Record) -> Table:
+    rows = []
+    for setting in sorted({sample.setting for sample in record.select("unchanged", OURS)}):
+        samples = record.select("unchanged", OURS, setting=setting)
+        written = (_middle(samples, name, 1e6) for name in ("changed_bytes", "stats.io_bytes"))
+        times = (_times(samples, name)[0] for name in ("held_s", "durable_s", "cpu_s"))
+        rows.append((setting, *written, *times))
+    heads = ("", "changed, MB", "written, MB", "held, ms", "durable, ms", "CPU, ms")
+    return Table("Trainings that change little", heads, rows)
 
 
 def _absent(subject: Subject) -> Sequence[str]:

@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import engine
-from engine.bench import charts, compare, footprint, goals, limits, measure, report, slowdown, states
+from engine.bench import charts, compare, footprint, goals, limits, measure, report, slowdown, states, unchanged
 from engine.bench.__main__ import QUICK, SECTIONS, main
 from engine.bench.loaders import LOADERS, OursLoader, SafetensorsLoader
 from engine.bench.noise import GROUP_MAX, chance, spread
@@ -119,6 +119,20 @@ def test_the_fewest_and_the_most_tensors_alternate(tmp_path: Path) -> None:
         assert sorted(taken[start : start + 6]) == ends
         assert [count for count, *_ in taken[start : start + 6]] == [2, 2, 2, 9, 9, 9]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_trainings_that_change_little_are_saved_in_every_way(tmp_path: Path) -> None:
+    rounds = measure.Rounds(make_record(), tmp_path)
+    unchanged.measure(rounds, 2 * 10**6, 1, 0, lambda: None)
+    ways = {s.setting: s.values for s in rounds.record.select("unchanged", "engine")}
+    assert set(ways) == {f"{training}, {way}" for training in unchanged.TRAININGS for way in unchanged.WAYS}
+    for setting, measured in ways.items():
+        training, _, way = setting.rpartition(", ")
+        total = ways[f"{training}, rewritten"]["stats.io_bytes"]
+        assert measured["stats.io_bytes"] == (total if way == "rewritten" else measured["changed_bytes"]), setting
+        assert (measured["changed_bytes"] == 0) == (training == goals.ALL_FROZEN)
+    [table] = [t for t in report.tables(rounds.record, []) if t.title == "Trainings that change little"]
+    assert len(table.rows) == len(ways)
 
 
 def test_a_run_describes_the_host_and_does_not_name_it(run: tuple[Path, Record, str]) -> None:
@@ -661,6 +675,47 @@ def test_without_samples_no_goal_is_met_or_missed() -> None:
             3,
             "missed",
             id="three blocks too many",
+        ),
+        pytest.param(
+            "adapters: bytes written beyond",
+            [sample("unchanged", "engine", "adapters, elided", changed_bytes=1000, **{"stats.io_bytes": 1010})],
+            1,
+            "met",
+            id="one percent more than the changed blocks",
+        ),
+        pytest.param(
+            "all frozen: bytes written beyond",
+            [sample("unchanged", "engine", "all frozen, elided", changed_bytes=0, **{"stats.io_bytes": 4 << 20})],
+            100,
+            "missed",
+            id="one block where none has changed",
+        ),
+        pytest.param(
+            "adapters, split: durable",
+            [sample("unchanged", "engine", "adapters, split", durable_s=0.011)],
+            11,
+            "missed",
+            id="durable late",
+        ),
+        pytest.param(
+            "adapters, elided: CPU",
+            [
+                sample("unchanged", "engine", "adapters, elided", cpu_s=0.004),
+                sample("unchanged", "engine", "adapters, rewritten", cpu_s=0.1),
+            ],
+            0.04,
+            "met",
+            id="a twenty-fifth of rewriting",
+        ),
+        pytest.param(
+            "everything changed: durable",
+            [
+                sample("unchanged", "engine", "everything changed, elided", durable_s=0.21),
+                sample("unchanged", "engine", "everything changed, rewritten", durable_s=0.2),
+            ],
+            1.05,
+            "met",
+            id="no slower where everything changes",
         ),
     ],
 )
