@@ -316,7 +316,7 @@ def test_a_save_is_of_one_moment_within_the_call(
                 known = [*job.checksums()]
                 stored = content(fd, unit_count * ALIGNMENT)
                 first, last = stored[0], stored[(unit_count - 1) * ALIGNMENT]
-                assert first == last or (first, last) == (both[0], (int(both[1]) - 1) % 256), (
+                assert first == last or (first, last) == (int(both[0]), (int(both[1]) - 1) % 256), (
                     "the second write without the first"
                 )
             else:

@@ -188,7 +188,7 @@ class DeadlyFilesystem(Filesystem):
         with self._operation("link", target):
             super().link(source, target)
 
-    def write_range(self, descriptor: int, offset: int, content: bytes, path: str) -> None:
+    def write_range(self, descriptor: Descriptor, offset: int, content: bytes, path: str) -> None:
         with self._operation("write_range", path):
             super().write_range(descriptor, offset, content, path)
 
