@@ -319,13 +319,15 @@ def test_the_option_lays_an_adopted_arena_out_at_its_first_save(
 
 
 def test_a_split_checkpoint_is_restored_into_any_layout(tmp_path: Path) -> None:
-    model = Adapted()
+    model = Adapted().requires_grad_(False)
+    model.adapter.requires_grad_(True)
     arena = engine.Arena.adopt(model, torch.optim.AdamW(model.adapter.parameters()))
     want = {name: tensor.clone() for name, tensor in arena.state_dict().items()}
     with engine.Engine(tmp_path, **SMALL) as eng:
         for step in (1, 2, 3):
             eng.checkpoint(arena, step).result()
-    other = Adapted()
+    other = Adapted().requires_grad_(False)
+    other.adapter.requires_grad_(True)
     whole = engine.Arena.adopt(other, torch.optim.AdamW(other.adapter.parameters()))
     engine.open(tmp_path).restore(whole)
     assert all(same(tensor, want[name]) for name, tensor in whole.state_dict().items())
