@@ -151,7 +151,8 @@ from engine.store.filesystem import Filesystem
 
 NBYTES = 256 << 20
 path, backend, how = sys.argv[1:]
-fd = Filesystem().open_for_blocks(path, write=True, direct=True)
+file = Filesystem().open_for_blocks(path, write=True, direct=True)
+fd = file.number
 os.ftruncate(fd, NBYTES)
 before = descriptors()
 

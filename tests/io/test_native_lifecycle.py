@@ -263,7 +263,8 @@ before = kept_from_forks()
 pipeline = Pipeline(2, 4096)
 pipelines_memory = set(kept_from_forks()) - set(before)
 assert pipelines_memory, "the slots would be copied"
-fd = Filesystem().open_for_blocks(sys.argv[1], write=True, direct=True)
+file = Filesystem().open_for_blocks(sys.argv[1], write=True, direct=True)
+fd = file.number
 assert run(pipeline, job(), [fd]).failure is None
 waiting = job()
 pipeline.submit(waiting)
@@ -355,7 +356,8 @@ from jobs import *
 from engine.io.pipeline import OpenError, Refused
 from engine.store.filesystem import Filesystem
 
-fd = Filesystem().open_for_blocks(sys.argv[1], write=True, direct=True)
+file = Filesystem().open_for_blocks(sys.argv[1], write=True, direct=True)
+fd = file.number
 resource.setrlimit(resource.RLIMIT_MEMLOCK, (8 << 20, 8 << 20))
 if os.geteuid() == 0:  # the limit does not bind root, but user 65534
     os.setgroups([])
