@@ -453,7 +453,7 @@ class Arena:
             for segment in self.segments
             if segment.role == "model"
             for tensor in self._inventory.entries[segment.name].tensors
-        }
+        } | {id(whole.tensor): whole.parts[0] for whole in self._inventory.wholes.values()}
         self._fence.guard_params(params, self.unfenced, self._names)
         for each in self._optimizers.values():
             for stepper in each.steppers:

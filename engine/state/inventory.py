@@ -29,6 +29,7 @@ from torch.optim import SGD, Optimizer
 from engine.errors import ArenaError
 from engine.format.layout import DTYPES, TensorSpec, lay_out
 from engine.state.adopted import Adopted, optimizers_in
+from engine.state.components import components_of, is_wrapper
 from engine.state.memory import SOURCE_DIMS_MAX, location_of, merge_dims
 from engine.state.modules import Names, Rename, resizes_buffers, walk_modules
 from engine.state.optimizers import MOMENTUM, Owned, create_state, has_momentum, reserves_momentum
@@ -69,6 +70,13 @@ class Entry(NamedTuple):
     mirrored: bool
 
 
+class Whole(NamedTuple):
+    """A tensor that is stored as its components, and their names."""
+
+    tensor: Tensor
+    parts: tuple[str, ...]
+
+
 class Inventory(NamedTuple):
     """What one walk found.
 
@@ -77,12 +85,14 @@ class Inventory(NamedTuple):
         aliases: other names of the same memory, alias to stored name.
         owned: the names of what each optimizer owns, by its name.
         watch: tells whether another walk would find the same objects.
+        wholes: the tensors that are stored as their components, by name.
     """
 
     entries: Mapping[str, Entry]
     aliases: Mapping[str, str]
     owned: Mapping[str, Owned]
     watch: ContainerWatch
+    wholes: Mapping[str, Whole]
 
     def absent(self, owned: Owned) -> list[str]:
         """The reserved names that an optimizer has not made yet."""
@@ -99,7 +109,12 @@ class Inventory(NamedTuple):
 
         A frozen parameter changes in no step, even if an optimizer has it.
         """
-        return {self.aliases.get(name, name) for name, param in self.params.items() if param.requires_grad}
+        names = [name for name, param in self.params.items() if param.requires_grad]
+        return {self.aliases.get(part, part) for name in names for part in self.parts(name)}
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """The names of the components of a tensor, or its own."""
+        return self.wholes[name].parts if name in self.wholes else (name,)
 
 
 def gather(model: nn.Module, optimizers: Mapping[str, Adopted], rename: Rename | None = None) -> Inventory:
@@ -201,7 +216,7 @@ def _find_optimizer(
             owned.groups[-1].append(name)
             prefix = f"{stem}.{name}" if id(param) in names else name
             owned.prefixes[prefix] = param
-            if reserves_momentum(optimizer, group, param):
+            if reserves_momentum(optimizer, group, param) and not is_wrapper(param):
                 owned.reserved[f"{prefix}.{MOMENTUM}"] = (param, MOMENTUM)
             yield from _find_state(optimizer, param, prefix, layer, watch, owned)
     _check_state_owners(optimizer, names, owned.params.values())
@@ -222,6 +237,8 @@ def _find_state(
     for key, value in state.items():
         if isinstance(value, Tensor):
             name = f"{prefix}.{key}"
+            if is_wrapper(value):
+                owned.reserved.pop(name, None)  # which is one segment
             # Momentum has the strides of its parameter, so that its segment can be reserved before it exists.
             like = param if name in owned.reserved and _same_kind(value, param) else value
             yield Found(name, "optimizer", layer, value, like)
@@ -251,7 +268,8 @@ def _join(found: Iterable[Found], watch: ContainerWatch, owned: Mapping[str, Own
     entries: dict[str, Entry] = {}
     aliases: dict[str, str] = {}
     stored: dict[object, str] = {}
-    for item in found:
+    wholes: dict[str, Whole] = {}
+    for item in _take_apart(found, watch, wholes):
         if item.name in entries or item.name in aliases:
             raise ArenaError(f"two tensors are called {item.name!r}; names must be unique")
         if item.tensor is not None:
@@ -269,7 +287,19 @@ def _join(found: Iterable[Found], watch: ContainerWatch, owned: Mapping[str, Own
         if not any(item.tensor is tensor for tensor in entry.tensors):
             entries[name] = entry._replace(tensors=(*entry.tensors, item.tensor))
     _check_overlaps(entries)
-    return Inventory(entries, aliases, owned, watch)
+    return Inventory(entries, aliases, owned, watch, wholes)
+
+
+def _take_apart(found: Iterable[Found], watch: ContainerWatch, wholes: dict[str, Whole]) -> Iterator[Found]:
+    """The plain tensors of what was found; those that had to be taken apart are added to `wholes`."""
+    for item in found:
+        if item.tensor is None or not is_wrapper(item.tensor):
+            yield item
+            continue
+        parts = list(components_of(item.name, item.tensor, watch))
+        wholes[item.name] = Whole(item.tensor, tuple(name for name, _ in parts))
+        for name, tensor in parts:
+            yield item._replace(name=name, tensor=tensor, like=tensor)
 
 
 def _memory(item: Found) -> object:
@@ -296,9 +326,9 @@ def _refusal(tensor: Tensor) -> str | None:
     """Why a tensor cannot be stored, with the remedy, or None.  Tensors without a data pointer are refused first."""
     if is_lazy(tensor):
         return "is not initialized; run one batch through the model first"
-    # Parameter and Buffer detach to a plain Tensor; DTensor and FakeTensor keep their type.
+    # Parameter and Buffer detach to a plain Tensor, and wrappers have been taken apart.
     if type(tensor.detach()) is not Tensor:
-        return f"is a {type(tensor).__name__}, not a plain tensor; store the tensors it is made of"
+        return f"is a {type(tensor).__name__}, which is no plain tensor and {_why_whole(tensor)}"
     if tensor.is_nested:
         return "is nested; store its components, or pad it with torch.nested.to_padded_tensor()"
     if tensor.is_quantized:
@@ -320,6 +350,13 @@ def _refusal(tensor: Tensor) -> str | None:
     if len(merge_dims(tensor.shape, tensor.stride())) > SOURCE_DIMS_MAX:
         return f"has more than {SOURCE_DIMS_MAX} dimensions that cannot be merged; make it contiguous()"
     return None
+
+
+def _why_whole(tensor: Tensor) -> str:
+    """Why a tensor subclass is not stored as its components, with the remedy."""
+    if type(tensor).__module__.startswith("torch.distributed."):
+        return "holds the part of one rank, and an arena is of one; adopt the model before it is distributed"
+    return "does not name its components in __tensor_flatten__(); store the tensors it is made of"
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:

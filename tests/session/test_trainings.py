@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.ao.quantization as quantization
+from coded import CodedSgd
 from guarded import KINDS_HERE
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -186,3 +187,19 @@ def test_a_restore_that_is_refused_resizes_nothing(tmp_path: Path) -> None:
         model.get_buffer("1.seen").fill_(3)
         eng.restore(arena, select="1.seen")
         assert_same([model.get_buffer("1.seen")], [torch.zeros(4)])
+
+
+def test_a_coded_optimizer_resumes(tmp_path: Path) -> None:
+    """The state is of a tensor subclass.  The optimizer makes it in its first step, so the fresh one takes a step."""
+
+    def make() -> tuple[nn.Module, Optimizer]:
+        model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+        return model, CodedSgd(model.parameters())
+
+    def make_again() -> tuple[nn.Module, Optimizer]:
+        model, optimizer = make()
+        step(model, optimizer, (7, 6), 9)
+        return model, optimizer
+
+    loaded = assert_resumes(make, tmp_path, (7, 6), make_again)
+    assert loaded["optimizer.1.weight.momentum.codes"].dtype == torch.int8
