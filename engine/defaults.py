@@ -17,8 +17,8 @@ from engine.errors import ArgumentError, BusyError
 from engine.options import Tunables, check_keywords
 from engine.session.restore import RestoreInfo
 from engine.session.save import Save
-from engine.session.select import Select
 from engine.state.arena import Arena
+from engine.state.select import Select
 from engine.store.directory import path_of
 
 # Of Engine.checkpoint, and of Engine.

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from engine.session.restore import RestoreInfo, Tensors, load, restore
-from engine.session.select import Select
 from engine.state.arena import Arena
+from engine.state.select import Select
 from engine.state.tensors import decode
 from engine.store.info import CheckpointInfo
 from engine.store.reader import Reader

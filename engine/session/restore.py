@@ -19,9 +19,9 @@ from engine.format.layout import Segment, TensorSpec
 from engine.format.manifest import Manifest, SegmentRecord
 from engine.format.plan import Source
 from engine.io.packing import pack_sources
-from engine.session.select import Select, Selection
 from engine.state.arena import Arena, check_arena
 from engine.state.late import StatePlan
+from engine.state.select import Select, Selection
 from engine.state.tensors import decode, decode_options, make_tensor
 from engine.store.reader import Checkpoint, PassedOver, Reader, Target
 
@@ -141,7 +141,7 @@ def _plan_state(arena: Arena, manifest: Manifest, options: Mapping[str, Mapping[
     stored = {
         record.name: TensorSpec(record.name, record.dtype, record.shape, record.role, record.layer)
         for record in manifest.segments
-        if record.role == "optimizer"
+        if record.role == "optimizer" and not arena.leaves_out(record)
     }
     return arena.plan_state(stored, manifest.aliases, options)
 
@@ -170,6 +170,7 @@ def _match(arena: Arena, manifest: Manifest, selection: Selection, planned: Coll
         if segment.name in stored or selection.has(segment)
     }
     problems = [f"{name}: not in the checkpoint" for name in here.keys() - stored.keys() - set(planned)]
+    stored = {name: record for name, record in stored.items() if name in here or not arena.leaves_out(record)}
     problems += [f"{name}: not in the arena" for name in stored.keys() - here.keys() - set(planned)]
     for name in (stored.keys() & here.keys()) - set(planned):
         record, segment = stored[name], here[name].segment
@@ -185,6 +186,11 @@ def _match(arena: Arena, manifest: Manifest, selection: Selection, planned: Coll
                 "\nthe optimizer makes its state in its first step: "
                 + ("" if selection.is_all else "a restore without select= makes it; or ")
                 + "take one step before adopting, then restore (LBFGS: two or more)"
+            )
+        if here.keys() > stored.keys():
+            lines += (
+                "\nif the checkpoint holds a part of this training: adopt with the only= and exclude= of the run that "
+                "was saved, or restore what it holds with select="
             )
         raise MismatchError(f"step {manifest.step} does not fit the arena; nothing was changed:\n  {lines}")
     if not stored and not selection.is_all:

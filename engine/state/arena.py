@@ -39,6 +39,7 @@ from engine.format.layout import DTYPES, ROLES, Layout, Segment, TensorSpec, lay
 from engine.format.manifest import Rows, encode_rows, listed
 from engine.format.plan import Extents, Source, file_runs
 from engine.state.adopted import Adopted, adopt_optimizers, optimizers_in
+from engine.state.choice import Choice, Item
 from engine.state.fence import Fence
 from engine.state.inventory import Inventory, gather, gather_tensors
 from engine.state.late import Owner, StatePlan, plan_state
@@ -46,6 +47,7 @@ from engine.state.memory import HostMemory, TensorLocation, dense_stride, locati
 from engine.state.mirrors import Mirror, Mirrors, own_memory, resize
 from engine.state.modules import Rename
 from engine.state.optimizers import Options, check_names, is_late
+from engine.state.select import Select
 from engine.state.versions import Counted, Versions
 from engine.state.watch import TensorWatch
 
@@ -78,6 +80,7 @@ class Arena:
         self._model = model
         self._optimizers = optimizers
         self._names = {id(stepper): name for name, each in optimizers.items() for stepper in each.steppers}
+        self._choice = Choice()
         self._fence = Fence()
         self._torn = False
         self._watch: TensorWatch | None = None
@@ -98,6 +101,8 @@ class Arena:
         model: nn.Module,
         optimizer: Optimizer | Sequence[Optimizer] | Mapping[str, Optimizer] | None = None,
         *,
+        only: Select = None,
+        exclude: Select = None,
         rename: Rename | None = None,
         split_untrained: bool = False,
     ) -> Arena:
@@ -107,6 +112,9 @@ class Arena:
             model: compiled and distributed ones are stored under the names of the modules that they wrap.
             optimizer: the optimizer; or several, which have the names "0", "1", ... in a list and their keys in a dict.
                 An optimizer that a library has wrapped is unwrapped.
+            only: patterns of names or layers, as for `Engine.load`: only these tensors are held.  Or "trained": the
+                parameters that the optimizers train, their state, and all buffers.
+            exclude: patterns of names or layers that are not held.  What is not held stays where it is.
             rename: maps the name of each of the model's tensors to the name to store it under, which is also that of
                 its optimizer state and its layer: `lambda name: name.removeprefix("backbone.")`.
             split_untrained: lay the tensors out as `Options.split_untrained` says, so that the first save of an Engine
@@ -121,7 +129,11 @@ class Arena:
         optimizers = adopt_optimizers(optimizer)
         if rename is not None and not callable(rename):
             raise ArgumentError(f"rename is a {_type_name(rename)}; it must be a function from names to names")
-        arena = cls(lambda: gather(model, optimizers, rename), model, optimizers, split_untrained)
+        choice = Choice(only, exclude)
+        if choice.is_trained_only and not optimizers:
+            raise ArgumentError("only='trained' needs the optimizer: Arena.adopt(model, optimizer, only='trained')")
+        arena = cls(lambda: gather(model, optimizers, rename, choice), model, optimizers, split_untrained)
+        arena._choice = choice
         arena._warn_of_untrained()
         return arena
 
@@ -160,6 +172,15 @@ class Arena:
     def aliases(self) -> Mapping[str, str]:
         """Other names of stored tensors (tied weights), alias to segment name."""
         return self._inventory.aliases
+
+    @property
+    def left_out(self) -> frozenset[str]:
+        """The names that `only=` and `exclude=` keep out, as of the last `refresh()`."""
+        return self._inventory.left_out
+
+    def leaves_out(self, segment: Item) -> bool:
+        """Whether `only=` and `exclude=` keep out a segment of a checkpoint."""
+        return segment.name in self.left_out or not self._choice.has(segment, is_trained=True)
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -377,6 +398,8 @@ class Arena:
         parts = [f"{len(self.segments)} segments", f"{self.nbytes / 1e6:.1f} MB"]
         if counts:
             parts.append(" / ".join(f"{role} {counts[role]}" for role in ROLES if counts[role]))
+        if self.left_out:
+            parts.append(f"{len(self.left_out)} left out")
         parts += ["cpu", "wrapped" if self._model is None else "adopted"]
         return f"Arena({', '.join(parts + ['torn'] * self._torn)})"
 
@@ -492,7 +515,9 @@ class Arena:
 
     def _put_reserved(self, name: str, names: Collection[str], absent: Collection[str]) -> bool:
         segments = {segment.name: segment for segment in self.segments}
-        return self._options[name].put_reserved(names, absent, lambda each: self._view(segments[each]))
+        return self._options[name].put_reserved(
+            segments.keys() & names, absent, lambda each: self._view(segments[each])
+        )
 
     def _after_step(self, stepper: Any) -> None:
         """Move state that the step has made into its reserved segment at once.

@@ -29,6 +29,7 @@ from torch.optim import SGD, Optimizer
 from engine.errors import ArenaError
 from engine.format.layout import DTYPES, TensorSpec, lay_out
 from engine.state.adopted import Adopted, optimizers_in
+from engine.state.choice import Choice
 from engine.state.components import components_of, is_wrapper
 from engine.state.memory import SOURCE_DIMS_MAX, location_of, merge_dims
 from engine.state.modules import Names, Rename, resizes_buffers, walk_modules
@@ -86,6 +87,7 @@ class Inventory(NamedTuple):
         owned: the names of what each optimizer owns, by its name.
         watch: tells whether another walk would find the same objects.
         wholes: the tensors that are stored as their components, by name.
+        left_out: the names that `only=` and `exclude=` keep out.
     """
 
     entries: Mapping[str, Entry]
@@ -93,10 +95,12 @@ class Inventory(NamedTuple):
     owned: Mapping[str, Owned]
     watch: ContainerWatch
     wholes: Mapping[str, Whole]
+    left_out: frozenset[str]
 
     def absent(self, owned: Owned) -> list[str]:
         """The reserved names that an optimizer has not made yet."""
-        return [name for name in owned.reserved if not self.entries[name].tensors]
+        entries = self.entries
+        return [name for name in owned.reserved if name in entries and not entries[name].tensors]
 
     @property
     def params(self) -> dict[str, Tensor]:
@@ -117,22 +121,23 @@ class Inventory(NamedTuple):
         return self.wholes[name].parts if name in self.wholes else (name,)
 
 
-def gather(model: nn.Module, optimizers: Mapping[str, Adopted], rename: Rename | None = None) -> Inventory:
+def gather(model: nn.Module, optimizers: Mapping[str, Adopted], rename: Rename | None, choice: Choice) -> Inventory:
     """The inventory of a model and its optimizers, whose missing state is made first.
 
     Args:
         rename: maps the names of the model's tensors.
+        choice: which of them are held.
 
     Raises:
         ArenaError: a tensor cannot be stored; nothing was changed.
     """
-    inventory = _walk(model, optimizers, rename)  # refuses existing tensors before anything is created
+    inventory = _walk(model, optimizers, rename, choice)  # refuses existing tensors before anything is created
     created: list[tuple[Optimizer, Tensor]] = []
     try:
         for optimizer in optimizers_in(optimizers):
             create_state(optimizer, created)
         if created:
-            inventory = _walk(model, optimizers, rename)
+            inventory = _walk(model, optimizers, rename, choice)
             # Names that no file can hold must be refused here as well, while what was created can be taken away.
             lay_out([entry.spec for entry in inventory.entries.values()], inventory.aliases)
     except BaseException:
@@ -151,10 +156,10 @@ def gather_tensors(tensors: Mapping[str, Tensor]) -> Inventory:
     found = []
     for name, tensor in tensors.items():
         found.append(Found(name, "model", name.rpartition(".")[0], tensor, tensor))
-    return _join(found, ContainerWatch(), {})
+    return _join(found, ContainerWatch(), {}, Choice())
 
 
-def _walk(model: nn.Module, optimizers: Mapping[str, Adopted], rename: Rename | None) -> Inventory:
+def _walk(model: nn.Module, optimizers: Mapping[str, Adopted], rename: Rename | None, choice: Choice) -> Inventory:
     watch = ContainerWatch()
     found = list(_find_model(model, watch, Names(rename)))
     names: dict[int, tuple[str, str]] = {}
@@ -169,7 +174,7 @@ def _walk(model: nn.Module, optimizers: Mapping[str, Adopted], rename: Rename | 
         found += [item._replace(optimizer=file) for item in items]
         for wrapper in adopted.wrappers:
             watch.mapping(wrapper.state)
-    return _join(found, watch, owned)
+    return _join(found, watch, owned, choice)
 
 
 def _find_model(model: nn.Module, watch: ContainerWatch, names: Names) -> Iterator[Found]:
@@ -263,13 +268,14 @@ def _check_state_owners(optimizer: Optimizer, names: Mapping[int, tuple[str, str
             )
 
 
-def _join(found: Iterable[Found], watch: ContainerWatch, owned: Mapping[str, Owned]) -> Inventory:
+def _join(found: Sequence[Found], watch: ContainerWatch, owned: Mapping[str, Owned], choice: Choice) -> Inventory:
     """Join the names that share one memory, and refuse the tensors that cannot be stored."""
     entries: dict[str, Entry] = {}
     aliases: dict[str, str] = {}
     stored: dict[object, str] = {}
     wholes: dict[str, Whole] = {}
-    for item in _take_apart(found, watch, wholes):
+    held, left_out = _choose(found, owned, choice)
+    for item in _take_apart(held, watch, wholes):
         if item.name in entries or item.name in aliases:
             raise ArenaError(f"two tensors are called {item.name!r}; names must be unique")
         if item.tensor is not None:
@@ -287,7 +293,37 @@ def _join(found: Iterable[Found], watch: ContainerWatch, owned: Mapping[str, Own
         if not any(item.tensor is tensor for tensor in entry.tensors):
             entries[name] = entry._replace(tensors=(*entry.tensors, item.tensor))
     _check_overlaps(entries)
-    return Inventory(entries, aliases, owned, watch, wholes)
+    return Inventory(entries, aliases, owned, watch, wholes, frozenset(_names_of(left_out)))
+
+
+def _choose(
+    found: Sequence[Found], owned: Mapping[str, Owned], choice: Choice
+) -> tuple[Sequence[Found], Sequence[Found]]:
+    """What a choice holds, and what it leaves out."""
+    if choice.is_all:
+        return found, ()
+    trained = {id(param) for each in owned.values() for param in each.params.values() if param.requires_grad}
+    wanted = {_tie(item) for item in found if choice.has(item, id(item.tensor) in trained)}
+    if found and not wanted:
+        raise ArenaError("only= and exclude= leave nothing of this training in the arena; change their patterns")
+    held = [item for item in found if _tie(item) in wanted]
+    return held, [item for item in found if _tie(item) not in wanted]
+
+
+def _tie(item: Found) -> object:
+    """As `_memory`, for tensors that may be of a kind that cannot be stored."""
+    tensor = item.tensor
+    if tensor is None or is_lazy(tensor) or tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        return item.name if tensor is None else id(tensor)
+    return _memory(item) if type(tensor.detach()) is Tensor else id(tensor)
+
+
+def _names_of(left_out: Iterable[Found]) -> Iterator[str]:
+    for item in left_out:
+        if item.tensor is None or is_lazy(item.tensor):
+            yield item.name
+        else:
+            yield from (name for name, _ in components_of(item.name, item.tensor, ContainerWatch()))
 
 
 def _take_apart(found: Iterable[Found], watch: ContainerWatch, wholes: dict[str, Whole]) -> Iterator[Found]:
@@ -356,7 +392,7 @@ def _why_whole(tensor: Tensor) -> str:
     """Why a tensor subclass is not stored as its components, with the remedy."""
     if type(tensor).__module__.startswith("torch.distributed."):
         return "holds the part of one rank, and an arena is of one; adopt the model before it is distributed"
-    return "does not name its components in __tensor_flatten__(); store the tensors it is made of"
+    return "names no components in __tensor_flatten__(); keep it out with exclude=, store the tensors it is made of"
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:

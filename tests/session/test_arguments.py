@@ -18,7 +18,7 @@ from torch import nn
 
 import engine
 from engine.session.checkpoint import NAME_CHARS_MAX
-from engine.session.select import Selection
+from engine.state.select import Selection
 from engine.store.retention import decode_rule, encode_rule
 
 Call = Callable[[engine.Engine, engine.Arena], object]

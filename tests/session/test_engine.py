@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import engine
 from engine.format import plan
 from engine.format.manifest import SegmentRecord
-from engine.session.select import Selection
+from engine.state.select import Selection
 from engine.store import writer
 
 pytestmark = [pytest.mark.every_backend, pytest.mark.remote_owner]

@@ -203,3 +203,99 @@ def test_a_coded_optimizer_resumes(tmp_path: Path) -> None:
 
     loaded = assert_resumes(make, tmp_path, (7, 6), make_again)
     assert loaded["optimizer.1.weight.momentum.codes"].dtype == torch.int8
+
+
+class Adapted(nn.Module):
+    """A frozen base with statistics that change, and an adapter that is trained, as LoRA does it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)).requires_grad_(False)
+        self.down, self.up = nn.Linear(6, 2, bias=False), nn.Linear(2, 4, bias=False)
+
+    def forward(self, rows: Tensor) -> Any:
+        return self.base(rows) + self.up(self.down(rows))
+
+
+def adapted() -> tuple[nn.Module, Optimizer]:
+    model = Adapted()
+    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+
+
+def test_only_what_is_trained_resumes_over_the_same_base(tmp_path: Path) -> None:
+    loaded = assert_resumes(adapted, tmp_path, (7, 6), same_base=True, only="trained")
+    assert {name for name in loaded if not name.startswith("optimizer.")} == {
+        "down.weight",
+        "up.weight",
+        "base.1.running_mean",
+        "base.1.running_var",
+        "base.1.num_batches_tracked",
+    }
+
+
+def test_what_is_excluded_is_not_saved(tmp_path: Path) -> None:
+    loaded = assert_resumes(adapted, tmp_path, (7, 6), same_base=True, exclude=["base.0", "base.2"])
+    assert "base.1.weight" in loaded and not any(name.startswith(("base.0", "base.2")) for name in loaded)
+
+
+def test_a_whole_checkpoint_fills_a_partial_arena(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model, optimizer = adapted()
+    with engine.Engine(tmp_path) as eng:
+        arena = engine.Arena.adopt(model, optimizer)
+        step(model, optimizer, (7, 6), 0)
+        eng.checkpoint(arena).result()
+        torch.manual_seed(1)
+        fresh, fresh_optimizer = adapted()
+        eng.restore(engine.Arena.adopt(fresh, fresh_optimizer, only="trained"))
+        assert_same(state_of(fresh, fresh_optimizer), state_of(model, optimizer))
+        other, other_optimizer = adapted()
+        part = engine.Arena.adopt(other, other_optimizer, exclude="up")
+        before = other.get_parameter("up.weight").clone()
+        eng.restore(part, select="*.weight")
+        assert_same([other.get_parameter("up.weight")], [before])
+        assert_same([other.get_parameter("down.weight")], [model.get_parameter("down.weight")])
+        with pytest.raises(engine.MismatchError, match="matches no tensor"):
+            eng.restore(part, select="up")
+
+
+def test_a_partial_checkpoint_does_not_fill_a_whole_arena(tmp_path: Path) -> None:
+    model, optimizer = adapted()
+    with engine.Engine(tmp_path) as eng:
+        eng.checkpoint(engine.Arena.adopt(model, optimizer, only="trained")).result()
+        fresh, fresh_optimizer = adapted()
+        before = state_of(fresh, fresh_optimizer)
+        arena = engine.Arena.adopt(fresh, fresh_optimizer)
+        with pytest.raises(
+            engine.MismatchError, match=r"base\.0\.weight: not in the checkpoint(?s:.*)only= and exclude="
+        ):
+            eng.restore(arena)
+        assert_same(state_of(fresh, fresh_optimizer)[: len(before)], before)
+        eng.restore(arena, select=["down", "up"])
+        assert_same([fresh.get_parameter("up.weight")], [model.get_parameter("up.weight")])
+
+
+def test_a_partial_arena_of_momentum_resumes(tmp_path: Path) -> None:
+    """The momentum of what is left out is reserved in no segment."""
+
+    def make() -> tuple[nn.Module, Optimizer]:
+        model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+        model[0].requires_grad_(False)
+        return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    assert set(assert_resumes(make, tmp_path / "a", (7, 6), same_base=True, only="trained")) == {
+        "1.weight",
+        "1.bias",
+        "optimizer.1.weight.momentum_buffer",
+        "optimizer.1.bias.momentum_buffer",
+    }
+    model, optimizer = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with engine.Engine(tmp_path / "b") as eng:
+        eng.checkpoint(engine.Arena.adopt(model, optimizer)).result()  # before any momentum is made
+        fresh, _ = linear()
+        fresh_optimizer = torch.optim.SGD(fresh.parameters(), lr=0.1, momentum=0.9)
+        step(fresh, fresh_optimizer, (7, 6), 0)
+        eng.restore(engine.Arena.adopt(fresh, fresh_optimizer, exclude="0"))
+        assert_same([fresh.get_parameter("2.weight")], [model.get_parameter("2.weight")])
+        assert "momentum_buffer" not in fresh_optimizer.state[fresh.get_parameter("2.weight")]

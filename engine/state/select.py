@@ -1,4 +1,4 @@
-"""Select: the tensors that `select=` asks for.
+"""Select: the tensors that `select=`, `only=` and `exclude=` ask for.
 
 Theory of operation.  A pattern (fnmatch(3), case-sensitive) picks a tensor by its name, by its layer, or by the name
 of a member of its layer:  ``"layers.3.*"`` picks everything under layers.3, the optimizer's state of it included;
@@ -36,16 +36,19 @@ class Named(Protocol):
 class Selection:
     """What one `select=` picks.
 
+    Args:
+        argument: its name in the caller's call.
+
     Raises:
         ArgumentError: it is neither None nor a pattern nor a list of patterns.
     """
 
-    def __init__(self, select: Select) -> None:
+    def __init__(self, select: Select, argument: str = "select") -> None:
         self.select = select
         self.is_all = select is None
         patterns = (select,) if isinstance(select, str) else tuple(select) if isinstance(select, Iterable) else ()
         if not self.is_all and (not patterns or not all(isinstance(pattern, str) for pattern in patterns)):
-            raise ArgumentError(f"select is {select!r}; it must be a pattern (str) or a list of patterns")
+            raise ArgumentError(f"{argument} is {select!r}; it must be a pattern (str) or a list of patterns")
         self._texts = [re.sub(r"[*?\[\]!]", "", pattern) for pattern in patterns]
         # One expression for all patterns, and each layer once: there may be a hundred thousand names to try.
         self._matches = re.compile("|".join(map(fnmatch.translate, patterns))).match
