@@ -12,6 +12,7 @@ import torch.ao.quantization as quantization
 from coded import CodedSgd
 from guarded import KINDS_HERE
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.optim import Optimizer
 
 import engine
@@ -299,3 +300,74 @@ def test_a_partial_arena_of_momentum_resumes(tmp_path: Path) -> None:
         eng.restore(engine.Arena.adopt(fresh, fresh_optimizer, exclude="0"))
         assert_same([fresh.get_parameter("2.weight")], [model.get_parameter("2.weight")])
         assert "momentum_buffer" not in fresh_optimizer.state[fresh.get_parameter("2.weight")]
+
+
+class Complex(nn.Module):
+    """Complex weights, and a complex buffer that forward writes to."""
+
+    phase: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 4, dtype=torch.complex64))
+        self.register_buffer("phase", torch.zeros(4, dtype=torch.complex64))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        self.phase += 1j
+        return rows.to(torch.complex64) @ self.weight
+
+
+def layers() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+
+
+def changed(change: Callable[[nn.Module], object]) -> nn.Module:
+    model = layers()
+    change(model[0])
+    return model
+
+
+def lazy() -> nn.Module:
+    model = nn.Sequential(nn.LazyLinear(5), nn.LazyBatchNorm1d(), nn.LazyLinear(4))
+    model(torch.randn(7, 6))
+    return model
+
+
+# How to make each, and a name that its checkpoint has.
+KINDS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "complex": (Complex, "phase"),
+    "lazy": (lazy, "1.running_mean"),
+    "weight norm": (
+        lambda: changed(nn.utils.parametrizations.weight_norm),
+        "0.parametrizations.weight.original0",
+    ),
+    "spectral norm": (lambda: changed(nn.utils.parametrizations.spectral_norm), "0.parametrizations.weight.0._u"),
+    "orthogonal": (lambda: changed(nn.utils.parametrizations.orthogonal), "0.parametrizations.weight.original"),
+    "spectral norm by a hook": (lambda: changed(nn.utils.spectral_norm), "0.weight_u"),
+    "pruned": (lambda: changed(lambda layer: prune.l1_unstructured(layer, "weight", 0.5)), "0.weight_mask"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_a_model_of_each_kind_resumes(kind: str, tmp_path: Path) -> None:
+    make, name = KINDS[kind]
+
+    def training() -> tuple[nn.Module, Optimizer]:
+        model = make()
+        return model, torch.optim.AdamW(model.parameters())
+
+    assert name in assert_resumes(training, tmp_path, (7, 6))
+
+
+def test_a_pruning_that_begins_in_a_training_is_taken_in(tmp_path: Path) -> None:
+    """It replaces a parameter, so that the next save has a new layout."""
+    model = layers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with engine.Engine(tmp_path) as eng:
+        arena = engine.Arena.adopt(model, optimizer)
+        eng.checkpoint(arena).result()
+        prune.l1_unstructured(model[2], "weight", 0.5)
+        step(model, optimizer, (7, 6), 0)
+        eng.checkpoint(arena).result()
+        assert_same([eng.load()["2.weight_orig"]], [model.get_parameter("2.weight_orig")])
