@@ -20,7 +20,7 @@ NATIVE_C := $(filter %.c %.h,$(NATIVE_SOURCES))
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test pytest lint lint-c types format coverage mutants test-lowest test-newest dist \
-	sanitize sanitize-address sanitize-thread crash-campaign kill-campaign fuzz bench bench-compare clean
+	zoo sanitize sanitize-address sanitize-thread crash-campaign kill-campaign fuzz bench bench-compare clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -40,6 +40,9 @@ lint: setup lint-c ## Check style, formatting and imports
 lint-c: setup ## Check the style of native/ and the length of its functions
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE_C)
 	$(BIN)/lizard --languages c --length 70 --CCN 1000 --warnings_only native
+
+zoo: build/zoo/zoo.stamp ## Train, kill and resume with many libraries, into docs/trainings.md: 5 minutes (SEED=)
+	build/zoo/bin/python tests/zoo/zoo.py --seed $(SEED) --publish docs/trainings.md
 
 types: setup ## Check types
 	$(BIN)/python -m mypy
@@ -174,6 +177,11 @@ build/%/engine.stamp: $(ENGINE_STAMP)
 	$(BIN)/python -m venv build/$*
 	$(BIN)/python -c '$(SITE_PACKAGES)' >"$$(build/$*/bin/python -c '$(SITE_PACKAGES)')/tools.pth"
 	build/$*/bin/python $(INSTALL_ENGINE) . --no-deps $(BUILD_OPTIONS:%=--config-settings=cmake.define.%)
+	@touch $@
+
+# The same kind of environment, with the libraries of the trainings.
+build/zoo/zoo.stamp: build/zoo/engine.stamp tests/zoo/requirements.txt
+	build/zoo/bin/python $(PIP_INSTALL) --requirement tests/zoo/requirements.txt --constraint constraints.txt
 	@touch $@
 
 # -- Fuzzing -----------------------------------------------------------------------------------------------------------
