@@ -20,7 +20,7 @@ NATIVE_C := $(filter %.c %.h,$(NATIVE_SOURCES))
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test pytest lint lint-c types format coverage mutants test-lowest test-newest dist \
-	zoo sanitize sanitize-address sanitize-thread crash-campaign kill-campaign fuzz bench bench-compare clean
+	zoo sanitize sanitize-address sanitize-thread crash-campaign kill-campaign tear-campaign fuzz bench bench-compare clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -50,9 +50,10 @@ types: setup ## Check types
 pytest: setup
 	$(BIN)/python -m pytest
 
-# A campaign's crash states or kills, and the one number that says which they are.
+# A campaign's crash states, kills or rounds, and the one number that says which they are.
 STATES ?= 1000000
 KILLS ?= 5000
+ROUNDS ?= 10000
 SEED ?= 1
 # How long each fuzz target, and `make mutants`, goes on; and a prefix of the mutations' names.
 SECONDS ?= 600
@@ -63,6 +64,9 @@ crash-campaign: setup ## Try a million crash states (STATES=, SEED=)
 
 kill-campaign: setup ## Kill a training 5000 times on four file systems (KILLS=, SEED=)
 	$(BIN)/python tests/support/kill_campaign.py --kills $(KILLS) --seed $(SEED)
+
+tear-campaign: setup ## Write beside 10,000 saves at random moments, under every guard (ROUNDS=, SEED=)
+	PYTHONPATH=. $(BIN)/python tests/support/tear_campaign.py --rounds $(ROUNDS) --seed $(SEED)
 
 # Lines and branches of Python, those of processes that tests start included.  There is no threshold: a line that runs is
 # not a line that is tested, which is what `make mutants` measures.

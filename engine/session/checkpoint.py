@@ -24,7 +24,17 @@ from functools import partial
 from numbers import Real
 from typing import Any, Literal, SupportsFloat
 
-from engine.errors import ArenaError, ArgumentError, BusyError, ClosedError, StepError, TornSnapshot, UsageError, warn
+from engine.errors import (
+    ArenaError,
+    ArgumentError,
+    BusyError,
+    ClosedError,
+    PlatformError,
+    StepError,
+    TornSnapshot,
+    UsageError,
+    warn,
+)
 from engine.format.checks import is_user_name
 from engine.format.layout import Layout
 from engine.format.manifest import STEP_MAX, listed
@@ -157,6 +167,11 @@ class Checkpointer:
                 "checkpoint() was called by a signal handler that interrupts checkpoint(), and would wait for it; set "
                 "a flag in the handler, and save after the step"
             )
+        try:
+            return self._begin(arena, request)
+        except PlatformError as refusal:
+            if not self._snapshots.note_refused(arena, refusal):
+                raise
         return self._begin(arena, request)
 
     def _interrupts_itself(self) -> bool:

@@ -92,6 +92,17 @@ class Snapshots:
         """A save of the arena has failed because it was torn."""
         self._torn.add(arena)
 
+    def note_refused(self, arena: Arena, refusal: PlatformError) -> bool:
+        """The kernel refused to protect the arena for a save: whether to begin it again, without the guard."""
+        if self._choice != "auto" or arena in self._unguarded:
+            return False
+        self._leave_unguarded(arena, refusal)
+        return True
+
+    def _leave_unguarded(self, arena: Arena, refusal: PlatformError) -> None:
+        self._unguarded.add(arena)
+        warn(f"this arena is saved without the guard {self.probe.guard!r}: {refusal.cause}; {refusal.remedy}")
+
     def _guard(self, arena: Arena) -> Guard | None:
         """The guard of an arena's memory, opened at its first save.
 
@@ -112,8 +123,7 @@ class Snapshots:
         except PlatformError as error:
             if self._choice != "auto":
                 raise
-            self._unguarded.add(arena)
-            warn(f"this arena is saved without the guard {kind!r}: {error.cause}; {error.remedy}")
+            self._leave_unguarded(arena, error)
             return None
         return guard
 

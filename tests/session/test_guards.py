@@ -1,6 +1,6 @@
 """Guards in real trainings: whatever writes, a save has the tensors of the moment of the call, or is torn.
 
-`slow` slots make the staging take long: two blocks at a time, each of which waits for the disk.
+`SLOW` slots make the staging take long: two blocks at a time, each of which waits for the disk.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ import pytest
 import torch
 from disk import same
 from guarded import KINDS_HERE, needs_cow
-from torch import Tensor, nn
+from tears import SLOW, copies, is_exact, make_model
+from torch import nn
 
 import engine
 from engine.options import GuardName
-
-SLOW: dict[str, Any] = {"staging_bytes": 512 << 10, "block_bytes": 256 << 10}
 
 GUARDS: tuple[GuardName, ...] = (*KINDS_HERE, "fence")
 
@@ -37,35 +36,6 @@ def eng(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[engine.Engin
     with engine.Engine(tmp_path, guard=request.param, **SLOW) as opened:
         assert opened.guard == request.param
         yield opened
-
-
-def make_model(norm: bool = False) -> nn.Sequential:
-    """12 MB of parameters, with gradients."""
-    layers: list[nn.Module] = []
-    for _ in range(3):
-        layers.append(nn.Linear(1000, 1000))
-        if norm:
-            layers.append(nn.BatchNorm1d(1000))
-    model = nn.Sequential(*layers)
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    return model
-
-
-def copies(arena: engine.Arena) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in arena.state_dict().items()}
-
-
-def is_exact(eng: engine.Engine, save: engine.Save, want: dict[str, Tensor]) -> bool:
-    """Whether a save is exact; False if it is torn.  Fails for a mixed one."""
-    try:
-        save.result()
-    except engine.TornSnapshot:
-        return False
-    loaded = eng.load(save.step)
-    mixed = [name for name in want if not same(loaded[name], want[name])]
-    assert not mixed, f"these are of another moment: {mixed}"
-    return True
 
 
 def step_of_the_own_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
