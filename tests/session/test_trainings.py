@@ -14,6 +14,7 @@ from guarded import KINDS_HERE
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.optim import Optimizer
+from trainings import OwnStep
 
 import engine
 from engine.options import GuardName
@@ -371,3 +372,49 @@ def test_a_pruning_that_begins_in_a_training_is_taken_in(tmp_path: Path) -> None
         step(model, optimizer, (7, 6), 0)
         eng.checkpoint(arena).result()
         assert_same([eng.load()["2.weight_orig"]], [model.get_parameter("2.weight_orig")])
+
+
+def test_state_of_a_subclass_that_is_not_there_is_named(tmp_path: Path) -> None:
+    """A restore cannot make a wrapper, and says what to do."""
+    model = layers()
+    optimizer = CodedSgd(model.parameters())
+    step(model, optimizer, (7, 6), 0)
+    with engine.Engine(tmp_path) as eng:
+        eng.checkpoint(engine.Arena.adopt(model, optimizer)).result()
+        fresh = layers()
+        fresh_optimizer = CodedSgd(fresh.parameters())
+        with pytest.raises(engine.MismatchError, match=r"momentum\.codes: not in the arena(?s:.*)take one step"):
+            eng.restore(engine.Arena.adopt(fresh, fresh_optimizer))
+        assert not fresh_optimizer.state
+
+
+def test_a_partial_arena_of_several_optimizers_resumes(tmp_path: Path) -> None:
+    def build() -> tuple[nn.Module, list[Optimizer]]:
+        torch.manual_seed(1)
+        model: Any = layers()
+        model[0].bias.requires_grad_(False)
+        return model, [torch.optim.AdamW([model[0].weight]), OwnStep(model[2].parameters())]
+
+    def run(model: nn.Module, optimizers: list[Optimizer], numbers: range) -> None:
+        for number in numbers:
+            for optimizer in optimizers:
+                step(model, optimizer, (7, 6), number)
+
+    model, optimizers = build()
+    arena = engine.Arena.adopt(model, optimizers, only="trained")
+    whole = engine.Arena.adopt(model, optimizers)
+    with engine.Engine(tmp_path / "part") as eng, engine.Engine(tmp_path / "whole") as other:
+        run(model, optimizers, range(2))
+        arena.refresh()
+        eng.checkpoint(arena).result()
+        other.checkpoint(whole).result()
+        run(model, optimizers, range(2, 4))
+        for each in (eng, other):
+            fresh, fresh_optimizers = build()
+            each.restore(engine.Arena.adopt(fresh, fresh_optimizers, only="trained"))
+            run(fresh, fresh_optimizers, range(2, 4))
+            for one, two in zip(optimizers, fresh_optimizers, strict=True):
+                assert_same(state_of(fresh, two), state_of(model, one))
+        fresh, fresh_optimizers = build()
+        other.restore(engine.Arena.adopt(fresh, fresh_optimizers, exclude="2"))
+        assert not fresh_optimizers[1].state, "what is left out gets no state"
