@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from engine.session.save import ChunkStatus, Save
     from engine.state.arena import Arena
     from engine.state.rng import rng_state, set_rng_state
+    from engine.state.select import role
     from engine.store.info import CheckpointInfo
     from engine.store.reader import PassedOver
     from engine.store.retention import Retention
@@ -111,6 +112,7 @@ __all__ = [
     "restore",
     "resume",
     "rng_state",
+    "role",
     "set_rng_state",
 ]
 
@@ -137,6 +139,7 @@ _MODULES = {
     "restore": "engine.defaults",
     "resume": "engine.session.resume",
     "rng_state": "engine.state.rng",
+    "role": "engine.state.select",
     "set_rng_state": "engine.state.rng",
 }
 

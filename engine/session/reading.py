@@ -68,8 +68,9 @@ class Reading(ABC):
                 and groups that they had.  An optimizer that makes its state in its own step, and has taken none, gets
                 it here.
             step: which; None for the newest that verifies, passing over damaged ones with a warning.
-            select: patterns of layers or names; only those tensors are read and changed.  Hyperparameters, and
-                everything else that the optimizer keeps besides tensors, stay as they are.
+            select: patterns of layers or names, or `engine.role("model", "buffer")` for the weights alone; only those
+                tensors are read and changed.  Hyperparameters, and everything else that the optimizer keeps besides
+                tensors, stay as they are.
 
         Raises:
             MismatchError: the arena does not fit the checkpoint; nothing was changed.

@@ -85,7 +85,10 @@ def load(reader: Reader, step: int | None, select: Select) -> Tensors:
         absent = {
             name for options in manifest.optimizers.values() for name in decode_options(options).get("absent", ())
         }
-        aliases = {alias: name for alias, name in manifest.aliases.items() if selection.has_alias(alias)}
+        by_role = {record.name for record in manifest.segments if selection.has_role(record.role)}
+        aliases = {
+            alias: name for alias, name in manifest.aliases.items() if name in by_role or selection.has_alias(alias)
+        }
         needed = set(aliases.values())
         wanted = [r for r in manifest.segments if r.name not in absent and (r.name in needed or selection.has(r))]
         if not wanted and not selection.is_all:
@@ -208,6 +211,7 @@ def _picked(arena: Arena, manifest: Manifest, selection: Selection) -> Mapping[s
     picked = {}
     for record in manifest.segments:
         by_layer = arena.fenced or record.role != "optimizer"
-        if selection.has_name(record.name) or record.name in tied or (by_layer and selection.has_layer(record.layer)):
+        by_name = selection.has_name(record.name) or record.name in tied or selection.has_role(record.role)
+        if by_name or (by_layer and selection.has_layer(record.layer)):
             picked[record.name] = record
     return picked

@@ -259,7 +259,7 @@ def check_names(saved: Collection[str], here: Collection[str]) -> None:
     adopt = "make it with Arena.adopt(model, optimizer), or " if lacks == "arena" else ""
     raise MismatchError(
         f"the {has} has an optimizer and the {lacks} has none; {adopt}restore the model alone: "
-        "restore(arena, select=[s.name for s in arena.segments if s.role != 'optimizer'])"
+        'restore(arena, select=engine.role("model", "buffer"))'
     )
 
 

@@ -474,7 +474,7 @@ def test_an_optimizer_on_one_side_is_refused_with_the_call_that_works(
         opened.restore(arena)
     assert ("Arena.adopt(model, optimizer)" in str(caught.value)) == saved_with and not arena.torn
     remedy = str(caught.value).rpartition(": ")[2]
-    eval(f"eng.{remedy}", {"eng": opened, "arena": arena})
+    eval(f"eng.{remedy}", {"eng": opened, "arena": arena, "engine": engine})
     assert same(model.get_parameter("weight"), saved.get_parameter("weight")) and not arena.torn
 
 
