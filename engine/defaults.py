@@ -43,10 +43,15 @@ def checkpoint(arena: Arena, directory: str | os.PathLike[str], step: int | None
 
 
 def restore(
-    arena: Arena, directory: str | os.PathLike[str], step: int | None = None, *, select: Select = None
+    arena: Arena,
+    directory: str | os.PathLike[str],
+    step: int | None = None,
+    *,
+    select: Select = None,
+    strict: bool = True,
 ) -> RestoreInfo:
     """`Engine.restore` on the directory's default Engine; the same arguments and errors."""
-    return _engine(directory).restore(arena, step, select=select)
+    return _engine(directory).restore(arena, step, select=select, strict=strict)
 
 
 def _engine(directory: str | os.PathLike[str]) -> Engine:

@@ -60,7 +60,9 @@ class Reading(ABC):
         """The metrics that a checkpoint was saved with; a value that was not finite is None.  Raises as `info`."""
         return self.info(step).metrics
 
-    def restore(self, arena: Arena, step: int | None = None, *, select: Select = None) -> RestoreInfo:
+    def restore(
+        self, arena: Arena, step: int | None = None, *, select: Select = None, strict: bool = True
+    ) -> RestoreInfo:
         """Fill an arena from a checkpoint.  Blocks until every byte has been read and verified.
 
         Args:
@@ -71,6 +73,8 @@ class Reading(ABC):
             select: patterns of layers or names, or `engine.role("model", "buffer")` for the weights alone; only those
                 tensors are read and changed.  Hyperparameters, and everything else that the optimizer keeps besides
                 tensors, stay as they are.
+            strict: False restores what fits by name, dtype and shape, and leaves the rest as it is: a new head, or
+                another optimizer.  The result names what was left out.
 
         Raises:
             MismatchError: the arena does not fit the checkpoint; nothing was changed.
@@ -78,7 +82,7 @@ class Reading(ABC):
             CorruptError, StorageError: the checkpoint asked for, or every one, is damaged or unreadable.  The
                 arena may hold a part of it, and will not be saved until a whole restore succeeds.
         """
-        return restore(self._lend().reader, arena, step, select)
+        return restore(self._lend().reader, arena, step, select, strict)
 
     def load(self, step: int | None = None, *, select: Select = None) -> Tensors:
         """Read a checkpoint's tensors into new memory, by name.  Blocks.

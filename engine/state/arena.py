@@ -378,6 +378,11 @@ class Arena:
         self.refresh()
         self._torn = False
 
+    def restored_options(self, options: Mapping[str, Mapping[str, Any]]) -> None:
+        """Put back hyperparameters and plain state alone; `check_options` has found that they fit."""
+        for name, each in self._options.items():
+            each.put_back(options[name])
+
     def restored_part(self, names: Collection[str], absent: Collection[str]) -> None:
         """Take in that these segments were filled; `absent` are those that the checkpoint's optimizers lacked.
 
