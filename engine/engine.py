@@ -27,7 +27,7 @@ from engine.errors import ArgumentError, ClosedError, StorageError, UsageError, 
 from engine.io.backend import Probe, degradation, find
 from engine.io.guard_probe import guard_degradation, probe_guard
 from engine.options import Backend, GuardName, Options, Tunables, check_range, with_tunables
-from engine.session.checkpoint import Checkpointer, OnBusy, Request
+from engine.session.checkpoint import Checkpointer, FileContent, OnBusy, Request
 from engine.session.gate import seconds
 from engine.session.in_flight import InFlight
 from engine.session.reading import Lent, Reading
@@ -117,7 +117,7 @@ class Engine(Reading):
         on_busy: OnBusy = "wait",
         metrics: Mapping[str, float] | None = None,
         tag: str | None = None,
-        files: Mapping[str, bytes] | None = None,
+        files: Mapping[str, FileContent] | None = None,
     ) -> Save:
         """Make an arena durable while training goes on.
 
@@ -139,7 +139,8 @@ class Engine(Reading):
                 ``"skip"``: the Save returned has failed with BusyError and nothing was done.
             metrics: numbers by name, for listings and for ``Retention(best=...)``.
             tag: a label of at most 255 characters; a checkpoint with a tag is never retired, only deleted by `delete`.
-            files: small files to store beside the tensors, such as a model's config.json: plain names to bytes.
+            files: small files to store beside the tensors, such as a model's config.json: plain names to bytes, or to
+                the path of a file that is read now; at most 64 MiB in all.
 
         Raises:
             ArenaError: a tensor of the arena cannot be stored, or a restore of it has failed half-way.

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import stat
 import sys
 import time
 import weakref
@@ -57,6 +59,12 @@ OnBusy = Literal["wait", "skip", "raise"]
 NAME_CHARS_MAX = 255
 _NAME = f"printable text of 1 to {NAME_CHARS_MAX} characters"
 
+# The user's files are read in the caller's time and kept in memory until they are written, like `extra`, which has the
+# same limit (`values.BINARY_BYTES_MAX`).
+FILES_BYTES_MAX = 64 << 20
+
+FileContent = bytes | str | os.PathLike[str]
+
 _log = logging.getLogger("engine")
 
 
@@ -76,7 +84,8 @@ class Request:
     on_busy: OnBusy = "wait"
     metrics: Mapping[str, float] = field(default_factory=dict)
     tag: str | None = None
-    files: Mapping[str, bytes] = field(default_factory=dict)
+    files: Mapping[str, FileContent] = field(default_factory=dict)
+    contents: Mapping[str, bytes] = field(init=False)
 
     def __post_init__(self) -> None:
         for name, low, high in (("step", 0, STEP_MAX), ("chunk_count", 1, None), ("chunk_bytes", 1, None)):
@@ -90,15 +99,44 @@ class Request:
             if not _is_name(self.tag):
                 raise ArgumentError(f"tag is {_shortened(self.tag)}; it must be {_NAME}, or None")
             object.__setattr__(self, "tag", str.__str__(self.tag))  # of a subclass the plain text
-        if not isinstance(self.files, Mapping):
-            raise ArgumentError(f"files is {self.files!r}; it must map names to bytes")
-        object.__setattr__(self, "files", dict(self.files))  # the caller's may change while the save is in flight
-        for name, content in self.files.items():
-            if not isinstance(name, str) or not is_user_name(name) or not isinstance(content, bytes):
-                raise ArgumentError(
-                    f"files has {name!r}; it must map plain names (letters, digits, '.', '_', '-') to bytes, and none "
-                    "that the engine gives"
-                )
+        object.__setattr__(self, "contents", _contents(self.files))
+
+
+def _contents(files: object) -> dict[str, bytes]:
+    """The bytes of the user's files, as they are now: the caller may change them while the save is in flight."""
+    if not isinstance(files, Mapping):
+        raise ArgumentError(f"files is {files!r}; it must map names to bytes or paths")
+    room = FILES_BYTES_MAX
+    contents = {}
+    for name, content in files.items():
+        if not isinstance(name, str) or not is_user_name(name) or not isinstance(content, (bytes, str, os.PathLike)):
+            raise ArgumentError(
+                f"files has {name!r}; it must map plain names (letters, digits, '.', '_', '-') to bytes or paths, and "
+                "none that the engine gives"
+            )
+        contents[name] = content if isinstance(content, bytes) else _read_file(name, content, room)
+        room -= len(contents[name])
+        if room < 0:
+            raise ArgumentError(
+                f"files brings {name!r} to over {FILES_BYTES_MAX} bytes in all, which are kept in memory during the "
+                "save; put tensors into the arena, and keep big files outside the checkpoint"
+            )
+    return contents
+
+
+def _read_file(name: str, path: str | os.PathLike[str], size_max: int) -> bytes:
+    """The content of a regular file, of which no more than a byte beyond `size_max` is read."""
+    try:
+        # O_NONBLOCK: open(2) of a pipe without a writer would block.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise ArgumentError(f"files has {name!r} from {os.fspath(path)!r}, which is not a regular file")
+            return file.read(size_max + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        if isinstance(error, ArgumentError):
+            raise
+        raise ArgumentError(f"files has {name!r} from {os.fspath(path)!r}, which cannot be read: {error}") from None
 
 
 def _plain_metrics(metrics: object) -> dict[str, float]:
@@ -253,7 +291,7 @@ class Checkpointer:
             extra=encode(request.extra),
             metrics={name: value if math.isfinite(value) else None for name, value in request.metrics.items()},
             tag=request.tag,
-            user_files=request.files,
+            user_files=request.contents,
         )
 
     def _pack(

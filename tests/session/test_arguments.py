@@ -90,7 +90,7 @@ LONG = "x" * (NAME_CHARS_MAX + 1)
         ),
         (lambda eng, arena: eng.checkpoint(arena, metrics={"a": None}), "'a': None; it must map names to numbers$"),
         (lambda eng, arena: eng.checkpoint(arena, metrics=0), "metrics is 0; it must map names to numbers"),
-        (lambda eng, arena: eng.checkpoint(arena, files=[]), r"files is \[\]; it must map names to bytes"),
+        (lambda eng, arena: eng.checkpoint(arena, files=[]), r"files is \[\]; it must map names to bytes or paths"),
         (lambda *_: engine.open(FIVE), "the directory is 5; it must be a path"),
         (lambda *_: UNTYPED.Engine("nowhere", kep=2), r"Engine\(\) has no keyword 'kep'; did you mean keep\?"),
         (

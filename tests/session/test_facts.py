@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 import engine
+from engine.session.checkpoint import FILES_BYTES_MAX
 from engine.store.filesystem import Filesystem
 
 SMALL: dict[str, Any] = {"staging_bytes": 1 << 20, "block_bytes": 64 << 10}
@@ -56,6 +59,38 @@ def test_files_are_stored_as_they_were_when_the_save_began(tmp_path: Path) -> No
         assert not (tmp_path / "outside").exists() and eng.verify() == ()
 
 
+def test_a_file_by_its_path_is_read_in_the_call(tmp_path: Path) -> None:
+    config, words = tmp_path / "config.json", tmp_path / "words"
+    config.write_bytes(b"1")
+    words.write_bytes(bytes(range(256)) * 300)
+    held, _ = arena()
+    with engine.Engine(tmp_path / "run", keep=1, **SMALL) as eng:
+        save = eng.checkpoint(held, files={"config.json": config, "vocabulary.bin": str(words), "note": b"n"})
+        config.write_bytes(b"2")
+        path = Path(save.result().path)
+        assert (path / "config.json").read_bytes() == b"1" and (path / "note").read_bytes() == b"n"
+        assert (path / "vocabulary.bin").read_bytes() == words.read_bytes()
+        listed = json.loads((path / "manifest.json").read_bytes())["body"]["user_files"]
+        assert {row["name"]: row["sha256"] for row in listed} == {
+            file: hashlib.sha256((path / file).read_bytes()).hexdigest()
+            for file in ("config.json", "vocabulary.bin", "note")
+        }
+        for _ in range(3):  # recycling takes data files only, and each save has the files that it was given
+            path = Path(eng.checkpoint(held, files={"config.json": config}).result().path)
+            assert (path / "config.json").read_bytes() == b"2" and not (path / "note").exists()
+            assert eng.verify() == ()
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    with open(tmp_path / "large", "wb") as file:
+        file.truncate(1 << 36)  # a hole
+    held, _ = arena()
+    with engine.Engine(tmp_path / "run", **SMALL) as eng:
+        with pytest.raises(engine.ArgumentError, match="files brings 'a' to over"):
+            eng.checkpoint(held, files={"a": tmp_path / "large"})
+        assert eng.steps() == []
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
@@ -66,7 +101,12 @@ def test_files_are_stored_as_they_were_when_the_save_began(tmp_path: Path) -> No
         ({"files": {"../x": b""}}, r"files has '\.\./x'"),
         ({"files": {"manifest.json": b""}}, "files has 'manifest.json'"),
         ({"files": {"model.safetensors": b""}}, "files has 'model.safetensors'"),
-        ({"files": {"a": "text"}}, "files has 'a'"),
+        ({"files": {"a": 5}}, "files has 'a'"),
+        ({"files": {"a": "/no/such/file"}}, "files has 'a' from '/no/such/file'.*No such file"),
+        ({"files": {"a": "\0"}}, "files has 'a' from .*cannot be read"),
+        ({"files": {"a": Path("/dev/zero")}}, "files has 'a' from '/dev/zero', which is not a regular file"),
+        ({"files": {"a": "/"}}, "files has 'a' from '/', which"),
+        ({"files": {"a": bytes(FILES_BYTES_MAX), "b": b"x"}}, "files brings 'b' to over 67108864 bytes"),
     ],
 )
 def test_values_that_cannot_be_stored_are_refused(tmp_path: Path, wrong: dict[str, Any], words: str) -> None:
