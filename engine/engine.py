@@ -28,6 +28,7 @@ from engine.io.backend import Probe, degradation, find
 from engine.io.guard_probe import guard_degradation, probe_guard
 from engine.options import Backend, GuardName, Options, Tunables, check_range, with_tunables
 from engine.session.checkpoint import Checkpointer, FileContent, OnBusy, Request
+from engine.session.failures import Failures, OnError
 from engine.session.gate import seconds
 from engine.session.in_flight import InFlight
 from engine.session.reading import Lent, Reading
@@ -62,6 +63,9 @@ class Engine(Reading):
             ``retention=Retention(last=keep)``.
         retention: the rule that says which checkpoints are kept; stored with the run.  Without it and `keep` the stored
             rule is used; a new run keeps two.
+        on_error: a function that is called with each Save that fails and its failure, on a commit thread; or
+            ``"raise"``, for the next `checkpoint()`, `wait()` or `close()` to raise the failure of a save whose
+            `result()` and `exception()` nobody has called.  None: they warn of it, once.
         options: the tunables; any of them may also be given by its own keyword.
         filesystem: the file operations; tests inject faults here.
 
@@ -80,10 +84,12 @@ class Engine(Reading):
         retention: Retention | None = None,
         options: Options = DEFAULTS,
         filesystem: Filesystem | None = None,
+        on_error: OnError = None,
         **tunables: Unpack[Tunables],
     ) -> None:
         retention = _rule(keep, retention)
         options = with_tunables("Engine", options, tunables, _KEYWORDS)
+        self._failures = Failures(on_error)
         self._workers = Workers()
         self._store = Store(path_of(directory), options, retention, filesystem or Filesystem())
         try:
@@ -91,7 +97,9 @@ class Engine(Reading):
             self._lent = Lent(self._store.reader, self._store.verifier)
             self._in_flight = InFlight(options.max_async)
             self._snapshots = Snapshots(options.guard)
-            self._checkpointer = Checkpointer(self._store, options, self._in_flight, self._workers, self._snapshots)
+            self._checkpointer = Checkpointer(
+                self._store, options, self._in_flight, self._workers, self._snapshots, self._failures
+            )
             degraded = [degradation(self._store.probe), guard_degradation(self._snapshots.probe)]
             if any(degraded):
                 warn("; ".join(filter(None, degraded)))  # which may raise, if the user wants it so
@@ -146,8 +154,10 @@ class Engine(Reading):
             ArenaError: a tensor of the arena cannot be stored, or a restore of it has failed half-way.
             UsageError: a signal handler that interrupts `checkpoint` calls it.
             ArgumentError, ExtraError, StepError, BusyError, ClosedError: see the messages.
+            EngineError: an earlier save has failed (``on_error="raise"``); nothing was begun.
         """
         self._check_usable()
+        self._failures.report()
         metrics, files = {} if metrics is None else metrics, {} if files is None else files
         request = Request(step, extra, chunk_count, chunk_bytes, snapshot, on_busy, metrics, tag, files)
         return self._checkpointer.begin(arena, request)
@@ -155,12 +165,14 @@ class Engine(Reading):
     def wait(self, timeout: float | None = None) -> bool:
         """Block until every save that is in flight now has ended; False if `timeout` seconds passed first.
 
-        A failed save raises from its own `result()`, not here.
+        A failed save raises from its own `result()`, and here only with ``on_error="raise"``.
         """
         self._check_usable()
         if self._workers.is_current():
             raise UsageError("wait() would wait for the very thread that calls it; call it from another")
-        return self._in_flight.wait(seconds(timeout))
+        ended = self._in_flight.wait(seconds(timeout))
+        self._failures.report()
+        return ended
 
     def rollback(self, step: int) -> list[int]:
         """Retire every committed step after this one, to train on from it; returns the retired steps.
@@ -217,13 +229,18 @@ class Engine(Reading):
     def close(self) -> None:
         """Wait for every save in flight, stop the native thread, and release the directory.  Blocks.
 
-        May be called again: after Ctrl-C the next call continues.
+        May be called again: after Ctrl-C the next call continues.  Warns of failed saves that nobody has asked about,
+        or raises (see `on_error`), after everything is released.
         """
+        self._close(may_raise=True)
+
+    def _close(self, may_raise: bool) -> None:
         if self._workers.is_current():
             raise UsageError("close() would wait for the very thread that calls it; call it from another")
         self._closing = True
         _shut_down(self._in_flight, self._workers, self._store)
         self._closer.detach()
+        self._failures.report(may_raise)
 
     def __enter__(self) -> Engine:
         return self
@@ -231,7 +248,7 @@ class Engine(Reading):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self._close(may_raise=error is None)  # or it would hide the error that ended the block
 
     def __repr__(self) -> str:
         state = "open" if self.is_open else "closed"

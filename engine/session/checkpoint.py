@@ -44,6 +44,7 @@ from engine.format.plan import chunk_size
 from engine.io.job import Milestone
 from engine.io.packing import Packed
 from engine.options import Options, check_choice, check_range
+from engine.session.failures import Failures
 from engine.session.in_flight import InFlight, Permit
 from engine.session.save import Save
 from engine.session.snapshot import Snapshot, SnapshotPlan, Snapshots
@@ -188,13 +189,20 @@ class Checkpointer:
     """Begins the saves of one engine."""
 
     def __init__(
-        self, store: Store, options: Options, in_flight: InFlight, workers: Workers, snapshots: Snapshots
+        self,
+        store: Store,
+        options: Options,
+        in_flight: InFlight,
+        workers: Workers,
+        snapshots: Snapshots,
+        failures: Failures,
     ) -> None:
         self._store = store
         self._snapshots = snapshots
         self._options = options
         self._in_flight = in_flight
         self._workers = workers
+        self._failures = failures
         self._warned_of: weakref.WeakKeyDictionary[Arena, set[str]] = weakref.WeakKeyDictionary()
         self._packs: weakref.WeakKeyDictionary[Arena, _Packs] = weakref.WeakKeyDictionary()
 
@@ -247,7 +255,8 @@ class Checkpointer:
             writer.start(write)
             permit.handed_over = True
             note_torn = partial(self._note_torn, weakref.ref(arena), request.snapshot)
-            self._workers.submit(partial(_finish, self._in_flight, permit, self._store, write, save, note_torn))
+            note_failed = partial(_note_failed, self._failures, note_torn)
+            self._workers.submit(partial(_finish, self._in_flight, permit, self._store, write, save, note_failed))
             if self._workers.is_closed:
                 raise ClosedError("a signal handler that interrupted checkpoint() closed the Engine; open a new one")
             if not plan.is_lazy:
@@ -365,7 +374,12 @@ def _give_up(in_flight: InFlight, permit: Permit, writer: Writer, begun: list[Wr
 
 
 def _finish(
-    in_flight: InFlight, permit: Permit, store: Store, write: Write, save: Save, note_torn: Callable[[], None]
+    in_flight: InFlight,
+    permit: Permit,
+    store: Store,
+    write: Write,
+    save: Save,
+    note_failed: Callable[[Save, BaseException], None],
 ) -> None:
     """What a commit thread runs: from staging to the commit or the failure.  Never raises.
 
@@ -379,10 +393,9 @@ def _finish(
     except BaseException as error:  # every error goes to the Future, none to this thread
         with suppress(Exception):  # handlers are the user's, and may raise
             _log.error("the save of step %d failed: %s", save.step, error)
-        if isinstance(error, TornSnapshot):
-            note_torn()
         in_flight.free(permit)  # before the save has ended, so that its waiter finds the permit free
         save.end(None, error)
+        note_failed(save, error)
         in_flight.withdraw(permit)
         save.resolve()
         del save  # or the failure's traceback would hold a frame that holds the failure
@@ -393,6 +406,12 @@ def _finish(
     save.end(info, None)
     in_flight.withdraw(permit)  # now the next step may become visible
     save.resolve()
+
+
+def _note_failed(failures: Failures, note_torn: Callable[[], None], save: Save, error: BaseException) -> None:
+    if isinstance(error, TornSnapshot):
+        note_torn()
+    failures.note(save, error)
 
 
 def _retire(store: Store) -> None:

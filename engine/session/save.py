@@ -83,6 +83,7 @@ class Save(Future[CheckpointInfo]):
         self._began_ns = time.monotonic_ns()
         self._held_ns = 0
         self._durable_ns = 0
+        self._asked = False
 
     @classmethod
     def refused(cls, step: int, error: BusyError) -> Save:
@@ -111,7 +112,7 @@ class Save(Future[CheckpointInfo]):
         if self._write is None:
             return []
         packed = self._write.packed
-        failed = self.done() and self.exception() is not None
+        failed = self.done() and self._failure is not None
         ended = "failed" if failed else "durable" if self.done() else None
         states = self._write.chunk_states()
         return [
@@ -175,6 +176,7 @@ class Save(Future[CheckpointInfo]):
             EngineError: the save has failed.
         """
         self._await_end(timeout)
+        self._asked = True
         try:
             if self._failure is not None:
                 raise self._failure
@@ -186,7 +188,13 @@ class Save(Future[CheckpointInfo]):
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """The save's failure, or None; blocks and raises as `result`."""
         self._await_end(timeout)
+        self._asked = True
         return self._failure
+
+    @property
+    def is_unasked(self) -> bool:
+        """Whether `checkpoint()` has returned this save, it has failed, and nobody has asked for its result."""
+        return self._failure is not None and self._held_ns > 0 and not self._asked
 
     def end(self, info: CheckpointInfo | None, failure: BaseException | None) -> None:
         """Let `result()` return or raise.  Called by the thread that ends the save."""
