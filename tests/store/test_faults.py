@@ -94,8 +94,8 @@ def opened(root: Path, **options: Any) -> Iterator[engine.Engine]:
 
 def save(eng: engine.Engine, step: int | None, payload: int) -> int:
     """Save new contents, and wait for the save to end; returns the step."""
-    training().fill(payload)
-    return eng.checkpoint(training().arena, step, snapshot="eager").result(HANG_S).step
+    training("trained").fill(payload)
+    return eng.checkpoint(training("trained").arena, step, snapshot="eager").result(HANG_S).step
 
 
 def stored(eng: engine.Engine, step: int) -> bytes:
@@ -142,8 +142,8 @@ class Scenario(NamedTuple):
 
 def restore(eng: engine.Engine, step: int | None = None) -> None:
     """A restore of the newest, or of this step, which returns the saved state or raises."""
-    info = eng.restore(training().arena, step)
-    assert training().content() == content(info.step)
+    info = eng.restore(training("trained").arena, step)
+    assert training("trained").content() == content("trained", info.step)
 
 
 def find_damage(eng: engine.Engine) -> None:
@@ -173,7 +173,7 @@ SCENARIOS = {
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directories to begin with: ``empty``; ``used``, with steps 1 and 2, a spare and a leftover; ``damaged``."""
     for payload in range(30):
-        content(payload)  # which fills the tensors only the first time
+        content("trained", payload)  # which fills the tensors only the first time
     base = tmp_path_factory.mktemp("prepared")
     (base / "empty").mkdir()
     with opened(base / "used") as eng:
@@ -276,13 +276,15 @@ def visible_all_the_same(there: set[tuple[str, int]], root: Path, system: System
 def check_goes_on(eng: engine.Engine, held_steps: Mapping[int, int], visible: set[int]) -> None:
     """Assert that all saved steps exist, and that the Engine restores and saves."""
     for step, payload in held_steps.items():
-        assert stored(eng, step) == content(payload)
+        assert stored(eng, step) == content("trained", payload)
     if visible:  # a step that this Engine does not count blocks a save of that number
         with logged(logging.ERROR), pytest.raises(engine.StepError, match="open a new Engine"):
             save(eng, max(visible), 20)
     free = max([*eng.steps(), *visible], default=0) + 1 if visible else None
     step = save(eng, free, 21)
-    assert eng.restore(training().arena).step == step and training().content() == content(21)
+    assert eng.restore(training("trained").arena).step == step and training("trained").content() == content(
+        "trained", 21
+    )
 
 
 @by_errno
@@ -390,7 +392,7 @@ class Blocks:
 
     def restore(self, step: int | None = 2) -> engine.EngineError | None:
         """A restore into tensors with other values; none of them may get a wrong byte."""
-        tensors = training().arena.state_dict()
+        tensors = training("trained").arena.state_dict()
         for tensor in tensors.values():
             tensor.fill_(ABSENT)
         error, passed_over = outcome(lambda: restore(self.engine, step))
@@ -401,9 +403,9 @@ class Blocks:
 
     def check_torn(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """After a restore of step 2 has failed half-way: the restored bytes are right, and the arena is not saved."""
-        assert training().arena.torn
+        assert training("trained").arena.torn
         with pytest.raises(engine.ArenaError, match="half-way"):
-            self.engine.checkpoint(training().arena)
+            self.engine.checkpoint(training("trained").arena)
         self.table.heal()
         for name, wanted in self.engine.load(2).items():
             assert tensors[name].eq(wanted).logical_or(tensors[name].eq(ABSENT)).all(), name
@@ -440,7 +442,7 @@ def blocks(prepared: Path, scratch: Path, **options: Any) -> Iterator[Blocks]:
         steps = eng.steps()
     assert not table.exceptions, table.exceptions
     with opened(root, keep=None) as again:
-        assert again.steps() == steps and stored(again, 1) == content(1)
+        assert again.steps() == steps and stored(again, 1) == content("trained", 1)
     shutil.rmtree(root)
 
 
@@ -457,9 +459,9 @@ def check_done(it: Blocks, act: str) -> None:
     """The act has succeeded, and all bytes are right."""
     it.table.heal()
     if act == "write":
-        assert stored(it.engine, 3) == content(3)
+        assert stored(it.engine, 3) == content("trained", 3)
     else:
-        assert training().content() == content(2)
+        assert training("trained").content() == content("trained", 2)
 
 
 @acts
@@ -536,7 +538,7 @@ def test_a_restore_passes_over_the_newest_for_a_bad_block(prepared: Path, tmp_pa
     for number in NUMBERS:
         with blocks(prepared, tmp_path) as it:
             it.arm({number: fault})
-            assert it.restore(None) is None and training().content() == content(1)
+            assert it.restore(None) is None and training("trained").content() == content("trained", 1)
 
 
 class Gated(NamedTuple):
@@ -609,7 +611,7 @@ def test_a_failed_save_closes_no_file_with_writes_in_flight(
             raise error
 
         monkeypatch.setattr(Pipeline, "attach", failing)
-        pending = it.engine.checkpoint(training().arena, step=1, snapshot="lazy")
+        pending = it.engine.checkpoint(training("trained").arena, step=1, snapshot="lazy")
         it.wait_started()
         time.sleep(0.05)  # for an event that must not happen
         assert not pending.done() and not filesystem.closed and len(filesystem.data) == 2
@@ -646,7 +648,7 @@ def test_an_interrupted_restore_closes_no_file_with_reads_in_flight(
             loading.result(HANG_S)
         assert len(filesystem.closed) == 2
         monkeypatch.undo()
-        assert stored(it.engine, 1) == content(3)
+        assert stored(it.engine, 1) == content("trained", 3)
 
 
 def test_the_lock_is_held_until_the_last_read_has_ended(tmp_path: Path) -> None:
@@ -668,9 +670,9 @@ def test_the_lock_is_held_until_the_last_read_has_ended(tmp_path: Path) -> None:
         finally:
             it.gate.set()
             closing.result(HANG_S)
-        assert loading.result(HANG_S) == content(3)
+        assert loading.result(HANG_S) == content("trained", 3)
     with opened(tmp_path) as again:
-        assert stored(again, 1) == content(3)
+        assert stored(again, 1) == content("trained", 3)
 
 
 FAULTS = st.one_of(
