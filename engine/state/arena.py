@@ -4,14 +4,10 @@ Theory of operation.  An **adopted** arena lays the tensors of an inventory out 
 it.  It sets ``tensor.data = view`` on the existing tensors, so that modules, optimizers and averaged models keep the
 objects that they hold.  A **wrapped** arena moves nothing: its tensors are read at their own locations.
 
-    buffer   | segment  .| segment   .|seg.| reserved .|      . is padding to 256 bytes, always zero
-    source 0 |-----------------------------------------|      contiguous segments are read here
-    source 1             |-----------|                        a channels_last segment has its own source
-
 Training code may take a tensor out again (`p.data = ...`, `model.half()`, `share_memory()`), so every save begins with
 `refresh()`.  Its fast path compares containers and tensors with the last inventory.  Only after a difference is another
 inventory taken.  If it has the same segments, the tensors that left are copied back to their segments.  Otherwise there
-is a new layout in a new buffer.  A layout is never changed, so callers may cache by its identity.
+is a new layout in a new buffer: see `arrangement`.
 
 No writer may change the arena while a save is staged.  `fence.py` lists the writers that wait by themselves.  Segments
 that change without those writers are `unfenced`, and are staged first.  Buffers that forward resizes are mirrored.
@@ -28,22 +24,23 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import FunctionType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from engine.errors import ArenaError, ArgumentError, UsageError, warn
-from engine.format.layout import DTYPES, ROLES, Layout, Segment, TensorSpec, lay_out
-from engine.format.manifest import Rows, encode_rows, listed
-from engine.format.plan import Extents, Source, file_runs
+from engine.format.layout import ROLES, Layout, Segment, TensorSpec
+from engine.format.manifest import Rows, listed
+from engine.format.plan import Extents, Source
 from engine.state.adopted import Adopted, adopt_optimizers, optimizers_in
+from engine.state.arrangement import Table, arrange, sources_of, tabulate
 from engine.state.choice import Choice, Item
 from engine.state.fence import Fence
 from engine.state.inventory import Inventory, gather, gather_tensors
 from engine.state.late import Owner, StatePlan, plan_state
-from engine.state.memory import HostMemory, TensorLocation, dense_stride, location_of, merge_dims
+from engine.state.memory import HostMemory, TensorLocation, location_of
 from engine.state.mirrors import Mirror, Mirrors, own_memory, resize
 from engine.state.modules import Rename
 from engine.state.optimizers import Options, check_names, is_late
@@ -84,7 +81,7 @@ class Arena:
         self._fence = Fence()
         self._torn = False
         self._watch: TensorWatch | None = None
-        self._arrangement = _arrange(_Table({}, {}, {}, frozenset(), False), model is not None, None)
+        self._arrangement = arrange(Table({}, {}, {}, frozenset(), False), model is not None, None)
         bare = {id(each): _params_without_state(each) for each in optimizers_in(optimizers)}
         try:
             self._take_in()
@@ -419,10 +416,10 @@ class Arena:
             inventory = self._find()
             self._watch = None  # until all is done, so that the next refresh() completes an interrupted one
             adopted = self._model is not None
-            table = _tabulate(inventory, adopted, self.fenced, self._split_untrained)
+            table = tabulate(inventory, adopted, self.fenced, self._split_untrained)
             if table != self._arrangement.table:
                 # The old buffer is freed when the last of its tensors has moved.
-                self._arrangement = _arrange(table, adopted, self._arrangement)
+                self._arrangement = arrange(table, adopted, self._arrangement)
             self._inventory = inventory
             self._options = {
                 name: Options(self._optimizers[name], owned, inventory.absent(owned))
@@ -440,7 +437,7 @@ class Arena:
             tensors = [tensor for entry in inventory.entries.values() for tensor in entry.tensors]
             buffer = self._arrangement.buffer
             self._memory: object = buffer if buffer is not None else [tensor.detach() for tensor in tensors]
-            self._sources = _sources(self._arrangement, inventory)
+            self._sources = sources_of(self._arrangement, inventory)
             self._counted = Counted(
                 (segment.name, tensor)
                 for segment in self.segments
@@ -532,104 +529,6 @@ class Arena:
         if self._options[self._names[id(stepper)]].has_made_awaited:
             with contextlib.suppress(ArenaError):
                 self.refresh()
-
-
-class _Table(NamedTuple):
-    """Everything that a layout and its plans depend on: specs, strides and aliases by name, `Arena.unfenced`, and
-    whether untrained tensors have files of their own."""
-
-    specs: Mapping[str, TensorSpec]
-    strides: Mapping[str, tuple[int, ...]]
-    aliases: Mapping[str, str]
-    unfenced: frozenset[str]
-    split_untrained: bool
-
-
-class _Arrangement(NamedTuple):
-    """Everything that follows from a table.  One value, so that an interrupt replaces all of it or nothing.
-
-    Attributes:
-        locations: for each segment, the index of its source and its offset there in bytes.
-        buffer: None for a wrapped arena.
-    """
-
-    table: _Table
-    layout: Layout
-    rows: Rows
-    locations: tuple[tuple[int, int], ...]
-    runs: tuple[Extents, ...]
-    buffer: HostMemory | None
-
-
-def _tabulate(inventory: Inventory, adopted: bool, fenced: bool, split_untrained: bool) -> _Table:
-    entries = inventory.entries
-    specs = {name: entry.spec for name, entry in entries.items()}
-    # Wrapped tensors are read with the strides that they have at each save.
-    strides = {name: dense_stride(entry.like) for name, entry in entries.items()} if adopted else {}
-    trained = inventory.trained
-    roles = {"buffer", "model"} if fenced else {"buffer"}
-    unfenced = frozenset(name for name, spec in specs.items() if spec.role in roles and name not in trained)
-    return _Table(specs, strides, inventory.aliases, unfenced, split_untrained)
-
-
-def _arrange(table: _Table, adopted: bool, previous: _Arrangement | None) -> _Arrangement:
-    """The arrangement of a table, in the previous buffer if no segment of that would change."""
-    layout = lay_out(
-        list(table.specs.values()),
-        table.aliases,
-        untrained=table.unfenced,
-        split_untrained=table.split_untrained,
-    )
-    buffer = None
-    if adopted:
-        fits = previous is not None and (_in_arena(layout), table.strides) == (
-            _in_arena(previous.layout),
-            previous.table.strides,
-        )
-        buffer = previous.buffer if previous is not None and fits else HostMemory(layout.arena_bytes)
-    locations: list[tuple[int, int]] = []
-    source_count = 1 if adopted else 0  # the buffer as a whole
-    for segment in layout.segments:
-        if adopted and _is_contiguous(segment, table.strides[segment.name]):
-            locations.append((0, segment.arena_offset))
-        else:
-            locations.append((source_count, 0))
-            source_count += 1
-    file_count = len(layout.files)
-    runs = file_runs(layout, [(source + file_count, offset) for source, offset in locations])
-    return _Arrangement(table, layout, encode_rows(layout), tuple(locations), runs, buffer)
-
-
-def _in_arena(layout: Layout) -> tuple[int, dict[str, tuple[str, tuple[int, ...], int]]]:
-    """The part of a layout that a buffer depends on."""
-    return layout.arena_bytes, {s.name: (s.dtype, s.shape, s.arena_offset) for s in layout.segments}
-
-
-def _sources(arrangement: _Arrangement, inventory: Inventory) -> tuple[Source, ...]:
-    """The memory that the locations of an arrangement refer to."""
-    buffer, segments = arrangement.buffer, arrangement.layout.segments
-    if buffer is None:
-        tensors = [inventory.entries[segment.name].tensors[0] for segment in segments]
-        return tuple(_source(s, t.data_ptr(), t.stride()) for s, t in zip(segments, tensors, strict=True))
-    sources = [Source(buffer.address, buffer.nbytes)]
-    for segment, (source, _) in zip(segments, arrangement.locations, strict=True):
-        if source:
-            stride = arrangement.table.strides[segment.name]
-            sources.append(_source(segment, buffer.address + segment.arena_offset, stride))
-    return tuple(sources)
-
-
-def _source(segment: Segment, address: int, stride: Sequence[int]) -> Source:
-    """A source of one segment alone."""
-    if _is_contiguous(segment, stride):
-        return Source(address, segment.nbytes)
-    shape, merged_stride = zip(*merge_dims(segment.shape, stride), strict=True)
-    return Source(address, segment.nbytes, DTYPES[segment.dtype].itemsize, shape, merged_stride)
-
-
-def _is_contiguous(segment: Segment, stride: Sequence[int]) -> bool:
-    dims = merge_dims(segment.shape, stride)
-    return segment.nbytes == 0 or not dims or (len(dims) == 1 and dims[0][1] == 1)
 
 
 def _point(tensor: Tensor, view: Tensor) -> None:
