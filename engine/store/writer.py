@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 from engine.errors import StorageError, TornSnapshot
@@ -263,7 +264,7 @@ class Writer:
     def _write_and_commit(self, write: Write, await_turn: Callable[[], None]) -> CheckpointInfo:
         # No variable here holds the content: the traceback of a failure would keep the sources' memory alive.
         job, packed = write.job, write.packed
-        last = None if self._rewrite_all else self._last
+        last = None if self._rewrite_all else self._last_of(self._access.steps())
         held = candidates(packed.plan, packed.layout, last)
         link_from = {name: last.step for name in held} if last is not None else {}
         files = [NewFile(file.name, file.nbytes, link_from.get(file.name)) for file in packed.plan.files]
@@ -285,7 +286,8 @@ class Writer:
         manifest, small_files = _records(write)
         if held:
             self._access.settle_links(write.step, changed_files(packed.plan, held, recycled, job.checksums()))
-        path = commit(self._access, write.step, small_files, encode(manifest, packed.rows), await_turn)
+        in_turn = partial(self._commit_in_turn, write.step, await_turn)
+        path = commit(self._access, write.step, small_files, encode(manifest, packed.rows), in_turn)
         self._note(Committed(write.step, packed.plan, job.checksums()))
         return info_of(manifest, path)
 
@@ -294,6 +296,22 @@ class Writer:
         if begun.recycled is None or self._rewrite_all:
             return [None] * len(plan.blocks)
         return known_hashes(plan, begun.recycled, begun.reused)
+
+    def _last_of(self, steps: Sequence[int]) -> Committed | None:
+        """The newest checkpoint of this process, if it is still committed.
+
+        Args:
+            steps: the committed ones.  Listed before this call, because `_commit_in_turn` comes before a new checkpoint
+                of the same step is listed.
+        """
+        last = self._last
+        return last if last is not None and last.step in steps else None
+
+    def _commit_in_turn(self, step: int, await_turn: Callable[[], None]) -> None:
+        """Wait, and forget a checkpoint that was retired or deleted to save this step again."""
+        await_turn()
+        if self._last is not None and self._last.step >= step:
+            self._last = None
 
     def _note(self, committed: Committed) -> None:
         """Remember the newest checkpoint: the next save may link from it."""

@@ -134,6 +134,28 @@ def test_a_file_that_changes_back_is_right(eng: engine.Engine, model: Adapted, a
         save(eng, arena, step)
 
 
+@pytest.mark.parametrize("take_back", [lambda eng: eng.rollback(1), lambda eng: eng.delete(2)])
+def test_a_step_that_is_saved_again_is_not_taken_for_the_first_one(
+    eng: engine.Engine, model: Adapted, arena: engine.Arena, take_back: Callable[[engine.Engine], object]
+) -> None:
+    save(eng, arena, 1)
+    save(eng, arena, 2)
+    take_back(eng)
+    first = model.base.weight.clone()
+    model.base.weight.add_(1)
+    save(eng, arena, 2)
+    model.base.weight.copy_(first)  # as in the first step 2, whose files are gone
+    save(eng, arena, 3)
+
+
+def test_files_are_linked_after_a_rollback(eng: engine.Engine, model: Adapted, arena: engine.Arena) -> None:
+    save(eng, arena, 1)
+    save(eng, arena, 9)
+    eng.rollback(1)
+    train(model)
+    assert save(eng, arena, 2) == save(eng, arena, 3)
+
+
 def test_a_rolled_back_step_is_not_overwritten_where_it_is_shared(
     eng: engine.Engine, model: Adapted, arena: engine.Arena
 ) -> None:
