@@ -119,10 +119,10 @@ class Fence:
         if not calls_hooks(stepper):
             wrapped = WrappedStep(stepper, _Hook(self.hold_writer), _StepHook(after_step))
             self._hooks[stepper] = (*handles, wrapped)
-        elif not handles:
+        elif all(isinstance(handle, WrappedStep) for handle in handles):  # of a step that has been replaced since
             before = stepper.register_step_pre_hook(_Hook(self.hold_writer))
             after = stepper.register_step_post_hook(_StepHook(after_step))
-            self._hooks[stepper] = (before, after)
+            self._hooks[stepper] = (*handles, before, after)
             hooks = stepper._optimizer_step_pre_hooks
             if isinstance(hooks, OrderedDict):  # as torch makes it; another hook may write, so ours goes first
                 hooks.move_to_end(before.id, last=False)

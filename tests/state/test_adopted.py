@@ -257,6 +257,22 @@ def test_a_replaced_step_waits(change: Callable[[Any], None], make: Callable[[An
         assert hasattr(optimizer.step, "_wrapped_by_lr_sched") and optimizer._opt_called
 
 
+def test_a_replaced_step_that_is_put_back_waits() -> None:
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    for each in model.parameters():
+        each.grad = torch.ones_like(each)
+    replaced_by_a_method(optimizer)
+    arena = Arena.adopt(model, optimizer)
+    for _ in range(2):
+        del optimizer.step
+        arena.refresh()
+        assert waits(arena, optimizer.step, model[0].weight) == [True]
+        replaced_by_a_method(optimizer)
+        arena.refresh()
+        assert waits(arena, optimizer.step, model[0].weight) == [True]
+
+
 def test_a_wrapped_step_is_put_back_with_its_arena() -> None:
     model = mlp()
     optimizer = Unhooked(model.parameters())
