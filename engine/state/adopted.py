@@ -163,6 +163,12 @@ def _adopt(name: str, given: object, given_ids: set[int]) -> Adopted:
                 "Arena.adopt(model, [first, second])"
             )
         if not _params(chain[-1]) <= _params(inner[0]):
+            if _params(inner[0]) < _params(chain[-1]):
+                raise ArgumentError(
+                    f"{label} is a {_type_name(chain[-1])}, which holds an optimizer of some of its parameters; if "
+                    "it shards its state over ranks, that cannot be stored: use the optimizer without sharding, or "
+                    "else adopt both: Arena.adopt(model, [outer, inner])"
+                )
             raise ArgumentError(
                 f"{label} is a {_type_name(chain[-1])}, which holds an optimizer of other parameters; adopt both: "
                 "Arena.adopt(model, [outer, inner])"

@@ -53,6 +53,13 @@ def partners(model: Any) -> Optimizer:
     return optimizer  # type: ignore[no-any-return]
 
 
+def sharded(model: Any) -> Optimizer:
+    """As ZeroRedundancyOptimizer: all parameters, and an optimizer of those that this rank steps."""
+    optimizer: Any = AdamW(model.parameters())
+    optimizer.optim = AdamW([model[0].weight])
+    return optimizer  # type: ignore[no-any-return]
+
+
 class Secret(AdamW):
     """An optimizer whose state_dict() has a hyperparameter that no group has."""
 
@@ -78,6 +85,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     ),
     "two inside": (Pair, ArgumentError, r"is a .*Pair, which holds 2 optimizers; adopt them instead"),
     "other parameters": (partners, ArgumentError, r"AdamW, which holds an optimizer of other parameters; adopt both"),
+    "shards": (sharded, ArgumentError, r"AdamW, which holds an optimizer of some of its .* without sharding"),
     "hidden group": (lambda model: Secret(model.parameters()), ArenaError, r"has 'secret' in parameter group 0"),
     "raises": (lambda model: Gathering(model.parameters()), ArenaError, r"\(Gathering\) raises RuntimeError: not cons"),
     "twice": (
