@@ -215,7 +215,8 @@ def affected_names(segments: Iterable[SegmentRecord], file_index: int, offset: i
 
 def affected(segments: Iterable[SegmentRecord], file_index: int, offset: int, nbytes: int) -> str:
     """The same for a message; of many names, the first few and a count."""
-    return listed(affected_names(segments, file_index, offset, nbytes)) or "the header"
+    names = affected_names(segments, file_index, offset, nbytes)
+    return listed(names) if names else "the header"  # the only name may be empty
 
 
 def listed(names: Sequence[str], kind: str = "tensors") -> str:

@@ -254,7 +254,7 @@ class Reader:
             return WrongLength(None, file.nbytes, (), f"{reason}; affected: no tensor")
         chunk = chunk_at(manifest, index, nbytes)
         names = affected_names(manifest.segments, index, nbytes, file.nbytes - nbytes)
-        told = listed(names) or "the header"
+        told = listed(names) if names else "the header"
         return WrongLength(chunk, nbytes, names, f"{reason}; it ends in chunk {chunk}; affected: {told}")
 
     @contextmanager
