@@ -341,7 +341,7 @@ class Arena:
             MismatchError: an optimizer that lacks state is of another class.
         """
         owners = {
-            name: Owner(each.optimizer, self._inventory.owned[name], is_late(each))
+            name: Owner.of(each.optimizer, self._inventory.owned[name], is_late(each), self.left_out)
             for name, each in self._optimizers.items()
         }
         here = {name: entry.spec for name, entry in self._inventory.entries.items()}

@@ -1,19 +1,23 @@
 """Late: state of optimizers that a restore makes, because nothing but a step would make it otherwise.
 
 Theory of operation.  Some optimizers make state in the middle of a step (`optimizers.is_late`).  A fresh one has none,
-and the checkpoint says what there was.  `plan_state` compares names and kinds, and changes nothing.  The plan puts
-tensors of the stored kinds into `optimizer.state`, lets names share a tensor that shared one when they were saved,
-and takes away what the checkpoint lacks.  Then the arena takes the tensors in, and the restore fills them.
+and the checkpoint says what there was.  The same is true of a frozen parameter of any optimizer: no state is made for
+it in advance, but the training that was saved may have trained it before it was frozen, or after the arena was adopted.
+
+`plan_state` compares names and kinds, and changes nothing.  The plan puts tensors of the stored kinds into
+`optimizer.state`, lets names share a tensor that shared one when they were saved, and takes away what the checkpoint
+lacks.  Then the arena takes the tensors in, and the restore fills them.
 
 A name of state is that of its parameter and a key.  No name of a parameter is the beginning of another one's, and only
 keys without a dot are made, so the name says which parameter it is.
 
-Rules: only state of late optimizers is touched.  A plan that fails is undone.  Called by `arena`.
+Rules: only state of late optimizers and of frozen parameters is touched.  A plan that fails is undone.  Called by
+`arena`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -34,15 +38,33 @@ class _Place(NamedTuple):
 
 
 class Owner(NamedTuple):
-    """An optimizer, the names of what it owns, and whether it makes state late."""
+    """An optimizer, the names of what it owns, and the prefixes of state that only a step would make."""
 
     optimizer: Optimizer
     owned: Owned
-    is_late: bool
+    late: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, optimizer: Optimizer, owned: Owned, is_late: bool, left_out: Collection[str]) -> Owner:
+        """Find those prefixes.
+
+        Args:
+            optimizer: which.
+            owned: the names of what it owns.
+            is_late: whether it makes all its state in a step.
+            left_out: names that the arena does not hold; no state is made of a frozen parameter among them.
+        """
+        absent = {id(param) for name, param in owned.params.items() if name in left_out}
+        late = {
+            prefix: param
+            for prefix, param in owned.prefixes.items()
+            if is_late or not (param.requires_grad or id(param) in absent)
+        }
+        return cls(optimizer, owned, late)
 
 
 class StatePlan(NamedTuple):
-    """What a restore does to the state of late optimizers.
+    """What a restore does to state that only a step would make.
 
     Attributes:
         makes: the name of new state, to its place and its kind.
@@ -96,7 +118,7 @@ def plan_state(
     stored_aliases: Mapping[str, str],
     options: Mapping[str, Mapping[str, Any]],
 ) -> StatePlan:
-    """Compare the state of late optimizers with that of a checkpoint.
+    """Compare the state that only a step would make with that of a checkpoint.
 
     Args:
         owners: the arena's optimizers by name.
@@ -135,12 +157,7 @@ def plan_state(
 
 
 def _places_by_prefix(owners: Mapping[str, Owner]) -> dict[str, tuple[Optimizer, Tensor]]:
-    return {
-        prefix: (optimizer, param)
-        for optimizer, owned, is_late in owners.values()
-        if is_late
-        for prefix, param in owned.prefixes.items()
-    }
+    return {prefix: (optimizer, param) for optimizer, _, late in owners.values() for prefix, param in late.items()}
 
 
 def _place(places: Mapping[str, tuple[Optimizer, Tensor]], name: str) -> _Place | None:

@@ -34,8 +34,8 @@ def step(model: nn.Module, optimizer: Optimizer, shape: tuple[int, ...], number:
 
 def state_of(model: nn.Module, optimizer: Optimizer) -> list[Any]:
     """Every tensor of a training, in order."""
-    states = optimizer.state_dict()["state"]
-    values = [*model.state_dict().values(), *(value for state in states.values() for value in state.values())]
+    states = sorted(optimizer.state_dict()["state"].items())  # by parameter, in whatever order they got their state
+    values = [*model.state_dict().values(), *(value for _, state in states for value in state.values())]
     return [value.detach().clone() if isinstance(value, Tensor) else value for value in values]
 
 
@@ -418,3 +418,77 @@ def test_a_partial_arena_of_several_optimizers_resumes(tmp_path: Path) -> None:
         fresh, fresh_optimizers = build()
         other.restore(engine.Arena.adopt(fresh, fresh_optimizers, exclude="2"))
         assert not fresh_optimizers[1].state, "what is left out gets no state"
+
+
+@pytest.mark.parametrize(
+    "make_optimizer",
+    [
+        lambda params: torch.optim.AdamW(params, lr=0.01),
+        lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+        lambda params: torch.optim.RMSprop(params, lr=0.01, momentum=0.9),
+    ],
+    ids=["AdamW", "SGD", "RMSprop"],
+)
+@pytest.mark.parametrize("is_frozen_again", [False, True], ids=["unfrozen", "frozen again"])
+def test_state_of_a_parameter_that_is_frozen_at_the_restore_is_restored(
+    make_optimizer: Callable[[Any], Optimizer], is_frozen_again: bool, tmp_path: Path
+) -> None:
+    """A layer is frozen when the training is made, unfrozen after a step, and perhaps frozen for a while again."""
+
+    def make() -> tuple[nn.Module, Optimizer]:
+        model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+        model[0].requires_grad_(False)
+        return model, make_optimizer(model.parameters())
+
+    def train(model: nn.Module, optimizer: Optimizer, numbers: range) -> None:
+        for number in numbers:
+            model.get_submodule("0").requires_grad_(number in (1, 2, 5) if is_frozen_again else number > 0)
+            step(model, optimizer, (7, 6), number)
+
+    model, optimizer = make()
+    with engine.Engine(tmp_path) as eng:
+        arena = engine.Arena.adopt(model, optimizer)
+        train(model, optimizer, range(4))
+        eng.checkpoint(arena, step=3).result()
+        train(model, optimizer, range(4, 7))
+    fresh, fresh_optimizer = make()
+    arena = engine.Arena.adopt(fresh, fresh_optimizer)
+    engine.open(tmp_path).restore(arena)
+    train(fresh, fresh_optimizer, range(4, 7))
+    assert_same(state_of(fresh, fresh_optimizer), state_of(model, optimizer))
+    with engine.Engine(tmp_path) as eng:
+        eng.checkpoint(arena, step=7).result()
+        for name, tensor in eng.load().items():
+            assert_same([tensor], [arena.state_dict()[name]])
+
+
+def test_state_of_a_frozen_parameter_that_the_checkpoint_lacks_is_taken_away(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    arena = engine.Arena.adopt(model, optimizer)
+    with engine.Engine(tmp_path) as eng:
+        eng.checkpoint(arena, step=0).result()
+        model[0].requires_grad_(True)
+        step(model, optimizer, (7, 6), 0)
+        eng.checkpoint(arena, step=1).result()
+        model[0].requires_grad_(False)
+        assert optimizer.state[model.get_parameter("0.weight")]
+        eng.restore(arena, step=0)
+        assert not optimizer.state[model.get_parameter("0.weight")]
+        eng.restore(arena, step=1)
+        assert optimizer.state[model.get_parameter("0.weight")]["step"] == 1
+
+
+def test_state_of_a_frozen_parameter_outside_the_arena_is_not_made(tmp_path: Path) -> None:
+    model, optimizer = linear()
+    with engine.Engine(tmp_path) as eng:
+        step(model, optimizer, (7, 6), 0)
+        eng.checkpoint(engine.Arena.adopt(model, optimizer)).result()
+        fresh, _ = linear()
+        fresh.get_submodule("0").requires_grad_(False)
+        fresh_optimizer = torch.optim.AdamW(fresh.parameters())
+        part = engine.Arena.adopt(fresh, fresh_optimizer, only="trained")
+        with pytest.raises(engine.MismatchError, match=r"optimizer\.0\.weight\.exp_avg,.*: not in the arena"):
+            eng.restore(part)
+        assert fresh.get_parameter("0.weight") not in fresh_optimizer.state

@@ -11,7 +11,6 @@ from runner import Verdict
 
 NOT_YET: dict[str, str] = {
     "torch: module with get_extra_state()": "differs without an error: the extra state is not stored",
-    "torch: layers frozen one after the other": "refused at restore: state of a parameter that is frozen again",
     "torchao.optim: AdamW8bit": "refused at restore: the optimizer makes its state in its own step",
     "timm.optim: adahessian": "differs without an error: its `state_dict()` lacks its generator",
 }
