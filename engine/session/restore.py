@@ -89,7 +89,7 @@ def restore(reader: Reader, arena: Arena, step: int | None, select: Select, stri
             arena.restored(options)
         else:
             if selection.is_all and not refusal:
-                arena.restored_options(options)
+                arena.restored_options(options, {record.name for record, _ in found.mismatched})
             absent = {name for each in options.values() for name in each["absent"]}
             arena.restored_part({target.record.name for target in found.targets}, absent)
             if not was_torn or whole:
@@ -166,7 +166,7 @@ def _plan_options(
     stored = {
         record.name: TensorSpec(record.name, record.dtype, record.shape, record.role, record.layer)
         for record in manifest.segments
-        if record.role == "optimizer" and not arena.leaves_out(record)
+        if not arena.leaves_out(record)
     }
     try:
         arena.check_options(options)

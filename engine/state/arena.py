@@ -375,10 +375,14 @@ class Arena:
         self.refresh()
         self._torn = False
 
-    def restored_options(self, options: Mapping[str, Mapping[str, Any]]) -> None:
-        """Put back hyperparameters and plain state alone; `check_options` has found that they fit."""
+    def restored_options(self, options: Mapping[str, Mapping[str, Any]], unfit: Collection[str]) -> None:
+        """Put back hyperparameters and plain state alone, but not the state of these parameters.
+
+        `check_options` has found that they fit.
+        """
+        names = {*unfit, *(alias for alias, name in self.aliases.items() if name in unfit)}
         for name, each in self._options.items():
-            each.put_back(options[name])
+            each.put_back(options[name], names)
 
     def restored_part(self, names: Collection[str], absent: Collection[str]) -> None:
         """Take in that these segments were filled; `absent` are those that the checkpoint's optimizers lacked.

@@ -6,7 +6,8 @@ it in advance, but the training that was saved may have trained it before it was
 
 `plan_state` compares names and kinds, and changes nothing.  The plan puts tensors of the stored kinds into
 `optimizer.state`, lets names share a tensor that shared one when they were saved, and takes away what the checkpoint
-lacks.  Then the arena takes the tensors in, and the restore fills them.
+lacks.  Then the arena takes the tensors in, and the restore fills them.  The state of a parameter that has another
+shape or dtype in the checkpoint stays as it is.
 
 A name of state is that of its parameter and a key.  No name of a parameter is the beginning of another one's, and only
 keys without a dot are made, so the name says which parameter it is.
@@ -131,12 +132,18 @@ def plan_state(
     Raises:
         MismatchError: state must be made for an optimizer of another class.
     """
-    places = _places_by_prefix(owners)
     reserved = {name for owner in owners.values() for name in owner.owned.reserved}  # there before a step
+    unfit = {
+        id(param)
+        for owner in owners.values()
+        for name, param in owner.owned.params.items()
+        if _differ(here.get(here_aliases.get(name, name)), stored.get(stored_aliases.get(name, name)))
+    }
+    places = {prefix: place for prefix, place in _places_by_prefix(owners).items() if id(place[1]) not in unfit}
     makes, shares, drops = {}, {}, {}
     for name, spec in stored.items():
         place = None if name in reserved else _place(places, name)
-        if place is not None and (name not in here or _kind(here[name]) != _kind(spec)):
+        if place is not None and (name not in here or _differ(here[name], spec)):
             makes[name] = place, spec
     for alias, name in stored_aliases.items():
         place = _place(places, alias)
@@ -166,8 +173,9 @@ def _place(places: Mapping[str, tuple[Optimizer, Tensor]], name: str) -> _Place 
     return _Place(*owner, key) if owner is not None and key.isidentifier() else None
 
 
-def _kind(spec: TensorSpec) -> tuple[str, tuple[int, ...]]:
-    return spec.dtype, spec.shape
+def _differ(one: TensorSpec | None, other: TensorSpec | None) -> bool:
+    """Whether both exist, and are of two kinds."""
+    return one is not None and other is not None and (one.dtype, one.shape) != (other.dtype, other.shape)
 
 
 def _make(param: Tensor, spec: TensorSpec) -> Tensor:

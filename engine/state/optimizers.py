@@ -173,8 +173,10 @@ class Options:
                 "use the optimizer and the trainable parameters of the run that was saved"
             )
 
-    def put_back(self, options: Mapping[str, Any]) -> None:
+    def put_back(self, options: Mapping[str, Any], unfit: Collection[str] = ()) -> None:
         """Give the optimizer the hyperparameters, the plain state and the added keys of checked options.
+
+        The state of the parameters in `unfit` stays as it is.
 
         Raises:
             MismatchError: its `load_state_dict()` refuses the added keys.
@@ -182,7 +184,8 @@ class Options:
         for group, saved in zip(self._optimizer.param_groups, options["param_groups"], strict=True):
             _put_hyperparameters(group, _hyperparameters(saved))
         for name, param in self._owned.params.items():
-            _put_plain_state(self._optimizer.state, param, options["state"].get(name, {}))
+            if name not in unfit:
+                _put_plain_state(self._optimizer.state, param, options["state"].get(name, {}))
         if options.get("added"):
             self._put_added(options["added"])
 

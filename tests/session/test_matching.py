@@ -29,6 +29,47 @@ def make_training(classes: int, lr: float) -> tuple[nn.Sequential, torch.optim.O
     return model, optimizer
 
 
+class Summing(torch.optim.Optimizer):
+    """Makes its state in its step: a tensor and a number."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for param in self.param_groups[0]["params"]:
+            state = self.state[param]
+            if not state:
+                state["sum"], state["count"] = torch.zeros_like(param), 0
+            state["sum"].add_(param.grad)
+            state["count"] += 1
+            param.sub_(state["sum"], alpha=0.1)
+
+
+def test_no_state_is_made_for_a_new_head(eng: engine.Engine) -> None:
+    def make(classes: int) -> tuple[nn.Sequential, Summing]:
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, classes))
+        return model, Summing(model.parameters())
+
+    def step(model: nn.Sequential, optimizer: Summing) -> None:
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+
+    old, old_optimizer = make(1)
+    step(old, old_optimizer)
+    eng.checkpoint(engine.Arena.adopt(old, old_optimizer)).result()
+    model, optimizer = make(2)
+    info = eng.restore(engine.Arena.adopt(model, optimizer), strict=False)
+    assert info.mismatched == ("1.weight", "1.bias")
+    assert info.unexpected == ("optimizer.1.weight.sum", "optimizer.1.bias.sum")
+    assert [optimizer.state.get(param, {}).get("count") for param in model.parameters()] == [1, 1, None, None]
+    step(model, optimizer)
+    assert [optimizer.state[param]["count"] for param in model.parameters()] == [2, 2, 1, 1]
+    eng.restore(engine.Arena.adopt(model, optimizer), strict=False)
+    assert [optimizer.state[param]["count"] for param in model.parameters()] == [1, 1, 1, 1], "the head's is its own"
+    assert all(optimizer.state[param]["sum"].shape == param.shape for param in model.parameters())
+
+
 def test_a_mismatch_of_many_tensors_is_grouped_and_capped(eng: engine.Engine) -> None:
     stored = {f"layers.{index}.{name}": torch.ones(2) for index in range(56) for name in ("weight", "bias")}
     eng.checkpoint(engine.Arena.wrap(stored | {"w": torch.ones(3)})).result()
