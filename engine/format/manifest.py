@@ -148,8 +148,9 @@ class Summary(msgspec.Struct, frozen=True):
 class Manifest(msgspec.Struct, frozen=True):
     """The record of a checkpoint.
 
-    `optimizers` has each optimizer's options by its name; the only optimizer may be called "".  These and `extra` are
-    in the form of `engine.format.values`.  A metric that is not finite is None.
+    `optimizers` has each optimizer's options by its name; the only optimizer may be called "".  `modules` has what
+    modules keep besides tensors, by its name in `state_dict()`.  These and `extra` are in the form of
+    `engine.format.values`.  A metric that is not finite is None.
     """
 
     format: str
@@ -169,6 +170,7 @@ class Manifest(msgspec.Struct, frozen=True):
     tag: str | None = None
     user_files: tuple[DigestedFile, ...] = ()
     parts: tuple[DigestedFile, ...] = ()
+    modules: dict[str, Any] = {}
 
     @property
     def nbytes(self) -> int:

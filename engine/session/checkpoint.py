@@ -297,6 +297,7 @@ class Checkpointer:
             changed=tuple if plan.guard is not None else arena.versions().settle,
             aliases=dict(arena.aliases),
             optimizers={name: encode_options(options) for name, options in arena.options().items()},
+            modules=arena.extra_states(),
             extra=encode(request.extra),
             metrics={name: value if math.isfinite(value) else None for name, value in request.metrics.items()},
             tag=request.tag,

@@ -10,7 +10,7 @@ problem share a line, and there are at most `LINES_MAX` lines.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from engine.errors import MismatchError
@@ -125,6 +125,30 @@ def check_match(arena: Arena, manifest: Manifest, found: Match, selection: Selec
             "which returns the names of the others"
         )
     raise MismatchError(f"step {manifest.step} does not fit the arena; nothing was changed:\n  {text}")
+
+
+def match_extra_states(
+    arena: Arena, manifest: Manifest, selection: Selection, strict: bool
+) -> tuple[Sequence[str], Sequence[str]]:
+    """The names of modules' extra state that only the arena has, and that only the checkpoint has.
+
+    Raises:
+        MismatchError: there are such names, and `strict` is True.
+    """
+    missing, unexpected = arena.compare_extra_states(manifest.modules) if selection.is_all else ([], [])
+    lines = [
+        f"{listed(names, 'names')}: not in the {where}"
+        for names, where in ((missing, "checkpoint"), (unexpected, "arena"))
+        if names
+    ]
+    if lines and strict:
+        raise MismatchError(
+            f"step {manifest.step} does not fit the arena; nothing was changed:\n  "
+            + "\n  ".join(lines)
+            + "\nextra state comes from get_extra_state() of a module's class; use the classes of the run that was "
+            "saved, or leave these modules as they are: restore(arena, strict=False)"
+        )
+    return missing, unexpected
 
 
 def _fits(arena: Arena, record: SegmentRecord, segment: Segment) -> bool:

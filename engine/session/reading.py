@@ -71,8 +71,8 @@ class Reading(ABC):
                 it here.
             step: which; None for the newest that verifies, passing over damaged ones with a warning.
             select: patterns of layers or names, or `engine.role("model", "buffer")` for the weights alone; only those
-                tensors are read and changed.  Hyperparameters, and everything else that the optimizer keeps besides
-                tensors, stay as they are.
+                tensors are read and changed.  Hyperparameters, and everything else that optimizers and modules keep
+                besides tensors, stay as they are.
             strict: False restores what fits by name, dtype and shape, and leaves the rest as it is: a new head, or
                 another optimizer.  The result names what was left out.
 

@@ -22,7 +22,7 @@ from engine.format.layout import TensorSpec
 from engine.format.manifest import Manifest, SegmentRecord
 from engine.format.plan import Source
 from engine.io.packing import pack_sources
-from engine.session.matching import Match, check_match, match, no_match
+from engine.session.matching import Match, check_match, match, match_extra_states, no_match
 from engine.state.arena import Arena, check_arena
 from engine.state.late import StatePlan
 from engine.state.select import Select, Selection
@@ -41,7 +41,8 @@ class RestoreInfo(NamedTuple):
         nbytes_read: bytes that came from disk, the manifest included.
         passed_over: newer checkpoints that are damaged.
         missing, unexpected, mismatched: with ``strict=False`` the names of the tensors that only the arena has, that
-            only the checkpoint has, and that have another dtype or shape there.
+            only the checkpoint has, and that have another dtype or shape there.  The names of modules' extra state
+            (`<path>._extra_state`) are among the first two.
         hyperparameters: with ``strict=False`` why hyperparameters and plain optimizer state were not restored; else "".
     """
 
@@ -69,6 +70,7 @@ def restore(reader: Reader, arena: Arena, step: int | None, select: Select, stri
         manifest = checkpoint.manifest
         extra = decode(manifest.extra)
         options = {name: decode_options(value) for name, value in manifest.optimizers.items()}
+        extra_states = _extra_states(manifest)
         _refuse_shards(manifest, manifest.segments)
         plan, refusal = NO_PLAN, ""
         if selection.is_all:  # before a long list of the names of other optimizers' state
@@ -76,6 +78,7 @@ def restore(reader: Reader, arena: Arena, step: int | None, select: Select, stri
         found = match(arena, manifest, selection, plan.names)
         if strict or not found.targets:
             check_match(arena, manifest, found, selection)
+        missing, unexpected = match_extra_states(arena, manifest, selection, strict)
         whole = selection.is_all and found.fits
         arena.mark_torn()  # before the first byte, so that an interrupt leaves it torn
         if plan.names:
@@ -86,15 +89,17 @@ def restore(reader: Reader, arena: Arena, step: int | None, select: Select, stri
         sources = pack_sources(arena.sources)
         nbytes = reader.read(checkpoint, found.targets, sources, arena.memory, whole=whole)
         if whole and not refusal:
-            arena.restored(options)
+            arena.restored(options, extra_states)
         else:
             if selection.is_all and not refusal:
                 arena.restored_options(options, {record.name for record, _ in found.mismatched})
             absent = {name for each in options.values() for name in each["absent"]}
             arena.restored_part({target.record.name for target in found.targets}, absent)
+            if selection.is_all:
+                arena.restored_extra_states(extra_states)
             if not was_torn or whole:
                 arena.mark_whole()
-        return _info(checkpoint, extra, nbytes, found, refusal)
+        return _info(checkpoint, extra, nbytes, found, missing, unexpected, refusal)
 
     info, passed_over = reader.use(step, fill)
     return info._replace(passed_over=passed_over)
@@ -107,6 +112,7 @@ def load(reader: Reader, step: int | None, select: Select) -> Tensors:
     def fill(checkpoint: Checkpoint) -> Tensors:
         manifest = checkpoint.manifest
         decode(manifest.extra)  # a manifest with a damaged part is damaged as a whole
+        _extra_states(manifest)
         absent = {
             name for options in manifest.optimizers.values() for name in decode_options(options).get("absent", ())
         }
@@ -131,6 +137,11 @@ def load(reader: Reader, step: int | None, select: Select) -> Tensors:
     return reader.use(step, fill)[0]
 
 
+def _extra_states(manifest: Manifest) -> dict[str, object]:
+    """What the modules had besides tensors, by name."""
+    return {name: decode(value, name) for name, value in manifest.modules.items()}
+
+
 def _refuse_shards(manifest: Manifest, records: Sequence[SegmentRecord]) -> None:
     """Refuse shards: the format has them, but this engine does not join them yet."""
     shards = sorted({record.name for record in records if record.global_shape})
@@ -140,7 +151,15 @@ def _refuse_shards(manifest: Manifest, records: Sequence[SegmentRecord]) -> None
         )
 
 
-def _info(checkpoint: Checkpoint, extra: Any, nbytes: int, found: Match, refusal: str) -> RestoreInfo:
+def _info(
+    checkpoint: Checkpoint,
+    extra: Any,
+    nbytes: int,
+    found: Match,
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    refusal: str,
+) -> RestoreInfo:
     return RestoreInfo(
         checkpoint.step,
         checkpoint.manifest.checkpoint_id,
@@ -148,8 +167,8 @@ def _info(checkpoint: Checkpoint, extra: Any, nbytes: int, found: Match, refusal
         extra,
         checkpoint.manifest_bytes + nbytes,
         (),
-        tuple(segment.name for segment in found.missing),
-        tuple(record.name for record in found.unexpected),
+        (*(segment.name for segment in found.missing), *missing),
+        (*(record.name for record in found.unexpected), *unexpected),
         tuple(record.name for record, _ in found.mismatched),
         refusal,
     )

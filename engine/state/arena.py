@@ -34,9 +34,11 @@ from engine.errors import ArenaError, ArgumentError, UsageError, warn
 from engine.format.layout import ROLES, Layout, Segment, TensorSpec
 from engine.format.manifest import Rows, listed
 from engine.format.plan import Extents, Source
+from engine.format.values import Json
 from engine.state.adopted import Adopted, adopt_optimizers, optimizers_in
 from engine.state.arrangement import Table, arrange, sources_of, tabulate
 from engine.state.choice import Choice, Item
+from engine.state.extra_state import ExtraName
 from engine.state.fence import Fence
 from engine.state.inventory import Inventory, gather, gather_tensors
 from engine.state.late import Owner, StatePlan, plan_state
@@ -118,7 +120,7 @@ class Arena:
                 with that option need not move them.
 
         Raises:
-            ArenaError: a tensor cannot be stored, or state of an optimizer; nothing was changed.
+            ArenaError: a tensor cannot be stored, or state of an optimizer or a module; nothing was changed.
             ArgumentError: an argument is no model, or no optimizer.
         """
         if not isinstance(model, nn.Module):
@@ -317,6 +319,33 @@ class Arena:
         """
         return {name: options.read() for name, options in self._options.items()}
 
+    def extra_states(self) -> dict[str, Json]:
+        """What `get_extra_state()` of each module gives, encoded, by its name in `state_dict()`.
+
+        Raises:
+            ArenaError: a value cannot be stored.
+        """
+        return self._inventory.extra_states.encode()
+
+    def compare_extra_states(self, stored: Collection[str]) -> tuple[list[str], list[str]]:
+        """The names of extra states that only the arena has, and that only a checkpoint has.
+
+        None for a wrapped arena, which has no modules.
+        """
+        if self._model is None:
+            return [], []
+        held = [name for name in stored if not self.leaves_out(ExtraName(name))]
+        states = self._inventory.extra_states
+        return states.missing(held), states.unexpected(held)
+
+    def restored_extra_states(self, values: Mapping[str, object]) -> None:
+        """Give the modules their extra state; those that have no value here keep theirs.
+
+        Raises:
+            MismatchError: a module refuses its value.
+        """
+        self._inventory.extra_states.put_back(values)
+
     def check_options(self, options: Mapping[str, Mapping[str, Any]]) -> None:
         """Refuse options that `restored()` could not put back.
 
@@ -361,8 +390,8 @@ class Arena:
             undo()
             raise
 
-    def restored(self, options: Mapping[str, Mapping[str, Any]]) -> None:
-        """Put back the result of `options()`, after all segments were filled from the same checkpoint.
+    def restored(self, options: Mapping[str, Mapping[str, Any]], extra_states: Mapping[str, object]) -> None:
+        """Put back options and extra states, after all segments were filled from the same checkpoint.
 
         No version counter counts a restore.  So a backward whose forward ran before it computes with restored values,
         and autograd does not notice.
@@ -372,6 +401,7 @@ class Arena:
         for name, each in self._options.items():
             each.put_back(options[name])
             self._put_reserved(name, self._inventory.owned[name].reserved, options[name]["absent"])
+        self.restored_extra_states(extra_states)
         self.refresh()
         self._torn = False
 

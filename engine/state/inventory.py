@@ -9,8 +9,8 @@ another walk is needed only after one of them has changed.
                    stored itself, as `optimizer.params.<group>.<index>`
     several        `optimizer.<name>.` in place of `optimizer.`; a name has no dot
 
-Not stored are non-persistent buffers, which their module recomputes, and `get_extra_state()`, which is no tensor and
-belongs in `extra`.  State that the optimizer has not made yet is made or reserved as `optimizers` says.
+Not stored are non-persistent buffers, which their module recomputes.  What `get_extra_state()` gives is no tensor: see
+`extra_state`.  State that the optimizer has not made yet is made or reserved as `optimizers` says.
 
 Rules: a refusal names the tensor and leaves everything as it was.  No tensor is moved here.  Called by `arena`.
 """
@@ -31,6 +31,7 @@ from engine.format.layout import DTYPES, TensorSpec, lay_out
 from engine.state.adopted import Adopted, optimizers_in
 from engine.state.choice import Choice
 from engine.state.components import components_of, is_wrapper
+from engine.state.extra_state import ExtraStates
 from engine.state.memory import SOURCE_DIMS_MAX, location_of, merge_dims
 from engine.state.modules import Names, Rename, resizes_buffers, walk_modules
 from engine.state.optimizers import MOMENTUM, Owned, create_state, has_momentum, reserves_momentum
@@ -88,6 +89,7 @@ class Inventory(NamedTuple):
         watch: tells whether another walk would find the same objects.
         wholes: the tensors that are stored as their components, by name.
         left_out: the names that `only=` and `exclude=` keep out.
+        extra_states: of the modules.
     """
 
     entries: Mapping[str, Entry]
@@ -96,6 +98,7 @@ class Inventory(NamedTuple):
     watch: ContainerWatch
     wholes: Mapping[str, Whole]
     left_out: frozenset[str]
+    extra_states: ExtraStates
 
     def absent(self, owned: Owned) -> list[str]:
         """The reserved names that an optimizer has not made yet."""
@@ -132,6 +135,7 @@ def gather(model: nn.Module, optimizers: Mapping[str, Adopted], rename: Rename |
         ArenaError: a tensor cannot be stored; nothing was changed.
     """
     inventory = _walk(model, optimizers, rename, choice)  # refuses existing tensors before anything is created
+    inventory.extra_states.encode()  # refuses what no save could store
     created: list[tuple[Optimizer, Tensor]] = []
     try:
         for optimizer in optimizers_in(optimizers):
@@ -156,12 +160,13 @@ def gather_tensors(tensors: Mapping[str, Tensor]) -> Inventory:
     found = []
     for name, tensor in tensors.items():
         found.append(Found(name, "model", name.rpartition(".")[0], tensor, tensor))
-    return _join(found, ContainerWatch(), {}, Choice())
+    return _join(found, ContainerWatch(), {}, Choice(), ExtraStates())
 
 
 def _walk(model: nn.Module, optimizers: Mapping[str, Adopted], rename: Rename | None, choice: Choice) -> Inventory:
     watch = ContainerWatch()
-    found = list(_find_model(model, watch, Names(rename)))
+    extra_states = ExtraStates()
+    found = list(_find_model(model, watch, Names(rename), extra_states))
     names: dict[int, tuple[str, str]] = {}
     for item in found:
         names.setdefault(id(item.tensor), (item.name, item.layer))
@@ -174,10 +179,10 @@ def _walk(model: nn.Module, optimizers: Mapping[str, Adopted], rename: Rename | 
         found += [item._replace(optimizer=file) for item in items]
         for wrapper in adopted.wrappers:
             watch.mapping(wrapper.state)
-    return _join(found, watch, owned, choice)
+    return _join(found, watch, owned, choice, extra_states)
 
 
-def _find_model(model: nn.Module, watch: ContainerWatch, names: Names) -> Iterator[Found]:
+def _find_model(model: nn.Module, watch: ContainerWatch, names: Names, extra_states: ExtraStates) -> Iterator[Found]:
     for path, module in walk_modules(model):
         hidden = module._non_persistent_buffers_set
         resizes = bool(module._buffers) and resizes_buffers(module)
@@ -188,6 +193,7 @@ def _find_model(model: nn.Module, watch: ContainerWatch, names: Names) -> Iterat
         watch.mapping(module._buffers)
         watch.names(hidden)
         prefix = f"{path}." if path else ""
+        extra_states.add(prefix, module, names)
         for key, param in module._parameters.items():
             if param is not None:
                 name = names.take(prefix + key)
@@ -268,7 +274,13 @@ def _check_state_owners(optimizer: Optimizer, names: Mapping[int, tuple[str, str
             )
 
 
-def _join(found: Sequence[Found], watch: ContainerWatch, owned: Mapping[str, Owned], choice: Choice) -> Inventory:
+def _join(
+    found: Sequence[Found],
+    watch: ContainerWatch,
+    owned: Mapping[str, Owned],
+    choice: Choice,
+    extra_states: ExtraStates,
+) -> Inventory:
     """Join the names that share one memory, and refuse the tensors that cannot be stored."""
     entries: dict[str, Entry] = {}
     aliases: dict[str, str] = {}
@@ -293,7 +305,8 @@ def _join(found: Sequence[Found], watch: ContainerWatch, owned: Mapping[str, Own
         if not any(item.tensor is tensor for tensor in entry.tensors):
             entries[name] = entry._replace(tensors=(*entry.tensors, item.tensor))
     _check_overlaps(entries)
-    return Inventory(entries, aliases, owned, watch, wholes, frozenset(_names_of(left_out)))
+    out = frozenset(_names_of(left_out)) | extra_states.leave_out(choice)
+    return Inventory(entries, aliases, owned, watch, wholes, out, extra_states)
 
 
 def _choose(

@@ -88,7 +88,7 @@ class Content:
         owners: keeps the sources' memory alive.
         guard: watches the sources until they are staged, or None.
         changed: called when all is staged; the segments that are known to have changed meanwhile.
-        aliases, optimizers, extra, metrics, tag: of the manifest, encoded.
+        aliases, optimizers, modules, extra, metrics, tag: of the manifest, encoded.
         user_files: content of small files that are written beside the data files, by name.
     """
 
@@ -99,6 +99,7 @@ class Content:
     changed: Callable[[], Sequence[str]] = tuple
     aliases: Mapping[str, str] = field(default_factory=dict)
     optimizers: Mapping[str, Json] = field(default_factory=dict)
+    modules: Mapping[str, Json] = field(default_factory=dict)
     extra: Json = None
     metrics: Mapping[str, float | None] = field(default_factory=dict)
     tag: str | None = None
@@ -378,6 +379,7 @@ def _manifest(write: Write, content: Content) -> Manifest:
         metrics=dict(content.metrics),
         tag=content.tag,
         user_files=tuple(digest_of(name, raw) for name, raw in content.user_files.items()),
+        modules=dict(content.modules),
     )
 
 

@@ -94,6 +94,7 @@ def example() -> Manifest:
         metrics={"val_loss": 0.5, "steps": 3.0, "diverged": None},
         tag="before-lr-drop",
         user_files=(digest_of("config.json", b"{}"),),
+        modules={"a._extra_state": {"dict": []}},
     )
 
 

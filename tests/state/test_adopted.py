@@ -166,7 +166,7 @@ def test_keys_that_a_hook_adds_are_options() -> None:
     options = arena.options()
     assert options[""]["added"] == {"note": 5}
     before = everything(model, optimizer)
-    arena.restored(options)
+    arena.restored(options, {})
     assert seen == [5] and everything(model, optimizer) == before
 
 
@@ -179,7 +179,7 @@ def test_added_keys_that_are_not_taken_leave_the_arena_torn() -> None:
     optimizer.state_dict = lambda: AdamW.state_dict(optimizer)  # type: ignore[method-assign]
     arena.mark_torn()
     with pytest.raises(MismatchError, match=r"\(Counting\) refuses what its state_dict\(\) gave: KeyError: 'count'"):
-        arena.restored(options)
+        arena.restored(options, {})
     assert arena.torn
 
 

@@ -226,7 +226,7 @@ def test_other_groups_are_refused() -> None:
     arena = Arena.adopt(model, optimizer)
     before = everything(model, optimizer)
     with pytest.raises(MismatchError, match=r"group 0 of the checkpoint's.*\['weight'\].*arena's has \['bias'\]"):
-        arena.restored(options)
+        arena.restored(options, {})
     assert everything(model, optimizer) == before
     assert [group["lr"] for group in optimizer.param_groups] == [9.0, 9.0]
 
@@ -257,7 +257,7 @@ def test_options_of_another_optimizer_are_refused() -> None:
         return {"": options[""] | other}
 
     assert bare.options() == {} and Arena.wrap({}).options() == {}
-    bare.restored({})
+    bare.restored({}, {})
     for holder, given_options, words in [
         (bare, options, "the arena has none"),
         (arena, {}, "the checkpoint has none"),

@@ -28,6 +28,7 @@ from trainings import (
 )
 
 import engine.state.arena
+import engine.state.arrangement
 import engine.state.fence
 import engine.state.memory
 from engine.errors import ArenaError
@@ -226,7 +227,10 @@ def test_the_next_refresh_completes_one_interrupted_between_tensors(
 
 
 # Where a refresh changes anything.
-CHANGING = {module.__file__ for module in (engine.state.arena, engine.state.fence, engine.state.memory)}
+CHANGING = {
+    module.__file__
+    for module in (engine.state.arena, engine.state.arrangement, engine.state.fence, engine.state.memory)
+}
 
 
 class InterruptedAtLine:

@@ -140,6 +140,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         metrics=draw(st.dictionaries(st.sampled_from("ab"), st.sampled_from([None, 0.0, -1.5, 5e-324, 1e308]))),
         tag=draw(st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=4)),
         user_files=draw(user_files()),
+        modules=draw(st.dictionaries(NAMES, JSON, max_size=2)),
     )
 
 

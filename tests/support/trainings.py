@@ -163,7 +163,7 @@ def restore(arena: Arena, saved: tuple[dict[str, Tensor], dict[str, Any]]) -> No
     arena.mark_torn()
     for name, tensor in arena.state_dict().items():
         tensor.copy_(saved[0][name])
-    arena.restored(copied(saved[1]))
+    arena.restored(copied(saved[1]), {})
     assert not arena.torn
 
 

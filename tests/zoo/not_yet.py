@@ -10,7 +10,6 @@ from catalog import Training
 from runner import Verdict
 
 NOT_YET: dict[str, str] = {
-    "torch: module with get_extra_state()": "differs without an error: the extra state is not stored",
     "torchao.optim: AdamW8bit": "refused at restore: the optimizer makes its state in its own step",
     "timm.optim: adahessian": "differs without an error: its `state_dict()` lacks its generator",
 }
