@@ -28,7 +28,7 @@ class Match(NamedTuple):
     """A checkpoint's and an arena's segments, as far as a selection picks them.
 
     Attributes:
-        targets: the pairs that fit.
+        targets: the pairs that fit, but for the state of a parameter that does not.
         missing: segments of the arena that the checkpoint lacks.
         unexpected: segments of the checkpoint that the arena lacks.
         mismatched: pairs of two dtypes or shapes: the checkpoint's first.
@@ -83,8 +83,10 @@ def match(arena: Arena, manifest: Manifest, selection: Selection, planned: Colle
             targets.append(Target(record, found.source, found.offset))
         elif name not in planned:
             mismatched.append((record, found.segment))
+    # A count of steps fits any parameter, but belongs to moments of the stored one.
+    unfit = arena.state_of([segment.name for _, segment in mismatched])
     return Match(
-        tuple(targets),
+        tuple(target for target in targets if target.record.name not in unfit),
         tuple(found.segment for name, found in here.items() if name not in stored.keys() | set(planned)),
         tuple(record for name, record in stored.items() if name not in here.keys() | set(planned)),
         tuple(mismatched),

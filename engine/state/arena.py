@@ -245,6 +245,18 @@ class Arena:
         """Whether a restore failed half-way, so that the tensors are of no one step."""
         return self._torn
 
+    def state_of(self, names: Collection[str]) -> set[str]:
+        """The segments of optimizer state of these parameters."""
+        entries = self._inventory.entries
+        params = {id(tensor) for name in names for tensor in entries[name].tensors}
+        stems = tuple(
+            f"{prefix}."
+            for owned in self._inventory.owned.values()
+            for prefix, param in owned.prefixes.items()
+            if id(param) in params
+        )
+        return {name for name in entries if name.startswith(stems)}
+
     def can_resize(self, name: str) -> bool:
         """Whether `resize` can give a segment another shape."""
         return self._model is not None and self._inventory.entries[name].mirrored

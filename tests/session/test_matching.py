@@ -102,6 +102,7 @@ def test_a_new_head_keeps_its_own_tensors_and_the_rest_is_restored(eng: engine.E
     other, others = make_training(5, lr=0.1)
     arena = engine.Arena.adopt(other, others)
     head = other.get_parameter("1.weight").clone()
+    others.state[other.get_parameter("1.weight")]["step"].fill_(7)
     with pytest.raises(engine.MismatchError, match="strict=False") as caught:
         eng.restore(arena)
     assert "1.weight: float32[2, 4] in the checkpoint, float32[5, 4] in the arena" in str(caught.value)
@@ -117,6 +118,7 @@ def test_a_new_head_keeps_its_own_tensors_and_the_rest_is_restored(eng: engine.E
         others.state[other.get_parameter("0.bias")]["exp_avg"],
         optimizer.state[model.get_parameter("0.bias")]["exp_avg"],
     )
+    assert others.state[other.get_parameter("1.weight")]["step"] == 7, "as its moments are, its own"
     assert not arena.torn and eng.checkpoint(arena).result().step == 1
 
 
