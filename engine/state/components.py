@@ -40,15 +40,19 @@ def components_of(name: str, tensor: Tensor, watch: ContainerWatch) -> Iterator[
     if not is_wrapper(tensor):
         yield name, tensor
         return
+    watch.member(_attributes, tensor)
     for attribute in _attributes(tensor):
         getter = _getter(attribute)
         watch.member(getter, tensor)
         yield from components_of(f"{name}.{attribute}", getter(tensor), watch)
 
 
-def _attributes(wrapper: Any) -> list[str]:
-    names: list[str] = wrapper.__tensor_flatten__()[0]
-    return names
+def _attributes(wrapper: Any) -> tuple[str, ...]:
+    """The names of a wrapper's components: the same object as long as they are the same, as a watch needs it."""
+    return _known.setdefault(names := tuple(wrapper.__tensor_flatten__()[0]), names)
+
+
+_known: dict[tuple[str, ...], tuple[str, ...]] = {}
 
 
 @functools.cache

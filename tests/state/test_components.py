@@ -61,6 +61,32 @@ def test_a_component_that_is_replaced_is_brought_back() -> None:
     assert_holds(arena)
 
 
+class Growing(TwoTensor):
+    """Has its second component only from some moment on."""
+
+    has_second = False
+
+    def __tensor_flatten__(self) -> Any:
+        return ["a", "b"] if self.has_second else ["a"], None
+
+
+def test_a_component_that_comes_later_is_taken_in() -> None:
+    kind: Any = Growing
+    model, codes = nn.Module(), kind(torch.ones(3), torch.zeros(3))
+    model.register_buffer("codes", codes)
+    arena = Arena.adopt(model)
+    assert names(arena) == {"codes.a"}
+    codes.has_second = True
+    arena.refresh()
+    assert names(arena) == {"codes.a", "codes.b"}
+    layout = arena.layout
+    arena.refresh()
+    assert arena.layout is layout
+    codes.has_second = False
+    arena.refresh()
+    assert names(arena) == {"codes.a"}
+
+
 class TwoWeights(nn.Module):
     """A layer whose parameter has two tensors in it."""
 
