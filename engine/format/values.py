@@ -33,14 +33,17 @@ proportion to its input, and raises only `CorruptError`.
 
 from __future__ import annotations
 
+import argparse
 import base64
 import json
 import math
 import re
 import struct
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
+from datetime import date, time
 from pathlib import Path, PurePath
+from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 from engine.errors import CorruptError, ExtraError
@@ -76,6 +79,13 @@ EXACT_INT_MAX = 2**53
 
 # A value of a subclass of one of these becomes storable by the constructor of that type.
 CONVERTIBLE = (int, float, str, tuple, list, set, frozenset, dict)
+
+# What trainings also have at hand, and how to make it storable.
+_ADVICE: tuple[tuple[tuple[type, ...], str], ...] = (
+    ((argparse.Namespace, SimpleNamespace), "pass vars(...) of it"),
+    ((deque, range), "pass list(...) of it"),
+    ((date, time), "pass its isoformat()"),
+)
 
 
 class Names(list[str]):
@@ -337,6 +347,9 @@ def _conversion(value: object) -> str:
     for base in CONVERTIBLE:
         if isinstance(value, base):
             return f"pass {base.__name__}(...) of it"
+    for kinds, advice in _ADVICE:
+        if isinstance(value, kinds):
+            return advice
     return ""
 
 

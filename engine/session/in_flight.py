@@ -86,7 +86,7 @@ class InFlight:
             if step is None:
                 step = self.next_step(steps)
             if step in saving:
-                raise StepError(f"step {step} is being saved already")
+                raise StepError(f"step {step} is being saved already: wait for that save (its result(), or wait())")
             later = [s for s in steps if s >= step]
             if later:
                 raise StepError(

@@ -12,6 +12,7 @@ torn arena torn, unless it fills every segment.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +33,10 @@ from engine.store.reader import Checkpoint, PassedOver, Reader, Target
 Tensors = dict[str, Tensor]
 
 NO_PLAN = StatePlan({}, {}, {})
+
+# How a RestoreInfo shows `extra`.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2
 
 
 class RestoreInfo(NamedTuple):
@@ -56,6 +61,13 @@ class RestoreInfo(NamedTuple):
     unexpected: tuple[str, ...] = ()
     mismatched: tuple[str, ...] = ()
     hyperparameters: str = ""
+
+    def __repr__(self) -> str:
+        """Only the beginning of `extra`, which with random generators has thousands of numbers: a notebook shows it."""
+        parts = (
+            f"{name}={_SHORT.repr(value) if name == 'extra' else repr(value)}" for name, value in self._asdict().items()
+        )
+        return f"RestoreInfo({', '.join(parts)})"
 
 
 def restore(reader: Reader, arena: Arena, step: int | None, select: Select, strict: bool) -> RestoreInfo:
@@ -191,9 +203,15 @@ def _plan_options(
         arena.check_options(options)
         return arena.plan_state(stored, manifest.aliases, options), ""
     except MismatchError as error:
-        if strict:
-            raise
-        return NO_PLAN, str(error)
+        if not strict:
+            return NO_PLAN, str(error)
+        text = str(error)
+        if "restore(arena, " not in text:
+            text += (
+                "\nto restore the tensors that fit, and no hyperparameters: restore(arena, strict=False); the model "
+                'alone: restore(arena, select=engine.role("model", "buffer"))'
+            )
+        raise MismatchError(text) from None
 
 
 def _make_state(arena: Arena, plan: StatePlan, was_torn: bool) -> None:

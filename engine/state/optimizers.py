@@ -156,7 +156,7 @@ class Options:
         if saved_count != count:
             raise MismatchError(
                 f"the checkpoint's {label} has {saved_count} parameter groups and the arena's has {count}; "
-                "give the optimizer the same groups"
+                "give the optimizer the same groups; call add_param_group() before the restore if the saved run did"
             )
         for index, names in enumerate(self._owned.groups):
             saved_names = options["param_groups"][index].get("params")

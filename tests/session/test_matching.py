@@ -181,3 +181,33 @@ def test_a_torn_arena_stays_torn_unless_every_segment_is_filled(eng: engine.Engi
     arena.mark_torn()
     eng.restore(arena, strict=False)
     assert arena.torn
+
+
+@pytest.mark.parametrize("is_split", [False, True])
+def test_other_groups_are_refused_with_the_calls_that_work(eng: engine.Engine, is_split: bool) -> None:
+    """Layers that are frozen before the optimizer is made, or a group that is added later."""
+    model, optimizer = make_training(2, lr=0.5)
+    eng.checkpoint(engine.Arena.adopt(model, optimizer)).result()
+    other, _ = make_training(2, lr=0.5)
+    groups: Any = list(other.get_submodule("1").parameters())
+    if is_split:
+        groups = [{"params": other.get_submodule("0").parameters()}, {"params": groups}]
+    else:
+        other.get_submodule("0").requires_grad_(False)
+    arena = engine.Arena.adopt(other, torch.optim.AdamW(groups))
+    with pytest.raises(engine.MismatchError, match="groups") as caught:
+        eng.restore(arena)
+    assert 'strict=False); the model alone: restore(arena, select=engine.role("model", "buffer"))' in str(caught.value)
+    assert ("add_param_group()" in str(caught.value)) is is_split
+    eng.restore(arena, strict=False)
+    eng.restore(arena, select=engine.role("model", "buffer"))
+    assert torch.equal(other.get_parameter("0.weight"), model.get_parameter("0.weight"))
+
+
+def test_a_restore_prints_in_a_few_lines(eng: engine.Engine) -> None:
+    arena = engine.Arena.wrap({"a": torch.ones(3)})
+    eng.checkpoint(arena, extra={"rng": engine.rng_state(), "epoch": 3}).result()
+    info = eng.restore(arena)
+    text = repr(info)
+    assert text.startswith("RestoreInfo(step=0, ") and "'epoch': 3" in text and f"path={info.path!r}" in text
+    assert len(text) < 1000 and info.extra["epoch"] == 3

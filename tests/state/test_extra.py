@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import collections
 import contextlib
 import copy
 import dataclasses
+import datetime
 import enum
 import json
 import math
@@ -15,6 +17,7 @@ import re
 import struct
 import subprocess
 import sys
+import types
 
 import msgspec
 import numpy
@@ -461,6 +464,7 @@ def test_an_array_that_numpy_cannot_make_is_corrupt() -> None:
 def test_arrays_are_read_without_numpy() -> None:
     code = """
 import sys
+import types
 sys.modules["numpy"] = None
 from engine.format.values import decode
 assert decode({"array": ["<f8", [1], "AAAAAAAA8D8="]}).shape == (1,)
@@ -474,3 +478,18 @@ else:
     raise AssertionError("numpy is not there")
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "advice"),
+    [
+        (argparse.Namespace(lr=1), r"vars\(\.\.\.\)"),
+        (types.SimpleNamespace(lr=1), r"vars\(\.\.\.\)"),
+        (collections.deque([1]), r"list\(\.\.\.\)"),
+        (range(3), r"list\(\.\.\.\)"),
+        (datetime.datetime(2026, 1, 2), r"isoformat\(\)"),
+    ],
+)
+def test_what_a_training_has_at_hand_is_refused_with_its_conversion(value: object, advice: str) -> None:
+    with pytest.raises(ExtraError, match=rf'extra\["v"\] is a .*, which extra cannot hold; pass .*{advice}'):
+        encode({"v": value})
