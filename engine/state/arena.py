@@ -44,7 +44,7 @@ from engine.state.inventory import Inventory, gather, gather_tensors
 from engine.state.late import Owner, StatePlan, plan_state
 from engine.state.memory import HostMemory, TensorLocation, location_of
 from engine.state.mirrors import Mirror, Mirrors, own_memory, resize
-from engine.state.modules import Rename
+from engine.state.modules import Rename, names_beside_tensors
 from engine.state.optimizers import Options, check_names, is_late
 from engine.state.select import Select
 from engine.state.versions import Counted, Versions
@@ -134,6 +134,7 @@ class Arena:
         arena = cls(lambda: gather(model, optimizers, rename, choice), model, optimizers, split_untrained)
         arena._choice = choice
         arena._warn_of_untrained()
+        arena._warn_of_unstored(model)
         return arena
 
     @classmethod
@@ -545,6 +546,17 @@ class Arena:
                 f"no optimizer of the arena trains {listed(forgotten)}: adopt every optimizer, "
                 "Arena.adopt(model, [first, second]), or the state of the others is in no checkpoint; "
                 "requires_grad_(False) says that a parameter is not trained"
+            )
+
+    def _warn_of_unstored(self, model: nn.Module) -> None:
+        """Name what the model's `state_dict()` has, and no checkpoint will."""
+        beside = names_beside_tensors(model)
+        names = [name for name in beside if self._choice.has(ExtraName(name), is_trained=False)]
+        if names:
+            warn(
+                f"state_dict() of the model has {listed(names, 'values')}, which no parameter, buffer or "
+                "get_extra_state() of a module holds, and so no checkpoint: store them in extra=, or say "
+                "exclude= with their names"
             )
 
     def _view(self, segment: Segment) -> Tensor:

@@ -21,11 +21,8 @@ from torch import nn
 from engine.errors import ArenaError, ExtraError, MismatchError
 from engine.format.values import Json
 from engine.state.choice import Choice
-from engine.state.modules import Names
+from engine.state.modules import EXTRA_STATE, Names
 from engine.state.tensors import encode
-
-# The last part of its name in `state_dict()`: _EXTRA_STATE_KEY_SUFFIX of torch.nn.modules.module.
-EXTRA_STATE = "_extra_state"
 
 
 class ExtraName(NamedTuple):

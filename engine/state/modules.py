@@ -30,6 +30,9 @@ from engine.errors import ArenaError
 
 Rename = Callable[[str], str]
 
+# The last part of the name of an extra state in `state_dict()`: _EXTRA_STATE_KEY_SUFFIX of torch.nn.modules.module.
+EXTRA_STATE = "_extra_state"
+
 # The wrappers of torch, and the key under which each holds its module.  By name: to import them takes seconds.
 _KEYS = {
     "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
@@ -69,6 +72,28 @@ def _calls_resize(member: object) -> bool:
     # Decorators such as torch.no_grad() leave the function in __wrapped__.
     function = inspect.unwrap(member) if callable(member) else None
     return isinstance(function, FunctionType) and "resize_" in function.__code__.co_names
+
+
+def names_beside_tensors(model: nn.Module) -> list[str]:
+    """The keys of `model.state_dict()` whose values are neither parameters, buffers nor extra state of its modules.
+
+    Only a module that makes its `state_dict()` in a way of its own, or has a hook there, is asked: others have none.
+    """
+    modules = [module for _, module in walk_modules(model)]
+    if not any(map(_has_own_state_dict, modules)):
+        return []
+    known = {id(tensor) for each in modules for tensor in (*each._parameters.values(), *each._buffers.values())}
+    content = model.state_dict(keep_vars=True)
+    return [key for key, value in content.items() if id(value) not in known and not key.endswith(EXTRA_STATE)]
+
+
+def _has_own_state_dict(module: nn.Module) -> bool:
+    kind = type(module)
+    return bool(
+        kind.state_dict is not nn.Module.state_dict
+        or kind._save_to_state_dict is not nn.Module._save_to_state_dict
+        or module._state_dict_hooks
+    )
 
 
 class Names:

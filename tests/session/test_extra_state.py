@@ -231,3 +231,37 @@ def test_a_module_that_refuses_its_value_leaves_the_arena_torn(eng: Any) -> None
     with pytest.raises(MismatchError, match=r"set_extra_state\(\) of the module '0' \(Counted\) .* no such value"):
         eng.restore(arena)
     assert arena.torn
+
+
+class Hidden(nn.Linear):
+    """A layer that puts a value of its own into `state_dict()`."""
+
+    count = 3
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "count"] = torch.tensor(self.count)
+
+
+def add_key(module: nn.Module, content: Any, prefix: str, metadata: Any) -> None:
+    content[prefix + "added"] = torch.ones(1)
+
+
+def hooked() -> nn.Module:
+    model = nn.Sequential(nn.Linear(3, 3))
+    model[0].register_state_dict_post_hook(add_key)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "key"), [(lambda: nn.Sequential(Hidden(3, 3)), "0.count"), (hooked, "0.added")], ids=["method", "hook"]
+)
+def test_what_only_state_dict_has_is_named_in_a_warning(make: Callable[[], nn.Module], key: str) -> None:
+    with pytest.warns(engine.EngineWarning, match=rf"has {key}, which no parameter, .* store them in extra="):
+        adopted(make())
+    adopted(make(), exclude=[key])
+
+
+@pytest.mark.parametrize("parametrize", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal])
+def test_a_parametrized_model_has_nothing_beside_tensors(parametrize: Callable[[nn.Module], nn.Module]) -> None:
+    adopted(nn.Sequential(parametrize(nn.Linear(3, 3))))
