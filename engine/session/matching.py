@@ -108,6 +108,12 @@ def check_match(arena: Arena, manifest: Manifest, found: Match, selection: Selec
             + ("" if selection.is_all else "a restore without select= makes it; or ")
             + "take one step before adopting, then restore (LBFGS: two or more)"
         )
+    state_only = bool(found.missing) and all(segment.role == "optimizer" for segment in found.missing)
+    if state_only and not (found.unexpected or found.mismatched):
+        text += (
+            "\nif these parameters were frozen when it was saved: restore(arena, strict=False) leaves their fresh "
+            "state as it is, or adopt with requires_grad as it was then"
+        )
     if found.missing and not found.unexpected:
         text += (
             "\nif the checkpoint holds a part of this training: adopt with the only= and exclude= of the run that "

@@ -211,3 +211,34 @@ def test_a_restore_prints_in_a_few_lines(eng: engine.Engine) -> None:
     text = repr(info)
     assert text.startswith("RestoreInfo(step=0, ") and "'epoch': 3" in text and f"path={info.path!r}" in text
     assert len(text) < 1000 and info.extra["epoch"] == 3
+
+
+@pytest.mark.parametrize("momentum", [None, 0.9], ids=["AdamW", "SGD"])
+def test_a_layer_unfrozen_before_the_restore_keeps_its_fresh_state(eng: engine.Engine, momentum: float | None) -> None:
+    """The refusal names the call, and training goes on bit-identically after it."""
+
+    def make(is_frozen: bool) -> tuple[nn.Sequential, torch.optim.Optimizer]:
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        model[0].requires_grad_(not is_frozen)
+        params = model.parameters()
+        return model, torch.optim.SGD(params, 0.1, momentum) if momentum else torch.optim.AdamW(params)
+
+    def train(model: nn.Sequential, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.ones(1, 3)).square().sum().backward()
+            optimizer.step()
+
+    model, optimizer = make(is_frozen=True)
+    train(model, optimizer, 2)
+    eng.checkpoint(engine.Arena.adopt(model, optimizer)).result()
+    model[0].requires_grad_(True)
+    train(model, optimizer, 2)
+    other, others = make(is_frozen=False)
+    arena = engine.Arena.adopt(other, others)
+    with pytest.raises(engine.MismatchError, match=r"were frozen when it was saved: restore\(arena, strict=False\)"):
+        eng.restore(arena)
+    eng.restore(arena, strict=False)
+    train(other, others, 2)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(other.get_parameter(name), tensor), name
