@@ -191,9 +191,14 @@ class Save(Future[CheckpointInfo]):
         self._asked = True
         return self._failure
 
+    def add_done_callback(self, fn: Callable[[Future[CheckpointInfo]], object]) -> None:
+        """Have a function called with the save once it has ended, on the commit thread; at once if it has."""
+        self._asked = True  # by the function
+        super().add_done_callback(fn)
+
     @property
     def is_unasked(self) -> bool:
-        """Whether `checkpoint()` has returned this save, it has failed, and nobody has asked for its result."""
+        """Whether `checkpoint()` has returned this save, it has failed, and nobody asks for its result."""
         return self._failure is not None and self._held_ns > 0 and not self._asked
 
     def end(self, info: CheckpointInfo | None, failure: BaseException | None) -> None:

@@ -66,6 +66,15 @@ def test_a_failure_that_somebody_asked_about_is_not_reported(tmp_path: Path, ask
     failing.eng.close()
 
 
+def test_a_save_with_a_done_callback_is_not_reported(tmp_path: Path) -> None:
+    failing = Failing(tmp_path, on_error="raise")
+    failures: list[BaseException | None] = []
+    failing.fail(1).add_done_callback(lambda save: failures.append(save.exception()))
+    failing.eng.checkpoint(failing.arena, 2).result()
+    failing.eng.close()
+    assert isinstance(failures[0], engine.StorageError)
+
+
 def test_the_status_of_chunks_is_no_question(tmp_path: Path) -> None:
     failing = Failing(tmp_path)
     assert {chunk.status for chunk in failing.fail(1).chunks()} == {"failed"}
