@@ -38,6 +38,10 @@ class GuardError(Exception):
         self.errno = errno
 
 
+class NotArmed(PlatformError):
+    """A guard that was opened could not begin to watch."""
+
+
 class Guard:
     """Watches a range of anonymous private memory.
 
@@ -74,13 +78,13 @@ class Guard:
             plan: what the job's extents and blocks are of.
 
         Raises:
-            PlatformError: another job is armed, there is no memory, or the kernel refused to protect this memory.
+            NotArmed: another job is armed, there is no memory, or the kernel refused to protect this memory.
         """
         self._armed = None
         result = lib.eng_guard_arm(job.c_job)
         if result < 0:
             cause = f"the guard {self.kind!r} could not be armed ({named(-result)})"
-            raise PlatformError(cause, "save again, or use guard='fence'")
+            raise NotArmed(cause, "save again, or use guard='fence'")
         self._armed = (plan, job)
 
     def disarm(self, job: Job) -> None:

@@ -31,7 +31,6 @@ from engine.errors import (
     ArgumentError,
     BusyError,
     ClosedError,
-    PlatformError,
     StepError,
     TornSnapshot,
     UsageError,
@@ -41,6 +40,7 @@ from engine.format.checks import is_user_name
 from engine.format.layout import Layout
 from engine.format.manifest import STEP_MAX, listed
 from engine.format.plan import chunk_size
+from engine.io.guard import NotArmed
 from engine.io.job import Milestone
 from engine.io.packing import Packed
 from engine.options import Options, check_choice, check_range
@@ -215,7 +215,7 @@ class Checkpointer:
             )
         try:
             return self._begin(arena, request)
-        except PlatformError as refusal:
+        except NotArmed as refusal:
             if not self._snapshots.note_refused(arena, refusal):
                 raise
         return self._begin(arena, request)

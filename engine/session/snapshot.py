@@ -21,7 +21,7 @@ from collections.abc import Collection
 from typing import Literal, NamedTuple
 
 from engine.errors import PlatformError, warn
-from engine.io.guard import Guard, GuardError
+from engine.io.guard import Guard, GuardError, NotArmed
 from engine.io.guard_probe import GuardProbe, explain_guard, probe_guard
 from engine.options import GuardChoice
 from engine.state.arena import Arena
@@ -92,7 +92,7 @@ class Snapshots:
         """A save of the arena has failed because it was torn."""
         self._torn.add(arena)
 
-    def note_refused(self, arena: Arena, refusal: PlatformError) -> bool:
+    def note_refused(self, arena: Arena, refusal: NotArmed) -> bool:
         """The kernel refused to protect the arena for a save: whether to begin it again, without the guard."""
         if self._choice != "auto" or arena in self._unguarded:
             return False
