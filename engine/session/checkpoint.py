@@ -40,6 +40,7 @@ from engine.format.checks import is_user_name
 from engine.format.layout import Layout
 from engine.format.manifest import STEP_MAX, listed
 from engine.format.plan import chunk_size
+from engine.io.descriptor import Descriptor
 from engine.io.guard import NotArmed
 from engine.io.job import Milestone
 from engine.io.packing import Packed
@@ -127,17 +128,20 @@ def _contents(files: object) -> dict[str, bytes]:
 
 def _read_file(name: str, path: str | os.PathLike[str], size_max: int) -> bytes:
     """The content of a regular file, of which no more than a byte beyond `size_max` is read."""
+    descriptor = Descriptor()
     try:
         # O_NONBLOCK: open(2) of a pipe without a writer would block.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise ArgumentError(f"files has {name!r} from {os.fspath(path)!r}, which is not a regular file")
+        descriptor.fill(partial(os.open, path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+        if not stat.S_ISREG(os.fstat(descriptor.number).st_mode):
+            raise ArgumentError(f"files has {name!r} from {os.fspath(path)!r}, which is not a regular file")
+        with open(descriptor.number, "rb", closefd=False) as file:
             return file.read(size_max + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         if isinstance(error, ArgumentError):
             raise
         raise ArgumentError(f"files has {name!r} from {os.fspath(path)!r}, which cannot be read: {error}") from None
+    finally:
+        descriptor.close()
 
 
 def _plain_metrics(metrics: object) -> dict[str, float]:

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import leaks
 import pytest
 import torch
 
@@ -89,6 +90,16 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
         with pytest.raises(engine.ArgumentError, match="files brings 'a' to over"):
             eng.checkpoint(held, files={"a": tmp_path / "large"})
         assert eng.steps() == []
+
+
+def test_a_file_that_is_refused_is_closed(tmp_path: Path) -> None:
+    held, _ = arena()
+    with engine.Engine(tmp_path / "run", **SMALL) as eng:
+        before = leaks.held()
+        for _ in range(3):
+            with pytest.raises(engine.ArgumentError, match="which is not a regular file"):
+                eng.checkpoint(held, files={"a": tmp_path})
+        assert leaks.held() == before
 
 
 @pytest.mark.parametrize(
