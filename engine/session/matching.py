@@ -85,10 +85,11 @@ def match(arena: Arena, manifest: Manifest, selection: Selection, planned: Colle
             mismatched.append((record, found.segment))
     # A count of steps fits any parameter, but belongs to moments of the stored one.
     unfit = arena.state_of([segment.name for _, segment in mismatched])
+    known_there, known_here = stored.keys() | set(planned), here.keys() | set(planned)
     return Match(
         tuple(target for target in targets if target.record.name not in unfit),
-        tuple(found.segment for name, found in here.items() if name not in stored.keys() | set(planned)),
-        tuple(record for name, record in stored.items() if name not in here.keys() | set(planned)),
+        tuple(found.segment for name, found in here.items() if name not in known_there),
+        tuple(record for name, record in stored.items() if name not in known_here),
         tuple(mismatched),
     )
 
