@@ -28,7 +28,7 @@ This module knows neither torch nor numpy.  Their values are those of `foreign`:
 `adapt` that makes them, and the caller of `decode` passes a `make` that turns them back (`state.tensors` does both).
 
 Rules: nothing is pickled, and nothing that was read is executed.  `decode` trusts no input, allocates memory in
-proportion to its input, and raises only `CorruptError`.
+proportion to its input, and raises only `CorruptError` and the errors of `make`.
 """
 
 from __future__ import annotations

@@ -198,7 +198,7 @@ class Save(Future[CheckpointInfo]):
 
     @property
     def is_unasked(self) -> bool:
-        """Whether `checkpoint()` has returned this save, it has failed, and nobody asks for its result."""
+        """Whether this returned save has failed, and its outcome was never asked for."""
         return self._failure is not None and self._held_ns > 0 and not self._asked
 
     def end(self, info: CheckpointInfo | None, failure: BaseException | None) -> None:

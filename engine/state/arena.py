@@ -37,7 +37,7 @@ from engine.format.plan import Extents, Source
 from engine.format.values import Json
 from engine.state.adopted import Adopted, adopt_optimizers, optimizers_in
 from engine.state.arrangement import Table, arrange, sources_of, tabulate
-from engine.state.choice import Choice, Item
+from engine.state.choice import Choice
 from engine.state.extra_state import ExtraName
 from engine.state.fence import Fence
 from engine.state.inventory import Inventory, gather, gather_tensors
@@ -46,7 +46,7 @@ from engine.state.memory import HostMemory, TensorLocation, location_of
 from engine.state.mirrors import Mirror, Mirrors, own_memory, resize
 from engine.state.modules import Rename, names_beside_tensors
 from engine.state.optimizers import Options, check_names, is_late
-from engine.state.select import Select
+from engine.state.select import Named, Select
 from engine.state.versions import Counted, Versions
 from engine.state.watch import TensorWatch
 
@@ -113,7 +113,7 @@ class Arena:
                 An optimizer that a library has wrapped is unwrapped.
             only: patterns of names or layers, as for `Engine.load`: only these tensors are held.  Or "trained": the
                 parameters that the optimizers train, their state, and all buffers.
-            exclude: patterns of names or layers that are not held.  What is not held stays where it is.
+            exclude: patterns of names or layers that are left out.  These tensors keep their memory.
             rename: maps the name of each of the model's tensors to the name to store it under, which is also that of
                 its optimizer state and its layer: `lambda name: name.removeprefix("backbone.")`.
             split_untrained: lay the tensors out as `Options.split_untrained` says, so that the first save of an Engine
@@ -178,7 +178,7 @@ class Arena:
         """The names that `only=` and `exclude=` keep out, as of the last `refresh()`."""
         return self._inventory.left_out
 
-    def leaves_out(self, segment: Item) -> bool:
+    def leaves_out(self, segment: Named) -> bool:
         """Whether `only=` and `exclude=` keep out a segment of a checkpoint."""
         return segment.name in self.left_out or not self._choice.has(segment, is_trained=True)
 

@@ -26,7 +26,7 @@ from engine.state.tensors import encode
 
 
 class ExtraName(NamedTuple):
-    """The name of an extra state, as an `Item` of a choice."""
+    """The name of an extra state, as a choice takes it."""
 
     name: str
     role: str = "buffer"

@@ -57,7 +57,7 @@ _NEAR_COUNT = 3
 
 
 class Named(Protocol):
-    """A segment, in memory or of a manifest."""
+    """A tensor of a walk, or a segment, in memory or of a manifest."""
 
     @property
     def name(self) -> str: ...

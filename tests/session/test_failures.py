@@ -1,4 +1,4 @@
-"""Failed saves that nobody asks about, and `on_error`."""
+"""Failed saves whose outcome is never asked for, and `on_error`."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ _READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 # Between two turns of a thread that disturbs; there are few cores.
 _PAUSE_S = 0.002
 
-# What a process may take beyond what it has before: some arenas with their copies, and page cache.
+# Memory that a process may add: some arenas with their copies, and page cache.
 _ROOM_BYTES = 160 << 20
 
 _MEMORY_V1, _MEMORY_V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")

@@ -1,4 +1,4 @@
-"""Two gloo processes: rank 0 saves, and the others read what it has saved when they resume."""
+"""Two gloo processes: rank 0 saves, and the others restore its checkpoint when they resume."""
 
 from __future__ import annotations
 
