@@ -295,7 +295,7 @@ def probe(directory: str | os.PathLike[str], *, options: Options = DEFAULTS, **t
     root, filesystem = os.path.realpath(path_of(directory)), Filesystem()
     if not is_directory(filesystem, root):
         raise StorageError(errno.ENOENT, "open", root, remedy="probe a directory that exists, such as its parent")
-    found = find(root, filesystem, options.slot_count, options.block_bytes)
+    found = find(root, filesystem, options.slot_count, options.block_bytes, options.staging_threads)
     return found._replace(guard=probe_guard("auto"))
 
 

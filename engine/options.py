@@ -32,11 +32,15 @@ MAX_ASYNC_MAX = 32
 # 16,384 registered buffers (IORING_MAX_ENTRIES and IORING_MAX_REG_BUFFERS in io_uring/).
 SLOT_COUNT_MAX = 1024
 
+# ENG_STAGING_THREADS_MAX: more threads than the memory of a socket feeds, at some 15 GB/s each.
+STAGING_THREADS_MAX = 16
+
 
 class Tunables(TypedDict, total=False):
     """The fields of `Options`, as keywords."""
 
     staging_bytes: int
+    staging_threads: int
     block_bytes: int
     chunk_bytes: int
     max_async: int
@@ -54,6 +58,9 @@ class Options:
         staging_bytes: memory for staging slots, at least two blocks; pinned if the locked-memory limit allows; at most
             1024 slots are made of it.  256 MiB: 500 MB are staged in 63 ms with it, and in 30 ms if all of them fit
             (docs/perf.md).
+        staging_threads: threads that copy and hash the blocks of saves, and verify those of restores, 1 to 16; one is
+            the thread that owns the ring.  1: one core stages some 15 GB/s, and one drive takes at most 14
+            (docs/perf.md).  More pay where several drives take more, and take cores from the training meanwhile.
         block_bytes: the size of one write or read and of a slot, a multiple of 4096 of at most 1 GiB.  4 MiB:
             bandwidth times latency, some 2 MB, keeps a drive busy.
         chunk_bytes: the size of a chunk, the unit of status, rounded up to a multiple of 4096.  64 MiB take
@@ -70,6 +77,7 @@ class Options:
     """
 
     staging_bytes: int = 256 << 20
+    staging_threads: int = 1
     block_bytes: int = 4 << 20
     chunk_bytes: int = CHUNK_BYTES_DEFAULT
     max_async: int = 2
@@ -82,6 +90,7 @@ class Options:
         self._check_range("max_async", 1, MAX_ASYNC_MAX)
         self._check_range("block_bytes", ALIGNMENT, BLOCK_BYTES_MAX)
         self._check_range("staging_bytes", 2 * self.block_bytes, None)
+        self._check_range("staging_threads", 1, STAGING_THREADS_MAX)
         self._check_range("chunk_bytes", 1, None)
         check_choice("backend", self.backend, Choice)
         check_choice("guard", self.guard, GuardChoice)

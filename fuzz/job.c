@@ -29,6 +29,7 @@ enum {
     SHAPE_MAX = 12,     /* small enough that a strided source is a few pages at most */
     SPAN_MAX = 1 << 20, /* of a strided source whose numbers were changed: beyond it is no memory of ours */
     POKES_MAX = 4,
+    STAGING_THREADS_MAX = 3,
     REFUSALS_MAX = 16   /* well below those after which the pipeline takes the ring for gone (pipeline.c) */
 };
 
@@ -59,7 +60,7 @@ static trial *current;
 static input script;
 static eng_completion completed[SLOTS];
 static uint32_t completed_count, refusal_count;
-static eng_pipeline *pipeline;
+static eng_pipeline *pipelines[STAGING_THREADS_MAX + 1]; /* by the number of their staging threads */
 static int broken;
 
 static void fail(const char *what, int line)
@@ -357,12 +358,15 @@ static void run(trial *t, input *in)
     static const int32_t FDS[FILES_MAX];
     static const eng_io_table TABLE = {NULL, set_files, start, reap};
     const int valid = job_is_valid(&t->job, SLOT_BYTES), aborted = below(in, 16) == 15;
+    const uint32_t threads = 1 + below(in, STAGING_THREADS_MAX);
     if (valid && !is_ours(t))
         return;
-    if (pipeline == NULL) {
-        eng_config config = {.slot_count = SLOTS, .slot_bytes = SLOT_BYTES, .io = &TABLE};
-        REQUIRE(eng_open(&config, &pipeline) == 0);
+    if (pipelines[threads] == NULL) {
+        eng_config config = {
+            .slot_count = SLOTS, .slot_bytes = SLOT_BYTES, .staging_threads = threads, .io = &TABLE};
+        REQUIRE(eng_open(&config, &pipelines[threads]) == 0);
     }
+    eng_pipeline *pipeline = pipelines[threads];
     current = t, script = *in, completed_count = refusal_count = 0;
     memset(arrived_count, 0, sizeof arrived_count);
     REQUIRE(eng_submit(pipeline, &t->job, 0) == 0);
@@ -374,7 +378,7 @@ static void run(trial *t, input *in)
     REQUIRE(eng_wait(pipeline, &t->job, ENG_DONE, HANG_NS) == 1);
     check_end(&t->job, valid, aborted);
     if (broken) {
-        eng_free(&pipeline);
+        eng_free(&pipelines[threads]);
         broken = 0;
     }
 }

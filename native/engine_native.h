@@ -10,7 +10,7 @@
  *
  * Threads.  Between eng_open and eng_free every function may be called from any thread, also beside and after
  * eng_close; eng_free is called once, with no other call under way.  Only the pipeline's own thread touches the ring
- * (IORING_SETUP_SINGLE_ISSUER demands it).
+ * (IORING_SETUP_SINGLE_ISSUER demands it).  Helper threads, if there are any, copy and hash blocks for it.
  *
  * Ownership.  The caller owns the eng_job and everything it points to.  It keeps all of it, the sources' memory and the
  * file descriptors alive and unchanged until ENG_DONE is reached.  The pipeline owns the slots.  It allocates nothing
@@ -25,7 +25,7 @@
 #include <stdint.h>
 
 enum {
-    ENG_VERSION = 2, /* of this interface, raised with every change of it; io/binding.py has the same number */
+    ENG_VERSION = 3, /* of this interface, raised with every change of it; io/binding.py has the same number */
     ENG_ALIGNMENT = 4096,    /* of slots, block offsets and written lengths; plan.ALIGNMENT is the same number */
     ENG_JOBS_MAX = 64,       /* jobs in one pipeline at a time: max_async is at most 32, and restores come on top */
     /* Files of one job that have a place in a ring's table of registered files.  A block of a further file names its
@@ -33,6 +33,9 @@ enum {
      * table is registered when the ring is opened and counts against RLIMIT_NOFILE, so it stays at 512. */
     ENG_JOB_PLACES = 8,
     ENG_NO_PLACE = -1,
+    /* Threads that stage.  One copies and hashes some 15 GB/s, so 16 take more than a socket's memory gives. */
+    ENG_STAGING_THREADS_MAX = 16,
+    ENG_STAGING_BLOCKS_MAX = 32, /* blocks that are with helper threads at a time: two each */
     ENG_DIMS_MAX = 8 /* dimensions of a strided source, after merging those that continue each other */
 };
 
@@ -66,7 +69,7 @@ enum { ENG_WRITE = 0, ENG_READ = 1 };
 enum { ENG_PENDING = 0, ENG_STAGED = 1, ENG_WRITTEN = 2, ENG_FAILED = 3 };
 
 /* Milestones of a job, to wait for; bits of eng_job.milestones.  A failed job reaches the first two at once,
- * because it will not look at its sources again. */
+ * because it will not look at its sources again, as soon as no helper thread copies one of its blocks. */
 enum { ENG_URGENT = 1, ENG_ALL_STAGED = 2, ENG_DONE = 4 };
 
 /* Kinds of failure. */
@@ -146,7 +149,8 @@ typedef struct {
     uint64_t submitted_ns; /* CLOCK_MONOTONIC, as Python's time.monotonic_ns() */
     uint64_t staged_ns;
     uint64_t done_ns;
-    uint64_t copying_ns; /* time spent copying between sources and slots; of a write, with the checksums */
+    uint64_t
+        copying_ns; /* time spent copying between sources and slots, of all threads; of a write, with the checksums */
     uint64_t hashing_ns; /* time spent on the checksums of a read */
     uint64_t io_bytes; /* bytes that completions reported */
     uint64_t skipped_bytes; /* bytes not written because the file holds them already; whole blocks with padding */
@@ -186,6 +190,7 @@ typedef struct {
     uint32_t slot_count;
     uint32_t slot_bytes; /* a multiple of ENG_ALIGNMENT */
     uint32_t way;
+    uint32_t staging_threads; /* threads that copy and hash, the pipeline's own among them; at least 1 */
     uint32_t refused; /* set by eng_open when it fails */
     const eng_io_table *io; /* NULL: as `way` says */
 } eng_config;

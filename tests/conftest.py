@@ -5,7 +5,8 @@ so that a result depends on the change only.  Elsewhere they differ, and find mo
 
 A test marked `every_backend` runs once for each rung of the ladder (engine/io/backend.py): its Engines find only that
 one.  One marked `remote_owner` runs once more, on the first rung, with Engines whose directory another process owns
-(`remote`).  Tests that compare trainings bit by bit use `one_thread`.
+(`remote`).  One marked `every_staging` runs once for each number of staging threads; without the marker there is one.
+Tests that compare trainings bit by bit use `one_thread`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ from engine.store.store import Store
 # In the place of a rung: the first one, with the directory's owner in another process.
 REMOTE = "remote"
 
+# The native thread alone, with one helper, and with more helpers than these hosts have cores.
+STAGING_THREADS = (1, 2, 4)
+
 # A process that a test starts prints every stack when it crashes, as pytest does.
 os.environ["PYTHONFAULTHANDLER"] = "1"
 
@@ -43,10 +47,12 @@ settings.load_profile("engine")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run the tests with the marker once for each rung."""
+    """Run the tests with a marker once for each rung, or for each number of staging threads."""
     if metafunc.definition.get_closest_marker("every_backend"):
         remote = [REMOTE] if metafunc.definition.get_closest_marker("remote_owner") else []
         metafunc.parametrize("rung", [*backend.LADDER, *remote], indirect=True)
+    if metafunc.definition.get_closest_marker("every_staging"):
+        metafunc.parametrize("staging_threads", STAGING_THREADS, indirect=True, ids="{}-staging".format)
 
 
 @pytest.fixture(scope="session")
@@ -104,11 +110,21 @@ def one_thread() -> Iterator[None]:
 # These fixtures drive the native pipeline without an Engine.
 
 
-@pytest.fixture(scope="module", params=["io_uring", "io_uring_plain", "threads"])
+@pytest.fixture
+def staging_threads(request: pytest.FixtureRequest) -> int:
+    count: int = getattr(request, "param", 1)
+    return count
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("io_uring", 1), ("io_uring_plain", 1), ("threads", 1), ("io_uring", 2)],
+    ids=["io_uring", "io_uring_plain", "threads", "2-staging"],
+)
 def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     path = tmp_path_factory.mktemp("native") / "blocks"
     fd = Filesystem().open_for_blocks(str(path), write=True, direct=True)
-    pipeline = Pipeline(4, SLOT_BYTES, request.param)
+    pipeline = Pipeline(4, SLOT_BYTES, *request.param)
     yield Stage(pipeline, path, fd.number)
     pipeline.close()
     fd.close()
@@ -130,12 +146,13 @@ def buffered_fd(tmp_path: Path) -> Iterator[int]:
 
 
 @pytest.fixture
-def open_pipeline(rung: Backend) -> Iterator[Callable[..., Pipeline]]:
+def open_pipeline(rung: Backend, staging_threads: int) -> Iterator[Callable[..., Pipeline]]:
     """Opens pipelines, and closes them at the end."""
     opened: list[tuple[Pipeline, FaultTable | None]] = []  # the table too: it must outlive its pipeline
 
     def open_one(slot_count: int, slot_bytes: int = SLOT_BYTES, table: FaultTable | None = None) -> Pipeline:
-        pipeline = Pipeline(slot_count, slot_bytes, rung, io_table=None if table is None else table.c_table)
+        c_table = None if table is None else table.c_table
+        pipeline = Pipeline(slot_count, slot_bytes, rung, staging_threads, io_table=c_table)
         opened.append((pipeline, table))
         return pipeline
 

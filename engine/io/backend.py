@@ -84,7 +84,7 @@ class Probe(NamedTuple):
 
 
 def open_pipeline(
-    directory: str, filesystem: Scratch, choice: Choice, slot_count: int, slot_bytes: int
+    directory: str, filesystem: Scratch, choice: Choice, slot_count: int, slot_bytes: int, staging_threads: int
 ) -> tuple[Pipeline, Probe]:
     """Open a pipeline of the best backend that works in a directory, or of the one chosen.  Blocks on the disk.
 
@@ -93,7 +93,7 @@ def open_pipeline(
         StorageError: no file can be made in the directory.
     """
     rungs = LADDER if choice == "auto" else (choice,)
-    pipeline, probe = _climb_down(directory, filesystem, rungs, slot_count, slot_bytes)
+    pipeline, probe = _climb_down(directory, filesystem, rungs, slot_count, slot_bytes, staging_threads)
     if pipeline is not None:
         return pipeline, probe
     causes = _join([attempt.cause for attempt in probe.attempts])
@@ -102,13 +102,13 @@ def open_pipeline(
     raise PlatformError(f"{tried} in {directory}: {causes}", remedy if choice == "auto" else f"{remedy}; or use 'auto'")
 
 
-def find(directory: str, filesystem: Scratch, slot_count: int, slot_bytes: int) -> Probe:
+def find(directory: str, filesystem: Scratch, slot_count: int, slot_bytes: int, staging_threads: int) -> Probe:
     """The result that `open_pipeline` would have in a directory.  Blocks on the disk; leaves nothing open or behind.
 
     Raises:
         StorageError: no file can be made in the directory.
     """
-    pipeline, probe = _climb_down(directory, filesystem, LADDER, slot_count, slot_bytes)
+    pipeline, probe = _climb_down(directory, filesystem, LADDER, slot_count, slot_bytes, staging_threads)
     if pipeline is not None:
         pipeline.close()
     return probe
@@ -122,12 +122,12 @@ def open_like(pipeline: Pipeline, slot_count: int, slot_bytes: int) -> Pipeline:
     """
     try:
         backend: Backend = "io_uring_plain" if pipeline.backend == "io_uring" else pipeline.backend
-        return Pipeline(slot_count, slot_bytes, backend)
+        return Pipeline(slot_count, slot_bytes, backend, pipeline.staging_threads)
     except OpenError as error:
         raise _explain_open(error, slot_count * slot_bytes) from None
 
 
-def open_to_read(slot_count: int, slot_bytes: int) -> Pipeline:
+def open_to_read(slot_count: int, slot_bytes: int, staging_threads: int) -> Pipeline:
     """A pipeline that reads, on a ring if one works here; its slots are not registered.
 
     Nothing is written: the trial reads a block of the compiled module's own file.
@@ -136,14 +136,14 @@ def open_to_read(slot_count: int, slot_bytes: int) -> Pipeline:
         PlatformError: the host lacks the memory, descriptors or threads for it.
     """
     try:
-        return _try_to_read("io_uring_plain", slot_count, slot_bytes)
+        return _try_to_read("io_uring_plain", slot_count, slot_bytes, staging_threads)
     except PlatformError:
-        return _try_to_read("threads", slot_count, slot_bytes)
+        return _try_to_read("threads", slot_count, slot_bytes, staging_threads)
 
 
-def _try_to_read(backend: Backend, slot_count: int, slot_bytes: int) -> Pipeline:
+def _try_to_read(backend: Backend, slot_count: int, slot_bytes: int, staging_threads: int) -> Pipeline:
     try:
-        pipeline = Pipeline(slot_count, slot_bytes, backend)
+        pipeline = Pipeline(slot_count, slot_bytes, backend, staging_threads)
     except OpenError as error:
         raise _explain_open(error, slot_count * slot_bytes) from None
     try:
@@ -167,12 +167,17 @@ def degradation(probe: Probe) -> str | None:
 
 
 def _climb_down(
-    directory: str, filesystem: Scratch, rungs: Sequence[Backend], slot_count: int, slot_bytes: int
+    directory: str,
+    filesystem: Scratch,
+    rungs: Sequence[Backend],
+    slot_count: int,
+    slot_bytes: int,
+    staging_threads: int,
 ) -> tuple[Pipeline | None, Probe]:
     attempts: list[Attempt] = []
     for backend in rungs:
         try:
-            pipeline = _try(directory, filesystem, backend, slot_count, slot_bytes)
+            pipeline = _try(directory, filesystem, backend, slot_count, slot_bytes, staging_threads)
         except PlatformError as error:
             attempts.append(Attempt(backend, error.cause, error.remedy))
             continue
@@ -181,13 +186,15 @@ def _climb_down(
     return None, Probe(directory, None, tuple(attempts))
 
 
-def _try(directory: str, filesystem: Scratch, backend: Backend, slot_count: int, slot_bytes: int) -> Pipeline:
+def _try(
+    directory: str, filesystem: Scratch, backend: Backend, slot_count: int, slot_bytes: int, staging_threads: int
+) -> Pipeline:
     """A pipeline that has written and read a block, if there is room for one; PlatformError if this backend does not
     work."""
     descriptor = _open_scratch(directory, filesystem, direct=backend != "buffered")
     try:
         try:
-            pipeline = Pipeline(slot_count, slot_bytes, backend)
+            pipeline = Pipeline(slot_count, slot_bytes, backend, staging_threads)
         except OpenError as error:
             raise _explain_open(error, slot_count * slot_bytes) from None
         try:

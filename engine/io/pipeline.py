@@ -116,6 +116,7 @@ class Pipeline:
         slot_count: at least 1.
         slot_bytes: a multiple of `ALIGNMENT`; no block may be larger.
         backend: how blocks are moved; no other is tried.
+        staging_threads: threads that copy and hash, the native thread itself among them.
         io_table: a cffi ``eng_io_table *`` that moves them instead; the seam for fault injection.
 
     Raises:
@@ -123,9 +124,16 @@ class Pipeline:
     """
 
     def __init__(
-        self, slot_count: int, slot_bytes: int, backend: Backend = "io_uring", *, io_table: Any = None
+        self,
+        slot_count: int,
+        slot_bytes: int,
+        backend: Backend = "io_uring",
+        staging_threads: int = 1,
+        *,
+        io_table: Any = None,
     ) -> None:
-        config = ffi.new("eng_config *", {"slot_count": slot_count, "slot_bytes": slot_bytes, "way": _WAYS[backend]})
+        fields = {"slot_count": slot_count, "slot_bytes": slot_bytes, "staging_threads": staging_threads}
+        config = ffi.new("eng_config *", {**fields, "way": _WAYS[backend]})
         if io_table is not None:
             config.io = io_table
         self._held = _Held(io_table)
@@ -135,6 +143,7 @@ class Pipeline:
             raise OpenError(Refused(config.refused), -result)
         self.pid = os.getpid()
         self.slot_bytes = slot_bytes
+        self.staging_threads = staging_threads
         self.backend = backend
 
     def submit(self, job: Job) -> None:

@@ -88,7 +88,8 @@ class _Pipelines:
         """
         with self._mutex:
             if self._pipeline is None and not self._closed:
-                self._pipeline = open_to_read(self._options.slot_count, self._options.block_bytes)
+                options = self._options
+                self._pipeline = open_to_read(options.slot_count, options.block_bytes, options.staging_threads)
             if self._closed:
                 self.close()
                 raise ClosedError("the Run has been closed; call engine.open again")

@@ -132,9 +132,9 @@ class Save(Future[CheckpointInfo]):
 
         ``held_ns``: inside `checkpoint()`.  ``staged_ns``: from the call until the arena could change again.
         ``written_ns``: from the call until the last block was written.  ``durable_ns``: from the call until committed.
-        ``copying_ns``: of the native thread, on copying and hashing. ``io_bytes``: bytes written.  ``skipped_bytes``:
-        bytes that the recycled files held already.  ``clean_bytes``: those of them that were not even copied, because
-        nothing had written to them.  ``retry_count``: operations tried again.
+        ``copying_ns``: of all staging threads together, on copying and hashing.  ``io_bytes``: bytes written.
+        ``skipped_bytes``: bytes that the recycled files held already.  ``clean_bytes``: those of them that were not
+        even copied, because nothing had written to them.  ``retry_count``: operations tried again.
         """
         if self._write is None:
             return {}

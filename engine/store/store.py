@@ -50,7 +50,12 @@ class Store:
         self.catalog = own(directory, filesystem, options.max_async, retention)
         try:
             self.pipeline, self.probe = open_pipeline(
-                self.catalog.root, filesystem, options.backend, options.slot_count, options.block_bytes
+                self.catalog.root,
+                filesystem,
+                options.backend,
+                options.slot_count,
+                options.block_bytes,
+                options.staging_threads,
             )
         except BaseException:  # Ctrl-C too
             self.catalog.close()

@@ -321,24 +321,24 @@ int guard_is_clean(const eng_guard *g, uint32_t block)
     return g->clean[block];
 }
 
-/* A pending block of a unit: 1, or 0 if all are staged. */
-static int find_pending(const eng_guard *g, uint32_t index, uint32_t *block)
+/* A pending block of a unit that can be claimed: 1, or 0 if all are staged, or are being staged. */
+static int find_pending(const eng_guard *g, uint32_t index, guard_claim claim, void *context, uint32_t *block)
 {
-    for (uint32_t at = g->unit_starts[index]; at < g->unit_starts[index + 1]; at++)
-        if (g->job->states[g->unit_blocks[at]] == ENG_PENDING) {
-            *block = g->unit_blocks[at];
+    for (uint32_t at = g->unit_starts[index]; at < g->unit_starts[index + 1]; at++) {
+        *block = g->unit_blocks[at];
+        if (g->job->states[*block] == ENG_PENDING && claim(context, *block))
             return 1;
-        }
+    }
     return 0;
 }
 
-int guard_wanted(eng_guard *g, uint32_t *block)
+int guard_wanted(eng_guard *g, guard_claim claim, void *context, uint32_t *block)
 {
     int found = 0;
     if (__atomic_load_n(&g->wanted_count, __ATOMIC_ACQUIRE) == 0)
         return 0;
     pthread_mutex_lock(&g->mutex);
-    while (g->job != NULL && g->wanted_count > 0 && !(found = find_pending(g, g->wanted[0], block)))
+    while (g->job != NULL && g->wanted_count > 0 && !(found = find_pending(g, g->wanted[0], claim, context, block)))
         memmove(g->wanted, g->wanted + 1, --g->wanted_count * sizeof *g->wanted);
     pthread_mutex_unlock(&g->mutex);
     return found;

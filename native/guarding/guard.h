@@ -14,8 +14,11 @@ void guard_attach(eng_guard *guard, int wake_fd);
 /* Whether nothing was written to a block's sources since the job before, so that it has the same bytes. */
 int guard_is_clean(const eng_guard *guard, uint32_t block);
 
-/* A block, still pending, that a writer waits for: 1, or 0 if there is none. */
-int guard_wanted(eng_guard *guard, uint32_t *block);
+/* Whether the pipeline's thread can stage a pending block now, and not another thread already does. */
+typedef int (*guard_claim)(void *context, uint32_t block);
+
+/* A block, still pending, that a writer waits for and that can be claimed: 1, or 0 if there is none. */
+int guard_wanted(eng_guard *guard, guard_claim claim, void *context, uint32_t *block);
 
 /* A block has been copied.  Its sources may change again, and a writer that waits for them goes on.
  * `is_unchanged`: it has the bytes that the job before found.  Returns 0, or an errno if its sources may have been

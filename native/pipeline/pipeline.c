@@ -3,7 +3,7 @@
  *
  *     FREE -> STAGING -> STAGED -> MOVING ----------> FREE   a block of a write: hashed as it is staged
  *     FREE -> STAGING -> STAGED --------------------> FREE   a block of a write that its file holds already
- *     FREE ----------------------> MOVING -> MOVED -> FREE   a block of a read: verified, then copied out
+ *     FREE -> MOVING -> MOVED -> STAGING -----------> FREE   a block of a read: verified, then copied out
  *
  * A write waits in STAGED until its job has files, so that staging begins before the files are made.  If the job has
  * files, the write starts at once.  Jobs are served in order of arrival: an older save frees its arena first.
@@ -11,6 +11,11 @@
  * Staging comes first, because training waits for the arena, and the device is slower than memory.  A restore starts its
  * next reads before it verifies blocks that have arrived, as long as slots are free and READ_WINDOW_BYTES allow.  So some
  * slots are read into while others are verified.
+ *
+ * With helper threads a slot in STAGING may be with one of them.  This thread gives them as many blocks as they have room
+ * for, and then stages one itself.  Blocks are staged out of order then, so `next` says which are begun, and states which
+ * are done.  A block that a writer waits for is staged by this thread, unless a helper is already at it.  A job that has
+ * failed keeps its sources until no helper copies from them.
  */
 #include "pipeline/pipeline.h"
 
@@ -22,7 +27,6 @@
 #include "guarding/guard.h"
 #include "pipeline/job.h"
 #include "pipeline/thread.h"
-#include "staging/host.h"
 
 enum {
     /* Blocks staged before their writes are submitted together: few, so that the device starts early (4 MiB stage in
@@ -39,6 +43,8 @@ enum {
     REFUSALS_MAX = 100,
     REAP_MAX = 64
 };
+
+static const uint32_t NO_SLOT = UINT32_MAX;
 
 static uint8_t *slot_memory(const eng_pipeline *p, uint32_t index)
 {
@@ -97,7 +103,7 @@ static void await_verification(eng_pipeline *p, uint32_t index)
 static uint32_t take_slot(eng_pipeline *p, uint32_t entry_index, uint32_t block)
 {
     const uint32_t index = p->free_slots[--p->free_count];
-    p->slots[index] = (slot){SLOT_STAGING, entry_index, block, 0, 0};
+    p->slots[index] = (slot){.state = SLOT_STAGING, .entry = entry_index, .block = block};
     p->entries[entry_index].slot_count++;
     return index;
 }
@@ -111,6 +117,29 @@ static void free_slot(eng_pipeline *p, uint32_t index)
     p->entries[p->slots[index].entry].slot_count--;
     p->slots[index].state = SLOT_FREE;
     p->free_slots[p->free_count++] = index;
+}
+
+/* The slot of a block that is with the helpers to be staged, or NO_SLOT. */
+static uint32_t helped_slot(const eng_pipeline *p, uint32_t entry_index, uint32_t block)
+{
+    for (uint32_t at = 0; at < p->helped.count; at++) {
+        const slot *s = &p->slots[p->helped.slots[at]];
+        if (s->entry == entry_index && s->block == block && !s->hashes_only)
+            return p->helped.slots[at];
+    }
+    return NO_SLOT;
+}
+
+static void enter_helped(eng_pipeline *p, uint32_t index)
+{
+    append(&p->helped, index);
+    p->entries[p->slots[index].entry].helped_count++;
+}
+
+static void leave_helped(eng_pipeline *p, uint32_t index)
+{
+    take_out(p->helped.slots, &p->helped.count, index);
+    p->entries[p->slots[index].entry].helped_count--;
 }
 
 /* ---- files ---- */
@@ -137,6 +166,13 @@ static int set_files(const eng_pipeline *p, uint32_t entry_index, int is_there)
 
 /* ---- failure and completion of a job ---- */
 
+/* A job has failed: once no helper copies from its sources, they are the caller's again. */
+static void give_up_sources(eng_pipeline *p, entry *e)
+{
+    if (e->helped_count == 0)
+        reach(p, e->job, ENG_URGENT | ENG_ALL_STAGED);
+}
+
 static void fail(eng_pipeline *p, uint32_t entry_index, uint32_t kind, int error, uint32_t block)
 {
     entry *e = &p->entries[entry_index];
@@ -155,13 +191,19 @@ static void fail(eng_pipeline *p, uint32_t entry_index, uint32_t kind, int error
     }
     if (e->job->guard != NULL)
         guard_end(e->job->guard, e->job);
-    reach(p, e->job, ENG_URGENT | ENG_ALL_STAGED);
+    give_up_sources(p, e);
 }
 
 /* Whether every block has been begun. */
 static int all_begun(const entry *e)
 {
     return e->next == e->job->block_count && (e->job->direction == ENG_READ || e->clean_next == e->job->block_count);
+}
+
+/* Whether every block of a write is staged. */
+static int all_staged(const entry *e)
+{
+    return all_begun(e) && e->helped_count == 0;
 }
 
 /* Release a job that has nothing left to do.  Its memory is the caller's again once ENG_DONE is reached. */
@@ -254,38 +296,46 @@ static int is_deferred(const eng_job *job, uint32_t at)
     return job->guard != NULL && at >= job->urgent_count && guard_is_clean(job->guard, job->order[at]);
 }
 
-/* Move `next` to a block to begin, and `clean_next` to a deferred one, once `next` has come to the end. */
-static void advance(entry *e)
+/* Whether the staging of a block is begun. */
+static int is_begun(const eng_pipeline *p, uint32_t entry_index, uint32_t block)
 {
+    return p->entries[entry_index].job->states[block] != ENG_PENDING || helped_slot(p, entry_index, block) != NO_SLOT;
+}
+
+/* Move `next` to a block to begin, and `clean_next` to a deferred one, once `next` has come to the end. */
+static void advance(eng_pipeline *p, uint32_t entry_index)
+{
+    entry *e = &p->entries[entry_index];
     const eng_job *job = e->job;
-    while (e->next < job->block_count && (job->states[job->order[e->next]] != ENG_PENDING || is_deferred(job, e->next)))
+    while (e->next < job->block_count && (is_begun(p, entry_index, job->order[e->next]) || is_deferred(job, e->next)))
         e->next++;
-    while (e->clean_next < job->block_count && job->states[job->order[e->clean_next]] != ENG_PENDING)
+    while (e->clean_next < job->block_count && is_begun(p, entry_index, job->order[e->clean_next]))
         e->clean_next++;
 }
 
-/* Note the milestones that the staging of a write has reached. */
-static void note_staged(eng_pipeline *p, entry *e)
+/* Whether the urgent blocks of a write are staged. */
+static int urgent_staged(entry *e)
 {
+    const eng_job *job = e->job;
+    while (e->urgent_next < job->urgent_count && job->states[job->order[e->urgent_next]] != ENG_PENDING)
+        e->urgent_next++;
+    return e->urgent_next == job->urgent_count;
+}
+
+/* Note the milestones that the staging of a write has reached. */
+static void note_staged(eng_pipeline *p, uint32_t entry_index)
+{
+    entry *e = &p->entries[entry_index];
     eng_job *job = e->job;
-    advance(e);
-    if (e->next >= job->urgent_count && e->hashed_next == job->block_count && !eng_reached(job, ENG_URGENT))
+    advance(p, entry_index);
+    if (e->hashed_count == job->block_count && !eng_reached(job, ENG_URGENT) && urgent_staged(e))
         reach(p, job, ENG_URGENT);
-    if (!all_begun(e))
+    if (!all_staged(e))
         return;
     if (job->guard != NULL)
         guard_end(job->guard, job); /* before the milestone: the next save may be armed then */
     job->staged_ns = thread_now_ns();
     reach(p, job, ENG_ALL_STAGED);
-}
-
-/* Copy a block's sources into a slot, with the time that it took. */
-static eng_hash gather(eng_pipeline *p, eng_job *job, uint32_t block, uint32_t index)
-{
-    const uint64_t start_ns = thread_now_ns();
-    const eng_hash checksum = host_gather(job, &job->blocks[block], slot_memory(p, index));
-    job->copying_ns += thread_now_ns() - start_ns;
-    return checksum;
 }
 
 /* 0 if what was just staged is what the sources held when the save began, or an errno that says why it may not be. */
@@ -298,11 +348,11 @@ static int release_sources(eng_job *job, uint32_t block, eng_hash checksum)
     return guard_release(job->guard, block, job->previous != NULL && is_same(checksum, job->previous[block]));
 }
 
-static void stage_block(eng_pipeline *p, uint32_t entry_index, uint32_t block)
+/* A block of a write is in its slot. */
+static void finish_copy(eng_pipeline *p, uint32_t index, eng_hash checksum)
 {
+    const uint32_t entry_index = p->slots[index].entry, block = p->slots[index].block;
     entry *e = &p->entries[entry_index];
-    const uint32_t index = take_slot(p, entry_index, block);
-    const eng_hash checksum = gather(p, e->job, block, index);
     const int torn = release_sources(e->job, block, checksum);
     if (torn != 0) {
         free_slot(p, index);
@@ -311,27 +361,118 @@ static void stage_block(eng_pipeline *p, uint32_t entry_index, uint32_t block)
     }
     e->job->checksums[block] = checksum;
     set_state(e->job, block, ENG_STAGED);
-    note_staged(p, e);
+    note_staged(p, entry_index);
     if (e->has_files)
         begin_io(p, index);
     else
         await_files(p, index);
 }
 
-/* Hash the next block of a checked job for the first time; the slot only holds the copy meanwhile. */
+/* A block of a checked job is hashed for the first time; the slot only held the copy meanwhile. */
+static void finish_hash(eng_pipeline *p, uint32_t index, eng_hash checksum)
+{
+    const uint32_t entry_index = p->slots[index].entry;
+    entry *e = &p->entries[entry_index];
+    e->job->checksums[p->slots[index].block] = checksum;
+    e->hashed_count++;
+    free_slot(p, index);
+    note_staged(p, entry_index);
+}
+
+/* A block of a read is verified and copied out, or does not match its hash. */
+static void finish_verification(eng_pipeline *p, uint32_t index, int is_verified)
+{
+    const slot s = p->slots[index];
+    if (is_verified) { /* also of a failed job: the state says that the bytes were copied out */
+        finish_block(p, index);
+        return;
+    }
+    free_slot(p, index);
+    fail(p, s.entry, ENG_CHECKSUM_FAILURE, 0, s.block);
+}
+
+/* Continue with a slot whose block was staged, by this thread or by a helper. */
+static void finish_staging(eng_pipeline *p, const staging *done)
+{
+    const slot *s = &p->slots[done->slot];
+    const entry *e = &p->entries[s->entry];
+    e->job->copying_ns += done->copying_ns;
+    e->job->hashing_ns += done->hashing_ns;
+    if (e->job->direction == ENG_READ)
+        finish_verification(p, done->slot, done->is_verified);
+    else if (e->failed)
+        free_slot(p, done->slot);
+    else if (s->hashes_only)
+        finish_hash(p, done->slot, done->checksum);
+    else
+        finish_copy(p, done->slot, done->checksum);
+}
+
+static staging staging_of(const eng_pipeline *p, uint32_t index)
+{
+    const slot *s = &p->slots[index];
+    return (staging){
+        .slot = index, .block = s->block, .job = p->entries[s->entry].job, .memory = slot_memory(p, index)};
+}
+
+static void stage_here(eng_pipeline *p, uint32_t index)
+{
+    staging work = staging_of(p, index);
+    stage(&work);
+    finish_staging(p, &work);
+}
+
+/* Give the block of a slot to the helpers, if they have room. */
+static int stage_aside(eng_pipeline *p, uint32_t index)
+{
+    const staging work = staging_of(p, index);
+    if (p->stager == NULL || !stager_begin(p->stager, &work))
+        return 0;
+    enter_helped(p, index);
+    return 1;
+}
+
+/* Stage a block of a write, with a helper if one has room. */
+static void stage_block(eng_pipeline *p, uint32_t entry_index, uint32_t block)
+{
+    const uint32_t index = take_slot(p, entry_index, block);
+    if (stage_aside(p, index))
+        advance(p, entry_index);
+    else
+        stage_here(p, index);
+}
+
+/* Hash the next block of a checked job for the first time. */
 static void hash_block(eng_pipeline *p, uint32_t entry_index)
 {
     entry *e = &p->entries[entry_index];
-    const uint32_t block = e->job->order[e->hashed_next++];
-    const uint32_t index = take_slot(p, entry_index, block);
-    e->job->checksums[block] = gather(p, e->job, block, index);
-    free_slot(p, index);
-    note_staged(p, e);
+    const uint32_t index = take_slot(p, entry_index, e->job->order[e->hashed_next++]);
+    p->slots[index].hashes_only = 1;
+    if (!stage_aside(p, index))
+        stage_here(p, index);
+}
+
+/* Continue with the blocks that the helpers have staged.  Returns their number. */
+static uint32_t collect(eng_pipeline *p)
+{
+    staging done[ENG_STAGING_BLOCKS_MAX];
+    const uint32_t count = p->helped.count > 0 ? stager_poll(p->stager, done) : 0;
+    for (uint32_t i = 0; i < count; i++) {
+        const uint32_t entry_index = p->slots[done[i].slot].entry;
+        entry *e = &p->entries[entry_index];
+        leave_helped(p, done[i].slot);
+        finish_staging(p, &done[i]);
+        if (e->failed)
+            give_up_sources(p, e);
+        settle(p, entry_index);
+    }
+    return count;
 }
 
 /* Finish a clean block without copying it, if its file holds it. */
-static int skip_clean(eng_pipeline *p, entry *e, uint32_t block)
+static int skip_clean(eng_pipeline *p, uint32_t entry_index, uint32_t block)
 {
+    const entry *e = &p->entries[entry_index];
     eng_job *job = e->job;
     if (job->guard == NULL || !guard_is_clean(job->guard, block) || !is_held(e, block, job->previous[block]))
         return 0;
@@ -340,7 +481,7 @@ static int skip_clean(eng_pipeline *p, entry *e, uint32_t block)
     job->clean_bytes += job->blocks[block].nbytes;
     guard_skip(job->guard, block);
     set_state(job, block, ENG_WRITTEN);
-    note_staged(p, e);
+    note_staged(p, entry_index);
     return 1;
 }
 
@@ -351,11 +492,13 @@ static int write_next(eng_pipeline *p, uint32_t entry_index)
     const eng_job *job = e->job;
     if (e->hashed_next < job->block_count)
         hash_block(p, entry_index);
+    else if (e->hashed_count < job->block_count)
+        return 0;
     else if (e->next < job->block_count)
         stage_block(p, entry_index, job->order[e->next]);
     else if (!e->has_files || e->clean_next == job->block_count)
         return 0;
-    else if (!skip_clean(p, e, job->order[e->clean_next]))
+    else if (!skip_clean(p, entry_index, job->order[e->clean_next]))
         stage_block(p, entry_index, job->order[e->clean_next]);
     return 1;
 }
@@ -380,6 +523,21 @@ static int begin_next(eng_pipeline *p, uint32_t entry_index)
     return p->entries[entry_index].job->direction == ENG_WRITE ? write_next(p, entry_index) : read_next(p, entry_index);
 }
 
+/* A block to be staged by this thread. */
+typedef struct {
+    eng_pipeline *pipeline;
+    uint32_t entry;
+    uint32_t slot; /* that it has already, or NO_SLOT */
+} claim;
+
+/* Claim a block for this thread, if need be from the helpers: 1, or 0 if one of them is at it. */
+static int claim_block(void *context, uint32_t block)
+{
+    claim *c = context;
+    c->slot = helped_slot(c->pipeline, c->entry, block);
+    return c->slot == NO_SLOT || stager_withdraw(c->pipeline->stager, c->slot);
+}
+
 /* Stage a block that a writer waits for, whichever job it is of: 1, or 0 if there is none. */
 static int serve_writer(eng_pipeline *p)
 {
@@ -387,9 +545,15 @@ static int serve_writer(eng_pipeline *p)
     for (uint32_t at = 0; at < p->queue_count; at++) {
         const uint32_t entry_index = p->queue[at];
         const entry *e = &p->entries[entry_index];
-        if (e->failed || all_begun(e) || e->job->guard == NULL || !guard_wanted(e->job->guard, &block))
+        claim c = {p, entry_index, NO_SLOT};
+        if (e->failed || all_staged(e) || e->job->guard == NULL
+            || !guard_wanted(e->job->guard, claim_block, &c, &block))
             continue;
-        stage_block(p, entry_index, block);
+        if (c.slot == NO_SLOT)
+            c.slot = take_slot(p, entry_index, block);
+        else
+            leave_helped(p, c.slot);
+        stage_here(p, c.slot);
         settle(p, entry_index);
         return 1;
     }
@@ -398,44 +562,43 @@ static int serve_writer(eng_pipeline *p)
 
 uint32_t pipeline_fill(eng_pipeline *p)
 {
-    uint32_t begun = 0;
+    uint32_t progress = collect(p), begun = 0; /* by this thread; what it gives to the helpers costs it nothing */
     for (uint32_t at = 0; at < p->queue_count && begun < BATCH_BLOCKS && p->free_count > 0;) {
-        if (serve_writer(p)) {
-            begun++;
-            continue;
+        const uint32_t helped_before = p->helped.count;
+        if (!serve_writer(p)) {
+            const uint32_t entry_index = p->queue[at];
+            if (begin_next(p, entry_index)) {
+                settle(p, entry_index); /* may remove the job from the queue; `at` then is the next one */
+            } else if (p->unverified.count > 0 && p->slots[p->unverified.slots[0]].entry == entry_index) {
+                break; /* verify its blocks first: younger jobs could begin blocks for ever */
+            } else {
+                at++;
+                continue;
+            }
         }
-        const uint32_t entry_index = p->queue[at];
-        if (begin_next(p, entry_index)) {
+        progress++;
+        if (p->helped.count <= helped_before) {
             begun++;
-            settle(p, entry_index); /* may remove the job from the queue; `at` then is the next one */
-        } else if (p->unverified.count > 0 && p->slots[p->unverified.slots[0]].entry == entry_index) {
-            break; /* verify its blocks first: younger jobs could begin blocks for ever */
-        } else {
-            at++;
+            progress += collect(p); /* helpers need the next blocks, and writers wait for theirs */
         }
     }
-    return begun;
+    return progress;
 }
 
 uint32_t pipeline_verify(eng_pipeline *p)
 {
-    if (p->unverified.count == 0)
-        return 0;
-    const uint32_t index = p->unverified.slots[0], entry_index = p->slots[index].entry, block = p->slots[index].block;
-    eng_job *job = p->entries[entry_index].job;
-    const uint64_t start_ns = thread_now_ns();
-    const eng_hash checksum = eng_hash_bytes(slot_memory(p, index), job->blocks[block].nbytes);
-    const uint64_t hashed_ns = thread_now_ns();
-    job->hashing_ns += hashed_ns - start_ns;
-    if (is_same(checksum, job->checksums[block])) {
-        host_scatter(job, &job->blocks[block], slot_memory(p, index));
-        job->copying_ns += thread_now_ns() - hashed_ns;
-        finish_block(p, index);
-    } else {
-        fail(p, entry_index, ENG_CHECKSUM_FAILURE, 0, block);
+    uint32_t begun = 0;
+    for (int is_here = 0; p->unverified.count > 0 && !is_here; begun++) {
+        const uint32_t index = p->unverified.slots[0], entry_index = p->slots[index].entry;
+        take_out(p->unverified.slots, &p->unverified.count, index);
+        p->slots[index].state = SLOT_STAGING;
+        is_here = !stage_aside(p, index);
+        if (is_here) {
+            stage_here(p, index);
+            settle(p, entry_index);
+        }
     }
-    settle(p, entry_index);
-    return 1;
+    return begun;
 }
 
 static void retry(eng_pipeline *p, uint32_t index, uint32_t kind, int error)
@@ -491,6 +654,10 @@ static void complete(eng_pipeline *p, uint32_t index, int32_t result)
  * to are never used again. */
 static void break_down(eng_pipeline *p, int error)
 {
+    if (p->stager != NULL)
+        stager_drain(p->stager);
+    while (p->helped.count > 0)
+        leave_helped(p, p->helped.slots[0]);
     p->broken = error;
     p->refusal_count = 0;
     p->free_count = 0;
@@ -555,14 +722,15 @@ static int attach_files(eng_pipeline *p, uint32_t entry_index)
 }
 
 /* What a job needs before its first block.  With nothing urgent, ENG_URGENT is reached at once. */
-static void begin_job(eng_pipeline *p, entry *e)
+static void begin_job(eng_pipeline *p, uint32_t entry_index)
 {
+    entry *e = &p->entries[entry_index];
     const eng_job *job = e->job;
-    e->hashed_next = job->checked && job->direction == ENG_WRITE ? 0 : job->block_count;
+    e->hashed_next = e->hashed_count = job->checked && job->direction == ENG_WRITE ? 0 : job->block_count;
     if (job->guard != NULL)
         guard_attach(job->guard, p->forks.descriptors[DESCRIPTOR_WAKE]);
     if (job->direction == ENG_WRITE)
-        note_staged(p, e);
+        note_staged(p, entry_index);
     else
         reach(p, e->job, ENG_URGENT);
 }
@@ -583,7 +751,7 @@ void pipeline_accept(eng_pipeline *p, uint32_t entry_index)
         else if (!job_is_valid(e->job, p->config.slot_bytes))
             fail(p, entry_index, ENG_INVALID_FAILURE, EINVAL, UINT32_MAX);
         else
-            begin_job(p, e);
+            begin_job(p, entry_index);
     }
     if (aborted)
         fail(p, entry_index, ENG_ABORTED_FAILURE, abort_error, UINT32_MAX);

@@ -17,9 +17,10 @@
 #include "moving/posix.h"
 #include "moving/ring.h"
 #include "pipeline/forks.h"
+#include "staging/stager.h"
 
 /* A slot is in SLOT_STAGED if and only if it is in `waiting`, and in SLOT_MOVED if and only if it is in
- * `unverified`. */
+ * `unverified`.  Between two calls of the functions below it is in SLOT_STAGING if and only if it is in `helped`. */
 enum slot_state { SLOT_FREE, SLOT_STAGING, SLOT_STAGED, SLOT_MOVING, SLOT_MOVED };
 
 typedef struct {
@@ -28,6 +29,7 @@ typedef struct {
     uint32_t block;
     uint32_t done_bytes;      /* of this block; a multiple of ENG_ALIGNMENT until the block is complete */
     uint32_t retry_count;
+    int hashes_only;          /* the first hash of a block of a checked job: it is not written */
 } slot;
 
 /* Some of the slots, in order of arrival. */
@@ -49,7 +51,10 @@ typedef struct {
     uint32_t next;            /* index into order of the next block to begin */
     uint32_t clean_next;      /* the same for the clean blocks, which `next` passes over */
     uint32_t hashed_next;     /* the same for the first hash of a checked job */
+    uint32_t hashed_count;    /* blocks that have it */
+    uint32_t urgent_next;     /* index into order of the first urgent block that is not staged */
     uint32_t slot_count;      /* slots this job holds */
+    uint32_t helped_count;    /* of these, in `helped` */
 } entry;
 
 /* A pipeline's life.  It goes forward only; from OPENING it goes straight to CLOSED if the kernel refuses something.
@@ -63,12 +68,14 @@ struct eng_pipeline {
     eng_io_table io;
     ring *ring;               /* at most one of these two is set: the mover behind `io` */
     posix *posix;
+    stager *stager;           /* helper threads; NULL: none */
     uint8_t *memory;
     slot *slots;
     uint32_t *free_slots;
     uint32_t free_count;
     slot_list waiting;        /* staged, and their jobs have no files yet */
     slot_list unverified;     /* read, and to be verified */
+    slot_list helped;         /* with the helper threads, to be staged or verified */
     uint32_t moving_count;    /* operations in flight */
     uint32_t reading_count;   /* of these, the reads */
     uint32_t refusal_count;
@@ -96,10 +103,12 @@ int service_replace_ring(struct eng_pipeline *p);
 /* Abort the jobs that have no files: the pipeline is closing, and they will never get any. */
 void pipeline_cancel_unattached(struct eng_pipeline *p);
 
-/* Begin a few blocks, oldest job first.  Returns their number. */
+/* Continue with the blocks that helper threads are done with, and begin a few more, oldest job first.  Returns their
+ * number. */
 uint32_t pipeline_fill(struct eng_pipeline *p);
 
-/* Verify the oldest unverified block that was read, and copy it out.  Returns 1, or 0 if there is none. */
+/* Verify the oldest unverified block that was read, and copy it out; others on helper threads.  Returns the number of
+ * blocks begun. */
 uint32_t pipeline_verify(struct eng_pipeline *p);
 
 /* Submit started operations and reap completed ones; with `wait`, sleep until one completes. */

@@ -3,7 +3,7 @@
  *
  * One turn of the thread: empty the inbox; begin a few blocks, which stages or reads them, or verify one block if none
  * can begin; submit all started operations in one call, and reap the completed ones.  The thread sleeps only if none of
- * these did anything.
+ * these did anything.  Helper threads stage and verify other blocks meanwhile, and wake it as a completed operation does.
  */
 #include <errno.h>
 #include <poll.h>
@@ -121,6 +121,13 @@ static int open_way(eng_pipeline *p)
     return open_ring(p);
 }
 
+static int open_stager(eng_pipeline *p)
+{
+    if (p->config.staging_threads <= 1)
+        return 0;
+    return stager_open(p->config.staging_threads - 1, wake_fd(p), &p->stager);
+}
+
 /* Map memory that begins on a huge page boundary: a kernel aligns only some mappings itself, or none. */
 static uint8_t *map_aligned(size_t nbytes)
 {
@@ -224,8 +231,8 @@ static void serve(eng_pipeline *p)
             pipeline_reap(p, idle);
         else if (idle && p->queue_count == 0 && closing)
             break;
-        else if (idle && !is_closing(p))
-            sleep_until_woken(p); /* not while closing: the wake of eng_close may have been read already */
+        else if (idle && (p->helped.count > 0 || !is_closing(p)))
+            sleep_until_woken(p); /* not while closing, unless a helper will wake it: that of eng_close may be read */
     }
 }
 
@@ -233,13 +240,17 @@ static void *run(void *argument)
 {
     eng_pipeline *p = argument;
     lower_priority();
-    const int result = open_way(p);
+    int result = open_stager(p);
+    if (result == 0)
+        result = open_way(p);
     if (result == 0) {
         pthread_mutex_lock(&p->mutex);
         enter_state(p, SERVICE_OPEN);
         pthread_mutex_unlock(&p->mutex);
         serve(p);
     }
+    if (p->stager != NULL)
+        stager_close(p->stager);
     unmap_slots(p); /* here, because only this thread knows whether a broken ring has used them */
     close_ring(p);
     if (p->posix != NULL)
@@ -274,14 +285,17 @@ static int allocate_slots(eng_pipeline *p)
     p->free_slots = calloc(p->config.slot_count, sizeof *p->free_slots);
     p->unverified.slots = calloc(p->config.slot_count, sizeof *p->unverified.slots);
     p->waiting.slots = calloc(p->config.slot_count, sizeof *p->waiting.slots);
+    p->helped.slots = calloc(p->config.slot_count, sizeof *p->helped.slots);
     const int listed = p->free_slots != NULL && p->unverified.slots != NULL && p->waiting.slots != NULL;
-    return p->slots != NULL && listed ? 0 : -ENOMEM;
+    return p->slots != NULL && listed && p->helped.slots != NULL ? 0 : -ENOMEM;
 }
 
 int eng_open(eng_config *config, eng_pipeline **pipeline)
 {
     config->refused = ENG_REFUSED_RESOURCES;
     if (config->slot_count == 0 || config->slot_bytes == 0 || config->slot_bytes % ENG_ALIGNMENT != 0)
+        return -EINVAL;
+    if (config->staging_threads == 0 || config->staging_threads > ENG_STAGING_THREADS_MAX)
         return -EINVAL;
     eng_pipeline *p = calloc(1, sizeof *p);
     if (p == NULL)
@@ -372,6 +386,7 @@ void eng_free(eng_pipeline **pipeline)
     free(p->free_slots);
     free(p->unverified.slots);
     free(p->waiting.slots);
+    free(p->helped.slots);
     free(p->slots);
     free(p);
 }

@@ -376,10 +376,10 @@ def test_auto_goes_down_one_rung_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_
 def refuse(monkeypatch: pytest.MonkeyPatch, refused: dict[str, int]) -> None:
     """Have these backends refused as the kernel refuses them."""
 
-    def opened(slot_count: int, slot_bytes: int, name: Backend) -> Pipeline:
+    def opened(slot_count: int, slot_bytes: int, name: Backend, staging_threads: int) -> Pipeline:
         if name in refused:
             raise OpenError(Refused.RING, refused[name])
-        return Pipeline(slot_count, slot_bytes, name)
+        return Pipeline(slot_count, slot_bytes, name, staging_threads)
 
     monkeypatch.setattr(backend, "Pipeline", opened)
 

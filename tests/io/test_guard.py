@@ -89,7 +89,9 @@ WRITERS = [write_all, write_backwards, write_in_c, write_in_the_kernel, write_in
 @pytest.mark.every_backend
 @pytest.mark.parametrize("kind", KINDS_HERE)
 @pytest.mark.parametrize("writer", WRITERS)
-@pytest.mark.parametrize("slot_count", [2, 16])
+@pytest.mark.parametrize(
+    ("slot_count", "staging_threads"), [(2, 1), (16, 1), (3, 2), (16, 4)], indirect=["staging_threads"]
+)
 def test_a_save_has_the_bytes_of_the_call_or_is_torn(
     open_pipeline: Callable[..., Pipeline],
     open_guarded: Callable[..., Guarded],
@@ -108,6 +110,7 @@ def test_a_save_has_the_bytes_of_the_call_or_is_torn(
         assert_exact_or_torn(kind, finish(pipeline, job).failure, fd, before)
 
 
+@pytest.mark.every_staging
 @needs_cow
 @pytest.mark.every_backend
 def test_a_writer_waits_for_no_file(
@@ -128,9 +131,12 @@ def test_a_writer_waits_for_no_file(
     assert content(fd, nbytes) == before
 
 
+@pytest.mark.every_staging
 @pytest.mark.parametrize("kind", KINDS_HERE)
-def test_what_nobody_wrote_is_neither_copied_nor_written(stage: Stage, fd: int, kind: Kind) -> None:
-    pipeline, plan = Pipeline(4, BLOCK_BYTES), whole(NBYTES, BLOCK_BYTES)
+def test_what_nobody_wrote_is_neither_copied_nor_written(
+    open_pipeline: Callable[..., Pipeline], fd: int, kind: Kind
+) -> None:
+    pipeline, plan = open_pipeline(4, BLOCK_BYTES), whole(NBYTES, BLOCK_BYTES)
     memory = Guarded(kind, NBYTES)
     memory.fill(0)
     known = None
@@ -147,21 +153,23 @@ def test_what_nobody_wrote_is_neither_copied_nor_written(stage: Stage, fd: int, 
     assert counters[0] == (0, 0)
     assert counters[1] == (0, others)  # copied and hashed, found to be there
     assert counters[2:] == [(NBYTES - UNIT_BYTES, others)] * 3
+    pipeline.close()
     memory.guard.close()
-    pipeline.close()
 
 
+@pytest.mark.every_staging
 @needs_cow
-def test_a_clean_block_that_the_file_lacks_is_written(stage: Stage, open_guarded: Callable[..., Guarded]) -> None:
-    pipeline, memory, plan = Pipeline(4, BLOCK_BYTES), open_guarded("cow"), whole(NBYTES, BLOCK_BYTES)
+def test_a_clean_block_that_the_file_lacks_is_written(
+    open_pipeline: Callable[..., Pipeline], open_guarded: Callable[..., Guarded], fd: int
+) -> None:
+    pipeline, memory, plan = open_pipeline(4, BLOCK_BYTES), open_guarded("cow"), whole(NBYTES, BLOCK_BYTES)
     for _ in range(4):
-        os.ftruncate(stage.fd, 0)
+        os.ftruncate(fd, 0)
         job = memory.begin(pipeline, plan)
-        pipeline.attach(job, [stage.fd])
+        pipeline.attach(job, [fd])
         assert finish(pipeline, job).failure is None
-        assert content(stage.fd, NBYTES) == memory.bytes_now()
+        assert content(fd, NBYTES) == memory.bytes_now()
         assert job.counters["clean_bytes"] == 0
-    pipeline.close()
 
 
 @pytest.mark.parametrize("kind", KINDS_HERE)
@@ -181,6 +189,7 @@ def test_a_block_of_another_plan_is_never_clean(
         assert content(fd, NBYTES) == expected
 
 
+@pytest.mark.every_staging
 @pytest.mark.parametrize("kind", KINDS_HERE)
 def test_a_failed_save_leaves_nothing_clean_that_it_did_not_stage(
     open_pipeline: Callable[..., Pipeline], open_guarded: Callable[..., Guarded], fd: int, kind: Kind
@@ -201,13 +210,14 @@ def test_a_failed_save_leaves_nothing_clean_that_it_did_not_stage(
     assert content(fd, NBYTES) == memory.bytes_now()
 
 
+@pytest.mark.every_staging
 @pytest.mark.parametrize("kind", KINDS_HERE)
 @pytest.mark.parametrize("end", ["abort", "abort before submit", "disarm", "close"])
 def test_the_end_of_a_job_lets_writers_go_on(
-    open_guarded: Callable[..., Guarded], fd: int, kind: Kind, end: str
+    open_pipeline: Callable[..., Pipeline], open_guarded: Callable[..., Guarded], fd: int, kind: Kind, end: str
 ) -> None:
     """The job never gets a file, and its two slots are taken."""
-    pipeline, memory, plan = Pipeline(2, BLOCK_BYTES), open_guarded(kind), whole(NBYTES, BLOCK_BYTES)
+    pipeline, memory, plan = open_pipeline(2, BLOCK_BYTES), open_guarded(kind), whole(NBYTES, BLOCK_BYTES)
     job = memory.make_job(plan)
     memory.guard.arm(job, plan)
     if end in ("abort", "close"):
@@ -266,6 +276,7 @@ def test_a_closed_guard_protects_nothing(open_guarded: Callable[..., Guarded], k
     again.close()
 
 
+@pytest.mark.every_staging
 @pytest.mark.parametrize("kind", KINDS_HERE)
 def test_a_forked_child_writes_its_own_copy(
     open_pipeline: Callable[..., Pipeline], open_guarded: Callable[..., Guarded], fd: int, kind: Kind
@@ -382,7 +393,9 @@ WRITES = st.lists(st.tuples(st.integers(0, NBYTES - 1), st.integers(1, 3 * MIB),
 def test_any_saves_with_any_writes_between_and_beside_them(tmp_path: Path, kind: Kind, data: st.DataObject) -> None:
     """Files that hold the save before the last one are given again, as a recycled checkpoint is."""
     plan = data.draw(plans(NBYTES))
-    memory, pipeline = Guarded(kind, NBYTES), Pipeline(data.draw(st.sampled_from([3, 24])), BLOCK_BYTES)
+    slot_count, staging_threads = data.draw(st.sampled_from([3, 24])), data.draw(st.integers(1, 4))
+    memory = Guarded(kind, NBYTES)
+    pipeline = Pipeline(slot_count, BLOCK_BYTES, staging_threads=staging_threads)
     memory.fill(0)
     generations = [[os.open(tmp_path / f"{g}-{i}", os.O_RDWR | os.O_CREAT) for i in range(2)] for g in range(2)]
     known: list[list[bytes | None] | None] = [None, None]
@@ -415,6 +428,7 @@ def test_any_saves_with_any_writes_between_and_beside_them(tmp_path: Path, kind:
         os.close(descriptor)
 
 
+@pytest.mark.every_staging
 @pytest.mark.parametrize("kind", KINDS_HERE)
 def test_strided_sources_are_guarded_whole(
     open_pipeline: Callable[..., Pipeline], open_guarded: Callable[..., Guarded], fd: int, kind: Kind

@@ -58,6 +58,7 @@ from engine.store.filesystem import Filesystem
 SIZES = [1, 4095, 4096, 4097, 2 * SLOT_BYTES, 5 * SLOT_BYTES + 17, 40 * SLOT_BYTES + 1]
 
 
+@pytest.mark.every_staging
 @pytest.mark.parametrize("slot_count", [1, 2, 5])
 @pytest.mark.parametrize("nbytes", SIZES)
 def test_bytes_round_trip(open_pipeline: Callable[..., Pipeline], fd: int, nbytes: int, slot_count: int) -> None:
@@ -227,6 +228,7 @@ def count_bytes(tensor: torch.Tensor) -> int:
     return sum(byte != 0 for byte in bytes_of(tensor))
 
 
+@pytest.mark.every_staging
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_strided_tensors(open_pipeline: Callable[..., Pipeline], fd: int, dtype: torch.dtype) -> None:
     """Rows and extents beyond the pieces that staging copies at a time (128 KiB), cut anywhere."""
@@ -340,6 +342,7 @@ def test_swapped_blocks_do_not_verify(stage: Stage) -> None:
     assert failure is not None and failure.kind == FailureKind.CHECKSUM
 
 
+@pytest.mark.every_staging
 @pytest.mark.every_backend
 @pytest.mark.parametrize("flipped", [0, 5 * ALIGNMENT, 2 * SLOT_BYTES + 99])
 def test_a_corrupt_block_reaches_no_tensor(open_pipeline: Callable[..., Pipeline], fd: int, flipped: int) -> None:
@@ -377,6 +380,7 @@ def test_an_unchanged_source_is_not_torn(stage: Stage) -> None:
     assert job.checksums() == checksums_of(plan, [bytes_of(tensor)])
 
 
+@pytest.mark.every_staging
 @pytest.mark.every_backend
 @pytest.mark.parametrize("block", range(4))
 def test_a_checked_job_has_the_bytes_of_its_first_hash_or_is_torn(
@@ -428,6 +432,7 @@ def test_a_job_aborted_before_it_is_submitted_is_not_begun(stage: Stage) -> None
     assert job.failure == Failure(FailureKind.ABORTED, errno.EINTR, None)
 
 
+@pytest.mark.every_staging
 @pytest.mark.every_backend
 def test_a_job_aborted_while_it_waits_to_be_queued_is_not_begun(
     open_pipeline: Callable[..., Pipeline], fd: int
@@ -450,6 +455,7 @@ def test_a_job_aborted_while_it_waits_to_be_queued_is_not_begun(
     assert set(jobs[-1].states()) == {BlockState.PENDING}
 
 
+@pytest.mark.every_staging
 @pytest.mark.every_backend
 @pytest.mark.parametrize("direction", Direction)
 def test_abort_drains_operations_in_flight(
@@ -485,6 +491,7 @@ def test_abort_after_the_end_changes_nothing(stage: Stage) -> None:
     assert job.failure is None
 
 
+@pytest.mark.every_staging
 def test_the_first_failure_is_reported(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:
     gate = threading.Event()
     table = FaultTable({1: not_started(errno.EIO)}, gate=gate)
@@ -533,6 +540,7 @@ def test_states_and_milestones_come_in_order(open_pipeline: Callable[..., Pipeli
     assert counters["hashing_ns"] == 0, "blocks are hashed while they are copied"
 
 
+@pytest.mark.every_staging
 def test_a_restore_is_verified_before_a_younger_save_is_staged(
     open_pipeline: Callable[..., Pipeline], buffered_fd: int
 ) -> None:
@@ -554,6 +562,7 @@ def test_a_restore_is_verified_before_a_younger_save_is_staged(
     assert restore.counters["done_ns"] < save.counters["staged_ns"]
 
 
+@pytest.mark.every_staging
 def test_all_is_staged_before_all_is_written(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:
     gate = threading.Event()
     pipeline = open_pipeline(2, SLOT_BYTES, FaultTable(gate=gate))
@@ -601,6 +610,7 @@ def test_a_job_without_files_does_not_block_others(open_pipeline: Callable[..., 
         assert [operation.file_offset // SLOT_BYTES for operation in table.operations] == [0, 1]
 
 
+@pytest.mark.every_staging
 def test_without_urgent_blocks_the_urgent_milestone_is_reached_at_once(open_pipeline: Callable[..., Pipeline]) -> None:
     pipeline = open_pipeline(1)
     job = make_job(WRITE, whole(2 * SLOT_BYTES, SLOT_BYTES), [plain(noise(2 * SLOT_BYTES))])

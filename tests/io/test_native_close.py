@@ -117,11 +117,12 @@ def test_after_close_every_method_raises_closed_error(gated: Gated) -> None:
     assert finish(gated.pipeline, gated.job).failure is None
 
 
+@pytest.mark.every_staging
 @pytest.mark.every_backend
-def test_a_job_submitted_beside_close_ends_or_is_refused(rung: Backend) -> None:
+def test_a_job_submitted_beside_close_ends_or_is_refused(rung: Backend, staging_threads: int) -> None:
     plan, tensor = whole(1, 4096), noise(1)
     for _ in range(50):
-        pipeline = Pipeline(2, 4096, rung)
+        pipeline = Pipeline(2, 4096, rung, staging_threads)
         taken: list[Job] = []
 
         def submit_until_closed(pipeline: Pipeline = pipeline, taken: list[Job] = taken) -> None:
@@ -150,7 +151,7 @@ from engine.io.job import BlockState
 from engine.store.filesystem import Filesystem
 
 NBYTES = 256 << 20
-path, backend, how = sys.argv[1:]
+path, backend, how, staging_threads = sys.argv[1:]
 file = Filesystem().open_for_blocks(path, write=True, direct=True)
 fd = file.number
 os.ftruncate(fd, NBYTES)
@@ -158,7 +159,7 @@ before = descriptors()
 
 def begin():
     tensor, plan = torch.zeros(NBYTES, dtype=torch.uint8), whole(NBYTES, 1 << 20)
-    pipeline = Pipeline(4, 1 << 20, backend)
+    pipeline = Pipeline(4, 1 << 20, backend, int(staging_threads))
     job = make_job(READ, plan, [plain(tensor)], checksums=checksums_of(plan, [bytes(NBYTES)]))
     pipeline.submit(job)
     pipeline.attach(job, [fd])
@@ -177,9 +178,15 @@ sys.exit(3)
 
 
 @pytest.mark.parametrize("how", ["exit", "collected"])
-@pytest.mark.parametrize("backend", ["io_uring", "io_uring_plain", "threads"])
-def test_an_unclosed_pipeline_is_stopped_before_its_memory_is_freed(tmp_path: Path, backend: str, how: str) -> None:
-    finished = in_a_process_of_its_own(UNCLOSED, str(tmp_path / "blocks"), backend, how)
+@pytest.mark.parametrize(
+    ("backend", "staging_threads"),
+    [("io_uring", 1), ("io_uring_plain", 1), ("threads", 1), ("io_uring", 3)],
+    indirect=["staging_threads"],
+)
+def test_an_unclosed_pipeline_is_stopped_before_its_memory_is_freed(
+    tmp_path: Path, backend: str, how: str, staging_threads: int
+) -> None:
+    finished = in_a_process_of_its_own(UNCLOSED, str(tmp_path / "blocks"), backend, how, str(staging_threads))
     assert (finished.returncode, finished.stderr) == (3, "")
 
 

@@ -95,6 +95,7 @@ operations = pytest.mark.parametrize("operation", [0, 1, 5])
 slot_counts = pytest.mark.parametrize("slot_count", [1, 3])
 
 
+@pytest.mark.every_staging
 @directions
 @operations
 @slot_counts
@@ -134,6 +135,7 @@ def test_a_transient_error_is_retried(
     assert_usable(pipeline, buffered_fd)
 
 
+@pytest.mark.every_staging
 @directions
 @pytest.mark.parametrize("error", [errno.EINTR, errno.EAGAIN, errno.ENOMEM])
 def test_retries_of_a_lasting_error_are_bounded(
@@ -226,6 +228,7 @@ def test_more_bytes_than_requested_is_a_failure(
     assert_usable(pipeline, buffered_fd)
 
 
+@pytest.mark.every_staging
 @directions
 def test_completions_come_in_any_order(
     open_pipeline: Callable[..., Pipeline], buffered_fd: int, direction: Direction
@@ -238,6 +241,7 @@ def test_completions_come_in_any_order(
     assert_usable(pipeline, buffered_fd)
 
 
+@pytest.mark.every_staging
 @directions
 def test_a_file_refused_by_the_ring_fails_the_job(
     open_pipeline: Callable[..., Pipeline], buffered_fd: int, direction: Direction
@@ -251,6 +255,7 @@ def test_a_file_refused_by_the_ring_fails_the_job(
     assert_usable(pipeline, buffered_fd)
 
 
+@pytest.mark.every_staging
 @directions
 @pytest.mark.parametrize("error", [errno.EINTR, errno.EAGAIN, errno.EBUSY, errno.ENOMEM])
 def test_a_transient_submission_error_is_retried(
@@ -262,6 +267,7 @@ def test_a_transient_submission_error_is_retried(
     assert_usable(pipeline, buffered_fd)
 
 
+@pytest.mark.every_staging
 @directions
 @pytest.mark.parametrize(("error", "count"), [(errno.EBADF, 1), (errno.EOPNOTSUPP, 1), (errno.EBUSY, REFUSALS_MAX + 1)])
 def test_a_lost_ring_fails_every_job(
@@ -338,6 +344,7 @@ FAULTS = st.one_of(
 @given(
     direction=st.sampled_from(Direction),
     slot_count=st.integers(1, 4),
+    staging_threads=st.integers(1, 4),
     script=st.dictionaries(st.integers(0, 14), FAULTS, max_size=8),
     refusals=st.lists(st.sampled_from([errno.EINTR, errno.EAGAIN]), max_size=3),
     backwards=st.booleans(),
@@ -346,12 +353,13 @@ def test_success_means_the_right_bytes(
     buffered_fd: int,
     direction: Direction,
     slot_count: int,
+    staging_threads: int,
     script: dict[int, Fault],
     refusals: list[int],
     backwards: bool,
 ) -> None:
     table = FaultTable(script, refusals, backwards)
-    pipeline = Pipeline(slot_count, SLOT_BYTES, io_table=table.c_table)
+    pipeline = Pipeline(slot_count, SLOT_BYTES, staging_threads=staging_threads, io_table=table.c_table)
     try:
         done = faulty(pipeline, table, buffered_fd, direction)
         check_blocks(done, buffered_fd)
@@ -364,11 +372,14 @@ def test_success_means_the_right_bytes(
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     slot_count=st.integers(1, 4),
+    staging_threads=st.integers(1, 4),
     script=st.dictionaries(st.integers(0, 8), st.just(corrupting()) | FAULTS, min_size=1, max_size=4),
 )
-def test_no_corrupt_byte_is_read(buffered_fd: int, slot_count: int, script: dict[int, Fault]) -> None:
+def test_no_corrupt_byte_is_read(
+    buffered_fd: int, slot_count: int, staging_threads: int, script: dict[int, Fault]
+) -> None:
     table = FaultTable(script)
-    pipeline = Pipeline(slot_count, SLOT_BYTES, io_table=table.c_table)
+    pipeline = Pipeline(slot_count, SLOT_BYTES, staging_threads=staging_threads, io_table=table.c_table)
     try:
         check_blocks(faulty(pipeline, table, buffered_fd, READ), buffered_fd)
         table.heal()

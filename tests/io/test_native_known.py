@@ -69,6 +69,7 @@ def write(
     return job, {operation.file_offset // SLOT_BYTES for operation in table.operations[before:]}
 
 
+@pytest.mark.every_staging
 @pytest.mark.parametrize("staged_first", [False, True])
 @pytest.mark.parametrize("changed", [set(), {0}, {3}, {BLOCKS - 1}, {0, 2, 5}, set(range(BLOCKS))])
 def test_only_blocks_that_differ_from_the_known_ones_are_written(
@@ -88,8 +89,12 @@ def test_only_blocks_that_differ_from_the_known_ones_are_written(
     assert job.counters["skipped_bytes"] == align_up(NBYTES, ALIGNMENT) - written_bytes
 
 
-@given(st.lists(st.sampled_from(["right", "wrong", "unknown"]), min_size=BLOCKS, max_size=BLOCKS), st.booleans())
-def test_any_mixture_of_known_blocks(drawn: list[str], staged_first: bool) -> None:
+@given(
+    st.lists(st.sampled_from(["right", "wrong", "unknown"]), min_size=BLOCKS, max_size=BLOCKS),
+    st.booleans(),
+    st.integers(1, 3),
+)
+def test_any_mixture_of_known_blocks(drawn: list[str], staged_first: bool, staging_threads: int) -> None:
     table, tensor = FaultTable(), noise(NBYTES)
     right = checksums_of(PLAN, [bytes_of(tensor)])
     choices: dict[str, Callable[[bytes], bytes | None]] = {
@@ -98,7 +103,8 @@ def test_any_mixture_of_known_blocks(drawn: list[str], staged_first: bool) -> No
         "unknown": lambda _: None,
     }
     known = [choices[kind](hash_) for kind, hash_ in zip(drawn, right, strict=True)]
-    with tempfile.TemporaryFile() as file, closing(Pipeline(BLOCKS, SLOT_BYTES, io_table=table.c_table)) as pipeline:
+    opened = Pipeline(BLOCKS, SLOT_BYTES, staging_threads=staging_threads, io_table=table.c_table)
+    with tempfile.TemporaryFile() as file, closing(opened) as pipeline:
         job, written = write(pipeline, table, file.fileno(), tensor, known, staged_first)
     assert job.failure is None
     assert written == {index for index, kind in enumerate(drawn) if kind != "right"}
@@ -128,6 +134,7 @@ def test_a_failure_beside_skipped_blocks_fails_the_job(
     assert job.failure == Failure(FailureKind.IO, 5, 4)
 
 
+@pytest.mark.every_staging
 def test_a_torn_source_is_reported_even_if_its_blocks_are_known(
     open_pipeline: Callable[..., Pipeline], buffered_fd: int
 ) -> None:

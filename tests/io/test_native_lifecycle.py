@@ -44,17 +44,18 @@ from engine.options import Backend
 from engine.store.filesystem import Filesystem
 
 
-def test_one_ring_and_one_thread_and_nothing_is_left(tmp_path: Path) -> None:
+@pytest.mark.every_staging
+def test_one_ring_and_its_threads_and_nothing_is_left(tmp_path: Path, staging_threads: int) -> None:
     rings_before, threads_before, descriptors_before = rings(), len(native_threads()), descriptors()
     descriptor = Filesystem().open_for_blocks(str(tmp_path / "blocks"), write=True, direct=True)
-    pipeline = Pipeline(4, SLOT_BYTES)
+    pipeline = Pipeline(4, SLOT_BYTES, staging_threads=staging_threads)
     tensor, plan = noise(9 * SLOT_BYTES), whole(9 * SLOT_BYTES, SLOT_BYTES)
     for _ in range(2):
         jobs = [make_job(WRITE, plan, [plain(tensor)]) for _ in range(5)]
         for job in jobs:
             pipeline.submit(job)
         assert rings() == rings_before + 1
-        until(lambda: len(native_threads()) == threads_before + 1)
+        until(lambda: len(native_threads()) == threads_before + staging_threads)
         for job in jobs:
             pipeline.attach(job, [descriptor.number])
             finish(pipeline, job)
@@ -99,6 +100,7 @@ def test_slots_begin_where_a_huge_page_may(rung: Backend, slot_count: int) -> No
     assert slots() == before
 
 
+@pytest.mark.every_staging
 @pytest.mark.every_backend
 def test_memory_does_not_grow_with_saves(open_pipeline: Callable[..., Pipeline], fd: int) -> None:
     slot_bytes = 64 << 10
@@ -127,6 +129,7 @@ def test_native_threads_do_not_preempt_their_waker(open_pipeline: Callable[..., 
     assert {os.sched_getscheduler(int(task.name)) for task in native_threads()} == {os.SCHED_BATCH}
 
 
+@pytest.mark.every_staging
 @pytest.mark.every_backend
 def test_an_idle_thread_sleeps(open_pipeline: Callable[..., Pipeline], fd: int) -> None:
     pipeline = open_pipeline(2)
@@ -149,9 +152,10 @@ def test_an_idle_thread_sleeps(open_pipeline: Callable[..., Pipeline], fd: int) 
     until(all_sleep)
 
 
+@pytest.mark.every_staging
 @pytest.mark.every_backend
-def test_close_drains(fd: int, rung: Backend) -> None:
-    pipeline = Pipeline(2, SLOT_BYTES, rung)
+def test_close_drains(fd: int, rung: Backend, staging_threads: int) -> None:
+    pipeline = Pipeline(2, SLOT_BYTES, rung, staging_threads)
     tensor, plan = noise(50 * SLOT_BYTES), whole(50 * SLOT_BYTES, SLOT_BYTES)
     job = make_job(WRITE, plan, [plain(tensor)], checked=True)
     pipeline.submit(job)
@@ -162,10 +166,11 @@ def test_close_drains(fd: int, rung: Backend) -> None:
     assert content(fd, len(tensor)) == bytes_of(tensor)
 
 
+@pytest.mark.every_staging
 @pytest.mark.every_backend
 @pytest.mark.parametrize("direction", Direction)
-def test_close_aborts_jobs_without_files(direction: Direction, rung: Backend) -> None:
-    pipeline = Pipeline(2, SLOT_BYTES, rung)
+def test_close_aborts_jobs_without_files(direction: Direction, rung: Backend, staging_threads: int) -> None:
+    pipeline = Pipeline(2, SLOT_BYTES, rung, staging_threads)
     jobs = [make_job(direction, whole(9 * SLOT_BYTES, SLOT_BYTES), [plain(noise(9 * SLOT_BYTES))]) for _ in range(3)]
     for job in jobs:
         pipeline.submit(job)
@@ -260,7 +265,7 @@ def child():
     own.close()
 
 before = kept_from_forks()
-pipeline = Pipeline(2, 4096)
+pipeline = Pipeline(2, 4096, staging_threads=int(sys.argv[2]))
 pipelines_memory = set(kept_from_forks()) - set(before)
 assert pipelines_memory, "the slots would be copied"
 file = Filesystem().open_for_blocks(sys.argv[1], write=True, direct=True)
@@ -275,8 +280,9 @@ pipeline.close()
 """
 
 
-def test_a_fork_has_no_pipeline_and_harms_neither_process(tmp_path: Path) -> None:
-    finished = in_a_process_of_its_own(FORK, str(tmp_path / "blocks"))
+@pytest.mark.every_staging
+def test_a_fork_has_no_pipeline_and_harms_neither_process(tmp_path: Path, staging_threads: int) -> None:
+    finished = in_a_process_of_its_own(FORK, str(tmp_path / "blocks"), str(staging_threads))
     assert (finished.returncode, finished.stderr) == (0, "")
 
 

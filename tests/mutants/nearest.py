@@ -35,6 +35,7 @@ NEAREST: dict[str, tuple[str, ...]] = {
     "engine/": ("tests/session/test_arguments.py", "tests/session/test_run.py", "tests/session/test_engine.py"),
     "native/guarding/": ("tests/io/test_guard.py",),
     "native/moving/": ("tests/io/test_native_faults.py", "tests/io/test_backend.py"),
+    "native/staging/stager": ("tests/io/test_native_staging.py",),
     "native/": ("tests/io/test_native_jobs.py", "tests/io/test_native.py", "tests/io/test_native_faults.py"),
 }
 

@@ -23,6 +23,8 @@ from dtypes import TORCH_DTYPES
 from hooked import HookedFilesystem
 from hypothesis import given
 from hypothesis import strategies as st
+from jobs import until
+from processes import native_threads
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -711,6 +713,8 @@ def test_bad_arguments_of_checkpoint(opened: engine.Engine, call: dict[str, Any]
         ({"block_bytes": 5000}, "multiple of 4096"),
         ({"block_bytes": 0}, "block_bytes is 0"),
         ({"staging_bytes": 4096}, "staging_bytes is 4096"),
+        ({"staging_threads": 0}, "staging_threads is 0"),
+        ({"staging_threads": 17}, "staging_threads is 17; it must be at least 1 and at most 16"),
         ({"backend": "magic"}, "backend is 'magic'"),
         ({"keep": "2"}, "keep is '2'"),
     ],
@@ -719,6 +723,20 @@ def test_bad_arguments_of_engine(tmp_path: Path, call: dict[str, Any], message: 
     with pytest.raises(engine.ArgumentError, match=message):
         engine.Engine(tmp_path / "new", **call)
     assert not (tmp_path / "new").exists(), "a refused Engine touched the disk"
+
+
+def test_engines_and_runs_have_the_staging_threads_of_their_options(tmp_path: Path) -> None:
+    arena = engine.Arena.wrap({"a": torch.arange(100_000)})
+    before = len(native_threads())
+    sizes: dict[str, Any] = {"staging_bytes": 64 << 10, "block_bytes": 16 << 10}
+    with engine.Engine(tmp_path, staging_threads=3, **sizes) as eng:
+        until(lambda: len(native_threads()) == before + 3)
+        eng.checkpoint(arena, step=1).result()
+        engine.probe(tmp_path, staging_threads=2, **sizes)
+        with engine.open(tmp_path, staging_threads=2, **sizes) as run:
+            assert torch.equal(run.load(1)["a"], torch.arange(100_000))
+            until(lambda: len(native_threads()) == before + 3 + 2)
+    until(lambda: len(native_threads()) == before)
 
 
 def test_nothing_to_restore(opened: engine.Engine) -> None:

@@ -31,10 +31,11 @@ GUARDS: tuple[GuardName, ...] = (*KINDS_HERE, "fence")
 Writer = Callable[[nn.Module, torch.optim.Optimizer], object]
 
 
-@pytest.fixture(params=GUARDS)
+@pytest.fixture(params=[*((guard, 1) for guard in GUARDS), *((guard, 2) for guard in KINDS_HERE[:1])], ids=str)
 def eng(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[engine.Engine]:
-    with engine.Engine(tmp_path, guard=request.param, **SLOW) as opened:
-        assert opened.guard == request.param
+    guard, staging_threads = request.param
+    with engine.Engine(tmp_path, guard=guard, staging_threads=staging_threads, **SLOW) as opened:
+        assert opened.guard == guard
         yield opened
 
 

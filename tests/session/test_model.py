@@ -2,7 +2,7 @@
 
 The model is the user's view: a mapping from committed step to its tensors.  After every rule the directory must show
 exactly the steps of the model.  Every step that was not damaged on purpose must load to exactly its tensors, here and
-in the stock library.  Each open draws a backend.
+in the stock library.  Each open draws a backend and a number of staging threads.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from engine.io.backend import LADDER
 from engine.options import Backend
 
 BACKENDS = st.sampled_from(LADDER)
+STAGING_THREADS = st.integers(1, 3)
 
 # One tensor shorter than a block, one of several blocks that ends unaligned, one empty, one of another role.
 SHAPES = {"a.w": (10,), "b.w": (9_001,), "c.w": (0, 4)}
@@ -33,8 +34,8 @@ SHAPES = {"a.w": (10,), "b.w": (9_001,), "c.w": (0, 4)}
 class Believed(RuleBasedStateMachine):
     """The machine; `committed` is the model."""
 
-    @initialize(keep=st.integers(1, 3), max_async=st.integers(1, 3), backend=BACKENDS)
-    def open_first(self, keep: int, max_async: int, backend: Backend) -> None:
+    @initialize(keep=st.integers(1, 3), max_async=st.integers(1, 3), backend=BACKENDS, threads=STAGING_THREADS)
+    def open_first(self, keep: int, max_async: int, backend: Backend, threads: int) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="engine-model-"))
         self.keep, self.max_async = keep, max_async
         self.committed: dict[int, dict[str, Tensor]] = {}
@@ -43,9 +44,9 @@ class Believed(RuleBasedStateMachine):
         self.next_value = 0.0
         self.tensors = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
         self.arena = engine.Arena.wrap(self.tensors)
-        self.open(backend)
+        self.open(backend, threads)
 
-    def open(self, backend: Backend) -> None:
+    def open(self, backend: Backend, threads: int) -> None:
         self.filesystem = FailingFilesystem()
         self.engine = engine.Engine(
             self.directory,
@@ -54,6 +55,7 @@ class Believed(RuleBasedStateMachine):
             staging_bytes=64 << 10,
             block_bytes=8 << 10,
             backend=backend,
+            staging_threads=threads,
             filesystem=self.filesystem,
         )
 
@@ -179,21 +181,21 @@ class Believed(RuleBasedStateMachine):
         file.write_bytes(content)
         self.damaged.add(step)
 
-    @rule(backend=BACKENDS)
-    def reopen(self, backend: Backend) -> None:
+    @rule(backend=BACKENDS, threads=STAGING_THREADS)
+    def reopen(self, backend: Backend, threads: int) -> None:
         self.engine.close()
         self.passed_over.clear()
-        self.open(backend)
+        self.open(backend, threads)
 
-    @rule(backend=BACKENDS)
-    def reopen_with_leftovers(self, backend: Backend) -> None:
+    @rule(backend=BACKENDS, threads=STAGING_THREADS)
+    def reopen_with_leftovers(self, backend: Backend, threads: int) -> None:
         """As after a kill: a save that was under way has left its directory."""
         self.engine.close()
         self.passed_over.clear()
         partial = self.directory / f"step-{self.next_step():08d}.partial"
         partial.mkdir()
         (partial / "model.safetensors").write_bytes(b"x" * 5000)
-        self.open(backend)
+        self.open(backend, threads)
 
     def assert_holds(self, want: dict[str, Tensor]) -> None:
         assert all(same(self.tensors[name], want[name]) for name in want)

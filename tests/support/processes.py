@@ -44,14 +44,14 @@ def stays_open_in_exec(descriptor: int) -> bool:
 
 
 def native_threads() -> list[Path]:
-    """The pipelines' threads, as directories of proc(5).
+    """The pipelines' threads and their helpers, as directories of proc(5).
 
     The kernel's workers for a ring are threads of this process too, and briefly have the name of their maker.
     """
     found = []
     for task in Path("/proc/self/task").iterdir():
         with suppress(FileNotFoundError, ProcessLookupError):
-            if (task / "comm").read_text().strip() == "engine-io":
+            if (task / "comm").read_text().strip().startswith(("engine-io", "engine-stage-")):
                 found.append(task)
     return found
 

@@ -159,6 +159,7 @@ class Life:
             backend=self._backend,
             staging_bytes=staging_bytes,
             block_bytes=block_bytes,
+            staging_threads=self._chance.choice([1, 1, 2, 4]),
             chunk_bytes=self._chance.choice([block_bytes, 4 << 20]),
             rewrite_all=self._chance.random() < 0.1,
             retention=engine.Retention(last=2),
