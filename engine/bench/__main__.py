@@ -27,7 +27,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import engine
-from engine.bench import charts, footprint, goals, host, limits, report, slowdown, unchanged
+from engine.bench import charts, footprint, goals, host, limits, report, slowdown, threads, unchanged
 from engine.bench.limits import Lent
 from engine.bench.loaders import LOADERS, LOADING_PEERS, OursLoader
 from engine.bench.measure import Rounds, Turn, few, timed_load, timed_save
@@ -383,6 +383,12 @@ def _unchanged(rounds: Rounds, scales: Scales) -> None:
         unchanged.measure(rounds, scales.main_bytes, scales.rounds, seconds, lambda: _clear(rounds))
 
 
+def _threads(rounds: Rounds, scales: Scales) -> None:
+    """Several staging threads, where no device is the limit."""
+    if rounds.wanted(Ours.name):
+        threads.measure(rounds, scales.main_bytes, 2 * scales.rounds, scales.seconds / 3)
+
+
 SECTIONS: dict[str, Callable[[Rounds, Scales], None]] = {
     "limit": _limit,
     "main": _main,
@@ -393,6 +399,7 @@ SECTIONS: dict[str, Callable[[Rounds, Scales], None]] = {
     "tensors": _tensors,
     "flight": _flight,
     "unchanged": _unchanged,
+    "threads": _threads,
 }
 
 

@@ -40,6 +40,8 @@ ALL_FROZEN, ADAPTERS, EMBEDDING, EXPERTS, CHANGED = (
     *("all frozen", "adapters", "embedding, 1 % of its rows", "experts, one in eight", "everything changed"),
 )
 STEADY = (ALL_FROZEN, ADAPTERS)
+# The settings of `threads`, followed by the number of threads.
+NULL, COPY, TMPFS_SAVE, TMPFS_RESTORE = "saved to /dev/null", "copied", "saved in tmpfs", "restored from tmpfs"
 PARTLY = (*STEADY, EMBEDDING, EXPERTS)
 
 Number = TypeVar("Number", int, float)
@@ -86,6 +88,7 @@ def outcomes(record: Record, peers: Iterable[str], loading_peers: Iterable[str])
         *_part(record),
         *_many_tensors(record),
         *_unchanged(record),
+        *_threads(record),
     ]
 
 
@@ -380,6 +383,29 @@ def _unchanged(record: Record) -> list[Outcome]:
                 _at_most(f"{told}: CPU, beside rewriting", 0.05, lambda each=each, way=way: cpu(each, way)),  # type: ignore[misc]
             ]
     return [*rows, _at_most(f"{CHANGED}: durable, beside rewriting", 1.05, slower)]
+
+
+def _threads(record: Record) -> list[Outcome]:
+    def seconds(what: str, count: int) -> float:
+        return _median(record.select("threads", setting=f"{what}, {count}"), "seconds_s")
+
+    def gain(what: str) -> float:
+        return seconds(what, 1) / seconds(what, 2)
+
+    def cpu(count: int) -> float:
+        return _median(record.select("threads", OURS, setting=f"{NULL}, {count}"), "cpu_s")
+
+    def rate(count: int) -> float:
+        return _known([sample.nbytes for sample in record.select("threads", OURS)])[0] / seconds(NULL, count) / 1e9
+
+    return [
+        _with_standin(
+            _at_least("two staging threads beside one, no device", 1.7, lambda: gain(NULL)), lambda: gain(COPY)
+        ),
+        _at_most("two staging threads beside one, no device: CPU seconds", 1.1, lambda: cpu(2) / cpu(1)),
+        # What four drives of PCIe 5.0 take.
+        _at_least("four staging threads, no device", 40, lambda: rate(4), unit="GB/s"),
+    ]
 
 
 def _against_limit(record: Record, what: str, limit: str, ours: Compute) -> Outcome:

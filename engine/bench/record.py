@@ -18,6 +18,8 @@ the last word of the name (``_s`` seconds, ``_bytes``).  Nothing derived is stor
     memory     ``peak_bytes`` and ``anonymous_bytes`` beyond the memory before, in a fresh process
     unchanged  a training that changes little, in each way to save it: the same as save, and ``changed_bytes`` of the
                blocks that differ from the step before; the setting is the training and the way
+    threads    saves, restores and copies where no device is the limit: ``seconds_s``, but of copies ``cpu_s``, and of
+               saves ``copying_s`` of all threads together; the setting is which, and the number of threads
     slowdown   each checkpoint of a training, every so many steps: ``step_s`` of an undisturbed step, ``excess_s`` that
                those from the checkpoint on took longer, ``rest_s`` that the next would have to wait for, ``held_s``;
                the setting is the interval

@@ -72,6 +72,7 @@ def tables(record: Record, goals: Iterable[Outcome]) -> list[Table]:
         _scale_table(record, "tensors", "by number of tensors"),
         _flight_table(record),
         _unchanged_table(record),
+        _threads_table(record),
         Table("How each was used", ("", "", "how"), [(s.name, s.kind, s.how) for s in record.subjects]),
     ]
     return [table for table in found if table.rows]
@@ -267,6 +268,24 @@ def _unchanged_table(record: Record) -> Table:
         rows.append((setting, *written, *times))
     heads = ("", "changed, MB", "written, MB", "held, ms", "durable, ms", "CPU, ms")
     return Table("Trainings that change little", heads, rows)
+
+
+def _threads_table(record: Record) -> Table:
+    rows = []
+    for setting in dict.fromkeys(sample.setting for sample in record.select("threads")):
+        samples = record.select("threads", setting=setting)
+        blocks = -(-samples[0].nbytes // BLOCK_BYTES)
+        rows.append(
+            (
+                setting,
+                *_times(samples, "seconds_s"),
+                _rate(samples[0].nbytes, samples),
+                _middle(samples, "copying_s", blocks / 1e3),
+                _middle(samples, "cpu_s", blocks / 1e3),
+            )
+        )
+    heads = ("", "ms", "GB/s", "copied and hashed, ms a block", "CPU, ms a block")
+    return Table("Staging threads, where no device is the limit", heads, sorted(rows))
 
 
 def _absent(subject: Subject) -> Sequence[str]:

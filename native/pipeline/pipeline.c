@@ -359,7 +359,8 @@ static void finish_copy(eng_pipeline *p, uint32_t index, eng_hash checksum)
         fail(p, entry_index, ENG_TORN_FAILURE, torn, block);
         return;
     }
-    e->job->checksums[block] = checksum;
+    if (!e->job->checked) /* else it is there already, and others may read it since ENG_URGENT */
+        e->job->checksums[block] = checksum;
     set_state(e->job, block, ENG_STAGED);
     note_staged(p, entry_index);
     if (e->has_files)

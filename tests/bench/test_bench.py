@@ -30,7 +30,19 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import engine
-from engine.bench import charts, compare, footprint, goals, limits, measure, report, slowdown, states, unchanged
+from engine.bench import (
+    charts,
+    compare,
+    footprint,
+    goals,
+    limits,
+    measure,
+    report,
+    slowdown,
+    states,
+    threads,
+    unchanged,
+)
 from engine.bench.__main__ import QUICK, SECTIONS, main
 from engine.bench.loaders import LOADERS, OursLoader, SafetensorsLoader
 from engine.bench.noise import GROUP_MAX, chance, spread
@@ -133,6 +145,32 @@ def test_trainings_that_change_little_are_saved_in_every_way(tmp_path: Path) -> 
         assert (measured["changed_bytes"] == 0) == (training == goals.ALL_FROZEN)
     [table] = [t for t in report.tables(rounds.record, []) if t.title == "Trainings that change little"]
     assert len(table.rows) == len(ways)
+
+
+def test_every_number_of_staging_threads_takes_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "TMPFS", tmp_path)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
+    rounds = measure.Rounds(make_record(), tmp_path)
+    nbytes = 9 * 10**6
+    threads.measure(rounds, nbytes, 2, 60)
+    found = rounds.record.samples
+    whats = (goals.NULL, goals.COPY, goals.TMPFS_SAVE, goals.TMPFS_RESTORE)
+    assert sorted(s.setting for s in found) == sorted(f"{what}, {count}" for what in whats for count in (1, 1, 2, 2))
+    for each in found:
+        assert each.values["seconds_s"] > 0
+        if each.setting.startswith((goals.NULL, goals.TMPFS_SAVE)):
+            assert each.values["copying_s"] > 0
+    [table] = [t for t in report.tables(rounds.record, []) if t.title.startswith("Staging threads")]
+    assert len(table.rows) == 8
+    assert not rounds.record.notes and list(tmp_path.iterdir()) == []
+
+
+def test_a_tmpfs_without_room_is_left_out_and_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "TMPFS", tmp_path / "missing")
+    rounds = measure.Rounds(make_record(), tmp_path)
+    threads.measure(rounds, 9 * 10**6, 1, 60)
+    assert {s.setting.partition(",")[0] for s in rounds.record.samples} == {goals.NULL, goals.COPY}
+    assert len(rounds.record.notes) == 1
 
 
 def test_a_run_describes_the_host_and_does_not_name_it(run: tuple[Path, Record, str]) -> None:
@@ -716,6 +754,33 @@ def test_without_samples_no_goal_is_met_or_missed() -> None:
             1.05,
             "met",
             id="no slower where everything changes",
+        ),
+        pytest.param(
+            "two staging threads beside one, no device",
+            [
+                sample("threads", "engine", f"{goals.NULL}, 1", seconds_s=0.08),
+                sample("threads", "engine", f"{goals.NULL}, 2", seconds_s=0.05),
+            ],
+            1.6,
+            "missed",
+            id="a second thread that gives less than it should",
+        ),
+        pytest.param(
+            "two staging threads beside one, no device: CPU seconds",
+            [
+                sample("threads", "engine", f"{goals.NULL}, 1", cpu_s=0.04),
+                sample("threads", "engine", f"{goals.NULL}, 2", cpu_s=0.05),
+            ],
+            1.25,
+            "missed",
+            id="two threads that need more time together",
+        ),
+        pytest.param(
+            "four staging threads",
+            [sample("threads", "engine", f"{goals.NULL}, 4", seconds_s=0.02)],
+            50,
+            "met",
+            id="four drives are kept busy",
         ),
     ],
 )
