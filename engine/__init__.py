@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from engine.store.reader import PassedOver
     from engine.store.retention import Retention
     from engine.store.verify import Damage
+    from engine.tuning.tune import Tuning, tune
 
 __all__ = [
     "Arena",
@@ -105,6 +106,7 @@ __all__ = [
     "StepError",
     "StorageError",
     "TornSnapshot",
+    "Tuning",
     "UsageError",
     "checkpoint",
     "open",
@@ -114,6 +116,7 @@ __all__ = [
     "rng_state",
     "role",
     "set_rng_state",
+    "tune",
 ]
 
 # The module of every name that is not of `engine.errors`.
@@ -133,6 +136,7 @@ _MODULES = {
     "Retention": "engine.store.retention",
     "Run": "engine.session.run",
     "Save": "engine.session.save",
+    "Tuning": "engine.tuning.tune",
     "checkpoint": "engine.defaults",
     "open": "engine.session.run",
     "probe": "engine.engine",
@@ -141,6 +145,7 @@ _MODULES = {
     "rng_state": "engine.state.rng",
     "role": "engine.state.select",
     "set_rng_state": "engine.state.rng",
+    "tune": "engine.tuning.tune",
 }
 
 

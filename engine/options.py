@@ -1,7 +1,7 @@
 """Options: every tunable of an Engine, with its unit, its default and the source of the default.
 
-Theory of operation.  `Options` is an immutable value that is checked when it is made.  `Engine`, `engine.open` and
-`engine.probe` take one, and single values by keyword, which replace those of the Options.
+Theory of operation.  `Options` is an immutable value that is checked when it is made.  `Engine`, `engine.open`,
+`engine.probe` and `engine.tune` take one, and single values by keyword, which replace those of the Options.
 """
 
 from __future__ import annotations
