@@ -45,7 +45,7 @@ from engine.state.late import Owner, StatePlan, plan_state
 from engine.state.memory import HostMemory, TensorLocation, location_of
 from engine.state.mirrors import Mirror, Mirrors, own_memory, resize
 from engine.state.modules import Rename, names_beside_tensors
-from engine.state.optimizers import Options, check_names, is_late
+from engine.state.optimizers import Options, check_names, create_state, is_late
 from engine.state.select import Named, Select
 from engine.state.versions import Counted, Versions
 from engine.state.watch import TensorWatch
@@ -383,7 +383,12 @@ class Arena:
             MismatchError: an optimizer that lacks state is of another class.
         """
         owners = {
-            name: Owner.of(each.optimizer, self._inventory.owned[name], is_late(each), self.left_out)
+            name: Owner.of(
+                each.optimizer,
+                self._inventory.owned[name],
+                is_late(each) or self._options[name].differs_in_state(options[name]),
+                self.left_out,
+            )
             for name, each in self._optimizers.items()
         }
         here = {name: entry.spec for name, entry in self._inventory.entries.items()}
@@ -529,7 +534,7 @@ class Arena:
         self._fence.guard_params(params, self.unfenced, self._names)
         for each in self._optimizers.values():
             for stepper in each.steppers:
-                self._fence.guard_steps(stepper, self._after_step)
+                self._fence.guard_steps(stepper, self._before_step, self._after_step)
 
     def _warn_of_untrained(self) -> None:
         """Name the trainable parameters whose optimizer was not given."""
@@ -578,6 +583,13 @@ class Arena:
         return self._options[name].put_reserved(
             segments.keys() & names, absent, lambda each: self._view(segments[each])
         )
+
+    def _before_step(self, stepper: Any) -> None:
+        """Wait for the saves that the step would tear, and make the state that it expects by an option set since."""
+        self._fence.hold_writer()
+        name = self._names.get(id(stepper))  # None: a copy of a stepper whose step was wrapped
+        if name is not None and self._options[name].has_other_options:
+            create_state(self._optimizers[name].optimizer, [])
 
     def _after_step(self, stepper: Any) -> None:
         """Move state that the step has made into its reserved segment at once.

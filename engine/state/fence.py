@@ -106,21 +106,21 @@ class Fence:
             self.hold_writer()
         self.foreign.update(shared)
 
-    def guard_steps(self, stepper: Any, after_step: Callable[[Any], None]) -> None:
+    def guard_steps(self, stepper: Any, before_step: Callable[[Any], None], after_step: Callable[[Any], None]) -> None:
         """Hook the step of an optimizer, or of a wrapper of one, once; again if it has another step since.
 
         Args:
-            stepper: its steps wait.
-            after_step: a method, held weakly, that is called with the stepper after every step.
+            stepper: its steps wait, as far as `before_step` calls `hold_writer`.
+            before_step, after_step: methods, held weakly, that are called with the stepper around every step.
         """
         handles = self._hooks.get(stepper, ())
         if any(isinstance(handle, WrappedStep) and handle.is_first(stepper) for handle in handles):
             return
         if not calls_hooks(stepper):
-            wrapped = WrappedStep(stepper, _Hook(self.hold_writer), _StepHook(after_step))
+            wrapped = WrappedStep(stepper, _StepHook(before_step), _StepHook(after_step))
             self._hooks[stepper] = (*handles, wrapped)
         elif all(isinstance(handle, WrappedStep) for handle in handles):  # of a step that has been replaced since
-            before = stepper.register_step_pre_hook(_Hook(self.hold_writer))
+            before = stepper.register_step_pre_hook(_StepHook(before_step))
             after = stepper.register_step_post_hook(_StepHook(after_step))
             self._hooks[stepper] = (*handles, before, after)
             hooks = stepper._optimizer_step_pre_hooks

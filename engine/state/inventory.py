@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
 from engine.errors import ArenaError
 from engine.format.layout import DTYPES, TensorSpec, lay_out
@@ -34,7 +34,7 @@ from engine.state.components import components_of, is_wrapper
 from engine.state.extra_state import ExtraStates
 from engine.state.memory import SOURCE_DIMS_MAX, location_of, merge_dims
 from engine.state.modules import Names, Rename, resizes_buffers, walk_modules
-from engine.state.optimizers import MOMENTUM, Owned, create_state, has_momentum, reserves_momentum
+from engine.state.optimizers import MOMENTUM, Created, Owned, create_state, options_set, reserves_momentum
 from engine.state.watch import ContainerWatch
 
 # The containers of modules and optimizers.  ModuleList's `del` and an optimizer's load_state_dict() replace them.
@@ -136,7 +136,7 @@ def gather(model: nn.Module, optimizers: Mapping[str, Adopted], rename: Rename |
     """
     inventory = _walk(model, optimizers, rename, choice)  # refuses existing tensors before anything is created
     inventory.extra_states.encode()  # refuses what no save could store
-    created: list[tuple[Optimizer, Tensor]] = []
+    created: list[Created] = []
     try:
         for optimizer in optimizers_in(optimizers):
             create_state(optimizer, created)
@@ -145,8 +145,8 @@ def gather(model: nn.Module, optimizers: Mapping[str, Adopted], rename: Rename |
             # Names that no file can hold must be refused here as well, while what was created can be taken away.
             lay_out([entry.spec for entry in inventory.entries.values()], inventory.aliases)
     except BaseException:
-        for optimizer, param in created:
-            optimizer.state.pop(param, None)
+        for each in created:
+            each.undo()
         raise
     return inventory
 
@@ -216,8 +216,7 @@ def _find_optimizer(
     for group_index, group in enumerate(optimizer.param_groups):
         watch.member(_group_params, group)
         watch.sequence(group["params"])
-        if isinstance(optimizer, SGD):
-            watch.member(has_momentum, group)
+        watch.member(options_set, group)
         owned.groups.append([])
         for index, param in enumerate(group["params"]):
             name, layer = names.get(id(param), (f"{stem}.params.{group_index}.{index}", ""))

@@ -4,6 +4,9 @@ Theory of operation.  Some optimizers make state in the middle of a step (`optim
 and the checkpoint says what there was.  The same is true of a frozen parameter of any optimizer: no state is made for
 it in advance, but the training that was saved may have trained it before it was frozen, or after the arena was adopted.
 
+An option that was set in the saved training and is not here (`amsgrad`), or the other way round, makes all state of
+that optimizer like late state.
+
 `plan_state` compares names and kinds, and changes nothing.  The plan puts tensors of the stored kinds into
 `optimizer.state`, lets names share a tensor that shared one when they were saved, and takes away what the checkpoint
 lacks.  Then the arena takes the tensors in, and the restore fills them.  The state of a parameter that has another
@@ -12,8 +15,8 @@ shape or dtype in the checkpoint stays as it is.
 A name of state is that of its parameter and a key.  No name of a parameter is the beginning of another one's, and only
 keys without a dot are made, so the name says which parameter it is.
 
-Rules: only state of late optimizers and of frozen parameters is touched.  A plan that fails is undone.  Called by
-`arena`.
+Rules: only state of late optimizers, of those with other options, and of frozen parameters is touched.  A plan that
+fails is undone.  Called by `arena`.
 """
 
 from __future__ import annotations
@@ -52,7 +55,7 @@ class Owner(NamedTuple):
         Args:
             optimizer: which.
             owned: the names of what it owns.
-            is_late: whether it makes all its state in a step.
+            is_late: whether it makes all its state in a step, or its options stand for other state.
             left_out: names that the arena does not hold; no state is made of a frozen parameter among them.
         """
         absent = {id(param) for name, param in owned.params.items() if name in left_out}

@@ -3,7 +3,8 @@
 Theory of operation.  An arena has one layout, so the state of an optimizer should exist before its first step.
 
 * Most of torch's optimizers make their state in `_init_group`, as a function of the parameter alone.  `create_state`
-  calls that early, which changes nothing that the first step does.
+  calls that early, which changes nothing that the first step does.  An option that is set later (`amsgrad`) adds to
+  that state, before the next step or save.
 * SGD's first step makes momentum a copy of the gradient, so momentum cannot exist earlier.  Its segment is reserved
   under its name, and the name is absent until the step has made the tensor.
 * LBFGS, SparseAdam and optimizers that are not torch's make state in the middle of a step (`makes_state_late`).  The
@@ -18,9 +19,12 @@ Rules: tensors are created but never moved here.  Called by `inventory` and `are
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from operator import is_
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -67,30 +71,79 @@ def is_late(adopted: Adopted) -> bool:
     return bool(adopted.wrappers) or makes_state_late(adopted.optimizer)
 
 
-@torch.no_grad()
-def create_state(optimizer: Optimizer, created: list[tuple[Optimizer, Tensor]]) -> None:
-    """Make the state that the first step would make, and append the parameters that have got it to `created`.
+class Created(NamedTuple):
+    """State that was made in advance, under these keys."""
 
-    `_init_group` makes state for every parameter that has a gradient, and reads only the shape and dtype of the
-    gradient.  So each parameter gets zeros for a gradient, one parameter at a time to bound the memory.
+    optimizer: Optimizer
+    param: Tensor
+    keys: tuple[Any, ...]
+
+    def undo(self) -> None:
+        """Take it away again."""
+        state = self.optimizer.state[self.param]
+        for key in self.keys:
+            del state[key]
+        if not state:
+            del self.optimizer.state[self.param]
+
+
+def create_state(optimizer: Optimizer, created: list[Created]) -> None:
+    """Make the state that the next step would make or expect, and append what was made to `created`.
+
+    That is all state of a parameter that has none.  Torch's step does not add to state that is there, so where an
+    option of the group was set since the last call, the state that it stands for is added here.
     """
     if makes_state_late(optimizer) or isinstance(optimizer, SGD):
         return
-    init_group: Callable[..., object] = optimizer._init_group  # type: ignore[attr-defined]
-    names = list(inspect.signature(init_group).parameters)[1:]
-    for group in optimizer.param_groups:
+    before = _made_for.get(optimizer, [])
+    options = [options_set(group) for group in optimizer.param_groups]
+    for index, group in enumerate(optimizer.param_groups):
+        is_other = index < len(before) and before[index] is not options[index]
         for param in group["params"]:
-            if not param.requires_grad or optimizer.state.get(param):
-                continue
-            created.append((optimizer, param))
-            grad = param.grad
-            try:
-                param.grad = torch.zeros_like(param, memory_format=torch.preserve_format)
-                # Lists that it appends to, except for a flag: `amsgrad` of AdamW before torch 2.7.
-                arguments = [group[name] if isinstance(group.get(name), bool) else [] for name in names]
-                init_group({**group, "params": [param]}, *arguments)
-            finally:
-                param.grad = grad
+            held = optimizer.state.get(param, {})
+            if param.requires_grad and (is_other or not held):
+                new = {key: value for key, value in _first_state(optimizer, group, param).items() if key not in held}
+                if new:
+                    created.append(Created(optimizer, param, tuple(new)))
+                    optimizer.state.setdefault(param, {}).update(new)
+    _made_for[optimizer] = options
+
+
+# The options that were set in each group when state was made for its parameters.
+_made_for: WeakKeyDictionary[Optimizer, list[tuple[str, ...]]] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _first_state(optimizer: Optimizer, group: Mapping[str, Any], param: Tensor) -> dict[Any, Any]:
+    """The state that a first step would make of a parameter.
+
+    `_init_group` makes state for every parameter that has a gradient, and reads only the shape and dtype of the
+    gradient.  So the parameter gets zeros for a gradient, and a stand-in for the optimizer gets the state.
+    """
+    standin = object.__new__(type(optimizer))
+    vars(standin).update(vars(optimizer), state=defaultdict(dict))
+    names = list(inspect.signature(standin._init_group).parameters)[1:]  # type: ignore[attr-defined]
+    # Lists that it appends to, except for a flag: `amsgrad` of AdamW before torch 2.7.
+    arguments = [group[name] if isinstance(group.get(name), bool) else [] for name in names]
+    grad = param.grad
+    try:
+        param.grad = torch.zeros_like(param, memory_format=torch.preserve_format)
+        standin._init_group({**group, "params": [param]}, *arguments)  # type: ignore[attr-defined]
+    finally:
+        param.grad = grad
+    return dict(standin.state[param])
+
+
+def options_set(group: Mapping[str, Any]) -> tuple[str, ...]:
+    """The options of a group that may stand for state: flags that are True, and momentum.
+
+    The same object as long as they are the same, as a watch needs it.
+    """
+    names = tuple(key for key, value in group.items() if value is True or (key == "momentum" and value != 0))
+    return _known_options.setdefault(names, names)
+
+
+_known_options: dict[tuple[str, ...], tuple[str, ...]] = {}
 
 
 def has_momentum(group: Mapping[str, Any]) -> bool:
@@ -118,6 +171,7 @@ class Options:
         self._optimizer = adopted.optimizer
         self._owned = owned
         self._awaited = [owned.reserved[name] for name in absent]
+        self._options_set = list(map(options_set, self._optimizer.param_groups))
         awaited = {(id(param), key) for param, key in self._awaited}
         # The parameters that have state which is no tensor: name, state, and the keys of that part.
         self._plain: list[tuple[str, Mapping[Any, Any], list[Any]]] = []
@@ -172,6 +226,16 @@ class Options:
                 f"the checkpoint has state that the arena's {label} cannot take: {', '.join(unknown)}; "
                 "use the optimizer and the trainable parameters of the run that was saved"
             )
+
+    def differs_in_state(self, options: Mapping[str, Any]) -> bool:
+        """Whether checked options of an optimizer of this class may stand for other state than this one has."""
+        is_own_class = options.get("class") == type(self._optimizer).__qualname__
+        return is_own_class and list(map(options_set, options["param_groups"])) != self._options_set
+
+    @property
+    def has_other_options(self) -> bool:
+        """Whether an option was set since these were made, so that the next step may expect more state."""
+        return not all(map(is_, map(options_set, self._optimizer.param_groups), self._options_set))
 
     def put_back(self, options: Mapping[str, Any], unfit: Collection[str] = ()) -> None:
         """Give the optimizer the hyperparameters, the plain state and the added keys of checked options.

@@ -35,12 +35,12 @@ def calls_hooks(optimizer: Any) -> bool:
 class WrappedStep:
     """A step that calls the fence.  Removed as a hook of torch is."""
 
-    def __init__(self, optimizer: Optimizer, before: Callable[[], None], after: Callable[[Any], None]) -> None:
+    def __init__(self, optimizer: Optimizer, before: Callable[[Any], None], after: Callable[[Any], None]) -> None:
         self._previous = previous = vars(optimizer).get("step")
 
         @functools.wraps(optimizer.step)  # keeps the marks of schedulers
         def step(stepped: Any, *args: Any, **kwargs: Any) -> Any:
-            before()
+            before(stepped)
             if previous is None:  # looked up now: torch adds its hooks to a class when it likes
                 result = type(stepped).step(stepped, *args, **kwargs)
             elif getattr(previous, "__self__", None) is optimizer:

@@ -431,3 +431,42 @@ def test_added_keys_leave_tensors_and_groups_where_they_are(tmp_path: Path) -> N
     assert (optimizer.count, bits(optimizer.scale)) == want
     assert optimizer.param_groups[0] is groups and optimizer.state[model[0].weight] is state  # type: ignore[index]
     assert state["exp_avg"] is moment and arena.layout is layout
+
+
+LATER: dict[str, tuple[Callable[..., Optimizer], dict[str, Any], str]] = {
+    "amsgrad": (AdamW, {"amsgrad": True}, "max_exp_avg_sq"),
+    "centered": (torch.optim.RMSprop, {"centered": True}, "grad_avg"),
+    "momentum": (torch.optim.RMSprop, {"momentum": 0.9}, "momentum_buffer"),
+}
+
+
+@pytest.mark.parametrize("saved_with", [True, False])
+@pytest.mark.parametrize("option", LATER)
+def test_the_state_of_an_option_is_restored_with_it(tmp_path: Path, option: str, saved_with: bool) -> None:
+    """The option is set in the training that was saved and not in the resumed one, or the other way round."""
+    make, later, key = LATER[option]
+
+    def step(model: nn.Module, optimizer: Optimizer, seed: int) -> None:
+        optimizer.zero_grad()
+        loss_of(model, seed).backward()
+        optimizer.step()
+
+    def made(is_set: bool) -> tuple[nn.Module, Optimizer, engine.Arena]:
+        model = mlp()
+        optimizer = make(model.parameters(), lr=0.01)
+        arena = engine.Arena.adopt(model, optimizer)
+        if is_set:
+            optimizer.param_groups[0].update(later)
+        return model, optimizer, arena
+
+    model, optimizer, arena = made(saved_with)
+    other, other_optimizer, other_arena = made(not saved_with)
+    step(model, optimizer, 1)
+    with engine.Engine(tmp_path, **TINY) as run:
+        run.checkpoint(arena).result()
+        run.restore(other_arena)
+    assert contents(other, other_optimizer) == contents(model, optimizer)
+    step(model, optimizer, 2)
+    step(other, other_optimizer, 2)
+    assert contents(other, other_optimizer) == contents(model, optimizer)
+    assert all((key in state) is saved_with for state in other_optimizer.state.values())

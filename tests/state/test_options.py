@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -51,6 +52,38 @@ def test_restored_training_goes_on_bit_identically(optimizer_name: str, into: in
     other_arena.refresh()
     assert other_arena.layout is layout
     assert_holds(other_arena)
+
+
+LATER: dict[str, tuple[Callable[..., Optimizer], dict[str, Any], str]] = {
+    "amsgrad": (torch.optim.AdamW, {"amsgrad": True}, "max_exp_avg_sq"),
+    "centered": (torch.optim.RMSprop, {"centered": True}, "grad_avg"),
+    "momentum": (torch.optim.RMSprop, {"momentum": 0.9}, "momentum_buffer"),
+}
+
+
+@pytest.mark.parametrize("refreshed", [False, True])
+@pytest.mark.parametrize("option", LATER)
+def test_an_option_set_after_adopt_steps_as_without_an_arena(option: str, refreshed: bool) -> None:
+    """Torch makes the state of the option in the first step; an arena has made state before that."""
+    make, later, key = LATER[option]
+    models, optimizers = [], []
+    for is_adopted in (True, False):
+        torch.manual_seed(1)
+        model = mlp()
+        optimizer = make(model.parameters())
+        arena = Arena.adopt(model, optimizer) if is_adopted else None
+        optimizer.param_groups[0].update(later)
+        if arena is not None and refreshed:
+            arena.refresh()
+            assert f"optimizer.0.weight.{key}" in {segment.name for segment in arena.segments}
+        train(model, optimizer, "mlp", 3)
+        if arena is not None:
+            arena.refresh()
+            assert_holds(arena)
+            assert f"optimizer.0.weight.{key}" in {segment.name for segment in arena.segments}
+        models.append(model)
+        optimizers.append(optimizer)
+    assert everything(models[0], optimizers[0]) == everything(models[1], optimizers[1])
 
 
 def test_momentum_is_absent_until_made() -> None:
