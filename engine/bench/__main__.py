@@ -27,7 +27,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import engine
-from engine.bench import charts, footprint, goals, host, limits, report, slowdown, threads, unchanged
+from engine.bench import charts, footprint, goals, guards, host, limits, report, slowdown, threads, unchanged
 from engine.bench.limits import Lent
 from engine.bench.loaders import LOADERS, LOADING_PEERS, OursLoader
 from engine.bench.measure import Rounds, Turn, few, timed_load, timed_save
@@ -62,6 +62,7 @@ class Scales:
     flight_saves: int = 8
     scale_rounds: int = 5
     intervals: tuple[int, ...] = slowdown.INTERVALS
+    guard_intervals: tuple[int, ...] = guards.INTERVALS
     memory_peers: bool = True  # each is a process that imports torch, makes the state and saves four times
     slowdown_rounds: int = 7
     # What a section may take beyond its first round, most with a factor, some for each of their sizes: with these a run
@@ -80,6 +81,7 @@ QUICK = Scales(
     flights=(1, 2),
     scale_rounds=2,
     intervals=(10,),
+    guard_intervals=(1,),
     memory_peers=False,
     slowdown_rounds=1,
     seconds=15.0,
@@ -389,6 +391,15 @@ def _threads(rounds: Rounds, scales: Scales) -> None:
         threads.measure(rounds, scales.main_bytes, 2 * scales.rounds, scales.seconds / 3)
 
 
+def _guards(rounds: Rounds, scales: Scales) -> None:
+    """What each guard holds back."""
+    if rounds.wanted(Ours.name):
+        count, seconds = scales.rounds, 1.2 * scales.seconds  # three minutes with the warm-up
+        intervals = scales.guard_intervals
+        guards.measure(rounds, scales.main_bytes, MAIN_COUNT, count, seconds=seconds, intervals=intervals)
+        _clear(rounds)
+
+
 SECTIONS: dict[str, Callable[[Rounds, Scales], None]] = {
     "limit": _limit,
     "main": _main,
@@ -400,6 +411,7 @@ SECTIONS: dict[str, Callable[[Rounds, Scales], None]] = {
     "flight": _flight,
     "unchanged": _unchanged,
     "threads": _threads,
+    "guards": _guards,
 }
 
 

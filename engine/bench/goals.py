@@ -44,6 +44,11 @@ STEADY = (ALL_FROZEN, ADAPTERS)
 NULL, COPY, TMPFS_SAVE, TMPFS_RESTORE = "saved to /dev/null", "copied", "saved in tmpfs", "restored from tmpfs"
 PARTLY = (*STEADY, EMBEDDING, EXPERTS)
 
+# The guards, best first, and the settings of `guards`: those of steps are followed by their threads, and the staging.
+GUARDS = ("cow", "detect", "fence")
+CALL, STEP_ALONE, BESIDE_STEP = "call", "step alone", "step beside a save"
+EVERY_CORE, ONE_THREAD, WHOLE = "every core", "one thread", "staged whole"
+
 Number = TypeVar("Number", int, float)
 Compute = Callable[[], float]  # raises _Unknown
 
@@ -89,6 +94,7 @@ def outcomes(record: Record, peers: Iterable[str], loading_peers: Iterable[str])
         *_many_tensors(record),
         *_unchanged(record),
         *_threads(record),
+        *_guards(record),
     ]
 
 
@@ -124,16 +130,17 @@ def _settings(samples: Iterable[Sample]) -> list[str]:
     return sorted({sample.setting for sample in samples})
 
 
-def slowdowns(record: Record, subject: str, setting: str) -> list[float]:
+def slowdowns(record: Record, subject: str, setting: str, section: str = "slowdown") -> list[float]:
     """A subject's slowdowns: in each round the cost of its checkpoints, divided by the undisturbed steps of their
     periods.
 
     Args:
         setting: of `slowdown_settings`.
+        section: "slowdown" or "guards".
     """
     rounds: dict[int, list[float]] = {}
     computed = setting in COMPUTED
-    for sample in record.select("slowdown", subject, setting=SLOWDOWN_AT if computed else setting):
+    for sample in record.select(section, subject, setting=SLOWDOWN_AT if computed else setting):
         cost_s = sample.values["excess_s"] + (0 if computed else sample.values["rest_s"])
         rounds.setdefault(sample.round, []).append(cost_s / (interval(setting) * sample.values["step_s"]))
     return [mean(shares) for shares in rounds.values()]
@@ -405,6 +412,39 @@ def _threads(record: Record) -> list[Outcome]:
         _at_most("two staging threads beside one, no device: CPU seconds", 1.1, lambda: cpu(2) / cpu(1)),
         # What four drives of PCIe 5.0 take.
         _at_least("four staging threads, no device", 40, lambda: rate(4), unit="GB/s"),
+    ]
+
+
+def _guards(record: Record) -> list[Outcome]:
+    def of(setting: str, name: str) -> float:
+        return _median(record.select("guards", "engine cow", setting=setting), name)
+
+    def beside(threads: str) -> float:
+        """How much longer a step takes beside a save, in seconds."""
+        return of(f"{BESIDE_STEP}, {threads}, {WHOLE}", "step_s") - of(f"{STEP_ALONE}, {threads}", "step_s")
+
+    def slowdown(guard: str, every: int) -> float:
+        return median(_known(slowdowns(record, f"engine {guard}", f"every {every}", "guards"))) * 100
+
+    def below(every: int) -> Outcome:
+        # Before there were guards, every save was as under `fence`.
+        what = f"cow: training slowdown every {every}, fence's less this"
+        return _at_least(what, 0, lambda: slowdown("fence", every) - slowdown("cow", every), "%")
+
+    return [
+        _at_most("cow: loop held by a call", 0.3, lambda: of(CALL, "held_s") * 1e3, "ms"),
+        _at_most(
+            "cow: a step beside a save, what it takes longer, beside the staging's own time",
+            1,
+            lambda: beside(EVERY_CORE) / (of(f"{CALL}, {WHOLE}", "stats.copying_ns") / 1e9),
+        ),
+        # "Near the step alone" are the issue's words.  A tenth is allowed: the save reads memory that the step writes.
+        _at_most(
+            "cow: a step on one thread beside a save, beside the step alone",
+            1.1,
+            lambda: 1 + beside(ONE_THREAD) / of(f"{STEP_ALONE}, {ONE_THREAD}", "step_s"),
+        ),
+        *map(below, (1, 5)),
     ]
 
 

@@ -32,7 +32,12 @@ PATHS = re.compile(r"(?<![\w.])/(?:[\w.-]+/)+")  # absolute: those of one machin
 _libc = ctypes.CDLL(None, use_errno=True)
 
 Turn = Callable[[], Mapping[str, float]]
-KINDS = {"limit": "limit", "load": "load", "part": "load"}  # of the subjects of a section; of all others "save"
+KINDS = {
+    "limit": "limit",
+    "load": "load",
+    "part": "load",
+    "guards": "guard",
+}  # of the subjects of a section; of all others "save"
 Name = TypeVar("Name")
 
 

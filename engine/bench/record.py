@@ -20,6 +20,8 @@ the last word of the name (``_s`` seconds, ``_bytes``).  Nothing derived is stor
                blocks that differ from the step before; the setting is the training and the way
     threads    saves, restores and copies where no device is the limit: ``seconds_s``, but of copies ``cpu_s``, and of
                saves ``copying_s`` of all threads together; the setting is which, and the number of threads
+    guards     under each guard: a save, with ``held_s`` and all that save has; ``step_s`` of an optimizer's step, alone
+               or beside a save; and each checkpoint of a training, as slowdown; the setting is which
     slowdown   each checkpoint of a training, every so many steps: ``step_s`` of an undisturbed step, ``excess_s`` that
                those from the checkpoint on took longer, ``rest_s`` that the next would have to wait for, ``held_s``;
                the setting is the interval
@@ -55,7 +57,7 @@ class Subject:
     """A measured subject: its use, or the reason why it was not measured."""
 
     name: str
-    kind: str  # "save", "load" or "limit"
+    kind: str  # "save", "load", "limit" or "guard"
     how: str
     unavailable: str | None = None
 

@@ -19,18 +19,25 @@ from statistics import median
 
 from engine.bench.goals import (
     ADOPTED,
+    BESIDE_STEP,
     BLOCK_BYTES,
+    CALL,
+    EVERY_CORE,
     FIRST,
     LIMITS,
     NONE,
+    ONE_THREAD,
     OURS,
     PART,
     PART_BLOCKS,
     RECYCLED,
     RESTORED,
     STAGED_WHOLE,
+    STEP_ALONE,
+    WHOLE,
     Outcome,
     best_limit,
+    interval,
     limits,
     main_samples,
     slowdown_settings,
@@ -73,6 +80,8 @@ def tables(record: Record, goals: Iterable[Outcome]) -> list[Table]:
         _flight_table(record),
         _unchanged_table(record),
         _threads_table(record),
+        _guard_table(record),
+        _guarded_training_table(record),
         Table("How each was used", ("", "", "how"), [(s.name, s.kind, s.how) for s in record.subjects]),
     ]
     return [table for table in found if table.rows]
@@ -286,6 +295,45 @@ def _threads_table(record: Record) -> Table:
         )
     heads = ("", "ms", "GB/s", "copied and hashed, ms a block", "CPU, ms a block")
     return Table("Staging threads, where no device is the limit", heads, sorted(rows))
+
+
+def _guard_table(record: Record) -> Table:
+    heads = (
+        "",
+        f"{CALL}, ms",
+        f"{CALL}, staged, ms",
+        "threads",
+        f"{STEP_ALONE}, ms",
+        f"{BESIDE_STEP}, ms",
+        f"{WHOLE}, ms",
+    )
+    rows: list[Sequence[str]] = []
+    for subject in record.subjects:
+        if subject.kind != "guard":
+            continue
+        calls = record.select("guards", subject.name, setting=CALL)
+        if not calls:
+            rows.append(_absent(subject))
+            continue
+        for threads in (EVERY_CORE, ONE_THREAD):
+            settings = (f"{STEP_ALONE}, {threads}", *(f"{BESIDE_STEP}, {threads}{end}" for end in ("", f", {WHOLE}")))
+            steps = (_times(record.select("guards", subject.name, setting=each), "step_s")[0] for each in settings)
+            rows.append((subject.name, *_times(calls, "held_s"), *_times(calls, "staged_s"), threads, *steps))
+    return Table("What each guard holds back: a call, and a step of AdamW over the whole arena", heads, rows)
+
+
+def _guarded_training_table(record: Record) -> Table:
+    samples = [each for each in record.select("guards") if each.setting.startswith("every ")]
+    settings = sorted({each.setting for each in samples}, key=interval)
+    rows = []
+    for name in sorted({each.subject for each in samples}):
+        found = [slowdowns(record, name, setting, "guards") for setting in settings]
+        own = [each for each in samples if each.subject == name]
+        slower = (f"{median(each) * 100:+.1f} %" if each else "" for each in found)
+        rows.append((name, *slower, *_times(own, "step_s"), *_times(own, "held_s")))
+    size = f" of {_size(samples[0].nbytes)}" if samples else ""
+    heads = ("", *settings, "undisturbed step, ms", "loop held, ms")
+    return Table(f"Training slowdown under each guard, by steps between checkpoints{size}", heads, rows)
 
 
 def _absent(subject: Subject) -> Sequence[str]:

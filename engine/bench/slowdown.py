@@ -11,8 +11,9 @@ it.  It is not added to computed intervals, in which training would continue mea
 The speed of a host varies by a tenth within seconds, so counting undisturbed steps as a checkpoint's would only add
 noise: ten of them without any checkpoint were -1.2 to 2.7 steps longer than ten others.
 
-Checkpoints every 25 or 100 steps are not measured.  They cost as much as one every ten steps, spread over more steps,
-so `goals.slowdowns` computes them, and the time is spent on more samples of the measured intervals.
+Checkpoints every 25 or 100 steps are not measured beside peers.  They cost as much as one every ten steps, spread over
+more steps, so `goals.slowdowns` computes them, and the time is spent on more samples of the measured intervals.  The
+section `guards` measures every 25.
 
 Segments of one interval follow one another, one of each subject in each round, in shuffled order.  Segments without any
 checkpoint are counted in the same way.  Their cost is zero, so their samples show the noise.
@@ -37,7 +38,12 @@ from engine.bench.savers import SAVERS, Pending, Saver
 from engine.bench.states import State
 
 INTERVALS = (1, 5, 10)
-CHECKPOINTS = {1: 3, 5: 1, 10: 1}  # in a segment: short ones, since a host is slower in one minute than in the next
+CHECKPOINTS = {
+    1: 3,
+    5: 1,
+    10: 1,
+    25: 1,
+}  # in a segment: short ones, since a host is slower in one minute than in the next
 STEPS_ASIDE = 6  # without a checkpoint, on either side of a segment
 
 # 5.5 million parameters, 66 MB with AdamW's two moments: on two cores a step takes about a tenth of a second, so that
@@ -115,7 +121,7 @@ def _one_interval(
         training = nobody[name] if saver is None else trainings[saver.adopts]
         settle(rounds.directory)
         try:
-            checkpoints = _segment(training, saver, interval, CHECKPOINTS[interval])
+            checkpoints = segment(training, saver, interval, CHECKPOINTS[interval])
         except Exception as error:  # a peer may raise anything
             rounds.refuse(name, "save", error)
             del savers[name]
@@ -140,14 +146,14 @@ def _open_one(rounds: Rounds, kind: type[Saver], directory: Path, training: Trai
     rounds.introduce(kind.name, "save", kind.how)
     try:
         saver = kind(directory, training.state)
-        _segment(training, saver, 1, 3)  # both that are kept, and one more, so that the next recycles
+        segment(training, saver, 1, 3)  # both that are kept, and one more, so that the next recycles
     except Exception as error:  # a peer may raise anything
         rounds.refuse(kind.name, "save", error)
         return {}
     return {kind.name: saver}
 
 
-def _segment(training: Training, saver: Saver | None, interval: int, count: int) -> list[Mapping[str, float]]:
+def segment(training: Training, saver: Saver | None, interval: int, count: int) -> list[Mapping[str, float]]:
     """Several checkpoints: the median undisturbed step, the extra cost of each, and how long its call held the loop."""
     training.step()  # the first after a pause takes longer: this one does not count
     undisturbed = [_timed(training.step) for _ in range(STEPS_ASIDE)]

@@ -35,6 +35,7 @@ from engine.bench import (
     compare,
     footprint,
     goals,
+    guards,
     limits,
     measure,
     report,
@@ -171,6 +172,56 @@ def test_a_tmpfs_without_room_is_left_out_and_noted(tmp_path: Path, monkeypatch:
     threads.measure(rounds, 9 * 10**6, 1, 60)
     assert {s.setting.partition(",")[0] for s in rounds.record.samples} == {goals.NULL, goals.COPY}
     assert len(rounds.record.notes) == 1
+
+
+@pytest.fixture
+def small_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training of `slowdown`, so small that a step takes no time."""
+    for name, value in {"WIDTH": 8, "LAYERS": 1, "HEADS": 2, "CONTEXT": 4, "STEPS_ASIDE": 1}.items():
+        monkeypatch.setattr(slowdown, name, value)
+
+
+@pytest.mark.usefixtures("small_training")
+def test_each_guard_has_its_calls_steps_and_trainings(tmp_path: Path) -> None:
+    rounds = measure.Rounds(make_record(), tmp_path)
+    threads = torch.get_num_threads()
+    guards.measure(rounds, 2 * 10**6, 148, 1, seconds=0, intervals=(1, 25))
+    assert torch.get_num_threads() == threads
+    names = {
+        subject.name for subject in rounds.record.subjects if (subject.kind, subject.unavailable) == ("guard", None)
+    }
+    assert "engine fence" in names
+    for name in names:
+        found = {s.setting: s.values for s in rounds.record.select("guards", name)}
+        assert found.keys() >= {goals.CALL, "every 1", "every 25"}
+        assert set(found[goals.CALL]) >= {"held_s", "staged_s", "durable_s", "stats.copying_ns"}
+        steps = {setting for setting in found if setting.startswith("step ")}
+        assert len(steps) == 6 and all(found[setting]["step_s"] > 0 for setting in steps)
+    calls = rounds.record.select("guards", setting=goals.CALL)
+    assert {s.tensor_count for s in calls} == {148}, "each of 37 parameters has two moments and a count"
+    assert rounds.record.select("guards", guards.NOBODY, setting="every 1")[0].values["excess_s"] is not None
+    steps_table, trainings_table = (table for table in report.tables(rounds.record, []) if "guard" in table.title)
+    assert [row[0] for row in steps_table.rows] == [
+        name for guard in goals.GUARDS for name in [f"engine {guard}"] * 2 if name in names
+    ]
+    assert {row[0] for row in trainings_table.rows} == names | {guards.NOBODY}
+    assert trainings_table.heads[1:3] == ("every 1", "every 25")
+
+
+@pytest.mark.usefixtures("small_training")
+def test_a_guard_that_is_refused_has_a_row_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **options: object) -> engine.Engine:
+        if options.get("guard") != "fence":
+            raise engine.PlatformError("userfaultfd(2) is refused", "allow it")
+        return opened(*_, **options)  # type: ignore[arg-type]
+
+    opened = engine.Engine
+    monkeypatch.setattr(engine, "Engine", refused)
+    rounds = measure.Rounds(make_record(), tmp_path)
+    guards.measure(rounds, 10**5, 4, 1, seconds=0, intervals=(1,))
+    table = next(table for table in report.tables(rounds.record, []) if "guard" in table.title)
+    assert [row[0] for row in table.rows] == ["engine cow", "engine detect", "engine fence", "engine fence"]
+    assert "userfaultfd(2) is refused" in table.rows[0][1]
 
 
 def test_a_run_describes_the_host_and_does_not_name_it(run: tuple[Path, Record, str]) -> None:
@@ -782,6 +833,51 @@ def test_without_samples_no_goal_is_met_or_missed() -> None:
             "met",
             id="four drives are kept busy",
         ),
+        pytest.param(
+            "cow: loop held by a call",
+            [
+                sample("guards", "engine cow", "call", held_s=0.0004),
+                sample("guards", "engine fence", "call", held_s=0.1),
+            ],
+            0.4,
+            "missed",
+            id="held under cow",
+        ),
+        pytest.param(
+            "cow: a step beside a save, what",
+            [
+                sample("guards", "engine cow", "call", **{"stats.copying_ns": 10**6}),
+                sample("guards", "engine cow", "call, staged whole", **{"stats.copying_ns": 40 * 10**6}),
+                sample("guards", "engine cow", "step alone, every core", step_s=0.08),
+                sample("guards", "engine cow", "step beside a save, every core", step_s=0.9),
+                sample("guards", "engine cow", "step beside a save, every core, staged whole", step_s=0.11),
+                sample("guards", "engine cow", "step beside a save, one thread, staged whole", step_s=0.9),
+            ],
+            0.75,
+            "met",
+            id="a step takes longer by the staging, and no more",
+        ),
+        pytest.param(
+            "cow: a step on one thread",
+            [
+                sample("guards", "engine cow", "step alone, one thread", step_s=0.1),
+                sample("guards", "engine cow", "step beside a save, one thread, staged whole", step_s=0.12),
+            ],
+            1.2,
+            "missed",
+            id="a step on one thread beside a save",
+        ),
+        pytest.param(
+            "cow: training slowdown every 5",
+            [
+                sample("guards", "engine cow", "every 5", step_s=0.1, excess_s=0.02, rest_s=0),
+                sample("guards", "engine fence", "every 5", step_s=0.1, excess_s=0.01, rest_s=0.005),
+                sample("slowdown", "engine fence", "every 5", step_s=0.1, excess_s=0.5, rest_s=0.005),
+            ],
+            -1,
+            "missed",
+            id="more than under fence",
+        ),
     ],
 )
 def test_a_goal_is_computed_from_samples(what: str, samples: list[Sample], measured: float, verdict: str) -> None:
@@ -828,7 +924,7 @@ def test_the_steps_of_a_checkpoint_end_with_the_one_after_it_is_durable() -> Non
 
     training = mock.Mock(step=step)
     with mock.patch("engine.bench.slowdown.time.perf_counter", lambda: now):
-        [cost] = slowdown._segment(training, Saving(), 10, 1)  # type: ignore[arg-type]
+        [cost] = slowdown.segment(training, Saving(), 10, 1)  # type: ignore[arg-type]
     assert cost["step_s"] == 1 and cost["excess_s"] == (1 + 10 + 10 + 3) - 4 and cost["rest_s"] == 0
     assert len(steps) == 1 + slowdown.STEPS_ASIDE + 10 + 1 + slowdown.STEPS_ASIDE
 
@@ -847,7 +943,7 @@ def test_the_wait_for_an_unfinished_save_counts_only_for_measured_intervals() ->
 
     saver = mock.Mock(steps=[1], save=lambda _: Pending(durable=Late()))
     with mock.patch("engine.bench.slowdown.time.perf_counter", lambda: now):
-        [cost] = slowdown._segment(mock.Mock(step=step), saver, 10, 1)
+        [cost] = slowdown.segment(mock.Mock(step=step), saver, 10, 1)
     assert (cost["step_s"], cost["excess_s"], cost["rest_s"]) == (1, 0, 7)
     record = make_record([sample("slowdown", "engine", "every 10", 0, **cost)])
     assert goals.slowdowns(record, "engine", "every 10") == [0.7]
