@@ -191,7 +191,7 @@ def decode_options(value: object, make: Make = keep) -> dict[str, Any]:
     """
     options = decode(value, "options", make)
     shape = {"param_groups": list, "state": dict, "absent": list}
-    optional = {"class": str, "added": dict}
+    optional = {"class": str, "added": dict, "generators": dict}
     if not isinstance(options, dict) or (options and {k: type(options.get(k)) for k in shape} != shape):
         raise CorruptError("the manifest's options are not an optimizer's")
     if any(type(options.get(key, kind())) is not kind for key, kind in optional.items()):

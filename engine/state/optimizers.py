@@ -11,7 +11,7 @@ Theory of operation.  An arena has one layout, so the state of an optimizer shou
   first walk after that step finds it.  A restore makes it from the checkpoint: see `late`.
 
 Everything else that an optimizer keeps is in `Options`: hyperparameters of its groups, state that is no tensor, the
-absent names, and the keys that its `state_dict()` adds.
+absent names, its own random generators, and the keys that its `state_dict()` adds.
 
 Rules: tensors are created but never moved here.  Called by `inventory` and `arena`.
 """
@@ -34,6 +34,7 @@ from engine.errors import MismatchError
 from engine.format.manifest import listed
 from engine.format.values import Names
 from engine.state.adopted import Adopted
+from engine.state.generators import check_generators, find_generators, put_generators, read_generators
 
 # The state that SGD makes of a gradient.
 MOMENTUM = "momentum_buffer"
@@ -187,7 +188,7 @@ class Options:
         Raises:
             ArenaError: the optimizer has state that cannot be stored.
         """
-        options = {
+        options: dict[str, Any] = {
             "param_groups": [
                 _hyperparameters(group) | {"params": Names(names)}
                 for group, names in zip(self._optimizer.param_groups, self._owned.groups, strict=True)
@@ -196,8 +197,11 @@ class Options:
             "absent": Names(self.absent),
             "class": type(self._optimizer).__qualname__,
         }
-        added = self._adopted.added()
-        return options | {"added": added} if added else options
+        if generators := find_generators(self._adopted.steppers):
+            options["generators"] = read_generators(generators)
+        if added := self._adopted.added():
+            options["added"] = added
+        return options
 
     def check(self, options: Mapping[str, Any]) -> None:
         """Refuse options that `put_back` could not put back.
@@ -226,6 +230,7 @@ class Options:
                 f"the checkpoint has state that the arena's {label} cannot take: {', '.join(unknown)}; "
                 "use the optimizer and the trainable parameters of the run that was saved"
             )
+        check_generators(label, find_generators(self._adopted.steppers), options.get("generators", {}))
 
     def differs_in_state(self, options: Mapping[str, Any]) -> bool:
         """Whether checked options of an optimizer of this class may stand for other state than this one has."""
@@ -238,12 +243,12 @@ class Options:
         return not all(map(is_, map(options_set, self._optimizer.param_groups), self._options_set))
 
     def put_back(self, options: Mapping[str, Any], unfit: Collection[str] = ()) -> None:
-        """Give the optimizer the hyperparameters, the plain state and the added keys of checked options.
+        """Give the optimizer the hyperparameters, plain state, added keys and generators of checked options.
 
         The state of the parameters in `unfit` stays as it is.
 
         Raises:
-            MismatchError: its `load_state_dict()` refuses the added keys.
+            MismatchError: its `load_state_dict()` refuses the added keys, or a generator its state.
         """
         for group, saved in zip(self._optimizer.param_groups, options["param_groups"], strict=True):
             _put_hyperparameters(group, _hyperparameters(saved))
@@ -252,6 +257,8 @@ class Options:
                 _put_plain_state(self._optimizer.state, param, options["state"].get(name, {}))
         if options.get("added"):
             self._put_added(options["added"])
+        generators = find_generators(self._adopted.steppers)
+        put_generators(self._adopted.label, generators, options.get("generators", {}))
 
     def _put_added(self, added: Mapping[str, Any]) -> None:
         """Have `load_state_dict()` of the optimizer take the added keys, and no tensor.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -24,6 +27,7 @@ from trainings import (
     train,
 )
 
+import engine
 from engine.errors import ArenaError, MismatchError
 from engine.state.arena import Arena
 
@@ -302,3 +306,52 @@ def test_options_of_another_optimizer_are_refused() -> None:
             holder.check_options(given_options)
     assert set(options[""]["param_groups"][0]) >= {"lr", "betas"}
     assert options[""]["param_groups"][0]["params"] == [name for name, _ in model.named_parameters()]
+
+
+class Drawing(torch.optim.SGD):
+    """An optimizer that draws from generators of its own, as timm's Adahessian does."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.1)
+        self.generator = torch.Generator().manual_seed(1)
+        self.rngs: list[Any] = [random.Random(2), numpy.random.default_rng(3)]
+        self.by_name = {"old": numpy.random.RandomState(4)}
+        self.shared = torch.default_generator
+
+    def draw(self) -> list[float]:
+        drawn = [float(torch.rand(1, generator=self.generator)), self.rngs[0].random(), float(self.rngs[1].random())]
+        return [*drawn, self.by_name["old"].standard_normal()]
+
+
+def test_generators_of_an_optimizer_are_stored_and_put_back(tmp_path: Path) -> None:
+    model = mlp()
+    optimizer = Drawing(model.parameters())
+    arena = Arena.adopt(model, optimizer)
+    optimizer.draw()
+    with engine.Engine(tmp_path) as run:
+        run.checkpoint(arena).result()
+        drawn = [optimizer.draw() for _ in range(3)]
+        model = mlp()
+        other = Drawing(model.parameters())
+        torch.manual_seed(5)
+        run.restore(Arena.adopt(model, other))
+    assert [other.draw() for _ in range(3)] == drawn
+    expected = torch.Generator().manual_seed(5)
+    assert torch.rand(1) == torch.rand(1, generator=expected), "that of the process is left alone"
+
+
+def test_a_generator_that_is_not_there_is_refused_by_name() -> None:
+    model = mlp()
+    saved = Arena.adopt(model, Drawing(model.parameters())).options()
+    for change, kind in (({}, "no generator"), ({"generator": random.Random()}, "a python generator")):
+        model = mlp()
+        optimizer = Drawing(model.parameters())
+        del optimizer.generator
+        vars(optimizer).update(change)
+        with pytest.raises(MismatchError, match=f"'generator', and the arena's has {kind} there"):
+            Arena.adopt(model, optimizer).check_options(saved)
+    model = mlp()
+    other = Drawing(model.parameters())
+    other.rngs[1] = numpy.random.Generator(numpy.random.MT19937())
+    with pytest.raises(MismatchError, match=r"'rngs\.1' of the optimizer \(Drawing\) refuses the state that it had"):
+        Arena.adopt(model, other).restored(saved, {})

@@ -11,7 +11,6 @@ from runner import Verdict
 
 NOT_YET: dict[str, str] = {
     "torchao.optim: AdamW8bit": "refused at restore: the optimizer makes its state in its own step",
-    "timm.optim: adahessian": "differs without an error: its `state_dict()` lacks its generator",
 }
 
 # The outcome that the first word of a reason stands for.
