@@ -104,7 +104,7 @@ def restore(reader: Reader, arena: Arena, step: int | None, select: Select, stri
             arena.restored(options, extra_states)
         else:
             if selection.is_all and not refusal:
-                arena.restored_options(options, {record.name for record, _ in found.mismatched})
+                refusal = arena.restored_options(options, {record.name for record, _ in found.mismatched})
             absent = {name for each in options.values() for name in each["absent"]}
             arena.restored_part({target.record.name for target in found.targets}, absent)
             if selection.is_all:

@@ -45,7 +45,7 @@ from engine.state.late import Owner, StatePlan, plan_state
 from engine.state.memory import HostMemory, TensorLocation, location_of
 from engine.state.mirrors import Mirror, Mirrors, own_memory, resize
 from engine.state.modules import Rename, names_beside_tensors
-from engine.state.optimizers import Options, check_names, create_state, is_late
+from engine.state.optimizers import Options, check_names, create_state, is_late, sharing_state
 from engine.state.select import Named, Select
 from engine.state.versions import Counted, Versions
 from engine.state.watch import TensorWatch
@@ -250,6 +250,8 @@ class Arena:
         """The segments of optimizer state of these parameters."""
         entries = self._inventory.entries
         params = {id(tensor) for name in names for tensor in entries[name].tensors}
+        for optimizer in optimizers_in(self._optimizers):
+            params |= sharing_state(optimizer, params)
         stems = tuple(
             f"{prefix}."
             for owned in self._inventory.owned.values()
@@ -423,14 +425,29 @@ class Arena:
         self.refresh()
         self._torn = False
 
-    def restored_options(self, options: Mapping[str, Mapping[str, Any]], unfit: Collection[str]) -> None:
+    def restored_options(self, options: Mapping[str, Mapping[str, Any]], unfit: Collection[str]) -> str:
         """Put back hyperparameters and plain state alone, but not the state of these parameters.
 
         `check_options` has found that they fit.
+
+        Returns:
+            why the whole state of an optimizer was left as it is; or "".
         """
         names = {*unfit, *(alias for alias, name in self.aliases.items() if name in unfit)}
+        params = self._inventory.params
+        ids = {id(params[name]) for name in names if name in params}
+        left = ""
         for name, each in self._options.items():
-            each.put_back(options[name], names)
+            adopted = self._optimizers[name]
+            sharing = sharing_state(adopted.optimizer, ids)
+            own = {param for param, tensor in self._inventory.owned[name].params.items() if id(tensor) in sharing}
+            each.put_back(options[name], names | own)
+            if sharing:
+                left = (
+                    f"all state of {adopted.label} stays as it is: it is of all parameters together, and the "
+                    f"checkpoint has another shape or dtype of {listed(sorted(unfit))}"
+                )
+        return left
 
     def restored_part(self, names: Collection[str], absent: Collection[str]) -> None:
         """Take in that these segments were filled; `absent` are those that the checkpoint's optimizers lacked.

@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 
 from engine.errors import MismatchError
 from engine.format.layout import TensorSpec
-from engine.state.optimizers import Owned
+from engine.state.optimizers import Owned, sharing_state
 
 
 class _Place(NamedTuple):
@@ -142,6 +142,8 @@ def plan_state(
         for name, param in owner.owned.params.items()
         if _differ(here.get(here_aliases.get(name, name)), stored.get(stored_aliases.get(name, name)))
     }
+    for owner in owners.values():
+        unfit |= sharing_state(owner.optimizer, unfit)
     places = {prefix: place for prefix, place in _places_by_prefix(owners).items() if id(place[1]) not in unfit}
     makes, shares, drops = {}, {}, {}
     for name, spec in stored.items():

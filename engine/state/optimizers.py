@@ -28,7 +28,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import LBFGS, SGD, Optimizer
 
 from engine.errors import MismatchError
 from engine.format.manifest import listed
@@ -112,6 +112,12 @@ def create_state(optimizer: Optimizer, created: list[Created]) -> None:
 
 # The options that were set in each group when state was made for its parameters.
 _made_for: WeakKeyDictionary[Optimizer, list[tuple[str, ...]]] = WeakKeyDictionary()
+
+
+def sharing_state(optimizer: Optimizer, params: Collection[int]) -> set[int]:
+    """The parameters, by id(), whose state has the shape of one of these, beside these: LBFGS has one state for all."""
+    own = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    return own if isinstance(optimizer, LBFGS) and not own.isdisjoint(params) else set()
 
 
 @torch.no_grad()

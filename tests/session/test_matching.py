@@ -122,6 +122,42 @@ def test_a_new_head_keeps_its_own_tensors_and_the_rest_is_restored(eng: engine.E
     assert not arena.torn and eng.checkpoint(arena).result().step == 1
 
 
+def test_a_new_head_under_lbfgs_leaves_all_of_its_state_out(eng: engine.Engine) -> None:
+    """LBFGS has one state of all parameters together, so that of another head fits nothing."""
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        def closure() -> float:
+            optimizer.zero_grad()
+            loss = model(torch.ones(2, 3)).square().mean()
+            loss.backward()
+            return float(loss.detach())
+
+        optimizer.step(closure)
+
+    def made(classes: int, lr: float) -> tuple[nn.Module, torch.optim.LBFGS]:
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, classes))
+        return model, torch.optim.LBFGS(model.parameters(), lr=lr, max_iter=3)
+
+    model, optimizer = made(2, lr=0.5)
+    step(model, optimizer)
+    saved = eng.checkpoint(engine.Arena.adopt(model, optimizer)).result()
+    for step_count in (0, 1):
+        other, others = made(5, lr=0.1)
+        for _ in range(step_count):
+            step(other, others)
+        arena = engine.Arena.adopt(other, others)
+        before = dict(others.state[other.get_parameter("0.weight")])
+        info = eng.restore(arena, saved.step, strict=False)
+        assert torch.equal(other.get_parameter("0.weight"), model.get_parameter("0.weight"))
+        assert others.param_groups[0]["lr"] == 0.5
+        assert dict(others.state[other.get_parameter("0.weight")]) == before
+        assert "all state of the optimizer (LBFGS) stays as it is" in info.hyperparameters
+        assert "another shape or dtype of 1.bias, 1.weight" in info.hyperparameters
+        assert any(name.endswith(".d") for name in (*info.unexpected, *info.mismatched))
+        step(other, others)
+        assert eng.checkpoint(arena).result().step > saved.step
+
+
 def test_changed_groups_are_reported_and_keep_their_hyperparameters(eng: engine.Engine) -> None:
     model, optimizer = make_training(2, lr=0.5)
     eng.checkpoint(engine.Arena.adopt(model, optimizer)).result()
