@@ -271,6 +271,7 @@ class Checkpointer:
             self._workers.submit(give_up)  # first, and into C at once
             self._take_back(permit, begun)
             raise
+        arena.warn_of_untrained()
         self._warn_of_foreign_steps(arena)
         save.mark_held(began_ns)
         return save

@@ -82,6 +82,8 @@ class Arena:
         self._choice = Choice()
         self._fence = Fence()
         self._torn = False
+        self._untrained: Mapping[str, frozenset[int]] = {}
+        self._is_looked_over = False
         self._watch: TensorWatch | None = None
         self._arrangement = arrange(Table({}, {}, {}, frozenset(), False), model is not None, None)
         bare = {id(each): _params_without_state(each) for each in optimizers_in(optimizers)}
@@ -133,7 +135,7 @@ class Arena:
             raise ArgumentError("only='trained' needs the optimizer: Arena.adopt(model, optimizer, only='trained')")
         arena = cls(lambda: gather(model, optimizers, rename, choice), model, optimizers, split_untrained)
         arena._choice = choice
-        arena._warn_of_untrained()
+        arena.warn_of_untrained()
         arena._warn_of_unstored(model)
         return arena
 
@@ -484,6 +486,7 @@ class Arena:
         with torch.inference_mode(False):
             inventory = self._find()
             self._watch = None  # until all is done, so that the next refresh() completes an interrupted one
+            self._is_looked_over = False
             adopted = self._model is not None
             table = tabulate(inventory, adopted, self.fenced, self._split_untrained)
             if table != self._arrangement.table:
@@ -553,19 +556,24 @@ class Arena:
             for stepper in each.steppers:
                 self._fence.guard_steps(stepper, self._before_step, self._after_step)
 
-    def _warn_of_untrained(self) -> None:
-        """Name the trainable parameters whose optimizer was not given."""
-        if not self._optimizers:
+    def warn_of_untrained(self) -> None:
+        """Name the trainable parameters that no optimizer of the arena has, each tensor once.
+
+        A save calls it after `refresh()`: a layer may have been replaced since, and the optimizer has the old one.
+        """
+        if self._is_looked_over or not self._optimizers:
             return
         trained = self._inventory.trained
-        forgotten = [
-            name
+        forgotten = {
+            name: frozenset(map(id, entry.tensors))
             for name, entry in self._inventory.entries.items()
             if entry.spec.role == "model" and name not in trained and any(each.requires_grad for each in entry.tensors)
-        ]
-        if forgotten:
+        }
+        new = [name for name, tensors in forgotten.items() if tensors != self._untrained.get(name)]
+        self._is_looked_over, self._untrained = True, forgotten
+        if new:
             warn(
-                f"no optimizer of the arena trains {listed(forgotten)}: adopt every optimizer, "
+                f"no optimizer of the arena trains {listed(new)}: adopt every optimizer, "
                 "Arena.adopt(model, [first, second]), or the state of the others is in no checkpoint; "
                 "requires_grad_(False) says that a parameter is not trained"
             )

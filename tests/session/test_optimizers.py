@@ -324,6 +324,27 @@ def test_parameters_in_no_optimizer_are_named_once() -> None:
     engine.Arena.adopt(model, [optimizer, SGD(model["d"].parameters(), lr=0.1)])
 
 
+def test_a_new_layer_that_no_optimizer_trains_is_named_at_the_save_that_brings_it_in(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 3), nn.Linear(3, 1))
+    optimizer = AdamW(model.parameters())
+    arena = engine.Arena.adopt(model, optimizer)
+    with engine.Engine(tmp_path, **TINY) as eng:
+        eng.checkpoint(arena).result()
+        for _ in range(2):  # a second one under the same names, too
+            model[2] = nn.Linear(3, 1)
+            with pytest.warns(
+                engine.EngineWarning, match=r"no optimizer of the arena trains 2\.weight, 2\.bias"
+            ) as caught:
+                eng.checkpoint(arena).result()
+            assert len(caught) == 1 and caught[0].filename == __file__
+            eng.checkpoint(arena).result()
+        model[1] = nn.Linear(3, 3).requires_grad_(False)
+        eng.checkpoint(arena).result()
+        model[0] = nn.Linear(2, 3)
+        optimizer.add_param_group({"params": model[0].parameters()})
+        eng.checkpoint(arena).result()
+
+
 def test_state_of_another_class_is_not_made(tmp_path: Path) -> None:
     model, optimizer, train = one(Unhooked)()
     train(0)
