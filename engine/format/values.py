@@ -41,7 +41,7 @@ import re
 import struct
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
-from datetime import date, time
+from datetime import date, time, timedelta
 from pathlib import Path, PurePath
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
@@ -85,6 +85,8 @@ _ADVICE: tuple[tuple[tuple[type, ...], str], ...] = (
     ((argparse.Namespace, SimpleNamespace), "pass vars(...) of it"),
     ((deque, range), "pass list(...) of it"),
     ((date, time), "pass its isoformat()"),
+    ((timedelta,), "pass its total_seconds()"),
+    ((complex,), "pass its parts, (z.real, z.imag), or a tensor of it"),
 )
 
 

@@ -16,7 +16,7 @@ import weakref
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from engine.errors import ClosedError, ForkedError
+from engine.errors import ClosedError, ForkedError, UsageError
 from engine.io.backend import open_to_read
 from engine.io.pipeline import Pipeline
 from engine.options import Options, Tunables, with_tunables
@@ -32,6 +32,12 @@ if TYPE_CHECKING:
 
 class Run(Reading):
     """A run that is read, made by `engine.open`.  Closed by `close`, by collection, or at exit."""
+
+    def __new__(cls, *given: object, **_named: object) -> Run:
+        """Refuse a call by anybody but `open_run`, which gives a `Directory`."""
+        if not given or not isinstance(given[0], Directory):
+            raise UsageError('a Run is made by engine.open("path of the run")')
+        return super().__new__(cls)
 
     def __init__(self, directory: Directory, options: Options) -> None:
         """Not for callers: `open_run` makes them."""

@@ -57,7 +57,14 @@ _PUBLIC_NAMES = (
 )
 
 
-class Arena:
+class _Listed(type):
+    """A class whose `dir()` has the names for callers; the others are for the rest of the engine."""
+
+    def __dir__(cls) -> list[str]:
+        return sorted(_PUBLIC_NAMES)
+
+
+class Arena(metaclass=_Listed):
     """The tensors of a training, ready for a checkpoint.  Made by `adopt` or `wrap`."""
 
     def __new__(cls, *given: object, **_named: object) -> Arena:

@@ -89,6 +89,8 @@ def _adapt(value: object) -> Foreign | Refused | None:
         return DtypeValue(dtype_name(value))
     if isinstance(value, torch.Size):
         return SizeValue(tuple(value))
+    if isinstance(value, torch.device):
+        return Refused("a torch.device", "pass str(...) of it, which torch.device(...) takes")
     return _adapt_array(value)
 
 

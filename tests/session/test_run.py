@@ -261,3 +261,9 @@ def test_another_users_run_is_read() -> None:
         os.chmod(name, 0o755)
         command = [sys.executable, "-c", AS_ANOTHER_USER, str(Path(name) / "run")]
         assert subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout == "[1] 1\n"
+
+
+def test_a_run_that_is_called_names_what_makes_one(tmp_path: Path) -> None:
+    for given in ((), (tmp_path,), (str(tmp_path), engine.Options())):
+        with pytest.raises(engine.UsageError, match=r"a Run is made by engine\.open"):
+            engine.Run(*given)

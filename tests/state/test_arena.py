@@ -460,3 +460,10 @@ def test_repr_counts_segments_by_role() -> None:
     arena.mark_torn()
     assert repr(arena).endswith("cpu, adopted, torn)")
     assert repr(Arena.wrap({"w": torch.zeros(25_000)})) == "Arena(1 segments, 0.1 MB, model 1, cpu, wrapped)"
+
+
+def test_completion_offers_the_names_for_callers() -> None:
+    arena = Arena.wrap({"w": torch.zeros(1)})
+    assert dir(Arena) == dir(arena)
+    assert {"adopt", "wrap", "segments"} <= set(dir(Arena)) and "hold" not in dir(Arena)
+    assert all(hasattr(Arena, name) for name in dir(Arena))

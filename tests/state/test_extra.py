@@ -240,7 +240,7 @@ def test_values_of_real_trainings_round_trip() -> None:
         (pathlib.PurePosixPath("\udc80"), "store it as bytes"),
         (len, "plain values"),
         (object, "plain values"),
-        (1j, "plain values"),
+        (1j, "pass its parts"),
         (bytearray(b"x"), "plain values"),
         ("\ud800", "store it as bytes"),
         (torch.nn.Parameter(torch.ones(1)), r"\.detach\(\)"),
@@ -488,6 +488,9 @@ else:
         (collections.deque([1]), r"list\(\.\.\.\)"),
         (range(3), r"list\(\.\.\.\)"),
         (datetime.datetime(2026, 1, 2), r"isoformat\(\)"),
+        (datetime.timedelta(seconds=1), r"total_seconds\(\)"),
+        (1 + 2j, r"\(z\.real, z\.imag\)"),
+        (torch.device("cpu"), r"str\(\.\.\.\)"),
     ],
 )
 def test_what_a_training_has_at_hand_is_refused_with_its_conversion(value: object, advice: str) -> None:
