@@ -149,8 +149,9 @@ class Manifest(msgspec.Struct, frozen=True):
     """The record of a checkpoint.
 
     `optimizers` has each optimizer's options by its name; the only optimizer may be called "".  `modules` has what
-    modules keep besides tensors, by its name in `state_dict()`.  These and `extra` are in the form of
-    `engine.format.values`.  A metric that is not finite is None.
+    modules keep besides tensors, by its name in `state_dict()`.  `wrappers` has what tensor subclasses are besides
+    their components, by the subclass's name.  These and `extra` are in the form of `engine.format.values`.  A metric
+    that is not finite is None.
     """
 
     format: str
@@ -171,6 +172,7 @@ class Manifest(msgspec.Struct, frozen=True):
     user_files: tuple[DigestedFile, ...] = ()
     parts: tuple[DigestedFile, ...] = ()
     modules: dict[str, Any] = {}
+    wrappers: dict[str, Any] = {}
 
     @property
     def nbytes(self) -> int:

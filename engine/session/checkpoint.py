@@ -303,6 +303,7 @@ class Checkpointer:
             aliases=dict(arena.aliases),
             optimizers={name: encode_options(options) for name, options in arena.options().items()},
             modules=arena.extra_states(),
+            wrappers=arena.wrappers,
             extra=encode(request.extra),
             metrics={name: value if math.isfinite(value) else None for name, value in request.metrics.items()},
             tag=request.tag,

@@ -17,6 +17,7 @@ from engine.errors import MismatchError
 from engine.format.layout import Segment
 from engine.format.manifest import Manifest, SegmentRecord, listed
 from engine.state.arena import Arena
+from engine.state.components import check_wrappers
 from engine.state.select import Selection
 from engine.store.reader import Target
 
@@ -63,7 +64,7 @@ def match(arena: Arena, manifest: Manifest, selection: Selection, planned: Colle
     """Pair the segments that a selection picks; those that are planned are left over on no side.
 
     Raises:
-        MismatchError: it picks nothing of the checkpoint.
+        MismatchError: it picks nothing of the checkpoint, or components that mean something else there.
     """
     stored = _picked(arena, manifest, selection)
     here = {
@@ -83,6 +84,7 @@ def match(arena: Arena, manifest: Manifest, selection: Selection, planned: Colle
             targets.append(Target(record, found.source, found.offset))
         elif name not in planned:
             mismatched.append((record, found.segment))
+    check_wrappers(arena.wrappers, manifest.wrappers, [target.record.name for target in targets])
     # A count of steps fits any parameter, but belongs to moments of the stored one.
     unfit = arena.state_of([segment.name for _, segment in mismatched])
     known_there, known_here = stored.keys() | set(planned), here.keys() | set(planned)

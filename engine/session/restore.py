@@ -25,14 +25,14 @@ from engine.format.plan import Source
 from engine.io.packing import pack_sources
 from engine.session.matching import Match, check_match, match, match_extra_states, no_match
 from engine.state.arena import Arena, check_arena
-from engine.state.late import StatePlan
+from engine.state.late import Known, StatePlan
 from engine.state.select import Select, Selection
 from engine.state.tensors import decode, decode_options, make_tensor
 from engine.store.reader import Checkpoint, PassedOver, Reader, Target
 
 Tensors = dict[str, Tensor]
 
-NO_PLAN = StatePlan({}, {}, {})
+NO_PLAN = StatePlan({}, {}, {}, {}, Known({}, {}, {}))
 
 # How a RestoreInfo shows `extra`.
 _SHORT = reprlib.Repr()
@@ -201,7 +201,7 @@ def _plan_options(
     }
     try:
         arena.check_options(options)
-        return arena.plan_state(stored, manifest.aliases, options), ""
+        return arena.plan_state(stored, manifest.aliases, options, manifest.wrappers), ""
     except MismatchError as error:
         if not strict:
             return NO_PLAN, str(error)

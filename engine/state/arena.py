@@ -38,10 +38,11 @@ from engine.format.values import Json
 from engine.state.adopted import Adopted, adopt_optimizers, optimizers_in
 from engine.state.arrangement import Table, arrange, sources_of, tabulate
 from engine.state.choice import Choice
+from engine.state.components import describe
 from engine.state.extra_state import ExtraName
 from engine.state.fence import Fence
 from engine.state.inventory import Inventory, gather, gather_tensors
-from engine.state.late import Owner, StatePlan, plan_state
+from engine.state.late import Known, Owner, StatePlan, plan_state
 from engine.state.memory import HostMemory, TensorLocation, location_of
 from engine.state.mirrors import Mirror, Mirrors, own_memory, resize
 from engine.state.modules import Rename, names_beside_tensors
@@ -181,6 +182,11 @@ class Arena(metaclass=_Listed):
     def aliases(self) -> Mapping[str, str]:
         """Other names of stored tensors (tied weights), alias to segment name."""
         return self._inventory.aliases
+
+    @property
+    def wrappers(self) -> Mapping[str, Json]:
+        """What the tensor subclasses are besides their components, encoded, as of when they were taken in."""
+        return self._wrappers
 
     @property
     def left_out(self) -> frozenset[str]:
@@ -381,7 +387,11 @@ class Arena(metaclass=_Listed):
             each.check(options[name])
 
     def plan_state(
-        self, stored: Mapping[str, TensorSpec], aliases: Mapping[str, str], options: Mapping[str, Mapping[str, Any]]
+        self,
+        stored: Mapping[str, TensorSpec],
+        aliases: Mapping[str, str],
+        options: Mapping[str, Mapping[str, Any]],
+        wrappers: Mapping[str, Json],
     ) -> StatePlan:
         """The state that optimizers lack and only their own steps would make; see `late`.
 
@@ -389,9 +399,10 @@ class Arena(metaclass=_Listed):
             stored: the segments of a checkpoint.
             aliases: its aliases.
             options: its options, which fit.
+            wrappers: what its tensor subclasses are.
 
         Raises:
-            MismatchError: an optimizer that lacks state is of another class.
+            MismatchError: an optimizer that lacks state is of another class, or a tensor subclass cannot be made.
         """
         owners = {
             name: Owner.of(
@@ -403,7 +414,7 @@ class Arena(metaclass=_Listed):
             for name, each in self._optimizers.items()
         }
         here = {name: entry.spec for name, entry in self._inventory.entries.items()}
-        return plan_state(owners, here, self.aliases, stored, aliases, options)
+        return plan_state(owners, Known(here, self.aliases, self._wrappers), Known(stored, aliases, wrappers), options)
 
     def make_state(self, plan: StatePlan) -> None:
         """Give the optimizers planned state, whose content is undefined, and take it in.
@@ -500,6 +511,9 @@ class Arena(metaclass=_Listed):
                 # The old buffer is freed when the last of its tensors has moved.
                 self._arrangement = arrange(table, adopted, self._arrangement)
             self._inventory = inventory
+            self._wrappers = {
+                part: about for name, whole in inventory.wholes.items() for part, about in describe(name, whole.tensor)
+            }
             self._options = {
                 name: Options(self._optimizers[name], owned, inventory.absent(owned))
                 for name, owned in inventory.owned.items()

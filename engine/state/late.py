@@ -12,6 +12,8 @@ that optimizer like late state.
 lacks.  Then the arena takes the tensors in, and the restore fills them.  The state of a parameter that has another
 shape or dtype in the checkpoint stays as it is.
 
+State that is a tensor subclass is made of its components, as the checkpoint describes it (`components`).
+
 A name of state is that of its parameter and a key.  No name of a parameter is the beginning of another one's, and only
 keys without a dot are made, so the name says which parameter it is.
 
@@ -22,6 +24,7 @@ fails is undone.  Called by `arena`.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +33,8 @@ from torch.optim import Optimizer
 
 from engine.errors import MismatchError
 from engine.format.layout import TensorSpec
+from engine.format.values import Json
+from engine.state.components import leaves, make_wrapper
 from engine.state.optimizers import Owned, sharing_state
 
 
@@ -67,10 +72,20 @@ class Owner(NamedTuple):
         return cls(optimizer, owned, late)
 
 
+class Known(NamedTuple):
+    """The tensors of an arena or a checkpoint: segments, aliases, and what tensor subclasses are, encoded."""
+
+    specs: Mapping[str, TensorSpec]
+    aliases: Mapping[str, str]
+    wrappers: Mapping[str, Json]
+
+
 class StatePlan(NamedTuple):
     """What a restore does to state that only a step would make.
 
     Attributes:
+        wraps: the name of new state that is a tensor subclass, to its place.
+        stored: of the checkpoint.
         makes: the name of new state, to its place and its kind.
         shares: the name of state that is another name of stored state, to its place and that name.
         drops: the name of state that the checkpoint lacks, to its place.
@@ -79,11 +94,15 @@ class StatePlan(NamedTuple):
     makes: Mapping[str, tuple[_Place, TensorSpec]]
     shares: Mapping[str, tuple[_Place, str]]
     drops: Mapping[str, _Place]
+    wraps: Mapping[str, _Place]
+    stored: Known
 
     @property
     def names(self) -> set[str]:
         """All names that come, go, or get another kind."""
-        return {*self.makes, *self.shares, *self.drops}
+        aliases = self.stored.aliases
+        components = {aliases.get(leaf, leaf) for name in self.wraps for leaf in leaves(name, self.stored.wrappers)}
+        return {*self.makes, *self.shares, *self.drops, *components}
 
     def apply(self, live: Mapping[str, Tensor]) -> Callable[[], None]:
         """Do it, and return what undoes it.
@@ -97,44 +116,59 @@ class StatePlan(NamedTuple):
             for place, items in before:
                 _put(place, items)
 
-        made = {}
-        with torch.inference_mode(False):  # or training could not write to them
-            for name, (place, spec) in self.makes.items():
-                made[name] = _make(place.param, spec)
-                _put(place, [made[name]])
+        made: dict[str, Tensor] = {}
+        try:
+            with torch.inference_mode(False):  # or training could not write to them
+                for name, (place, spec) in self.makes.items():
+                    made[name] = _make(place.param, spec)
+                    _put(place, [made[name]])
+                for name, place in self.wraps.items():
+                    component = partial(self._component, made, live, place.param)
+                    _put(place, [make_wrapper(name, self.stored.wrappers, component)])
+        except BaseException:
+            undo()
+            raise
         for place, name in self.shares.values():
             _put(place, [made[name] if name in made else live[name]])
         for place in self.drops.values():
             _put(place, [])
         return undo
 
+    def _component(self, made: dict[str, Tensor], live: Mapping[str, Tensor], param: Tensor, name: str) -> Tensor:
+        """A plain tensor in a tensor subclass; the same one for each of its names."""
+        name = self.stored.aliases.get(name, name)
+        if name not in made:
+            if name not in self.stored.specs:
+                raise MismatchError(
+                    f"the checkpoint lacks {name!r}, a component of a tensor subclass; restore another step"
+                )
+            spec = self.stored.specs[name]
+            dtype = getattr(torch, spec.dtype)
+            made[name] = live[name] if name in live else torch.zeros(spec.shape, dtype=dtype, device=param.device)
+        return made[name]
+
     def _places(self) -> Iterator[_Place]:
         yield from (place for place, _ in self.makes.values())
+        yield from self.wraps.values()
         yield from (place for place, _ in self.shares.values())
         yield from self.drops.values()
 
 
 def plan_state(
-    owners: Mapping[str, Owner],
-    here: Mapping[str, TensorSpec],
-    here_aliases: Mapping[str, str],
-    stored: Mapping[str, TensorSpec],
-    stored_aliases: Mapping[str, str],
-    options: Mapping[str, Mapping[str, Any]],
+    owners: Mapping[str, Owner], arena: Known, checkpoint: Known, options: Mapping[str, Mapping[str, Any]]
 ) -> StatePlan:
     """Compare the state that only a step would make with that of a checkpoint.
 
     Args:
         owners: the arena's optimizers by name.
-        here: the arena's segments.
-        here_aliases: its aliases.
-        stored: the checkpoint's segments.
-        stored_aliases: its aliases.
-        options: its options, by the same names as `owners`.
+        arena: its tensors.
+        checkpoint: its tensors.
+        options: of the checkpoint, by the same names as `owners`.
 
     Raises:
         MismatchError: state must be made for an optimizer of another class.
     """
+    (here, here_aliases, here_wrappers), (stored, stored_aliases, stored_wrappers) = arena, checkpoint
     reserved = {name for owner in owners.values() for name in owner.owned.reserved}  # there before a step
     unfit = {
         id(param)
@@ -145,7 +179,13 @@ def plan_state(
     for owner in owners.values():
         unfit |= sharing_state(owner.optimizer, unfit)
     places = {prefix: place for prefix, place in _places_by_prefix(owners).items() if id(place[1]) not in unfit}
-    makes, shares, drops = {}, {}, {}
+    makes, shares, drops, wraps = {}, {}, {}, {}
+    for name in stored_wrappers:
+        place = None if name in here_wrappers else _place(places, name)
+        if place is not None and any(
+            stored_aliases.get(leaf, leaf) in stored for leaf in leaves(name, stored_wrappers)
+        ):
+            wraps[name] = place
     for name, spec in stored.items():
         place = None if name in reserved else _place(places, name)
         if place is not None and (name not in here or _differ(here[name], spec)):
@@ -156,16 +196,18 @@ def plan_state(
             shares[alias] = place, name
     for name in (*here, *here_aliases):
         place = None if name in reserved else _place(places, name)
-        if place is not None and name not in stored and name not in stored_aliases:
+        if place is not None and name not in stored and name not in stored_aliases and name not in wraps:
             drops[name] = place
     for name, (optimizer, _, _) in owners.items():
         saved, own = options[name].get("class"), type(optimizer).__qualname__
-        if saved not in (None, own) and any(place.optimizer is optimizer for place, _ in makes.values()):
+        if saved not in (None, own) and any(
+            place.optimizer is optimizer for place in (*wraps.values(), *(place for place, _ in makes.values()))
+        ):
             raise MismatchError(
                 f"the checkpoint's optimizer is a {saved}, and the arena's, which lacks state, is a {own}; adopt an "
                 "optimizer of the same class"
             )
-    return StatePlan(makes, shares, drops)
+    return StatePlan(makes, shares, drops, wraps, checkpoint)
 
 
 def _places_by_prefix(owners: Mapping[str, Owner]) -> dict[str, tuple[Optimizer, Tensor]]:

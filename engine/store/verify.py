@@ -81,8 +81,8 @@ class Verifier:
             decode(manifest.extra)
             for options in manifest.optimizers.values():
                 decode_options(options)
-            for name, state in manifest.modules.items():
-                decode(state, name)
+            for name, value in (*manifest.modules.items(), *manifest.wrappers.items()):
+                decode(value, name)
         except (CorruptError, StorageError) as error:
             demand_damage(error)
             return (Damage(os.path.join(opened.path, MANIFEST_NAME), None, None, None, str(error)),)

@@ -88,7 +88,7 @@ class Content:
         owners: keeps the sources' memory alive.
         guard: watches the sources until they are staged, or None.
         changed: called when all is staged; the segments that are known to have changed meanwhile.
-        aliases, optimizers, modules, extra, metrics, tag: of the manifest, encoded.
+        aliases, optimizers, modules, wrappers, extra, metrics, tag: of the manifest, encoded.
         user_files: content of small files that are written beside the data files, by name.
     """
 
@@ -100,6 +100,7 @@ class Content:
     aliases: Mapping[str, str] = field(default_factory=dict)
     optimizers: Mapping[str, Json] = field(default_factory=dict)
     modules: Mapping[str, Json] = field(default_factory=dict)
+    wrappers: Mapping[str, Json] = field(default_factory=dict)
     extra: Json = None
     metrics: Mapping[str, float | None] = field(default_factory=dict)
     tag: str | None = None
@@ -380,6 +381,7 @@ def _manifest(write: Write, content: Content) -> Manifest:
         tag=content.tag,
         user_files=tuple(digest_of(name, raw) for name, raw in content.user_files.items()),
         modules=dict(content.modules),
+        wrappers=dict(content.wrappers),
     )
 
 

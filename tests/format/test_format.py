@@ -51,7 +51,7 @@ PAGE = (Path(__file__).parents[2] / "docs/format.md").read_text(encoding="utf-8"
 ROLES = ("model", "buffer", "optimizer", "grad")
 FIELDS = {
     "body": "format version min_reader step checkpoint_id created_ns block_bytes files chunks segments aliases "
-    "optimizers extra metrics tag user_files parts modules",
+    "optimizers extra metrics tag user_files parts modules wrappers",
     "part": "rank files chunks segments aliases",
     "file": "name nbytes header_bytes",
     "chunk": "file index offset nbytes layers checksums",

@@ -95,6 +95,7 @@ def example() -> Manifest:
         tag="before-lr-drop",
         user_files=(digest_of("config.json", b"{}"),),
         modules={"a._extra_state": {"dict": []}},
+        wrappers={"a.weight": {"dict": []}},
     )
 
 

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import coded
 import pytest
 import torch
 import torch.ao.quantization as quantization
-from coded import CodedSgd
+from coded import Coded, CodedSgd
 from guarded import KINDS_HERE
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -375,8 +376,7 @@ def test_a_pruning_that_begins_in_a_training_is_taken_in(tmp_path: Path) -> None
         assert_same([eng.load()["2.weight_orig"]], [model.get_parameter("2.weight_orig")])
 
 
-def test_state_of_a_subclass_that_is_not_there_is_named(tmp_path: Path) -> None:
-    """A restore cannot make a wrapper, and says what to do."""
+def test_state_of_a_subclass_is_made_of_its_components(tmp_path: Path) -> None:
     model = layers()
     optimizer = CodedSgd(model.parameters())
     step(model, optimizer, (7, 6), 0)
@@ -384,7 +384,68 @@ def test_state_of_a_subclass_that_is_not_there_is_named(tmp_path: Path) -> None:
         eng.checkpoint(engine.Arena.adopt(model, optimizer)).result()
         fresh = layers()
         fresh_optimizer = CodedSgd(fresh.parameters())
-        with pytest.raises(engine.MismatchError, match=r"momentum\.codes: not in the arena(?s:.*)take one step"):
+        arena = engine.Arena.adopt(fresh, fresh_optimizer)
+        eng.restore(arena)
+        for number in (1, 2):
+            step(model, optimizer, (7, 6), number)
+            step(fresh, fresh_optimizer, (7, 6), number)
+        assert_same(list(fresh.parameters()), list(model.parameters()))
+        assert all(type(state["momentum"]) is Coded for state in fresh_optimizer.state.values())
+        eng.checkpoint(arena).result()
+        momentum = optimizer.state[model.get_parameter("0.weight")]["momentum"]
+        assert_same([eng.load()["optimizer.0.weight.momentum.codes"]], [momentum.codes])
+
+
+class Tagged(Coded):
+    """Has a context."""
+
+    tag: Any = "one"
+
+    def __tensor_flatten__(self) -> Any:
+        return ["codes", "scale"], (type(self).tag, torch.float32)
+
+
+class TaggedSgd(CodedSgd):
+    """SGD whose momentum is tagged."""
+
+    def step(self, closure: Any = None) -> Any:
+        for param in self.param_groups[0]["params"]:
+            if not self.state[param]:
+                self.state[param]["momentum"] = Tagged.of(torch.zeros_like(param))
+        return super().step(closure)
+
+
+def test_a_subclass_that_is_something_else_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = layers()
+    optimizer = TaggedSgd(model.parameters())
+    step(model, optimizer, (7, 6), 0)
+    arena = engine.Arena.adopt(model, optimizer)
+    fresh = layers()
+    fresh_optimizer = TaggedSgd(fresh.parameters())
+    with engine.Engine(tmp_path) as eng:
+        eng.checkpoint(arena).result()
+        monkeypatch.setattr(Tagged, "tag", "two")
+        with pytest.raises(engine.MismatchError, match=r"momentum.*Tagged .*'one'.*, and in the arena: .*'two'"):
+            eng.restore(engine.Arena.adopt(model, optimizer))
+        eng.restore(engine.Arena.adopt(model, optimizer), select=engine.role("model"))
+        monkeypatch.setattr(Tagged, "tag", object())
+        eng.checkpoint(engine.Arena.adopt(model, optimizer)).result()
+        with pytest.raises(engine.MismatchError, match=r"'optimizer\.0\.weight\.momentum' is a .*no plain value"):
+            eng.restore(engine.Arena.adopt(fresh, fresh_optimizer))
+        assert not fresh_optimizer.state
+        eng.restore(engine.Arena.adopt(model, optimizer))
+
+
+def test_a_class_that_was_not_imported_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = layers()
+    optimizer = CodedSgd(model.parameters())
+    step(model, optimizer, (7, 6), 0)
+    with engine.Engine(tmp_path) as eng:
+        eng.checkpoint(engine.Arena.adopt(model, optimizer)).result()
+        monkeypatch.setattr(coded, "Coded", None)
+        fresh = layers()
+        fresh_optimizer = CodedSgd(fresh.parameters())
+        with pytest.raises(engine.MismatchError, match=r"coded\.Coded .* no such class of tensors; take one step"):
             eng.restore(engine.Arena.adopt(fresh, fresh_optimizer))
         assert not fresh_optimizer.state
 

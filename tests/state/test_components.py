@@ -13,8 +13,10 @@ from torch.testing._internal.two_tensor import TwoTensor
 from trainings import OPTIMIZERS, assert_holds, assert_inside, bits, mlp, train
 
 import engine
-from engine.errors import ArenaError
+from engine.errors import ArenaError, CorruptError
 from engine.state.arena import Arena
+from engine.state.components import leaves
+from engine.state.tensors import encode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -167,3 +169,21 @@ def test_a_tensor_of_several_ranks_is_refused() -> None:
     kind: Any = type("DTensor", (TwoTensor,), {"__module__": "torch.distributed.tensor"})
     with pytest.raises(ArenaError, match=r"'w' is a DTensor, .* holds the part of one rank"):
         Arena.wrap({"w": kind(torch.ones(2), torch.ones(2))})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"parts": "ab"}, {"parts": [1]}, {"class": None}, {"shape": ["1"]}, {"stride": 3}],
+    ids=lambda change: str(change),
+)
+def test_a_description_of_another_form_is_damage(change: dict[str, Any]) -> None:
+    about = {"class": "coded.Coded", "parts": ["codes", "scale"], "shape": [1], "stride": [1]}
+    assert leaves("w", {"w": encode(about)}) == ["w.codes", "w.scale"]
+    with pytest.raises(CorruptError, match="'w' is not that of a tensor subclass"):
+        leaves("w", {"w": encode(about | change)})
+
+
+def test_subclasses_in_each_other_without_end_are_damage() -> None:
+    about = encode({"class": "coded.Coded", "parts": ["a"], "shape": [1], "stride": [1]})
+    with pytest.raises(CorruptError, match="over 16 deep"):
+        leaves("w", {"w" + ".a" * depth: about for depth in range(3000)})

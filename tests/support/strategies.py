@@ -141,6 +141,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         tag=draw(st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=4)),
         user_files=draw(user_files()),
         modules=draw(st.dictionaries(NAMES, JSON, max_size=2)),
+        wrappers=draw(st.dictionaries(NAMES, JSON, max_size=2)),
     )
 
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 from catalog import Training
 from runner import Verdict
 
-NOT_YET: dict[str, str] = {
-    "torchao.optim: AdamW8bit": "refused at restore: the optimizer makes its state in its own step",
-}
+NOT_YET: dict[str, str] = {}
 
 # The outcome that the first word of a reason stands for.
 _OUTCOMES = {"refused": "refused", "differs": "different", "fails": "failed"}
