@@ -16,8 +16,8 @@
  * protected when the next job is armed, nobody has written to it: its blocks are clean, and need not be copied where the
  * file holds them already.  A wrong guess costs the writer one fault a unit.
  *
- * Nothing here may stop a training.  If a writer waits and no block is released for PATIENCE_NS, the guard unprotects
- * everything and the save fails.  The guard's thread takes no lock but the guard's own, touches no guarded memory, and
+ * Nothing here may stop a training.  If a writer waits and no block is released for PATIENCE_NS, or the kernel refuses to
+ * unprotect or to report faults, the guard unprotects everything and the save fails.  The guard's thread takes no lock but the guard's own, touches no guarded memory, and
  * does not need the pipeline's thread to do so.
  *
  * Locks.  `mutex` guards all but what is set once at the start.  `wanted_count` and `clean` are read without it.
@@ -109,14 +109,18 @@ static int set_units(eng_guard *g, uint32_t first, uint32_t end, int is_protecte
     return result;
 }
 
-/* Unprotect units and let their writers go on.  Where the kernel refuses, the whole range is unregistered, which lets every
- * writer go on; no save can be armed after that. */
-static void unprotect(eng_guard *g, uint32_t first, uint32_t end)
+/* Unregister the whole range, which lets every writer go on.  The armed save fails, and none can be armed after that. */
+static void give_up(eng_guard *g)
 {
-    if (g->protection.uffd < 0 || set_units(g, first, end, 0) == 0)
-        return;
     g->has_given_up = 1;
     close_protection(g);
+}
+
+/* Unprotect units and let their writers go on; give up where the kernel refuses. */
+static void unprotect(eng_guard *g, uint32_t first, uint32_t end)
+{
+    if (g->protection.uffd >= 0 && set_units(g, first, end, 0) < 0)
+        give_up(g);
 }
 
 /* The memory that an extent is copied from, as addresses of its first byte and after its last.  Of a strided tensor,
@@ -487,12 +491,15 @@ static void *watch(void *argument)
     struct pollfd ready[] = {{.fd = g->protection.uffd, .events = POLLIN},
                              {.fd = g->forks.descriptors[DESCRIPTOR_STOP], .events = POLLIN}};
     uint64_t address;
-    int is_waiting = 0;
+    int is_waiting = 0, found;
     while (ready[1].revents == 0) {
         poll(ready, 2, is_waiting ? POLL_MS : -1);
         pthread_mutex_lock(&g->mutex);
-        while (g->protection.uffd >= 0 && protection_next_fault(&g->protection, &address))
+        found = 0;
+        while (g->protection.uffd >= 0 && (found = protection_next_fault(&g->protection, &address)) > 0)
             answer(g, address);
+        if (found < 0)
+            give_up(g); /* a writer may wait that nobody can name */
         is_waiting = keep_patience(g);
         if (g->protection.uffd < 0)
             ready[0].fd = -1; /* which poll(2) ignores */

@@ -124,12 +124,19 @@ int protection_set(const protection *p, uint64_t address, uint64_t nbytes, int i
 int protection_next_fault(const protection *p, uint64_t *address)
 {
     struct uffd_msg message;
-    while (read(p->uffd, &message, sizeof message) == sizeof message)
-        if (message.event == UFFD_EVENT_PAGEFAULT) {
+    for (;;) {
+        const ssize_t count = read(p->uffd, &message, sizeof message);
+        if (count == sizeof message) {
+            if (message.event != UFFD_EVENT_PAGEFAULT)
+                continue;
             *address = message.arg.pagefault.address;
             return 1;
         }
-    return 0;
+        if (count < 0 && errno == EAGAIN)
+            return 0;
+        if (count >= 0 || errno != EINTR)
+            return count < 0 ? -errno : -EIO;
+    }
 }
 
 int protection_scan(const protection *p, uint64_t address, uint64_t nbytes, int protect, protection_visit visit,

@@ -27,7 +27,7 @@ void protection_close(protection *p);
 /* Protect a part of the range, or unprotect it and wake its writers.  Returns 0 or a negative errno. */
 int protection_set(const protection *p, uint64_t address, uint64_t nbytes, int is_protected);
 
-/* The address of a page that a writer waits for: 1, or 0 if there is none. */
+/* The address of a page that a writer waits for: 1, or 0 if there is none, or a negative errno. */
 int protection_next_fault(const protection *p, uint64_t *address);
 
 /* Some pages were written, from `start` up to `end`. */

@@ -450,7 +450,10 @@ def test_strided_sources_are_guarded_whole(
 def test_guards_that_need_a_privilege() -> None:
     """All tests of guards, with root's privileges."""
     root = Path(__file__).parents[1]
-    files = [str(root / each) for each in ("io/test_guard.py", "session/test_guards.py", "session/test_tears.py")]
+    files = [
+        str(root / each)
+        for each in ("io/test_guard.py", "io/test_guard_faults.py", "session/test_guards.py", "session/test_tears.py")
+    ]
     command = ["sudo", "-n", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     result = subprocess.run(command, cwd=root.parent, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
