@@ -609,7 +609,9 @@ def test_groups_too_large_to_enumerate_are_refused() -> None:
 
 
 def outcome(record: Record, what: str) -> goals.Outcome:
-    [found] = [each for each in goals.outcomes(record, PEERS, LOADING_PEERS) if each.what.startswith(what)]
+    """The goal of this name, or the only one whose name begins with it."""
+    outcomes = goals.outcomes(record, PEERS, LOADING_PEERS)
+    [found] = [each for each in outcomes if each.what == what] or [e for e in outcomes if e.what.startswith(what)]
     return found
 
 
