@@ -6,11 +6,7 @@
  *     FREE -> MOVING -> MOVED -> STAGING -----------> FREE   a block of a read: verified, then copied out
  *
  * A write waits in STAGED until its job has files, so that staging begins before the files are made.  If the job has
- * files, the write starts at once.  Jobs are served in order of arrival: an older save frees its arena first.
- *
- * Staging comes first, because training waits for the arena, and the device is slower than memory.  A restore starts its
- * next reads before it verifies blocks that have arrived, as long as slots are free and READ_WINDOW_BYTES allow.  So some
- * slots are read into while others are verified.
+ * files, the write starts at once.  Jobs share the slots and this thread as turns.c says.
  *
  * With helper threads a slot in STAGING may be with one of them.  This thread gives them as many blocks as they have room
  * for, and then stages one itself.  Blocks are staged out of order then, so `next` says which are begun, and states which
@@ -27,16 +23,12 @@
 #include "guarding/guard.h"
 #include "pipeline/job.h"
 #include "pipeline/thread.h"
+#include "pipeline/turns.h"
 
 enum {
     /* Blocks staged before their writes are submitted together: few, so that the device starts early (4 MiB stage in
      * about half a millisecond), but more than one, to share the cost of a submission. */
     BATCH_BLOCKS = 2,
-    /* Bytes of reads in flight.  Bandwidth times latency keeps a drive busy, some 2 MB, and a few times that keeps an
-     * array of drives busy.  More in flight delays the first block, and leaves nothing to read while the last blocks
-     * are verified.  500 MB in blocks of 4 MiB took, on the host of docs/perf.md: 139 ms with 16 MiB in flight, 135
-     * with 64, 140 with 128, 146 with 256. */
-    READ_WINDOW_BYTES = 64 << 20,
     /* Tries of one operation that made no progress (EINTR, EAGAIN, ENOMEM, a short write under the alignment). */
     RETRIES_MAX = 16,
     /* Refusals of the submission itself in a row, 1 ms apart: 100 ms is far longer than a transient shortage. */
@@ -97,6 +89,7 @@ static void await_files(eng_pipeline *p, uint32_t index)
 static void await_verification(eng_pipeline *p, uint32_t index)
 {
     p->slots[index].state = SLOT_MOVED;
+    p->entries[p->slots[index].entry].unverified_count++;
     append(&p->unverified, index);
 }
 
@@ -108,12 +101,18 @@ static uint32_t take_slot(eng_pipeline *p, uint32_t entry_index, uint32_t block)
     return index;
 }
 
+static void leave_unverified(eng_pipeline *p, uint32_t index)
+{
+    take_out(p->unverified.slots, &p->unverified.count, index);
+    p->entries[p->slots[index].entry].unverified_count--;
+}
+
 static void free_slot(eng_pipeline *p, uint32_t index)
 {
     if (p->slots[index].state == SLOT_STAGED)
         take_out(p->waiting.slots, &p->waiting.count, index);
     if (p->slots[index].state == SLOT_MOVED)
-        take_out(p->unverified.slots, &p->unverified.count, index);
+        leave_unverified(p, index);
     p->entries[p->slots[index].entry].slot_count--;
     p->slots[index].state = SLOT_FREE;
     p->free_slots[p->free_count++] = index;
@@ -486,42 +485,34 @@ static int skip_clean(eng_pipeline *p, uint32_t entry_index, uint32_t block)
     return 1;
 }
 
-/* Begin the next block of a write: 1, or 0 if none can begin now. */
-static int write_next(eng_pipeline *p, uint32_t entry_index)
+/* Verify the oldest block of a read that has arrived, and copy it out, with a helper if one has room. */
+static void verify_block(eng_pipeline *p, uint32_t entry_index)
+{
+    uint32_t at = 0;
+    while (p->slots[p->unverified.slots[at]].entry != entry_index)
+        at++;
+    const uint32_t index = p->unverified.slots[at];
+    leave_unverified(p, index);
+    p->slots[index].state = SLOT_STAGING;
+    if (!stage_aside(p, index))
+        stage_here(p, index);
+}
+
+static void work_on(eng_pipeline *p, uint32_t entry_index, enum piece piece)
 {
     entry *e = &p->entries[entry_index];
     const eng_job *job = e->job;
-    if (e->hashed_next < job->block_count)
-        hash_block(p, entry_index);
-    else if (e->hashed_count < job->block_count)
-        return 0;
-    else if (e->next < job->block_count)
-        stage_block(p, entry_index, job->order[e->next]);
-    else if (!e->has_files || e->clean_next == job->block_count)
-        return 0;
-    else if (!skip_clean(p, entry_index, job->order[e->clean_next]))
-        stage_block(p, entry_index, job->order[e->clean_next]);
-    return 1;
-}
-
-/* Begin the next block of a read, if the job has its file, and the device is not busy: 1, or 0. */
-static int read_next(eng_pipeline *p, uint32_t entry_index)
-{
-    entry *e = &p->entries[entry_index];
-    const uint64_t reading_bytes = (uint64_t)p->reading_count * p->config.slot_bytes;
-    if (e->next == e->job->block_count || !e->has_files || reading_bytes >= READ_WINDOW_BYTES)
-        return 0;
-    const uint32_t block = e->job->order[e->next++];
-    start_io(p, take_slot(p, entry_index, block));
-    return 1;
-}
-
-/* Begin one block of a job: 1, or 0 if none can begin now. */
-static int begin_next(eng_pipeline *p, uint32_t entry_index)
-{
-    if (p->entries[entry_index].failed)
-        return 0;
-    return p->entries[entry_index].job->direction == ENG_WRITE ? write_next(p, entry_index) : read_next(p, entry_index);
+    switch (piece) {
+    case PIECE_NONE: break;
+    case PIECE_HASH: hash_block(p, entry_index); break;
+    case PIECE_STAGE: stage_block(p, entry_index, job->order[e->next]); break;
+    case PIECE_CLEAN:
+        if (!skip_clean(p, entry_index, job->order[e->clean_next]))
+            stage_block(p, entry_index, job->order[e->clean_next]);
+        break;
+    case PIECE_READ: start_io(p, take_slot(p, entry_index, job->order[e->next++])); break;
+    case PIECE_VERIFY: verify_block(p, entry_index); break;
+    }
 }
 
 /* A block to be staged by this thread. */
@@ -547,7 +538,7 @@ static int serve_writer(eng_pipeline *p)
         const uint32_t entry_index = p->queue[at];
         const entry *e = &p->entries[entry_index];
         claim c = {p, entry_index, NO_SLOT};
-        if (e->failed || all_staged(e) || e->job->guard == NULL
+        if (e->failed || all_staged(e) || e->job->guard == NULL || !turns_may_hold(p, e)
             || !guard_wanted(e->job->guard, claim_block, &c, &block))
             continue;
         if (c.slot == NO_SLOT)
@@ -561,45 +552,32 @@ static int serve_writer(eng_pipeline *p)
     return 0;
 }
 
-uint32_t pipeline_fill(eng_pipeline *p)
+/* Do one piece of work of the job whose turn it is: 1, or 0 if there is none. */
+static int take_turn(eng_pipeline *p)
 {
-    uint32_t progress = collect(p), begun = 0; /* by this thread; what it gives to the helpers costs it nothing */
-    for (uint32_t at = 0; at < p->queue_count && begun < BATCH_BLOCKS && p->free_count > 0;) {
+    enum piece piece;
+    const uint32_t entry_index = turns_next(p, &piece);
+    if (entry_index == ENG_JOBS_MAX)
+        return 0;
+    work_on(p, entry_index, piece);
+    settle(p, entry_index);
+    return 1;
+}
+
+uint32_t pipeline_work(eng_pipeline *p)
+{
+    uint32_t progress = collect(p), here = 0; /* by this thread; what it gives to the helpers costs it nothing */
+    while (here < BATCH_BLOCKS) {
         const uint32_t helped_before = p->helped.count;
-        if (!serve_writer(p)) {
-            const uint32_t entry_index = p->queue[at];
-            if (begin_next(p, entry_index)) {
-                settle(p, entry_index); /* may remove the job from the queue; `at` then is the next one */
-            } else if (p->unverified.count > 0 && p->slots[p->unverified.slots[0]].entry == entry_index) {
-                break; /* verify its blocks first: younger jobs could begin blocks for ever */
-            } else {
-                at++;
-                continue;
-            }
-        }
+        if (!serve_writer(p) && !take_turn(p))
+            break;
         progress++;
         if (p->helped.count <= helped_before) {
-            begun++;
+            here++;
             progress += collect(p); /* helpers need the next blocks, and writers wait for theirs */
         }
     }
     return progress;
-}
-
-uint32_t pipeline_verify(eng_pipeline *p)
-{
-    uint32_t begun = 0;
-    for (int is_here = 0; p->unverified.count > 0 && !is_here; begun++) {
-        const uint32_t index = p->unverified.slots[0], entry_index = p->slots[index].entry;
-        take_out(p->unverified.slots, &p->unverified.count, index);
-        p->slots[index].state = SLOT_STAGING;
-        is_here = !stage_aside(p, index);
-        if (is_here) {
-            stage_here(p, index);
-            settle(p, entry_index);
-        }
-    }
-    return begun;
 }
 
 static void retry(eng_pipeline *p, uint32_t index, uint32_t kind, int error)

@@ -55,6 +55,8 @@ typedef struct {
     uint32_t urgent_next;     /* index into order of the first urgent block that is not staged */
     uint32_t slot_count;      /* slots this job holds */
     uint32_t helped_count;    /* of these, in `helped` */
+    uint32_t unverified_count; /* of these, in `unverified` */
+    uint64_t turn;            /* the number of its last turn; 0 before the first */
 } entry;
 
 /* A pipeline's life.  It goes forward only; from OPENING it goes straight to CLOSED if the kernel refuses something.
@@ -83,6 +85,7 @@ struct eng_pipeline {
     entry entries[ENG_JOBS_MAX];
     uint32_t queue[ENG_JOBS_MAX]; /* entries in order of arrival */
     uint32_t queue_count;
+    uint64_t turn;            /* how many turns there have been */
     pthread_t thread;
     pthread_mutex_t mutex;
     pthread_cond_t changed;
@@ -103,13 +106,9 @@ int service_replace_ring(struct eng_pipeline *p);
 /* Abort the jobs that have no files: the pipeline is closing, and they will never get any. */
 void pipeline_cancel_unattached(struct eng_pipeline *p);
 
-/* Continue with the blocks that helper threads are done with, and begin a few more, oldest job first.  Returns their
- * number. */
-uint32_t pipeline_fill(struct eng_pipeline *p);
-
-/* Verify the oldest unverified block that was read, and copy it out; others on helper threads.  Returns the number of
- * blocks begun. */
-uint32_t pipeline_verify(struct eng_pipeline *p);
+/* Continue with the blocks that helper threads are done with, and do a few pieces of work, of the jobs whose turn it is.
+ * Returns their number. */
+uint32_t pipeline_work(struct eng_pipeline *p);
 
 /* Submit started operations and reap completed ones; with `wait`, sleep until one completes. */
 void pipeline_reap(struct eng_pipeline *p, uint32_t wait);

@@ -1,9 +1,9 @@
 /*
  * service.c: the pipeline's thread, and the calls that other threads make to it.
  *
- * One turn of the thread: empty the inbox; begin a few blocks, which stages or reads them, or verify one block if none
- * can begin; submit all started operations in one call, and reap the completed ones.  The thread sleeps only if none of
- * these did anything.  Helper threads stage and verify other blocks meanwhile, and wake it as a completed operation does.
+ * One round of the thread: empty the inbox; do a few pieces of work, each of which stages, reads or verifies a block;
+ * submit all started operations in one call, and reap the completed ones.  The thread sleeps only if there was no work.
+ * Helper threads stage and verify other blocks meanwhile, and wake it as a completed operation does.
  */
 #include <errno.h>
 #include <poll.h>
@@ -225,8 +225,7 @@ static void serve(eng_pipeline *p)
         accept_inbox(p);
         if (closing)
             pipeline_cancel_unattached(p);
-        const uint32_t begun = pipeline_fill(p);
-        const int idle = begun == 0 && pipeline_verify(p) == 0;
+        const int idle = pipeline_work(p) == 0;
         if (p->moving_count > 0)
             pipeline_reap(p, idle);
         else if (idle && p->queue_count == 0 && closing)

@@ -118,7 +118,7 @@ def test_a_writer_waits_for_no_file(
 ) -> None:
     """A block that a writer wants is staged although the job has no files yet, and although it was clean."""
     nbytes = 5 * MIB
-    pipeline, memory, plan = open_pipeline(20, BLOCK_BYTES), open_guarded("cow", nbytes), whole(nbytes, BLOCK_BYTES)
+    pipeline, memory, plan = open_pipeline(21, BLOCK_BYTES), open_guarded("cow", nbytes), whole(nbytes, BLOCK_BYTES)
     for _ in range(3):  # the second time unchanged, the third time clean
         before = memory.bytes_now()
         job = memory.begin(pipeline, plan)
@@ -216,7 +216,7 @@ def test_a_failed_save_leaves_nothing_clean_that_it_did_not_stage(
 def test_the_end_of_a_job_lets_writers_go_on(
     open_pipeline: Callable[..., Pipeline], open_guarded: Callable[..., Guarded], fd: int, kind: Kind, end: str
 ) -> None:
-    """The job never gets a file, and its two slots are taken."""
+    """The job never gets a file, and its slot is taken."""
     pipeline, memory, plan = open_pipeline(2, BLOCK_BYTES), open_guarded(kind), whole(NBYTES, BLOCK_BYTES)
     job = memory.make_job(plan)
     memory.guard.arm(job, plan)
@@ -239,7 +239,7 @@ def test_the_end_of_a_job_lets_writers_go_on(
 @needs_cow
 def test_a_writer_that_waits_too_long_goes_on_and_the_save_fails(open_guarded: Callable[..., Guarded], fd: int) -> None:
     pipeline, memory, plan = Pipeline(2, BLOCK_BYTES), open_guarded("cow"), whole(NBYTES, BLOCK_BYTES)
-    job = memory.begin(pipeline, plan)  # and no file, so that two slots stage two blocks, and no more
+    job = memory.begin(pipeline, plan)  # and no file, so that two slots stage one block, and no more
     memory.tensor.fill_(1)
     pipeline.attach(job, [fd])
     failure = finish(pipeline, job).failure

@@ -387,7 +387,7 @@ def test_a_checked_job_has_the_bytes_of_its_first_hash_or_is_torn(
     open_pipeline: Callable[..., Pipeline], fd: int, block: int
 ) -> None:
     """Two of its four blocks are staged, so a change of these comes too late to matter."""
-    pipeline = open_pipeline(2)
+    pipeline = open_pipeline(3)
     tensor, plan = noise(4 * SLOT_BYTES), whole(4 * SLOT_BYTES, SLOT_BYTES)
     before = bytes_of(tensor)
     job = make_job(WRITE, plan, [plain(tensor)], checked=True)
@@ -516,13 +516,13 @@ def test_the_first_failure_is_reported(open_pipeline: Callable[..., Pipeline], b
 
 def test_states_and_milestones_come_in_order(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:
     gate = threading.Event()
-    pipeline = open_pipeline(2, SLOT_BYTES, FaultTable(gate=gate))
+    pipeline = open_pipeline(3, SLOT_BYTES, FaultTable(gate=gate))
     plan, tensor = whole(3 * SLOT_BYTES, SLOT_BYTES), noise(3 * SLOT_BYTES)
     pending, staged, written = (bytes([state]) for state in (BlockState.PENDING, BlockState.STAGED, BlockState.WRITTEN))
     job = make_job(WRITE, plan, [plain(tensor)], order=[2, 0, 1], urgent_count=1)
     assert job.states() == 3 * pending
 
-    pipeline.submit(job)  # without files: two slots, so two blocks, the urgent one first
+    pipeline.submit(job)  # without files: all slots but one, so two blocks, the urgent one first
     assert pipeline.wait(job, Milestone.URGENT, HANG_NS)
     assert job.states()[2:] == staged
     until(lambda: job.states() == staged + pending + staged)
@@ -565,7 +565,7 @@ def test_a_restore_is_verified_before_a_younger_save_is_staged(
 @pytest.mark.every_staging
 def test_all_is_staged_before_all_is_written(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:
     gate = threading.Event()
-    pipeline = open_pipeline(2, SLOT_BYTES, FaultTable(gate=gate))
+    pipeline = open_pipeline(3, SLOT_BYTES, FaultTable(gate=gate))
     tensor = noise(2 * SLOT_BYTES)
     expected = bytes_of(tensor)
     job = make_job(WRITE, whole(2 * SLOT_BYTES, SLOT_BYTES), [plain(tensor)], urgent_count=2)
@@ -585,7 +585,7 @@ def test_blocks_staged_before_the_files_exist_are_written_in_order(
 ) -> None:
     """With any number of slots: the second job first takes the slots that the first freed last."""
     table = FaultTable()
-    pipeline = open_pipeline(4, SLOT_BYTES, table)
+    pipeline = open_pipeline(5, SLOT_BYTES, table)
     for order in ([0, 1, 2, 3], [0, 1, 2, 3], [2, 0, 3, 1]):
         table.operations.clear()
         job = make_job(WRITE, whole(4 * SLOT_BYTES, SLOT_BYTES), [plain(noise(4 * SLOT_BYTES))], order=order)
@@ -598,7 +598,7 @@ def test_blocks_staged_before_the_files_exist_are_written_in_order(
 
 def test_a_job_without_files_does_not_block_others(open_pipeline: Callable[..., Pipeline], buffered_fd: int) -> None:
     table = FaultTable()
-    pipeline = open_pipeline(4, SLOT_BYTES, table)
+    pipeline = open_pipeline(5, SLOT_BYTES, table)
     first, second = (make_job(WRITE, whole(2 * SLOT_BYTES, SLOT_BYTES), [plain(noise(2 * SLOT_BYTES))]) for _ in "ab")
     for job in (first, second):
         pipeline.submit(job)

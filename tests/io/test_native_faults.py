@@ -274,9 +274,9 @@ def test_a_lost_ring_fails_every_job(
     open_pipeline: Callable[..., Pipeline], buffered_fd: int, direction: Direction, error: int, count: int
 ) -> None:
     table = FaultTable(refusals=[error] * count)
-    pipeline = open_pipeline(2, SLOT_BYTES, table)
+    pipeline = open_pipeline(3, SLOT_BYTES, table)
     waiting = make_job(WRITE, FAULTY_PLAN, [plain(noise(FAULTY_BYTES))])
-    pipeline.submit(waiting)  # holds both slots, until the ring is gone
+    pipeline.submit(waiting)  # holds two slots, until the ring is gone
     until(lambda: set(waiting.states()[:2]) == {BlockState.STAGED})
     pipeline.attach(waiting, [buffered_fd])
     behind = make_job(direction, FAULTY_PLAN, [plain(noise(FAULTY_BYTES))])

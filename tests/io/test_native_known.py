@@ -76,7 +76,7 @@ def test_only_blocks_that_differ_from_the_known_ones_are_written(
     open_pipeline: Callable[..., Pipeline], buffered_fd: int, changed: set[int], staged_first: bool
 ) -> None:
     table = FaultTable()
-    pipeline = open_pipeline(BLOCKS if staged_first else 2, SLOT_BYTES, table)
+    pipeline = open_pipeline(BLOCKS + 1 if staged_first else 2, SLOT_BYTES, table)
     old = run(pipeline, make_job(WRITE, PLAN, [plain(noise(NBYTES))]), [buffered_fd])
     tensor = changed_at(changed)
     job, written = write(pipeline, table, buffered_fd, tensor, [*old.checksums()], staged_first)
@@ -103,7 +103,7 @@ def test_any_mixture_of_known_blocks(drawn: list[str], staged_first: bool, stagi
         "unknown": lambda _: None,
     }
     known = [choices[kind](hash_) for kind, hash_ in zip(drawn, right, strict=True)]
-    opened = Pipeline(BLOCKS, SLOT_BYTES, staging_threads=staging_threads, io_table=table.c_table)
+    opened = Pipeline(BLOCKS + 1, SLOT_BYTES, staging_threads=staging_threads, io_table=table.c_table)
     with tempfile.TemporaryFile() as file, closing(opened) as pipeline:
         job, written = write(pipeline, table, file.fileno(), tensor, known, staged_first)
     assert job.failure is None
