@@ -130,6 +130,8 @@ class Catalog(Directory):
         self._unsynced = False  # moves to spare may not be durable: Ctrl-C came before their sync
         self._in_flight: set[int] = set()  # steps begun, and neither published nor discarded
         self._fresh_paths: dict[int, str] = {}  # partials of another name than their step gives them
+        self._leftovers: set[str] = set()  # partials of failed saves that could not be deleted yet
+        self._distrusted: set[int] = set()
         # One for each reader.  Weak: Ctrl-C may keep a reader from removing its pin, which must not stay for ever.
         self._pins: weakref.WeakSet[_Pin] = weakref.WeakSet()
         self._make_directories()
@@ -240,6 +242,7 @@ class Catalog(Directory):
         """
         self.check_place()
         self._check_name_free(step)
+        self._limit_room()
         if self._sound:
             # Exists only if an earlier save of this step failed and could not be deleted.
             with passing_over() as failed:
@@ -249,6 +252,7 @@ class Catalog(Directory):
                 self._fresh_paths[step] = self._fresh_path(step)
                 self._spares.forget_taken(step)
             partial = self.partial_path(step)
+            self._leftovers.discard(partial)  # from here on it is the new save's
             self.filesystem.make_directory(partial)
             self._in_flight.add(step)
             if self._unsynced and self._sound:
@@ -292,6 +296,7 @@ class Catalog(Directory):
     def distrust(self, step: int) -> None:
         """Record that a step is damaged: no save may rely on the content of its files."""
         with self._mutex:
+            self._distrusted.add(step)
             self._spares.distrust(step)
 
     def publish(self, step: int) -> str:
@@ -324,9 +329,12 @@ class Catalog(Directory):
             # After a power cut it may have its final name, and must then be whole.
             self._in_flight.discard(step)
             return
-        with suppress(StorageError):
+        path = self.partial_path(step)
+        try:
             self.check_place()  # another engine may be writing a partial of the same name
-            self._spares.remove(self.partial_path(step))
+            self._spares.remove(path)
+        except StorageError:
+            self._leftovers.add(path)
         with self._mutex:
             self._end(step)
 
@@ -483,6 +491,24 @@ class Catalog(Directory):
             if error.errno != errno.ENOENT:  # it was deleted by hand, which is as good
                 raise
         self._forget(step)
+
+    def _limit_room(self) -> None:
+        """Before a save begins, see to it that what is on disk stays within what the rule keeps and twice the spares.
+
+        Leftovers of failed saves are deleted.  Processes that were killed between a commit and its retirement have left
+        one surplus step each.  These are retired after the next commit, like others, but not where there are more of
+        them than spares.  If a damaged step was found, they may be needed, and stay until then.
+        """
+        with self._mutex:
+            if not self._sound:
+                return
+            for path in tuple(self._leftovers):
+                with suppress(StorageError):
+                    self._spares.remove(path)
+                    self._leftovers.discard(path)
+            if self._distrusted.isdisjoint(self._steps) and len(surplus := self._surplus()) > self._spare_max:
+                self._retire(surplus)
+                self._spares.trim(self._spare_max)
 
     def _surplus(self) -> list[int]:
         """The steps that the rule does not keep and that are not being read."""
