@@ -27,7 +27,19 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import engine
-from engine.bench import charts, footprint, goals, guards, host, limits, report, slowdown, threads, unchanged
+from engine.bench import (
+    charts,
+    footprint,
+    goals,
+    guards,
+    host,
+    limits,
+    report,
+    slowdown,
+    threads,
+    throughput,
+    unchanged,
+)
 from engine.bench.limits import Lent
 from engine.bench.loaders import LOADERS, LOADING_PEERS, OursLoader
 from engine.bench.measure import Rounds, Turn, few, timed_load, timed_save
@@ -65,10 +77,13 @@ class Scales:
     guard_intervals: tuple[int, ...] = guards.INTERVALS
     memory_peers: bool = True  # each is a process that imports torch, makes the state and saves four times
     slowdown_rounds: int = 7
+    flight_intervals: tuple[int, ...] = throughput.INTERVALS
+    flight_rounds: int = 3
     # What a section may take beyond its first round, most with a factor, some for each of their sizes: with these a run
     # on a slow host fits into the 20 minutes that there are.
     seconds: float = 60.0
     slowdown_seconds: float = 150.0
+    flight_seconds: float = 90.0
 
 
 QUICK = Scales(
@@ -84,6 +99,8 @@ QUICK = Scales(
     guard_intervals=(1,),
     memory_peers=False,
     slowdown_rounds=1,
+    flight_intervals=(1,),
+    flight_rounds=1,
     seconds=15.0,
     slowdown_seconds=1.0,
 )
@@ -148,6 +165,7 @@ def _measure(options: argparse.Namespace) -> Record:
             limit_rounds=options.rounds,
             scale_rounds=options.rounds,
             slowdown_rounds=options.rounds,
+            flight_rounds=options.rounds,
         )
     if (options.output or options.publish) and importlib.util.find_spec("matplotlib") is None:
         raise SystemExit("charts need matplotlib, which is not installed; make bench installs it")
@@ -378,6 +396,14 @@ def _slowdown(rounds: Rounds, scales: Scales) -> None:
     _clear(rounds)
 
 
+def _throughput(rounds: Rounds, scales: Scales) -> None:
+    """The throughput of a training by interval, with 1 to 4 checkpoints in flight."""
+    if rounds.wanted(Ours.name):
+        count, seconds = scales.flight_rounds, scales.flight_seconds
+        throughput.measure(rounds, scales.flights, scales.flight_intervals, count, seconds=seconds)
+        _clear(rounds)
+
+
 def _unchanged(rounds: Rounds, scales: Scales) -> None:
     """Trainings that change little, with and without elision."""
     if rounds.wanted(Ours.name):
@@ -409,6 +435,7 @@ SECTIONS: dict[str, Callable[[Rounds, Scales], None]] = {
     "size": _size,
     "tensors": _tensors,
     "flight": _flight,
+    "throughput": _throughput,
     "unchanged": _unchanged,
     "threads": _threads,
     "guards": _guards,

@@ -24,9 +24,11 @@ from engine.bench.goals import (
     SLOWDOWN_AT,
     best_limit,
     interval,
+    interval_axes,
     main_samples,
     slowdown_settings,
     slowdowns,
+    throughputs,
 )
 from engine.bench.host import one_line
 from engine.bench.noise import spread
@@ -127,6 +129,20 @@ def _training(record: Record, axes: Any) -> bool:
     return True
 
 
+def _throughput(record: Record, axes: Any) -> bool:
+    drives, flights, intervals = interval_axes(record)
+    if not drives:
+        return False
+    for drive, line in zip(drives, ("o-", "s--"), strict=False):
+        for number, count in enumerate(flights):
+            found = [throughputs(record, drive, count, at) for at in intervals]
+            points = [(at, median(each) * 100) for at, each in zip(intervals, found, strict=True) if each]
+            axes.plot(*zip(*points, strict=True), line, color=f"C{number}", label=f"{count} in flight, {drive}")
+    axes.set_xticks(intervals, [str(each) for each in intervals])
+    _scale(axes, "Throughput of a training with checkpoints of 66 MB", "steps between checkpoints", "% of none")
+    return True
+
+
 def _sizes(record: Record, axes: Any) -> bool:
     samples = record.select("size")
     for subject in sorted({s.subject for s in samples}):
@@ -170,6 +186,7 @@ CHARTS: dict[str, Callable[[Record, Any], bool]] = {
     "holding.png": _holding,
     "restoring.png": _restoring,
     "slowdown.png": _training,
+    "throughput.png": _throughput,
     "sizes.png": _sizes,
     "tensors.png": _tensors,
     "memory.png": _memory,

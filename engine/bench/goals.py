@@ -152,6 +152,24 @@ def slowdown_settings(record: Record) -> list[str]:
     return [*measured, *COMPUTED] if SLOWDOWN_AT in measured else measured
 
 
+def interval_axes(record: Record) -> tuple[list[str], list[int], list[int]]:
+    """The drives, the numbers in flight and the intervals that there are throughputs of."""
+    parts = [sample.setting.rsplit(", ", 2) for sample in record.select("throughput", OURS)]
+    drives = list(dict.fromkeys(drive for drive, _, _ in parts))
+    flights = sorted({int(count.split()[0]) for _, count, _ in parts})
+    return drives, flights, sorted({interval(each) for _, _, each in parts})
+
+
+def throughputs(record: Record, drive: str, count: int, every: int) -> list[float]:
+    """Steps per second with this many checkpoints in flight at this interval, as shares of the steps without any in the
+    same round."""
+    shares = []
+    for sample in record.select("throughput", OURS, setting=f"{drive}, {count} in flight, every {every}"):
+        beside = [s for s in record.select("throughput", ADOPTED, setting=drive) if s.round == sample.round]
+        shares.append(_median(beside, "step_s") / sample.values["step_s"])
+    return shares
+
+
 def interval(setting: str) -> int:
     """The number of steps between checkpoints."""
     return int(setting.split()[-1])

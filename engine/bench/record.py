@@ -13,6 +13,9 @@ the last word of the name (``_s`` seconds, ``_bytes``).  Nothing derived is stor
     size       the same as save, over sizes
     tensors    the same as save, over numbers of tensors
     flight     several saves one after the other: ``seconds_s`` for all; the setting is how many may be in flight
+    throughput  a training with a checkpoint every so many steps: ``step_s`` of all of them with the rest of the last
+               checkpoint, ``held_s`` of all calls, ``durable_s`` of the slowest checkpoint, ``most_count`` in flight at
+               a time; the setting is the drive, how many may be in flight, and the interval; without any the drive
     load       with a cold page cache: ``ready_s``, ``cpu_s``, ``read_bytes``
     part       one layer of it, cold: the same
     memory     ``peak_bytes`` and ``anonymous_bytes`` beyond the memory before, in a fresh process

@@ -38,10 +38,12 @@ from engine.bench.goals import (
     Outcome,
     best_limit,
     interval,
+    interval_axes,
     limits,
     main_samples,
     slowdown_settings,
     slowdowns,
+    throughputs,
 )
 from engine.bench.host import one_line
 from engine.bench.noise import spread
@@ -78,6 +80,7 @@ def tables(record: Record, goals: Iterable[Outcome]) -> list[Table]:
         _scale_table(record, "size", "by size"),
         _scale_table(record, "tensors", "by number of tensors"),
         _flight_table(record),
+        _throughput_table(record),
         _unchanged_table(record),
         _threads_table(record),
         _guard_table(record),
@@ -266,6 +269,26 @@ def _flight_table(record: Record) -> Table:
         total = samples[0].nbytes * samples[0].values["save_count"]
         rows.append((setting, *_times(samples, "seconds_s"), _rate(total, samples)))
     return Table("Saves one after the other, by how many may be in flight", ("", "all, ms", "GB/s"), rows)
+
+
+def _throughput_table(record: Record) -> Table:
+    """Median shares of the throughput without checkpoints, and of the shortest interval how many were in flight."""
+    drives, flights, intervals = interval_axes(record)
+    rows = []
+    for drive in drives:
+        for count in flights:
+            found = [throughputs(record, drive, count, interval) for interval in intervals]
+            first = record.select("throughput", OURS, setting=f"{drive}, {count} in flight, every {min(intervals)}")
+            most = max(values(first, "most_count"), default=0)
+            shares = [f"{median(each):.1%}" if each else "" for each in found]
+            rows.append((f"{drive}, max_async={count}", *shares, *_times(first, "durable_s"), f"{most:.0f}"))
+    heads = (
+        "",
+        *(f"every {interval}" for interval in intervals),
+        f"durable, ms, every {min(intervals, default=1)}",
+        "in flight",
+    )
+    return Table("Training throughput by steps between checkpoints of 66 MB, beside none", heads, rows)
 
 
 def _unchanged_table(record: Record) -> Table:

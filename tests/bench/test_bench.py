@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import ctypes
+import errno
 import json
 import os
 import resource
@@ -17,6 +18,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -42,9 +44,11 @@ from engine.bench import (
     slowdown,
     states,
     threads,
+    throughput,
     unchanged,
 )
 from engine.bench.__main__ import QUICK, SECTIONS, main
+from engine.bench.device_limit import limited
 from engine.bench.loaders import LOADERS, OursLoader, SafetensorsLoader
 from engine.bench.noise import GROUP_MAX, chance, spread
 from engine.bench.record import FORMAT, Record, Sample, Subject, decode, encode, values
@@ -222,6 +226,48 @@ def test_a_guard_that_is_refused_has_a_row_with_the_reason(tmp_path: Path, monke
     table = next(table for table in report.tables(rounds.record, []) if "guard" in table.title)
     assert [row[0] for row in table.rows] == ["engine cow", "engine detect", "engine fence", "engine fence"]
     assert "userfaultfd(2) is refused" in table.rows[0][1]
+
+
+def test_the_throughput_of_a_training_is_measured_by_interval_and_saves_in_flight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that does not let the drive be limited has the rows of the drive as it is, and a note."""
+
+    def refuse(_directory: Path, _limit: int) -> AbstractContextManager[None]:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(throughput, "limited", refuse)
+    monkeypatch.setattr(throughput, "STEP_COUNT", 2)
+    monkeypatch.setattr(throughput, "WARM_UP", 1)
+    rounds = measure.Rounds(make_record(), tmp_path)
+    throughput.measure(rounds, (1, 3), (1, 2), 2, seconds=0)
+    assert [s.setting for s in rounds.record.select("throughput", goals.ADOPTED)] == [throughput.AS_IT_IS] * 2
+    found = {s.setting: s.values for s in rounds.record.select("throughput", goals.OURS)}
+    assert set(found) == {f"{throughput.AS_IT_IS}, {n} in flight, every {i}" for n in (1, 3) for i in (1, 2)}
+    assert all(0 < each["held_s"] < 2 * each["step_s"] and each["durable_s"] > 0 for each in found.values())
+    assert rounds.record.notes == [f"{throughput.LIMITED}: not measured, Permission denied"]
+    assert goals.interval_axes(rounds.record) == ([throughput.AS_IT_IS], [1, 3], [1, 2])
+    [table] = [t for t in report.tables(rounds.record, []) if t.title.startswith("Training throughput")]
+    assert [row[0] for row in table.rows] == [f"{throughput.AS_IT_IS}, max_async={n}" for n in (1, 3)]
+
+
+def test_a_throughput_is_a_share_of_the_steps_without_checkpoints_of_its_round() -> None:
+    def at(setting: str, subject: str, number: int, step_s: float) -> Sample:
+        return Sample("throughput", subject, 1, 1, setting, number, {"step_s": step_s})
+
+    every = "a drive, 2 in flight, every 5"
+    samples = [at("a drive", goals.ADOPTED, 0, 1), at("a drive", goals.ADOPTED, 0, 3), at(every, goals.OURS, 0, 4)]
+    samples += [at("a drive", goals.ADOPTED, 1, 10), at(every, goals.OURS, 1, 10)]
+    assert goals.throughputs(make_record(samples), "a drive", 2, 5) == [0.5, 1.0]
+
+
+def test_a_limit_on_the_drive_is_lifted_again(tmp_path: Path) -> None:
+    """Where the host allows one; elsewhere the refusal leaves nothing either."""
+    before = Path("/proc/self/cgroup").read_text(encoding="utf-8")
+    with suppress(OSError), limited(tmp_path, 10**9):
+        assert Path("/proc/self/cgroup").read_text(encoding="utf-8") != before
+    assert Path("/proc/self/cgroup").read_text(encoding="utf-8") == before
+    assert not [*Path("/sys/fs/cgroup").glob("engine-bench-*"), *Path("/sys/fs/cgroup").glob("*/engine-bench-*")]
 
 
 def test_a_run_describes_the_host_and_does_not_name_it(run: tuple[Path, Record, str]) -> None:
@@ -1037,6 +1083,8 @@ def test_every_chart_is_drawn_when_there_are_samples(tmp_path: Path) -> None:
             *(replace(sample("tensors", "engine", **times), tensor_count=count) for count in (10, 1000)),
             sample("limit", "fio", "overwritten, 1 MiB x 4", seconds_s=0.09),
             sample("memory", "engine", peak_bytes=2e8),
+            sample("throughput", goals.ADOPTED, throughput.AS_IT_IS, step_s=0.1),
+            sample("throughput", "engine", f"{throughput.AS_IT_IS}, 1 in flight, every 5", step_s=0.2, durable_s=1),
         ]
     )
     record.subjects.append(Subject("engine", "load", "as it is"))
