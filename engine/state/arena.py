@@ -53,7 +53,7 @@ from engine.state.watch import TensorWatch
 
 # What completion offers.
 _PUBLIC_NAMES = (
-    *("adopt", "wrap", "refresh", "state_dict"),
+    *("adopt", "wrap", "refresh", "state_dict", "flat"),
     *("aliases", "layout", "nbytes", "segments", "fenced", "unfenced", "torn"),
 )
 
@@ -304,6 +304,19 @@ class Arena(metaclass=_Listed):
             live = self._inventory.entries[segment.name].tensors
             tensors[segment.name] = live[0].detach() if live else self._view(segment)
         return tensors | {alias: tensors[name] for alias, name in self.aliases.items()}
+
+    def flat(self) -> Tensor:
+        """The memory of an adopted arena as one tensor of bytes: its segments, and the padding between them.
+
+        It is that memory until a `refresh()` changes the layout, as a new parameter does; then it is the old memory.
+
+        Raises:
+            UsageError: the arena is wrapped: each of its tensors has memory of its own.
+        """
+        buffer = self._arrangement.buffer
+        if buffer is None:
+            raise UsageError("a wrapped arena has no memory of its own; adopt the model: Arena.adopt(model, optimizer)")
+        return buffer.view(0, torch.uint8, (self.layout.arena_bytes,), (1,))
 
     def hold(self, wait_staged: Callable[[float | None], bool], holds_writers: bool) -> None:
         """Let the next `fence()` wait for a save; see `Fence.hold`."""

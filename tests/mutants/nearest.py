@@ -123,6 +123,8 @@ NEAREST: dict[str, tuple[str, ...]] = {
         "tests/tuning/test_tune.py",
     ),
     "engine/": ("tests/session/test_arguments.py", "tests/session/test_facts.py", "tests/session/test_run.py"),
+    "engine/integrations/": ("tests/integrations",),
+    "engine/": ("tests/session/test_arguments.py", "tests/session/test_run.py", "tests/session/test_engine.py"),
     "native/guarding/": ("tests/io/test_guard.py",),
     "native/moving/": ("tests/io/test_native_faults.py", "tests/io/test_backend.py"),
     "native/staging/stager": ("tests/io/test_native_staging.py",),

@@ -62,8 +62,8 @@ def test_relative_links_lead_to_files(page: Path) -> None:
     assert not broken, f"{relative(page)} links to {broken}"
 
 
-# Pages name these, but a clone does not have them: a build product, and a planned package.
-ELSEWHERE = {"engine/_native.abi3.so", "engine/integrations/"}
+# Pages name these, but a clone does not have them: a build product.
+ELSEWHERE = {"engine/_native.abi3.so"}
 
 
 def test_files_and_tests_that_pages_name_exist() -> None:
