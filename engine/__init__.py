@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from engine.io.backend import Attempt, Probe
     from engine.io.guard_probe import GuardAttempt, GuardProbe
     from engine.options import Options
+    from engine.session.preemption import Preemption
     from engine.session.restore import RestoreInfo
     from engine.session.resume import resume
     from engine.session.run import Run
@@ -97,6 +98,7 @@ __all__ = [
     "Options",
     "PassedOver",
     "PlatformError",
+    "Preemption",
     "Probe",
     "RestoreInfo",
     "Retention",
@@ -131,6 +133,7 @@ _MODULES = {
     "GuardProbe": "engine.io.guard_probe",
     "Options": "engine.options",
     "PassedOver": "engine.store.reader",
+    "Preemption": "engine.session.preemption",
     "Probe": "engine.io.backend",
     "RestoreInfo": "engine.session.restore",
     "Retention": "engine.store.retention",

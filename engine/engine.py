@@ -18,7 +18,7 @@ import errno
 import os
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from engine.session.checkpoint import Checkpointer, FileContent, OnBusy, Request
 from engine.session.failures import Failures, OnError
 from engine.session.gate import seconds
 from engine.session.in_flight import InFlight
+from engine.session.preemption import SIGNALS, Preemption
 from engine.session.reading import Lent, Reading
 from engine.session.save import Save
 from engine.session.snapshot import Snapshot, Snapshots
@@ -104,6 +105,7 @@ class Engine(Reading):
             if any(degraded):
                 warn("; ".join(filter(None, degraded)))  # which may raise, if the user wants it so
             self._closing = False
+            self._preemption: Preemption | None = None
             # Closes an Engine that is collected, or still open at exit.  In a forked child it does nothing.
             self._closer = weakref.finalize(self, _shut_down, self._in_flight, self._workers, self._store)
         except BaseException:  # Ctrl-C too
@@ -159,8 +161,15 @@ class Engine(Reading):
         self._check_usable()
         self._failures.report()
         metrics, files = {} if metrics is None else metrics, {} if files is None else files
+        preemption = self._preemption
+        if preemption is not None:
+            preemption.before_save()
+            on_busy = "wait" if preemption.requested else on_busy
         request = Request(step, extra, chunk_count, chunk_bytes, snapshot, on_busy, metrics, tag, files)
-        return self._checkpointer.begin(arena, request)
+        save = self._checkpointer.begin(arena, request)
+        if preemption is not None and not self._workers.is_current():  # which ends the saves, and must not wait
+            preemption.after_save(save)
+        return save
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until every save that is in flight now has ended; False if `timeout` seconds passed first.
@@ -173,6 +182,33 @@ class Engine(Reading):
         ended = self._in_flight.wait(seconds(timeout))
         self._failures.report()
         return ended
+
+    def on_preemption(self, signals: Iterable[int] = SIGNALS, deadline_s: float | None = None) -> Preemption:
+        """End the process after one last checkpoint when a signal arrives.
+
+            preemption = eng.on_preemption(deadline_s=60)
+            for step in range(start, last):
+                train(step)
+                if step % 100 == 0 or preemption.requested:
+                    eng.checkpoint(arena, step)
+
+        The first `checkpoint()` after the signal is the last one: it waits until every save in flight has ended, and
+        then ends the process as the signal would have done.  `close()` does the same if no checkpoint came before it.
+        Handlers from before are called at the signal.  See docs/preemption.md.
+
+        Args:
+            signals: which ones.
+            deadline_s: seconds from the signal until the process is killed.  A warning says if a save takes longer.
+
+        Raises:
+            ArgumentError: a signal cannot be handled, or the deadline is no positive number.
+            UsageError: this is not the main thread; another Engine has done so; a handler is not Python's.
+        """
+        self._check_usable()
+        self._preemption = preemption = Preemption(signals, deadline_s, self._in_flight)
+        # Or nobody would end the process after a signal.  At exit the saves are drained under the handlers.
+        weakref.finalize(self, preemption.end).atexit = False
+        return preemption
 
     def rollback(self, step: int) -> list[int]:
         """Retire every committed step after this one, to train on from it; returns the retired steps.
@@ -240,6 +276,12 @@ class Engine(Reading):
         self._closing = True
         _shut_down(self._in_flight, self._workers, self._store)
         self._closer.detach()
+        preemption = self._preemption
+        if preemption is not None:
+            if preemption.requested and may_raise:
+                self._failures.report(may_raise=False)
+                preemption.close()
+            preemption.end()
         self._failures.report(may_raise)
 
     def __enter__(self) -> Engine:

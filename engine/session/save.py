@@ -196,6 +196,10 @@ class Save(Future[CheckpointInfo]):
         self._asked = True  # by the function
         super().add_done_callback(fn)
 
+    def measured(self) -> tuple[int, float] | None:
+        """The bytes of the checkpoint, and the seconds from the call until it was committed; None if it is not."""
+        return None if self._info is None else (self._info.nbytes, max(self._durable_ns, 1) / 1e9)
+
     @property
     def is_unasked(self) -> bool:
         """Whether this returned save has failed, and its outcome was never asked for."""

@@ -106,6 +106,9 @@ NEAREST: dict[str, tuple[str, ...]] = {
         "tests/session/test_facts.py",
         "tests/session/test_arguments.py",
     ),
+    "engine/state/watch": ("tests/state/test_watch.py", "tests/state/test_refresh.py"),
+    "engine/state/": ("tests/state",),
+    "engine/session/preemption": ("tests/session/test_preemption.py",),
     "engine/session/snapshot": ("tests/session/test_guards.py",),
     "engine/session/": (
         "tests/session/test_arguments.py",

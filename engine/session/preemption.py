@@ -1,0 +1,249 @@
+"""Preemption: one last checkpoint after a signal that announces the end of the process.
+
+Theory of operation.  Schedulers send SIGTERM or SIGUSR1 some seconds before SIGKILL.  A handler only notes the signal.
+The next `checkpoint()` is at a step boundary, since the training loop calls it: it is the last one, and waits until
+every save in flight has ended.  Then the process ends as it would have ended without this, only later:
+
+    handler before                   at the signal     after the last checkpoint
+    SIG_DFL                          -                 the default action: the process is killed by the signal
+    a function that returns          it is called      `checkpoint()` returns, and the function's owner decides
+    a function that raises           it is called      its exception is raised
+    SIG_IGN                          none of ours is installed
+    a function installed since       it calls ours     `checkpoint()` returns, and its owner decides
+
+`close` ends the process in the same way if no checkpoint came after the signal.
+
+A thread of its own writes the log, because a handler may interrupt the code that writes it.  A forked child inherits
+handlers, so a hook at the fork puts back the handlers from before; a child that was forked without Python's hooks is
+known by its process id.
+
+Rules: Python runs handlers on the main thread only, and only that may install them.  One `Preemption` in a process.
+Called by `engine`.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from queue import SimpleQueue
+from types import FrameType
+from typing import Any
+
+from engine.errors import ArgumentError, UsageError, warn
+from engine.session.gate import seconds
+from engine.session.in_flight import InFlight
+from engine.session.save import Save
+
+# SLURM's `--signal`, Kubernetes, torchrun and `kill` send SIGTERM; users of SLURM often choose SIGUSR1.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+_Handler = Callable[[int, FrameType | None], Any] | int | None
+
+_log = logging.getLogger("engine")
+
+_active: set[Preemption] = set()  # of this process: none, or one
+
+
+class Preemption:
+    """Ends the process after one last checkpoint.  Made by `Engine.on_preemption`."""
+
+    def __init__(self, signals: Iterable[int], deadline_s: float | None, in_flight: InFlight) -> None:
+        """Not for callers: see `Engine.on_preemption`."""
+        chosen = _checked(signals)
+        if deadline_s is not None and seconds(deadline_s) == 0:
+            raise ArgumentError(f"deadline_s is {deadline_s}; it must be a positive number of seconds, or None")
+        if threading.current_thread() is not threading.main_thread():
+            raise UsageError(
+                "on_preemption() installs signal handlers, which Python allows on the main thread only; call it there"
+            )
+        if _active:
+            raise UsageError("another Engine of this process has on_preemption(); close that one's Preemption first")
+        self._deadline_s = seconds(deadline_s)
+        self._in_flight = in_flight
+        self._pid = os.getpid()
+        self._previous: dict[int, _Handler] = {}
+        self._signal: int | None = None
+        self._held: BaseException | None = None
+        self._may_end = False
+        self._over = False
+        self._saves: list[Save] = []
+        self._warned = False
+        self._woken: SimpleQueue[tuple[int, float] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._report, daemon=True, name="engine-preemption")
+        self._thread.start()
+        _active.add(self)
+        try:
+            for number in chosen:
+                self._install(number)
+        except BaseException:
+            self.end()
+            raise
+
+    def _install(self, number: int) -> None:
+        previous = signal.getsignal(number)
+        name = signal.Signals(number).name
+        if previous is None:
+            raise UsageError(
+                f"{name} has a handler that is not Python's, which no other handler can call: leave it out"
+            )
+        if previous == signal.SIG_IGN:
+            warn(f"{name} is ignored by this process (SIG_IGN), and stays so; signal.SIG_DFL before makes it count")
+            return
+        self._previous[number] = previous  # first: the signal may come at once
+        signal.signal(number, self._handle)
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has arrived, and the last checkpoint is to be made now."""
+        return self._signal is not None and not self._over
+
+    def close(self) -> None:
+        """Put back the handlers from before.  After a signal the process ends first, when no save is in flight."""
+        if self.requested:
+            self.finish()
+        self.end()
+
+    def end(self) -> None:
+        """Put back the handlers from before, whatever has arrived.  May be called again, and by any thread."""
+        self._over = True
+        _active.discard(self)
+        for number, previous in self._previous.items():
+            if signal.getsignal(number) == self._handle:
+                with suppress(ValueError):  # not the main thread: `_handle` hands the signal on
+                    signal.signal(number, previous)
+        self._woken.put(None)
+
+    def before_save(self) -> None:
+        """Called by `checkpoint()` first: warn, once, if the save before took longer than the deadline."""
+        rate = self._rate()
+        if rate is None or self._deadline_s is None or self._warned:
+            return
+        nbytes, taken_s = rate
+        if taken_s > self._deadline_s:
+            self._warned = True
+            warn(_too_slow(nbytes, nbytes / taken_s, self._deadline_s))
+
+    def after_save(self, save: Save) -> None:
+        """Called by `checkpoint()` last.  Ends the process if a signal has arrived, when no save is in flight."""
+        last = [each for each in self._saves if each.measured() is not None][-1:]
+        self._saves = [*last, *(each for each in self._saves if not each.done()), save]
+        if self.requested:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until every save in flight has ended, and end the process.  Returns where another handler decides."""
+        self._in_flight.wait()
+        number = self._signal
+        assert number is not None
+        if threading.current_thread() is threading.main_thread():
+            self._end_process(number)
+        else:
+            self._may_end = True
+            signal.pthread_kill(threading.main_thread().ident or 0, number)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """The handler.  It interrupts any code of the main thread, so it takes no lock and writes nothing."""
+        previous = self._previous[number]
+        if self._over or os.getpid() != self._pid:
+            if callable(previous):
+                previous(number, frame)
+            elif signal.getsignal(number) == self._handle:
+                signal.signal(number, previous)
+                signal.raise_signal(number)
+        elif self._may_end:
+            self._end_process(number)
+        else:
+            if self._signal is None:
+                self._signal = number
+            self._woken.put((number, time.monotonic()))
+            if callable(previous):
+                try:
+                    previous(number, frame)
+                except BaseException as error:  # raised when the last checkpoint is durable
+                    self._held = self._held or error
+
+    def _end_process(self, number: int) -> None:
+        """End the process as the signal would have ended it without us, or return."""
+        is_ours = signal.getsignal(number) == self._handle
+        held, previous = self._held, self._previous[number]
+        self.end()
+        if held is not None:
+            raise held
+        if is_ours and previous == signal.SIG_DFL:
+            for stream in (sys.stdout, sys.stderr):  # the default action loses what they hold
+                with suppress(Exception):
+                    stream.flush()
+            signal.raise_signal(number)
+            if os.getpid() == 1:  # the kernel spares the init process of a PID namespace, as of a container
+                raise SystemExit(128 + number)
+
+    def _report(self) -> None:
+        """Its own thread: say what a signal has led to."""
+        first: int | None = None
+        while (woken := self._woken.get()) is not None:
+            number, at = woken
+            name = signal.Signals(number).name
+            with suppress(Exception):  # handlers of the log are the user's, and may raise
+                if first is None:
+                    first = number
+                    _log.warning(
+                        "%s has arrived: the next checkpoint() is the last one, and then the process ends", name
+                    )
+                    self._report_deadline(at)
+                else:
+                    _log.warning("%s has arrived too, and changes nothing", name)
+
+    def _report_deadline(self, at: float) -> None:
+        rate = self._rate()
+        if rate is None or self._deadline_s is None:
+            return
+        nbytes, taken_s = rate
+        in_flight = [save for save in self._saves if not save.done()]
+        left = sum(chunk.nbytes for save in in_flight for chunk in save.chunks() if chunk.status != "written")
+        if (left + nbytes) * taken_s / nbytes > self._deadline_s - (time.monotonic() - at):
+            _log.warning("%s", _too_slow(left + nbytes, nbytes / taken_s, self._deadline_s))
+
+    def _rate(self) -> tuple[int, float] | None:
+        """Bytes and seconds of the newest committed save, or None."""
+        return next((rate for save in reversed(self._saves) if (rate := save.measured()) is not None), None)
+
+
+def _too_slow(nbytes: int, bytes_per_second: float, deadline_s: float) -> str:
+    return (
+        f"the last checkpoint will likely not be durable in time: {nbytes} bytes at the measured "
+        f"{bytes_per_second / 1e6:.1f} MB/s take {nbytes / bytes_per_second:.1f} s, and the deadline is {deadline_s:g} "
+        "s after the signal; have the signal sent earlier, and save more often"
+    )
+
+
+def _checked(signals: object) -> list[int]:
+    """The numbers of signals that a handler can be installed for."""
+    if not isinstance(signals, Iterable) or isinstance(signals, str | bytes):
+        raise ArgumentError(f"signals is {signals!r}; it must be a sequence such as (signal.SIGTERM, signal.SIGUSR1)")
+    numbers = []
+    for given in signals:
+        try:
+            number = signal.Signals(operator.index(given))
+        except (TypeError, ValueError):
+            raise ArgumentError(f"signals has {given!r}, which is no signal of this host") from None
+        if number in (signal.SIGKILL, signal.SIGSTOP):
+            raise ArgumentError(f"signals has {number.name}, which no process can handle")
+        numbers.append(int(number))
+    if not numbers:
+        raise ArgumentError("signals is empty; name at least one, such as signal.SIGTERM")
+    return list(dict.fromkeys(numbers))
+
+
+def _restore_in_child() -> None:
+    for preemption in list(_active):
+        preemption.end()  # the only thread of a child is its main thread
+
+
+os.register_at_fork(after_in_child=_restore_in_child)
