@@ -25,7 +25,7 @@
 #include <stdint.h>
 
 enum {
-    ENG_VERSION = 3, /* of this interface, raised with every change of it; io/binding.py has the same number */
+    ENG_VERSION = 4, /* of this interface, raised with every change of it; io/binding.py has the same number */
     ENG_ALIGNMENT = 4096,    /* of slots, block offsets and written lengths; plan.ALIGNMENT is the same number */
     ENG_JOBS_MAX = 64,       /* jobs in one pipeline at a time: max_async is at most 32, and restores come on top */
     /* Files of one job that have a place in a ring's table of registered files.  A block of a further file names its
@@ -65,8 +65,9 @@ enum { ENG_GUARD_COW = 0, ENG_GUARD_DETECT = 1 };
 /* Directions of a job. */
 enum { ENG_WRITE = 0, ENG_READ = 1 };
 
-/* States of a block, as in eng_job.states.  A block that was read, verified and copied out is ENG_WRITTEN. */
-enum { ENG_PENDING = 0, ENG_STAGED = 1, ENG_WRITTEN = 2, ENG_FAILED = 3 };
+/* States of a block, as in eng_job.states.  A block that was read, verified and copied out is ENG_WRITTEN.  One that
+ * eng_release has not been given yet is ENG_WITHHELD. */
+enum { ENG_PENDING = 0, ENG_STAGED = 1, ENG_WRITTEN = 2, ENG_FAILED = 3, ENG_WITHHELD = 4 };
 
 /* Milestones of a job, to wait for; bits of eng_job.milestones.  A failed job reaches the first two at once,
  * because it will not look at its sources again, as soon as no helper thread copies one of its blocks. */
@@ -130,13 +131,13 @@ typedef struct {
     uint32_t block_count;
     uint32_t urgent_count; /* ENG_URGENT is reached when this many blocks, the first of `order`, are staged */
     uint32_t file_count;
-    uint32_t reserved;
+    uint32_t withheld_count; /* of a write: blocks that may not begin, at the end of `order`; eng_release lowers it */
     const eng_source *sources;
     const eng_extent *extents;
     const eng_block *blocks;
-    const uint32_t *order; /* block indices in the order to work through them */
+    uint32_t *order; /* block indices in the order to work through them; eng_release writes those of withheld blocks */
     eng_hash *checksums; /* one a block: a write stores them, a read compares with them */
-    uint8_t *states; /* one a block, all ENG_PENDING at first; may be read at any time */
+    uint8_t *states; /* one a block, ENG_PENDING at first, or ENG_WITHHELD; may be read at any time */
     eng_guard *guard; /* of a write: armed with the job, and watches all its sources that may change; or NULL */
     const eng_hash *previous; /* the checksums of the job that the guard was armed with before, if it had the same
                                * blocks and extents; or NULL */
@@ -201,9 +202,9 @@ typedef struct eng_pipeline eng_pipeline;
 int eng_open(eng_config *config, eng_pipeline **pipeline);
 
 /* Refuse new jobs, end the jobs that there are, and stop the thread, which releases slots and descriptors.  With `error`
- * 0 the jobs are drained, except those without files, which are aborted with ECANCELED; otherwise all are aborted with
- * `error`.  Returns 1 when that is done, 0 if timeout_ns passed first: closing then continues, and another call waits
- * for it.  In a forked child it does nothing and returns 1. */
+ * 0 the jobs are drained, except those that lack files or withhold blocks, which are aborted with ECANCELED; otherwise
+ * all are aborted with `error`.  Returns 1 when that is done, 0 if timeout_ns passed first: closing then continues, and
+ * another call waits for it.  In a forked child it does nothing and returns 1. */
 int eng_close(eng_pipeline *pipeline, int32_t error, uint64_t timeout_ns);
 
 /* Close, aborting with ECANCELED, free the pipeline, and set the pointer to NULL.  Does nothing if it is NULL. */
@@ -219,6 +220,12 @@ int eng_submit(eng_pipeline *pipeline, eng_job *job, uint64_t timeout_ns);
  * ended, or -ESHUTDOWN. */
 int eng_attach(eng_pipeline *pipeline, eng_job *job, const int32_t *fds, const eng_hash *known,
                const uint8_t *is_known);
+
+/* Let withheld blocks of a submitted write begin, after those that were released before.  The job's guard watches their
+ * sources from here on, and none of the others.  All blocks are withheld at first, or none.  Returns 0, -ESRCH if the
+ * job has ended, -EINVAL if a block is not withheld, or what the guard was refused: then the caller aborts the job.  Not
+ * to be called by two threads at once for one job. */
+int eng_release(eng_pipeline *pipeline, eng_job *job, const uint32_t *blocks, uint32_t count);
 
 /* Fail a job: its operations in flight are drained, and then it is done.  A job that was never submitted is done at
  * once, and eng_submit refuses it; a job that is done stays as it is. */
@@ -245,7 +252,8 @@ void eng_close_file(int32_t *fd);
  * errno and in `refused` the step that failed. */
 int eng_guard_open(uint32_t kind, uint64_t address, uint64_t nbytes, uint32_t *refused, eng_guard **guard);
 
-/* Begin to watch for the guard of a job that is submitted next: a write to its sources from here on is caught.  The job
+/* Begin to watch for the guard of a job that is submitted next: a write to its sources from here on is caught, of a
+ * withheld block from eng_release on.  The job
  * releases the guard when it ends, or when it is aborted.  Costs time in proportion to the extents.  Returns 0, -EBUSY
  * while another job reads the same memory, or another negative errno. */
 int eng_guard_arm(const eng_job *job);

@@ -26,7 +26,7 @@ except ImportError as error:
 NATIVE_PATH = str(sys.modules["engine._native"].__file__)
 
 # The interface that the Python files are written for: ENG_VERSION of native/engine_native.h.
-_VERSION = 3
+_VERSION = 4
 _found = getattr(lib, "ENG_VERSION", None)
 if _found != _VERSION:
     raise ImportError(f"{NATIVE_PATH} has version {_found} of the native interface, and not {_VERSION}; {_REBUILD}")
@@ -65,3 +65,8 @@ def allocate(descriptor: int, offset: int, nbytes: int) -> int:
 def direct_alignment(descriptor: int) -> int:
     """The alignment that O_DIRECT requires on this file (statx(2)), or 0 if the kernel does not report it."""
     return int(lib.eng_direct_alignment(descriptor))
+
+
+def memory_checksum(address: int, nbytes: int) -> bytes:
+    """The content hash of memory that the caller keeps alive.  Blocks, without the GIL."""
+    return bytes(lib.eng_hash_bytes(ffi.cast("void *", address), nbytes).digest)

@@ -25,12 +25,16 @@ class Direction(IntEnum):
 
 
 class BlockState(IntEnum):
-    """How far a block has come.  A block read, verified and copied out is WRITTEN."""
+    """How far a block has come.  A block read, verified and copied out is WRITTEN.
+
+    WITHHELD comes before PENDING: `Pipeline.release` makes the one the other.
+    """
 
     PENDING = lib.ENG_PENDING
     STAGED = lib.ENG_STAGED
     WRITTEN = lib.ENG_WRITTEN
     FAILED = lib.ENG_FAILED
+    WITHHELD = lib.ENG_WITHHELD
 
 
 class Milestone(IntEnum):
@@ -77,6 +81,9 @@ class Job:
         checked: hash the sources again once all is staged.
         checksums: for a read, the content hash that each block must have, `HASH_BYTES` each.
         owners: objects to keep alive as long as the pipeline may touch the sources.
+        guard: the native guard of a write, or None.
+        previous: the checksums of the job that the guard was armed with before, if that had the same plan.
+        withheld: no block of this write begins before `Pipeline.release` is given it; `order` is ignored.
     """
 
     def __init__(
@@ -93,10 +100,13 @@ class Job:
         owners: object = None,
         guard: Any = None,
         previous: bytes | None = None,
+        withheld: bool = False,
     ) -> None:
         previous_view = ffi.NULL if previous is None else ffi.from_buffer("eng_hash[]", previous)
-        self._kept: object = (sources, extents, blocks, order, owners, guard, previous_view)
-        self._states = bytearray(max(blocks.row_count, 1))
+        c_order = ffi.new("uint32_t[]", blocks.row_count) if withheld else order.pointer
+        self._kept: object = (sources, extents, blocks, order, c_order, owners, guard, previous_view)
+        first = BlockState.WITHHELD if withheld else BlockState.PENDING
+        self._states = bytearray([first]) * max(blocks.row_count, 1)
         self._checksums = bytearray(HASH_BYTES * max(blocks.row_count, 1))
         if checksums is not None:
             assert len(checksums) == blocks.row_count, (len(checksums), blocks.row_count)
@@ -115,10 +125,11 @@ class Job:
                 "block_count": blocks.row_count,
                 "urgent_count": urgent_count,
                 "file_count": file_count,
+                "withheld_count": blocks.row_count if withheld else 0,
                 "sources": sources.pointer,
                 "extents": extents.pointer,
                 "blocks": blocks.pointer,
-                "order": order.pointer,
+                "order": c_order,
                 "checksums": self._checksums_view,
                 "states": self._states_view,
                 "guard": ffi.NULL if guard is None else guard,

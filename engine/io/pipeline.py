@@ -164,6 +164,20 @@ class Pipeline:
         if result not in (0, -errno.ECANCELED):
             raise RuntimeError(f"eng_submit refused a job: {os.strerror(-result)}")
 
+    def release(self, job: Job, blocks: Sequence[int]) -> None:
+        """Let withheld blocks of a submitted job begin, in this order.  Does nothing for a job that has ended.
+
+        Called by one thread at a time for a job.
+
+        Raises:
+            OSError: the kernel refused to guard their sources; the caller aborts the job.
+        """
+        self.check_owner()
+        result = lib.eng_release(self._c_pipeline, job.c_job, ffi.new("uint32_t[]", list(blocks)), len(blocks))
+        assert result != -errno.EINVAL, "a block was released twice"
+        if result not in (0, -errno.ESRCH):
+            raise OSError(-result, os.strerror(-result))
+
     def attach(self, job: Job, descriptors: Sequence[int], known: Sequence[bytes | None] | None = None) -> None:
         """Give a job its files.  Does nothing for a job that has failed.
 

@@ -50,10 +50,11 @@ static const uint32_t SLOT_BYTES_MAX = UINT32_MAX & ~(ENG_ALIGNMENT - 1);
 static const uint64_t PATIENCE_NS = 5000000000u;
 
 typedef struct {
-    uint32_t pending;     /* extents of the armed job in this unit that are not staged */
+    uint32_t pending;     /* extents of the armed job in this unit that are not staged; of withheld blocks none */
     uint8_t is_protected; /* as far as is known: an asynchronous range is asked when it is armed */
     uint8_t is_wanted;    /* a writer waits */
-    uint8_t has_changed;  /* a block of the armed job in this unit is not as the job before found it */
+    uint8_t is_listed; /* in `wanted`, perhaps from a writer that has gone on: a withheld block makes it wanted again */
+    uint8_t has_changed; /* a block of the armed job in this unit is not as the job before found it */
 } unit;
 
 struct eng_guard {
@@ -213,17 +214,25 @@ static void note_written(void *context, uint64_t start, uint64_t end)
         g->units[u].is_protected = 0;
 }
 
-/* Keep of the clean blocks those all of whose units are still protected, and count them.  A block without any unit has
- * sources that never change. */
+/* Whether all units of a block have been protected since the job before.  A block without any unit has sources that never
+ * change. */
+static int is_untouched(const eng_guard *g, const eng_job *job, const eng_block *block)
+{
+    int untouched = 1;
+    for (uint32_t i = 0; i < block->extent_count && untouched; i++) {
+        uint32_t u, end;
+        for (extent_units(g, job, block->extent_start + i, &u, &end); u < end; u++)
+            untouched = untouched && g->units[u].is_protected && !g->units[u].has_changed;
+    }
+    return untouched;
+}
+
+/* Keep of the clean blocks those that are still untouched, and count them. */
 static uint32_t keep_clean(eng_guard *g, const eng_job *job)
 {
     uint32_t count = 0;
     for (uint32_t b = 0; b < job->block_count; b++) {
-        for (uint32_t i = 0; i < job->blocks[b].extent_count && g->clean[b]; i++) {
-            uint32_t u, end;
-            for (extent_units(g, job, job->blocks[b].extent_start + i, &u, &end); u < end; u++)
-                g->clean[b] = g->clean[b] && g->units[u].is_protected;
-        }
+        g->clean[b] = g->clean[b] && is_untouched(g, job, &job->blocks[b]);
         count += g->clean[b];
     }
     return count;
@@ -268,6 +277,68 @@ static int protect(eng_guard *g, const eng_job *job)
     return result;
 }
 
+/* All blocks of the job are withheld: nothing of it is pending, and nothing is protected for it.  Only writers that wait
+ * may do that; without them a block would be torn by a write to another that shares its page, and is not released. */
+static int withhold(eng_guard *g, const eng_job *job)
+{
+    if (g->kind != ENG_GUARD_COW || job->withheld_count != job->block_count)
+        return -EINVAL;
+    for (uint32_t u = 0; u < g->unit_count; u++)
+        g->units[u].pending = 0;
+    memset(g->clean, 0, job->block_count);
+    return 0;
+}
+
+/* Whether a unit has a block that is not pending, or is staged already. */
+static int is_shared(const eng_guard *g, const eng_job *job, uint32_t index)
+{
+    int shared = 0;
+    for (uint32_t at = g->unit_starts[index]; at < g->unit_starts[index + 1]; at++)
+        shared |= job->states[g->unit_blocks[at]] != ENG_PENDING;
+    return shared;
+}
+
+/* Protect the units of an extent, and count it as pending in them.  If a unit was not protected, its other blocks may have
+ * been written, so they are not clean now, nor for the job after this one. */
+static int watch_extent(eng_guard *g, const eng_job *job, uint32_t extent)
+{
+    uint32_t u, end;
+    int result = 0;
+    for (extent_units(g, job, extent, &u, &end); u < end && result == 0; u++) {
+        unit *at = &g->units[u];
+        if (!at->is_protected) {
+            at->has_changed |= (uint8_t)is_shared(g, job, u);
+            result = set_units(g, u, u + 1, 1);
+        }
+        at->pending += result == 0;
+    }
+    return result;
+}
+
+static int watch_block(eng_guard *g, const eng_job *job, uint32_t block)
+{
+    int result = 0;
+    for (uint32_t i = 0; i < job->blocks[block].extent_count && result == 0; i++)
+        result = watch_extent(g, job, job->blocks[block].extent_start + i);
+    return result;
+}
+
+int guard_watch(eng_guard *g, const eng_job *job, const uint32_t *blocks, uint32_t count)
+{
+    int result = 0;
+    pthread_mutex_lock(&g->mutex);
+    if (g->job == job && g->protection.uffd < 0)
+        result = -EBADF;
+    for (uint32_t i = 0; i < count && g->job == job && result == 0; i++)
+        g->clean[blocks[i]] = job->previous != NULL && is_untouched(g, job, &job->blocks[blocks[i]]);
+    for (uint32_t i = 0; i < count && result == 0; i++)
+        __atomic_store_n(&job->states[blocks[i]], ENG_PENDING, __ATOMIC_RELEASE);
+    for (uint32_t i = 0; i < count && g->job == job && result == 0; i++)
+        result = watch_block(g, job, blocks[i]);
+    pthread_mutex_unlock(&g->mutex);
+    return result;
+}
+
 /* The armed job will not read its sources again: unprotect the units of which it still had something to read. */
 static void end(eng_guard *g)
 {
@@ -289,9 +360,12 @@ static int arm(eng_guard *g, const eng_job *job)
     if (result < 0)
         return result;
     list_blocks(g, job);
-    result = protect(g, job);
     for (uint32_t u = 0; u < g->unit_count; u++)
-        g->units[u].is_wanted = g->units[u].has_changed = 0;
+        g->units[u].is_wanted = g->units[u].is_listed = g->units[u].has_changed = 0;
+    if (job->withheld_count == 0)
+        result = protect(g, job);
+    else
+        result = withhold(g, job);
     g->has_given_up = 0;
     g->progress_ns = thread_now_ns();
     g->job = job;
@@ -342,8 +416,10 @@ int guard_wanted(eng_guard *g, guard_claim claim, void *context, uint32_t *block
     if (__atomic_load_n(&g->wanted_count, __ATOMIC_ACQUIRE) == 0)
         return 0;
     pthread_mutex_lock(&g->mutex);
-    while (g->job != NULL && g->wanted_count > 0 && !(found = find_pending(g, g->wanted[0], claim, context, block)))
+    while (g->job != NULL && g->wanted_count > 0 && !(found = find_pending(g, g->wanted[0], claim, context, block))) {
+        g->units[g->wanted[0]].is_listed = 0;
         memmove(g->wanted, g->wanted + 1, --g->wanted_count * sizeof *g->wanted);
+    }
     pthread_mutex_unlock(&g->mutex);
     return found;
 }
@@ -464,6 +540,9 @@ static void answer(eng_guard *g, uint64_t address)
         at->is_wanted = 1;
         if (g->wanted_count == 0)
             g->progress_ns = thread_now_ns();
+    }
+    if (!at->is_listed) {
+        at->is_listed = 1;
         g->wanted[g->wanted_count] = u;
         __atomic_store_n(&g->wanted_count, g->wanted_count + 1, __ATOMIC_RELEASE);
     }

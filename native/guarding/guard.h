@@ -1,7 +1,7 @@
 /*
  * guard.h: what the pipeline asks of a guard.  engine_native.h has the calls of Python.
  *
- * All are called by the pipeline's thread, for the job that the guard was armed with.
+ * All but guard_watch are called by the pipeline's thread, for the job that the guard was armed with.
  */
 #ifndef GUARD_H
 #define GUARD_H
@@ -10,6 +10,10 @@
 
 /* Let the guard wake the pipeline through this eventfd when a writer waits for a block. */
 void guard_attach(eng_guard *guard, int wake_fd);
+
+/* Watch the sources of withheld blocks from now on, and make the blocks pending.  Called by the thread that releases
+ * them, and does nothing once the job has ended.  Returns 0, or what the kernel refused. */
+int guard_watch(eng_guard *guard, const eng_job *job, const uint32_t *blocks, uint32_t count);
 
 /* Whether nothing was written to a block's sources since the job before, so that it has the same bytes. */
 int guard_is_clean(const eng_guard *guard, uint32_t block);

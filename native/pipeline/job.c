@@ -73,7 +73,7 @@ int job_is_valid(const eng_job *job, uint32_t slot_bytes)
 {
     if (job->direction > ENG_READ || job->block_count == 0 || job->urgent_count > job->block_count)
         return 0;
-    if (job->file_count == 0)
+    if (job->file_count == 0 || job->withheld_count > job->block_count)
         return 0;
     for (uint32_t i = 0; i < job->source_count; i++)
         if (!source_is_valid(&job->sources[i]))

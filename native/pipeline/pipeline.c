@@ -306,9 +306,9 @@ static void advance(eng_pipeline *p, uint32_t entry_index)
 {
     entry *e = &p->entries[entry_index];
     const eng_job *job = e->job;
-    while (e->next < job->block_count && (is_begun(p, entry_index, job->order[e->next]) || is_deferred(job, e->next)))
+    while (e->next < e->limit && (is_begun(p, entry_index, job->order[e->next]) || is_deferred(job, e->next)))
         e->next++;
-    while (e->clean_next < job->block_count && is_begun(p, entry_index, job->order[e->clean_next]))
+    while (e->clean_next < e->limit && is_begun(p, entry_index, job->order[e->clean_next]))
         e->clean_next++;
 }
 
@@ -327,7 +327,7 @@ static void note_staged(eng_pipeline *p, uint32_t entry_index)
     entry *e = &p->entries[entry_index];
     eng_job *job = e->job;
     advance(p, entry_index);
-    if (e->hashed_count == job->block_count && !eng_reached(job, ENG_URGENT) && urgent_staged(e))
+    if (e->hashed_count >= e->limit && !eng_reached(job, ENG_URGENT) && urgent_staged(e))
         reach(p, job, ENG_URGENT);
     if (!all_staged(e))
         return;
@@ -718,9 +718,11 @@ void pipeline_accept(eng_pipeline *p, uint32_t entry_index)
 {
     entry *e = &p->entries[entry_index];
     pthread_mutex_lock(&p->mutex);
-    const int submitted = e->submitted, attached = e->attached, aborted = e->aborted;
+    const int submitted = e->submitted, attached = e->attached, aborted = e->aborted, released = e->released;
     const int32_t abort_error = e->abort_error;
-    e->submitted = e->attached = e->aborted = 0;
+    e->submitted = e->attached = e->aborted = e->released = 0;
+    if (submitted || released)
+        e->limit = e->job->block_count - e->job->withheld_count;
     pthread_mutex_unlock(&p->mutex);
 
     if (submitted) {
@@ -736,15 +738,18 @@ void pipeline_accept(eng_pipeline *p, uint32_t entry_index)
         fail(p, entry_index, ENG_ABORTED_FAILURE, abort_error, UINT32_MAX);
     if (attached && !attach_files(p, entry_index))
         return;
-    if (submitted || aborted || attached)
+    if (released && !e->failed)
+        note_staged(p, entry_index); /* a writer may have had them staged already */
+    if (submitted || aborted || attached || released)
         settle(p, entry_index);
 }
 
-void pipeline_cancel_unattached(eng_pipeline *p)
+void pipeline_cancel_incomplete(eng_pipeline *p)
 {
     for (uint32_t at = p->queue_count; at-- > 0;) {
         const uint32_t entry_index = p->queue[at];
-        if (p->entries[entry_index].has_files)
+        const entry *e = &p->entries[entry_index];
+        if (e->has_files && e->limit == e->job->block_count)
             continue;
         fail(p, entry_index, ENG_ABORTED_FAILURE, ECANCELED, UINT32_MAX);
         settle(p, entry_index);

@@ -41,13 +41,14 @@ typedef struct {
 typedef struct {
     /* The inbox, guarded by the mutex. */
     eng_job *job;             /* NULL: the entry is free */
-    int submitted, attached, aborted;
+    int submitted, attached, aborted, released;
     int32_t abort_error;
     const int32_t *fds;
     const eng_hash *known;    /* hashes of the files' blocks where `is_known` is set; or NULL */
     const uint8_t *is_known;
     /* The thread's own. */
     int has_files, failed;
+    uint32_t limit;           /* blocks of order that may begin: the others are withheld */
     uint32_t next;            /* index into order of the next block to begin */
     uint32_t clean_next;      /* the same for the clean blocks, which `next` passes over */
     uint32_t hashed_next;     /* the same for the first hash of a checked job */
@@ -103,8 +104,8 @@ void pipeline_accept(struct eng_pipeline *p, uint32_t entry_index);
  * opens rings. */
 int service_replace_ring(struct eng_pipeline *p);
 
-/* Abort the jobs that have no files: the pipeline is closing, and they will never get any. */
-void pipeline_cancel_unattached(struct eng_pipeline *p);
+/* Abort the jobs that have no files, or blocks that are withheld: the pipeline is closing, and will get neither. */
+void pipeline_cancel_incomplete(struct eng_pipeline *p);
 
 /* Continue with the blocks that helper threads are done with, and do a few pieces of work, of the jobs whose turn it is.
  * Returns their number. */

@@ -224,7 +224,7 @@ static void serve(eng_pipeline *p)
         const int closing = is_closing(p);
         accept_inbox(p);
         if (closing)
-            pipeline_cancel_unattached(p);
+            pipeline_cancel_incomplete(p);
         const int idle = pipeline_work(p) == 0;
         if (p->moving_count > 0)
             pipeline_reap(p, idle);
@@ -441,6 +441,38 @@ int eng_attach(eng_pipeline *p, eng_job *job, const int32_t *fds, const eng_hash
     }
     pthread_mutex_unlock(&p->mutex);
     return e != NULL ? 0 : closed ? -ESHUTDOWN : -ESRCH;
+}
+
+/* Let blocks begin.  Those of a guarded job begin to be watched first.  The mutex is not held. */
+static int watch(eng_job *job, const uint32_t *blocks, uint32_t count)
+{
+    for (uint32_t i = 0; i < count; i++)
+        if (blocks[i] >= job->block_count || job->states[blocks[i]] != ENG_WITHHELD)
+            return -EINVAL;
+    if (job->guard != NULL)
+        return guard_watch(job->guard, job, blocks, count);
+    for (uint32_t i = 0; i < count; i++)
+        __atomic_store_n(&job->states[blocks[i]], ENG_PENDING, __ATOMIC_RELEASE);
+    return 0;
+}
+
+int eng_release(eng_pipeline *p, eng_job *job, const uint32_t *blocks, uint32_t count)
+{
+    if (count > job->withheld_count)
+        return -EINVAL;
+    const int result = watch(job, blocks, count);
+    if (result < 0 || count == 0)
+        return result;
+    pthread_mutex_lock(&p->mutex);
+    entry *e = find(p, job);
+    if (e != NULL) {
+        memcpy(&job->order[job->block_count - job->withheld_count], blocks, count * sizeof *blocks);
+        job->withheld_count -= count;
+        e->released = 1;
+        wake(p);
+    }
+    pthread_mutex_unlock(&p->mutex);
+    return e != NULL ? 0 : -ESRCH;
 }
 
 /* End a job that the thread has not seen.  The mutex is held. */

@@ -39,13 +39,13 @@ int turns_may_hold(const struct eng_pipeline *p, const entry *e)
 
 static enum piece next_of_write(const struct eng_pipeline *p, const entry *e)
 {
-    if (e->hashed_next < e->job->block_count)
+    if (e->hashed_next < e->limit)
         return p->free_count > 0 ? PIECE_HASH : PIECE_NONE;
-    if (e->hashed_count < e->job->block_count)
+    if (e->hashed_count < e->limit)
         return PIECE_NONE; /* until the helpers have hashed the last blocks */
-    if (e->next < e->job->block_count)
+    if (e->next < e->limit)
         return turns_may_hold(p, e) ? PIECE_STAGE : PIECE_NONE;
-    if (e->has_files && e->clean_next < e->job->block_count && p->free_count > 0)
+    if (e->has_files && e->clean_next < e->limit && p->free_count > 0)
         return PIECE_CLEAN;
     return PIECE_NONE;
 }
