@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from engine.io.backend import Attempt, Probe
     from engine.io.guard_probe import GuardAttempt, GuardProbe
     from engine.options import Options
+    from engine.session.layerwise import LayerwiseSave
     from engine.session.preemption import Preemption
     from engine.session.restore import RestoreInfo
     from engine.session.resume import resume
@@ -90,6 +91,7 @@ __all__ = [
     "ForkedError",
     "GuardAttempt",
     "GuardProbe",
+    "LayerwiseSave",
     "LockedError",
     "MismatchError",
     "NewerFormatError",
@@ -131,6 +133,7 @@ _MODULES = {
     "Engine": "engine.engine",
     "GuardAttempt": "engine.io.guard_probe",
     "GuardProbe": "engine.io.guard_probe",
+    "LayerwiseSave": "engine.session.layerwise",
     "Options": "engine.options",
     "PassedOver": "engine.store.reader",
     "Preemption": "engine.session.preemption",

@@ -12,6 +12,8 @@ import os
 import threading
 from typing import Any
 
+from torch import nn
+
 from engine.engine import Engine
 from engine.errors import ArgumentError, BusyError
 from engine.options import Tunables, check_keywords
@@ -43,7 +45,7 @@ def checkpoint(arena: Arena, directory: str | os.PathLike[str], step: int | None
 
 
 def restore(
-    arena: Arena,
+    arena: Arena | nn.Module,
     directory: str | os.PathLike[str],
     step: int | None = None,
     *,

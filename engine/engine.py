@@ -31,6 +31,7 @@ from engine.session.checkpoint import Checkpointer, FileContent, OnBusy, Request
 from engine.session.failures import Failures, OnError
 from engine.session.gate import seconds
 from engine.session.in_flight import InFlight
+from engine.session.layerwise import Layerwise, LayerwiseSave
 from engine.session.preemption import SIGNALS, Preemption
 from engine.session.reading import Lent, Reading
 from engine.session.save import Save
@@ -171,6 +172,51 @@ class Engine(Reading):
             preemption.after_save(save)
         return save
 
+    def layerwise(
+        self,
+        arena: Arena,
+        step: int | None = None,
+        *,
+        extra: Any = None,
+        chunk_count: int | None = None,
+        chunk_bytes: int | None = None,
+        snapshot: Snapshot = "auto",
+        on_busy: OnBusy = "wait",
+        metrics: Mapping[str, float] | None = None,
+        tag: str | None = None,
+        files: Mapping[str, FileContent] | None = None,
+    ) -> Layerwise:
+        """Make an arena durable layer by layer, each as soon as it is final.
+
+            with eng.layerwise(arena, step=n) as save:
+                ...                              # the optimizer steps layers.3
+                save.layer_ready("layers.3")     # from here on it is staged, beside what computes the others
+
+        The result is one checkpoint like any other; it holds of each layer what it was at `layer_ready`, and of
+        hyperparameters what they were at the end of the block.  If the block is left without every layer, the save
+        fails and names them.  An exception in the block discards the save.
+
+        A layer is not written again in the block, unless the guard is ``"cow"``.  With a snapshot that is eager,
+        `layer_ready` returns when what it has completed is staged.  In the block the arena is not saved, restored or
+        given other tensors, and the Engine not closed: that discards the save.
+
+        Args:
+            arena, step, extra, chunk_count, chunk_bytes, snapshot, on_busy, metrics, tag, files: as `checkpoint`.
+                Without the guard ``"cow"``, ``"auto"`` is lazy if all optimizers are torch's own.
+
+        Raises as `checkpoint`, when the block is entered.
+        """
+        self._check_usable()
+        metrics, files = {} if metrics is None else metrics, {} if files is None else files
+        request = Request(step, extra, chunk_count, chunk_bytes, snapshot, on_busy, metrics, tag, files)
+
+        def begin(opened: list[LayerwiseSave]) -> LayerwiseSave:
+            self._check_usable()
+            self._failures.report()
+            return self._checkpointer.begin_layerwise(arena, request, opened)
+
+        return Layerwise(begin, lambda save: self._checkpointer.leave(arena, save))
+
     def wait(self, timeout: float | None = None) -> bool:
         """Block until every save that is in flight now has ended; False if `timeout` seconds passed first.
 
@@ -179,6 +225,8 @@ class Engine(Reading):
         self._check_usable()
         if self._workers.is_current():
             raise UsageError("wait() would wait for the very thread that calls it; call it from another")
+        if self._in_flight.has_own_block:
+            raise UsageError("wait() in a block of layerwise() would wait for that block; call it after the block")
         ended = self._in_flight.wait(seconds(timeout))
         self._failures.report()
         return ended

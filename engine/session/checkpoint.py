@@ -21,7 +21,7 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Real
 from typing import Any, Literal, SupportsFloat
@@ -31,6 +31,7 @@ from engine.errors import (
     ArgumentError,
     BusyError,
     ClosedError,
+    EngineError,
     StepError,
     TornSnapshot,
     UsageError,
@@ -40,6 +41,7 @@ from engine.format.checks import is_user_name
 from engine.format.layout import Layout
 from engine.format.manifest import STEP_MAX, listed
 from engine.format.plan import chunk_size
+from engine.format.values import Json
 from engine.io.descriptor import Descriptor
 from engine.io.guard import NotArmed
 from engine.io.job import Milestone
@@ -47,11 +49,13 @@ from engine.io.packing import Packed
 from engine.options import Options, check_choice, check_range
 from engine.session.failures import Failures
 from engine.session.in_flight import InFlight, Permit
+from engine.session.layerwise import LayerwiseSave
 from engine.session.save import Save
 from engine.session.snapshot import Snapshot, SnapshotPlan, Snapshots
 from engine.session.workers import Workers
 from engine.state.arena import Arena, check_arena
 from engine.state.tensors import encode, encode_options
+from engine.state.versions import Handed
 from engine.store.store import Store
 from engine.store.writer import Content, PackedPlan, Write, Writer, pack_all_sources, pack_plan
 
@@ -212,61 +216,118 @@ class Checkpointer:
 
     def begin(self, arena: Arena, request: Request) -> Save:
         """Begin a save of the arena.  Blocks and raises as `Engine.checkpoint`."""
+        return self._admitted(arena, request, None)
+
+    def begin_layerwise(self, arena: Arena, request: Request, opened: list[LayerwiseSave]) -> LayerwiseSave:
+        """Begin a save whose layers are handed over one by one.  Blocks and raises as `begin`.
+
+        Args:
+            opened: gets the save as soon as it is made, so that the caller can discard it wherever Ctrl-C strikes.
+        """
+        save = self._admitted(arena, request, opened)
+        assert isinstance(save, LayerwiseSave)
+        return save
+
+    def leave(self, arena: Arena, save: LayerwiseSave) -> None:
+        """The block of a layerwise save has been left in order: let it be committed.  Blocks as `begin`.
+
+        A save that is not whole fails.
+        """
+        began_ns = time.monotonic_ns()
+        if save.write is None or not save.is_open or save.done() or save.write.pipeline.is_forked:
+            save.leave()
+            return
+        try:
+            self._complete(arena, save, save.write)
+        except BaseException as error:
+            save.discard(error if isinstance(error, EngineError) else UsageError(f"interrupted: {error!r}"))
+            self._store.writer.interrupt(save.write)
+            if not isinstance(error, EngineError):
+                raise
+        self._warn_of_foreign_steps(arena)
+        save.add_held(began_ns)
+
+    def _complete(self, arena: Arena, save: LayerwiseSave, write: Write) -> None:
+        """Check that a layerwise save has everything, take the content of its manifest, and let it be committed."""
+        missing = save.remaining()
+        if missing:
+            raise UsageError(
+                f"step {save.step} lacks {listed(missing, 'layers')}: call layer_ready() for each layer before the "
+                "block ends; layer_ready('') is all that is left"
+            )
+        if not arena.is_current():
+            raise ArenaError(
+                f"tensors of the arena were replaced in the block of step {save.step}, by an optimizer that does not "
+                "write in place or by a change of the model; save with checkpoint() after the step"
+            )
+        plan = save.snapshot
+        content = write.content
+        if content is not None:
+            write.content = replace(content, optimizers=_options(arena), modules=arena.extra_states())
+        arena.hold(save.wait_staged, plan.holds_writers)
+        save.leave()
+        if not plan.is_lazy:
+            save.wait_staged()
+        elif plan.urgent_names:
+            save.await_urgent(plan.urgent_names)
+
+    def _admitted(self, arena: Arena, request: Request, opened: list[LayerwiseSave] | None) -> Save:
         if self._interrupts_itself():
             raise UsageError(
                 "checkpoint() was called by a signal handler that interrupts checkpoint(), and would wait for it; set "
                 "a flag in the handler, and save after the step"
             )
         try:
-            return self._begin(arena, request)
+            return self._begin(arena, request, opened)
         except NotArmed as refusal:
             if not self._snapshots.note_refused(arena, refusal):
                 raise
-        return self._begin(arena, request)
+        return self._begin(arena, request, opened)
 
     def _interrupts_itself(self) -> bool:
         """Whether this thread is in `begin` already.  The stack says so: a mark of ours could be left by Ctrl-C."""
-        frame = sys._getframe(2)
+        frame = sys._getframe(2)  # of `begin`
         while (back := frame.f_back) is not None:
             frame = back
-            if frame.f_code is Checkpointer.begin.__code__ and frame.f_locals["self"] is self:
+            if frame.f_code is Checkpointer._admitted.__code__ and frame.f_locals["self"] is self:
                 return True
         return False
 
-    def _begin(self, arena: Arena, request: Request) -> Save:
+    def _begin(self, arena: Arena, request: Request, opened: list[LayerwiseSave] | None) -> Save:
         began_ns = time.monotonic_ns()
         check_arena(arena)
         if arena.torn:
             raise ArenaError("a restore of this arena failed half-way; restore it whole before saving it")
         permit = Permit()
         begun: list[Write] = []
-        writer = self._store.writer
+        writer, layerwise = self._store.writer, opened is not None
         give_up = partial(_give_up, self._in_flight, permit, writer, begun)
         try:
             if not self._in_flight.admit(permit, wait=request.on_busy == "wait"):
-                return self._refuse(request)
+                return self._refuse(request, LayerwiseSave if layerwise else Save)
             if self._options.split_untrained:
                 arena.split_untrained()
             arena.refresh()
-            plan = self._snapshots.plan(arena, request.snapshot)
-            if plan.guard is not None:
-                arena.fence()  # it watches for one save at a time
-            content = self._gather(arena, request, plan)
-            write = writer.prepare(self._take_step(permit, request.step), content, plan.is_checked)
+            plan = self._snapshots.plan(arena, request.snapshot, layerwise)
+            if plan.guard is not None or layerwise:
+                arena.fence()  # it watches for one save at a time; the steps of open blocks wait for none
+            handed = Handed() if layerwise else None
+            write, changed = self._prepare(arena, request, permit, plan, handed)
             begun.append(write)
-            save = Save(write.step, write, self._workers.is_current, content.changed)
-            arena.hold(save.wait_staged, plan.holds_writers)
+            if opened is None:
+                save = Save(write.step, write, self._workers.is_current, changed)
+                arena.hold(save.wait_staged, plan.holds_writers)
+            else:
+                save = block = LayerwiseSave(write.step, write, self._workers.is_current, handed, arena, writer, plan)
+                opened.append(block)
+                permit.block = block
+                arena.hold(block.await_fence, holds_writers=False)
             writer.start(write)
             permit.handed_over = True
-            note_torn = partial(self._note_torn, weakref.ref(arena), request.snapshot)
-            note_failed = partial(_note_failed, self._failures, note_torn)
+            note_failed = self._noting(arena, request)
             self._workers.submit(partial(_finish, self._in_flight, permit, self._store, write, save, note_failed))
-            if self._workers.is_closed:
-                raise ClosedError("a signal handler that interrupted checkpoint() closed the Engine; open a new one")
-            if not plan.is_lazy:
-                save.wait_staged()
-            elif content.packed.urgent_count or plan.is_checked:
-                save.wait_milestone(Milestone.URGENT)
+            self._check_open()
+            _hold_caller(save, plan, write.packed)
         except BaseException:
             self._workers.submit(give_up)  # first, and into C at once
             self._take_back(permit, begun)
@@ -275,6 +336,23 @@ class Checkpointer:
         self._warn_of_foreign_steps(arena)
         save.mark_held(began_ns)
         return save
+
+    def _check_open(self) -> None:
+        if self._workers.is_closed:
+            raise ClosedError("a signal handler that interrupted checkpoint() closed the Engine; open a new one")
+
+    def _noting(self, arena: Arena, request: Request) -> Callable[[Save, BaseException], None]:
+        note_torn = partial(self._note_torn, weakref.ref(arena), request.snapshot)
+        return partial(_note_failed, self._failures, note_torn)
+
+    def _prepare(
+        self, arena: Arena, request: Request, permit: Permit, plan: SnapshotPlan, handed: Handed | None
+    ) -> tuple[Write, Callable[[], object]]:
+        """The save, with its step, and what notes that it is staged; nothing is begun."""
+        content = self._gather(arena, request, plan, handed)
+        step = self._take_step(permit, request.step)
+        write = self._store.writer.prepare(step, content, plan.is_checked, withheld=handed is not None)
+        return write, content.changed
 
     def _note_torn(self, arena: weakref.ref[Arena], snapshot: Snapshot) -> None:
         torn = arena()
@@ -292,16 +370,16 @@ class Checkpointer:
                 "the model with all optimizers that step them, Arena.adopt(model, [first, second])"
             )
 
-    def _gather(self, arena: Arena, request: Request, plan: SnapshotPlan) -> Content:
+    def _gather(self, arena: Arena, request: Request, plan: SnapshotPlan, handed: Handed | None) -> Content:
         packed, sources = self._pack(arena, request.chunk_count, request.chunk_bytes, plan.urgent_names)
         return Content(
             packed,
             sources,
             owners=(arena, arena.memory),  # the arena's hooks hold writers back as long as it lives
             guard=plan.guard,
-            changed=tuple if plan.guard is not None else arena.versions().settle,
+            changed=tuple if plan.guard is not None else (handed or arena.versions()).settle,
             aliases=dict(arena.aliases),
-            optimizers={name: encode_options(options) for name, options in arena.options().items()},
+            optimizers=_options(arena),
             modules=arena.extra_states(),
             wrappers=arena.wrappers,
             extra=encode(request.extra),
@@ -329,13 +407,13 @@ class Checkpointer:
             )
         return packs.plans[key], packs.sources
 
-    def _refuse(self, request: Request) -> Save:
+    def _refuse(self, request: Request, kind: type[Save]) -> Save:
         saving = self._in_flight.steps()
         busy = BusyError(f"steps {saving} are in flight; wait for one, or raise max_async")
         if request.on_busy == "raise":
             raise busy
         step = self._in_flight.next_step(self._store.steps()) if request.step is None else request.step
-        return Save.refused(step, busy)
+        return kind.refused(step, busy)
 
     def _take_step(self, permit: Permit, step: int | None) -> int:
         """Reserve a step, and set aside damaged checkpoints of that step and later ones."""
@@ -357,6 +435,8 @@ class Checkpointer:
 
     def _take_back(self, permit: Permit, begun: list[Write]) -> None:
         """After Ctrl-C or a failure in `begin`: make every part of the save stop reading the arena.  Blocks."""
+        if permit.block is not None:
+            permit.block.discard_closed()
         for write in begun:
             if permit.handed_over:
                 self._store.writer.interrupt(write)
@@ -365,6 +445,20 @@ class Checkpointer:
         if not permit.handed_over:
             self._in_flight.withdraw(permit)
             begun.clear()  # `_give_up` may come late, and must not keep the arena's memory until then
+
+
+def _hold_caller(save: Save, plan: SnapshotPlan, packed: PackedPlan) -> None:
+    """Wait for what must be staged before the caller goes on."""
+    if isinstance(save, LayerwiseSave):
+        save.release_ownerless()
+    elif not plan.is_lazy:
+        save.wait_staged()
+    elif packed.urgent_count or plan.is_checked:
+        save.wait_milestone(Milestone.URGENT)
+
+
+def _options(arena: Arena) -> dict[str, Json]:
+    return {name: encode_options(options) for name, options in arena.options().items()}
 
 
 def _give_up(in_flight: InFlight, permit: Permit, writer: Writer, begun: list[Write]) -> None:
@@ -396,8 +490,10 @@ def _finish(
     if not in_flight.claim(permit):
         return
     try:
-        info = store.writer.finish(write, partial(in_flight.await_turn, permit))
-    except BaseException as error:  # every error goes to the Future, none to this thread
+        await_left = save.await_left if isinstance(save, LayerwiseSave) else lambda: None
+        info = store.writer.finish(write, partial(in_flight.await_turn, permit), await_left)
+    except BaseException as failure:  # every error goes to the Future, none to this thread
+        error = save.reason or failure if isinstance(save, LayerwiseSave) else failure
         with suppress(Exception):  # handlers are the user's, and may raise
             _log.error("the save of step %d failed: %s", save.step, error)
         in_flight.free(permit)  # before the save has ended, so that its waiter finds the permit free
@@ -405,7 +501,7 @@ def _finish(
         note_failed(save, error)
         in_flight.withdraw(permit)
         save.resolve()
-        del save  # or the failure's traceback would hold a frame that holds the failure
+        del save, error  # or the failure's traceback would hold a frame that holds the failure
         return
     with suppress(Exception):
         _retire(store)

@@ -16,28 +16,43 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-from engine.errors import ClosedError, StepError
+from engine.errors import BusyError, ClosedError, StepError
 from engine.session.gate import Gate
 
 T = TypeVar("T")
 
 
+class Block(Protocol):
+    """The block of a ``with`` statement in which a save is given its layers."""
+
+    @property
+    def is_open(self) -> bool: ...
+    def discard_closed(self) -> None: ...
+
+
 class Permit:
     """One save's right to be in flight.  Compared by identity; its fields belong to `InFlight`.
 
-    But `handed_over`, which its owner sets before the save is handed to the commit threads.
+    But `handed_over`, which its owner sets before the save is handed to the commit threads, and `block`, which is that
+    of a layerwise save.
     """
 
-    __slots__ = ("claimed", "ended", "handed_over", "step", "thread")
+    __slots__ = ("block", "claimed", "ended", "handed_over", "step", "thread")
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
         self.step: int | None = None
         self.claimed = False
         self.handed_over = False
+        self.block: Block | None = None
         self.ended = Gate()
+
+    @property
+    def has_open_block(self) -> bool:
+        """Whether its save is a layerwise one whose block has not been left."""
+        return self.block is not None and self.block.is_open
 
 
 class InFlight:
@@ -56,6 +71,7 @@ class InFlight:
 
         Raises:
             ClosedError: `close` was called, perhaps while this waited.
+            BusyError: it would wait for the caller's own blocks.
         """
         while True:
             with self._lock:
@@ -65,14 +81,31 @@ class InFlight:
                     self._permits.add(permit)
                     return True
                 oldest = min(self._permits, key=_order)
+                own = [each for each in self._permits if each.has_open_block and each.thread == permit.thread]
             if not wait:
                 return False
+            if len(own) == self._count_max:
+                raise BusyError(
+                    "every save in flight is one of an open block of Engine.layerwise in this thread, which would wait "
+                    "for itself; leave the block first, or raise max_async"
+                )
             oldest.ended.wait(0.05)  # another one may end first: look again
 
     def close(self) -> None:
-        """Admit no further save."""
+        """Admit no further save, and discard those of open blocks."""
         with self._lock:
             self._closed = True
+            permits = [*self._permits]
+        for permit in permits:
+            if permit.block is not None:  # its thread may never leave it
+                permit.block.discard_closed()
+
+    @property
+    def has_own_block(self) -> bool:
+        """Whether this thread is in an open block of a layerwise save."""
+        me = threading.get_ident()
+        with self._lock:
+            return any(permit.has_open_block and permit.thread == me for permit in self._permits)
 
     def reserve(self, permit: Permit, step: int | None, committed: Callable[[], list[int]]) -> int:
         """Give a permit its step: the one asked for, or with None the next one.

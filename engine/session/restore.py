@@ -1,4 +1,4 @@
-"""Restore: from a checkpoint to an arena, or to new tensors.
+"""Restore: from a checkpoint to an arena, to a module, or to new tensors.
 
 Theory of operation.  Names, shapes and dtypes that do not fit are found before a byte of the arena changes.  While
 bytes arrive the arena is marked torn.  If the restore fails half-way it stays torn, and no checkpoint is taken of it
@@ -16,7 +16,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.errors import ArgumentError, MismatchError
 from engine.format.layout import TensorSpec
@@ -25,8 +25,9 @@ from engine.format.plan import Source
 from engine.io.packing import pack_sources
 from engine.session.matching import Match, check_match, match, match_extra_states, no_match
 from engine.state.arena import Arena, check_arena
+from engine.state.fence import wait_for_saves_of
 from engine.state.late import Known, StatePlan
-from engine.state.select import Select, Selection
+from engine.state.select import Select, Selection, role
 from engine.state.tensors import decode, decode_options, make_tensor
 from engine.store.reader import Checkpoint, PassedOver, Reader, Target
 
@@ -70,8 +71,26 @@ class RestoreInfo(NamedTuple):
         return f"RestoreInfo({', '.join(parts)})"
 
 
-def restore(reader: Reader, arena: Arena, step: int | None, select: Select, strict: bool) -> RestoreInfo:
-    """Fill an arena, or the selected part of it, and return what was restored.  Blocks."""
+def restore_module(reader: Reader, model: nn.Module, step: int | None, select: Select, strict: bool) -> RestoreInfo:
+    """Fill the parameters and buffers of a model at their own locations, as `restore`.  Blocks."""
+    wait_for_saves_of(model.parameters())
+    weights = role("model", "buffer") if select is None else select
+    return restore(reader, Arena.over(model), step, weights, strict, takes_extra_states=select is None)
+
+
+def restore(
+    reader: Reader,
+    arena: Arena,
+    step: int | None,
+    select: Select,
+    strict: bool,
+    takes_extra_states: bool = False,
+) -> RestoreInfo:
+    """Fill an arena, or the selected part of it, and return what was restored.  Blocks.
+
+    Args:
+        takes_extra_states: of a restore of all weights: what modules keep besides tensors is restored, too.
+    """
     check_arena(arena)
     arena.fence()
     arena.refresh()
@@ -107,7 +126,7 @@ def restore(reader: Reader, arena: Arena, step: int | None, select: Select, stri
                 refusal = arena.restored_options(options, {record.name for record, _ in found.mismatched})
             absent = {name for each in options.values() for name in each["absent"]}
             arena.restored_part({target.record.name for target in found.targets}, absent)
-            if selection.is_all:
+            if selection.is_all or takes_extra_states:
                 arena.restored_extra_states(extra_states)
             if not was_torn or whole:
                 arena.mark_whole()

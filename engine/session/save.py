@@ -10,16 +10,17 @@ So a Save waits at a `Gate`, and keeps its outcome itself as well.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from typing import NoReturn
 
-from engine.errors import BusyError, UsageError
+from engine.errors import ArgumentError, BusyError, UsageError
 from engine.format.plan import Plan
 from engine.io.job import Milestone
 from engine.session.gate import Gate, seconds
+from engine.state.select import near
 from engine.store.info import CheckpointInfo
 from engine.store.writer import Write
 
@@ -40,6 +41,20 @@ class ChunkStatus:
     nbytes: int
     layers: tuple[str, ...]
     status: str
+
+
+def chunks_of(chunks: Sequence[ChunkStatus], layer: str) -> list[ChunkStatus]:
+    """Those of the chunks that hold a part of a layer, or of one in it; of "" all.
+
+    Raises:
+        ArgumentError: no chunk has such a layer.
+    """
+    prefix = f"{layer}." if layer else ""
+    found = [chunk for chunk in chunks if any(each == layer or each.startswith(prefix) for each in chunk.layers)]
+    if not found and layer:
+        known = dict.fromkeys(each for chunk in chunks for each in chunk.layers)
+        raise ArgumentError(f"no chunk holds a layer {layer!r}; {near([layer], known)}")
+    return found
 
 
 class Save(Future[CheckpointInfo]):
@@ -107,14 +122,25 @@ class Save(Future[CheckpointInfo]):
             return True
         return self._write.wait(milestone, None if limit is None else int(limit * 1e9))
 
-    def chunks(self) -> list[ChunkStatus]:
-        """Every chunk and how far it has come, at this moment.  Does not block."""
+    def chunks(self, *, layer: str | None = None) -> list[ChunkStatus]:
+        """Every chunk and how far it has come, at this moment.  Does not block.
+
+        Args:
+            layer: only the chunks that hold a part of this layer, or of one in it, such as ``"layers.3"``.
+
+        Raises:
+            ArgumentError: the arena has no such layer.
+        """
         if self._write is None:
             return []
-        packed = self._write.packed
+        rows = self._chunks(self._write)
+        return rows if layer is None else chunks_of(rows, layer)
+
+    def _chunks(self, write: Write) -> list[ChunkStatus]:
+        packed = write.packed
         failed = self.done() and self._failure is not None
         ended = "failed" if failed else "durable" if self.done() else None
-        states = self._write.chunk_states()
+        states = write.chunk_states()
         return [
             ChunkStatus(
                 packed.plan.files[chunk.file_index].name,

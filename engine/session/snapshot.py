@@ -62,9 +62,15 @@ class Snapshots:
         self._unguarded: weakref.WeakSet[Arena] = weakref.WeakSet()
         self._warned: weakref.WeakSet[Arena] = weakref.WeakSet()
 
-    def plan(self, arena: Arena, snapshot: Snapshot) -> SnapshotPlan:
-        """How to save an arena now."""
+    def plan(self, arena: Arena, snapshot: Snapshot, layerwise: bool = False) -> SnapshotPlan:
+        """How to save an arena now.
+
+        A layerwise save has a guard only if writers wait: ``detect`` would take the first write to a layer for a tear
+        of one that shares a page with it.  It is not checked in the call, but layer by layer.
+        """
         guard = self._guard(arena)
+        if layerwise and guard is not None and guard.kind != "cow":
+            guard = None
         kind = "fence" if guard is None else guard.kind
         is_exact = kind == "cow"
         if snapshot == "auto" and arena in self._torn and arena not in self._warned:
@@ -77,7 +83,7 @@ class Snapshots:
         is_lazy = {
             "lazy": True,
             "eager": False,
-            "checked": is_exact or arena.fenced,
+            "checked": is_exact or (arena.fenced and not layerwise),
             "auto": arena not in self._torn and (is_exact or _is_fenced(arena, kind)),
         }[snapshot]
         return SnapshotPlan(

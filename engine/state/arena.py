@@ -48,7 +48,7 @@ from engine.state.mirrors import Mirror, Mirrors, own_memory, resize
 from engine.state.modules import Rename, names_beside_tensors
 from engine.state.optimizers import Options, check_names, create_state, is_late, sharing_state
 from engine.state.select import Named, Select
-from engine.state.versions import Counted, Versions
+from engine.state.versions import Counted, Handed, Versions
 from engine.state.watch import TensorWatch
 
 # What completion offers.
@@ -92,6 +92,7 @@ class Arena(metaclass=_Listed):
         self._torn = False
         self._untrained: Mapping[str, frozenset[int]] = {}
         self._is_looked_over = False
+        self._after_any_step: Callable[[Collection[str]], None] | None = None
         self._watch: TensorWatch | None = None
         self._arrangement = arrange(Table({}, {}, {}, frozenset(), False), model is not None, None)
         bare = {id(each): _params_without_state(each) for each in optimizers_in(optimizers)}
@@ -162,6 +163,15 @@ class Arena(metaclass=_Listed):
             if not isinstance(name, str) or not isinstance(tensor, Tensor):
                 raise ArgumentError(f"{name!r} is mapped to a {_type_name(tensor)}; map names (str) to tensors")
         return cls(lambda: gather_tensors(named), None, {})
+
+    @classmethod
+    def over(cls, model: nn.Module) -> Arena:
+        """The tensors of a model at their own locations, under the names of an adopted arena; for a restore.
+
+        Raises:
+            ArenaError: a tensor cannot be stored.
+        """
+        return cls(lambda: gather(model, {}, None, Choice()), None, {})
 
     @property
     def layout(self) -> Layout:
@@ -326,6 +336,28 @@ class Arena(metaclass=_Listed):
         """The write counts of the segments that nobody may write to while a save is staged."""
         return Versions(self._counted)
 
+    def hand_over(self, names: Collection[str], handed: Handed) -> None:
+        """Segments are final: what is kept elsewhere is copied to them, and the counts of writes to them are noted."""
+        self._mirrors.copy_some_in(names)
+        entries = self._inventory.entries
+        handed.add([(name, tensor) for name in names for tensor in entries[name].tensors], self.unfenced)
+
+    def is_current(self) -> bool:
+        """Whether `refresh()` would find nothing to take in."""
+        return self._watch is not None and self._inventory.watch.unchanged() and self._watch.unchanged()
+
+    def watch_steps(self, after_step: Callable[[Collection[str]], None] | None) -> None:
+        """After every step of an optimizer of the arena, call this with the names of the parameters that it wrote.
+
+        None ends that.
+        """
+        self._after_any_step = after_step
+
+    @property
+    def trained(self) -> set[str]:
+        """The stored names of the parameters that the arena's optimizers step."""
+        return self._inventory.trained & {segment.name for segment in self.segments}
+
     def take_foreign(self) -> list[str]:
         """The parameters that another optimizer has stepped since the last call, in order."""
         names = sorted(self._fence.foreign)
@@ -348,7 +380,7 @@ class Arena(metaclass=_Listed):
         Raises:
             ArenaError: a new tensor cannot be stored; nothing was changed.
         """
-        if self._watch is not None and self._inventory.watch.unchanged() and self._watch.unchanged():
+        if self.is_current():
             self._mirrors.copy_in()
             return
         self.fence()
@@ -655,9 +687,14 @@ class Arena(metaclass=_Listed):
 
         Never raises, because it is called inside the caller's `step()`; the next `refresh()` raises instead.
         """
-        if self._options[self._names[id(stepper)]].has_made_awaited:
+        name = self._names[id(stepper)]
+        if self._options[name].has_made_awaited:
             with contextlib.suppress(ArenaError):
                 self.refresh()
+        if self._after_any_step is not None:
+            owned, aliases = self._inventory.owned[name], self.aliases
+            stepped = [each for each, param in owned.params.items() if param.grad is not None]
+            self._after_any_step({aliases.get(part, part) for each in stepped for part in self._inventory.parts(each)})
 
 
 def _point(tensor: Tensor, view: Tensor) -> None:

@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
+from collections.abc import Set as AbstractSet
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
@@ -70,6 +71,11 @@ class Fence:
         while self._held:
             self._held[0][0](None)  # removed only afterwards, so that an interrupted wait is repeated
             self._held.popleft()
+
+    @property
+    def param_ids(self) -> AbstractSet[int]:
+        """id() of the arena's parameters."""
+        return self._params.keys()
 
     def hold_writer(self) -> None:
         """Return once no save reads the arena that must be waited for before a write."""
@@ -141,6 +147,14 @@ def _watch_all_steps() -> None:
 def _before_any_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
     for fence in list(_fences):
         fence.before_step_of(optimizer)
+
+
+def wait_for_saves_of(params: Iterable[Tensor]) -> None:
+    """Return once no save reads an adopted arena that holds one of these parameters."""
+    ids = {id(param) for param in params}
+    for fence in list(_fences):
+        if ids & fence.param_ids:
+            fence.wait_staged()
 
 
 class _Hook:

@@ -42,6 +42,12 @@ class Mirrors:
         if self._mirrors:
             _copy(self._segments, self._buffers)
 
+    def copy_some_in(self, names: Collection[str]) -> None:
+        """Copy these buffers to their segments."""
+        for mirror in self._mirrors:
+            if mirror.name in names:
+                _copy([mirror.segment], [mirror.tensors[0].detach()])
+
     def copy_out(self, names: Collection[str]) -> None:
         """Copy these segments to their buffers."""
         for mirror in self._mirrors:

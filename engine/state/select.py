@@ -56,6 +56,16 @@ _NOTHING = "(?!)"  # an expression that matches nothing, not even the empty text
 _NEAR_COUNT = 3
 
 
+def near(texts: Iterable[str], known: Iterable[str], names: Sequence[str] = ()) -> str:
+    """For a message: the known names near these texts, or else the first of `names`, which are `known` unless given."""
+    every = list(known)
+    found = [name for text in texts for name in difflib.get_close_matches(text, every, _NEAR_COUNT)]
+    if found:
+        return f"near are {', '.join(dict.fromkeys(found))}"
+    shown = names or every
+    return f"it has {listed(shown)}" if shown else "it has no tensor"
+
+
 class Named(Protocol):
     """A tensor of a walk, or a segment, in memory or of a manifest."""
 
@@ -96,10 +106,7 @@ class Selection:
         """For the message that nothing was picked: the names and layers near the patterns, or else the first names."""
         names = [*(segment.name for segment in segments), *aliases]
         known = dict.fromkeys([*names, *(segment.layer for segment in segments if segment.layer)])
-        near = [name for text in self._texts for name in difflib.get_close_matches(text, known, _NEAR_COUNT)]
-        if near:
-            return f"near are {', '.join(dict.fromkeys(near))}"
-        return f"it has {listed(names)}" if names else "it has no tensor"
+        return near(self._texts, known, names)
 
     def has_name(self, name: str) -> bool:
         """Whether a pattern matches the name itself."""

@@ -9,7 +9,7 @@ Rules: `settle` may be called from any thread; only the first call counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from operator import attrgetter
 
 from torch import Tensor
@@ -29,6 +29,32 @@ class Counted:
     def versions(self) -> list[int]:
         """The counts now."""
         return list(map(_version, self.tensors))
+
+
+class Handed:
+    """The counts of tensors that are handed over one after the other.
+
+    Those that change without a step are compared when `settle_first` is called, the others by `settle`.
+    """
+
+    def __init__(self) -> None:
+        self._first: list[Versions] = []
+        self._others: list[Versions] = []
+
+    def add(self, tensors: Iterable[tuple[str, Tensor]], settles_first: Collection[str]) -> None:
+        """Note the counts of tensors, by name, at this moment."""
+        pairs = list(tensors)
+        self._first.append(Versions(Counted(pair for pair in pairs if pair[0] in settles_first)))
+        self._others.append(Versions(Counted(pair for pair in pairs if pair[0] not in settles_first)))
+
+    def settle_first(self) -> None:
+        """The tensors that change without a step may change from here on."""
+        for versions in self._first:
+            versions.settle()
+
+    def settle(self) -> tuple[str, ...]:
+        """The names of the tensors that have changed, as of the first call."""
+        return tuple(name for versions in (*self._first, *self._others) for name in versions.settle())
 
 
 class Versions:

@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 
-from engine.errors import StorageError, TornSnapshot
+from engine.errors import PlatformError, StorageError, TornSnapshot
+from engine.format.handover import Spans
 from engine.format.layout import INDEX_NAME, Layout, model_index
 from engine.format.manifest import (
     FORMAT,
@@ -69,6 +70,7 @@ class PackedPlan:
     urgent_count: int
     rows: Rows
     _layers: tuple[tuple[str, ...], ...] | None = None
+    _spans: Spans | None = None
 
     @property
     def layers(self) -> tuple[tuple[str, ...], ...]:
@@ -76,6 +78,13 @@ class PackedPlan:
         if self._layers is None:
             self._layers = chunk_layers(self.plan, self.layout)
         return self._layers
+
+    @property
+    def spans(self) -> Spans:
+        """The blocks of each segment."""
+        if self._spans is None:
+            self._spans = Spans.of(self.plan, self.layout)
+        return self._spans
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +171,7 @@ def _urgent_blocks(plan: Plan, layout: Layout, names: Collection[str]) -> set[in
 class Write:
     """A save under way in the store.  Its methods may be called from any thread."""
 
-    def __init__(self, step: int, content: Content, pipeline: Pipeline, checked: bool) -> None:
+    def __init__(self, step: int, content: Content, pipeline: Pipeline, checked: bool, withheld: bool) -> None:
         """Not for callers: `Writer.prepare` makes them."""
         self.step = step
         self.checkpoint_id = secrets.token_hex(16)
@@ -176,11 +185,12 @@ class Write:
             content.packed.blocks,
             content.packed.order,
             len(content.packed.plan.files),
-            urgent_count=content.packed.urgent_count,
+            urgent_count=0 if withheld else content.packed.urgent_count,
             checked=checked,
             owners=content,
             guard=None if content.guard is None else content.guard.c_guard,
             previous=None if content.guard is None else content.guard.previous(content.packed),
+            withheld=withheld,
         )
 
     def wait(self, milestone: Milestone, timeout_ns: int | None = None) -> bool:
@@ -203,7 +213,9 @@ class Write:
 
 
 def _least(states: bytes) -> BlockState:
-    return BlockState.FAILED if BlockState.FAILED in states else BlockState(min(states))
+    if BlockState.FAILED in states:
+        return BlockState.FAILED
+    return BlockState.PENDING if BlockState.WITHHELD in states else BlockState(min(states))
 
 
 class Writer:
@@ -221,15 +233,31 @@ class Writer:
         self._rewrite_all = rewrite_all
         self._last: Committed | None = None  # the newest that this process committed; one assignment at a time
 
-    def prepare(self, step: int, content: Content, checked: bool) -> Write:
-        """Make a save for `start`; begins nothing."""
-        return Write(step, content, self._pipeline, checked)
+    def prepare(self, step: int, content: Content, checked: bool, withheld: bool = False) -> Write:
+        """Make a save for `start`; begins nothing.
+
+        Args:
+            withheld: no block is staged before `release` is given it.
+        """
+        return Write(step, content, self._pipeline, checked, withheld)
 
     def start(self, write: Write) -> None:
         """Begin staging: from here on the content is that of this moment.  Returns at once."""
         if write.content is not None and write.content.guard is not None:
             write.content.guard.arm(write.job, write.packed)
         self._pipeline.submit(write.job)
+
+    def release(self, write: Write, blocks: Sequence[int]) -> None:
+        """Stage withheld blocks: their content is that of this moment.  Returns at once.
+
+        Raises:
+            PlatformError: the kernel refused to guard them; the caller interrupts the save.
+        """
+        try:
+            self._pipeline.release(write.job, blocks)
+        except OSError as error:
+            cause = f"the guard could not watch a layer ({error})"
+            raise PlatformError(cause, "save again, or use guard='fence'") from None
 
     def interrupt(self, write: Write) -> None:
         """Make a save fail if it is still staging.  Blocks until it no longer reads its sources."""
@@ -242,18 +270,22 @@ class Writer:
         self._pipeline.abort(write.job, errno.ECANCELED)
         self._pipeline.wait(write.job, Milestone.DONE)
 
-    def finish(self, write: Write, await_turn: Callable[[], None]) -> CheckpointInfo:
+    def finish(
+        self, write: Write, await_turn: Callable[[], None], await_content: Callable[[], None] = lambda: None
+    ) -> CheckpointInfo:
         """Complete a started save up to its commit.  Blocks.
 
         Args:
             write: started.
             await_turn: called after sealing, before the checkpoint becomes visible; may block.
+            await_content: called when all blocks are written, before the content is used for the manifest; may block,
+                and raises if the save is given up.
 
         Raises:
             TornSnapshot, StorageError, ...: the save has failed, and its files are deleted.
         """
         try:
-            return self._write_and_commit(write, await_turn)
+            return self._write_and_commit(write, await_turn, await_content)
         except BaseException as error:
             if not isinstance(error, TornSnapshot):
                 self._last = None  # what it held may be the cause, and a file without a link has room reserved
@@ -263,7 +295,9 @@ class Writer:
         finally:
             write.let_go()
 
-    def _write_and_commit(self, write: Write, await_turn: Callable[[], None]) -> CheckpointInfo:
+    def _write_and_commit(
+        self, write: Write, await_turn: Callable[[], None], await_content: Callable[[], None]
+    ) -> CheckpointInfo:
         # No variable here holds the content: the traceback of a failure would keep the sources' memory alive.
         job, packed = write.job, write.packed
         last = None if self._rewrite_all else self._last_of(self._access.steps())
@@ -285,6 +319,7 @@ class Writer:
             self._pipeline.wait(job, Milestone.DONE)
         if job.failure is not None:
             raise _explain(job.failure, packed, begun.path)
+        await_content()
         manifest, small_files = _records(write)
         if held:
             self._access.settle_links(write.step, changed_files(packed.plan, held, recycled, job.checksums()))

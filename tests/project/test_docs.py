@@ -30,11 +30,9 @@ def relative(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def examples() -> list[str]:
-    """The Python of the README, in order."""
-    return re.findall(
-        r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
-    )
+def examples(page: str = "README.md") -> list[str]:
+    """The Python of a page, in order."""
+    return re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
 def prose(path: Path) -> str:
@@ -53,6 +51,16 @@ def test_the_examples_of_the_readme_run(tmp_path: Path) -> None:
     assert "'weight': (256, 256)" in outputs[3]
     assert f"{tmp_path}: io_uring" in outputs[4]
     assert sorted(path.name for path in (tmp_path / "runs/first").glob("step-*")) == ["step-00000034", "step-00000039"]
+
+
+def test_the_examples_of_the_page_on_layers_run(tmp_path: Path) -> None:
+    saving, reading = (
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True).stdout
+        for code in examples("docs/layerwise.md")
+    )
+    assert "CheckpointInfo(step=20" in saving
+    assert "['model.safetensors', 'optimizer-3.safetensors'] ('0', '1', '2', '3')" in saving
+    assert reading == "optimizer.2.2.weight.step True\nTrue\n"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)
