@@ -54,8 +54,8 @@ def test_no_block_begins_before_it_is_released(open_pipeline: Callable[..., Pipe
 def test_blocks_are_staged_in_the_order_of_their_release(
     open_pipeline: Callable[..., Pipeline], fd: int, checked: bool
 ) -> None:
-    """One slot and no file: one block is staged at a time."""
-    pipeline, tensor = open_pipeline(1, SLOT_BYTES), noise(3 * SLOT_BYTES)
+    """Two slots and no file: a block is staged, and one slot is left to other jobs."""
+    pipeline, tensor = open_pipeline(2, SLOT_BYTES), noise(3 * SLOT_BYTES)
     job = withheld(tensor, checked=checked)
     pipeline.submit(job)
     pipeline.release(job, [1])
@@ -108,7 +108,8 @@ class Withheld(Guarded):
     """Guarded memory whose jobs are withheld."""
 
     def make_job(self, plan: object) -> Job:
-        return withheld(self.tensor, GUARDED_BLOCK_BYTES, guard=self.guard.c_guard, previous=self.guard.previous(self))
+        options = {"guard": self.guard.c_guard, "previous": self.guard.previous(self), "owners": self}
+        return withheld(self.tensor, GUARDED_BLOCK_BYTES, **options)
 
 
 @pytest.mark.skipif("detect" not in KINDS_HERE, reason="needs Linux 6.7")

@@ -52,7 +52,9 @@ class Guarded:
     def make_job(self, plan: Plan) -> Job:
         """A write of the plan, with the memory as source 0, ready to be armed."""
         previous = self.guard.previous(plan)
-        return make_job(WRITE, plan, [plain(self.tensor)], guard=self.guard.c_guard, previous=previous)
+        # The job owns the guard: a test that ends early frees neither before the pipeline has stopped.
+        options = {"guard": self.guard.c_guard, "previous": previous, "owners": self}
+        return make_job(WRITE, plan, [plain(self.tensor)], **options)
 
     def begin(self, pipeline: Pipeline, plan: Plan) -> Job:
         """Arm a job and submit it."""

@@ -99,7 +99,7 @@ def whole(nbytes: int, block_bytes: int) -> Plan:
 
 
 def make_job(direction: Direction, plan: Plan, sources: Sequence[Memory], **options: Any) -> Job:
-    """The job that moves a plan; `options` are Job's, and `order` is the plan's own unless given."""
+    """The job that moves a plan; `options` are Job's.  `order` is the plan's own unless given."""
     order = options.pop("order", range(len(plan.blocks)))
     return Job(
         direction,
@@ -108,7 +108,7 @@ def make_job(direction: Direction, plan: Plan, sources: Sequence[Memory], **opti
         pack_blocks(block_rows(plan.blocks)),
         pack_order(order),
         len(plan.files),
-        owners=sources,
+        owners=(sources, options.pop("owners", None)),
         **options,
     )
 
