@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         ForkedError,
         LockedError,
         MismatchError,
+        MonitorLostError,
         NewerFormatError,
         NoSpaceError,
         NotFoundError,
@@ -60,7 +61,7 @@ if TYPE_CHECKING:
     from engine.session.preemption import Preemption
     from engine.session.restore import RestoreInfo
     from engine.session.resume import resume
-    from engine.session.run import Run
+    from engine.session.run import Run, SaveStatus
     from engine.session.run import open_run as open
     from engine.session.save import ChunkStatus, Save
     from engine.state.arena import Arena
@@ -94,6 +95,7 @@ __all__ = [
     "LayerwiseSave",
     "LockedError",
     "MismatchError",
+    "MonitorLostError",
     "NewerFormatError",
     "NoSpaceError",
     "NotFoundError",
@@ -107,6 +109,7 @@ __all__ = [
     "RetiredError",
     "Run",
     "Save",
+    "SaveStatus",
     "StepError",
     "StorageError",
     "TornSnapshot",
@@ -143,6 +146,7 @@ _MODULES = {
     "Run": "engine.session.run",
     "Save": "engine.session.save",
     "Tuning": "engine.tuning.tune",
+    "SaveStatus": "engine.session.run",
     "checkpoint": "engine.defaults",
     "open": "engine.session.run",
     "probe": "engine.engine",

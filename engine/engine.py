@@ -23,9 +23,11 @@ from enum import Enum
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import ArgumentError, ClosedError, StorageError, UsageError, warn
+from engine.errors import ArgumentError, ClosedError, LockedError, StorageError, UsageError, warn
 from engine.io.backend import Probe, degradation, find
 from engine.io.guard_probe import guard_degradation, probe_guard
+from engine.monitor.client import MonitoredStore
+from engine.monitor.status import await_orphan
 from engine.options import Backend, GuardName, Options, Tunables, check_range, with_tunables
 from engine.session.checkpoint import Checkpointer, FileContent, OnBusy, Request
 from engine.session.failures import Failures, OnError
@@ -54,6 +56,18 @@ class _Unset(Enum):
     """The default of `keep`, because None means to keep everything."""
 
     UNSET = "the rule that is stored with the run"
+
+
+def _open_store(
+    directory: str, options: Options, retention: Retention | None, filesystem: Filesystem
+) -> Store | MonitoredStore:
+    make = MonitoredStore if options.isolation == "process" else Store
+    try:
+        return make(directory, options, retention, filesystem)
+    except LockedError:
+        if not await_orphan(directory):
+            raise
+    return make(directory, options, retention, filesystem)
 
 
 class Engine(Reading):
@@ -93,7 +107,7 @@ class Engine(Reading):
         options = with_tunables("Engine", options, tunables, _KEYWORDS)
         self._failures = Failures(on_error)
         self._workers = Workers()
-        self._store = Store(path_of(directory), options, retention, filesystem or Filesystem())
+        self._store = _open_store(path_of(directory), options, retention, filesystem or Filesystem())
         try:
             self._workers.start(options.max_async)
             self._lent = Lent(self._store.reader, self._store.verifier)
@@ -358,7 +372,7 @@ class Engine(Reading):
 _KEYWORDS = tuple(Engine.__init__.__kwdefaults__ or ())
 
 
-def _shut_down(in_flight: InFlight, workers: Workers, store: Store) -> None:
+def _shut_down(in_flight: InFlight, workers: Workers, store: Store | MonitoredStore) -> None:
     """Drain and release everything, in order.  Each part may be done already."""
     if store.pipeline.is_forked:
         return

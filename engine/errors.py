@@ -9,6 +9,8 @@ branches under `EngineError`, and the engine raises no other exception on purpos
                    offset and remedy, and is also an `OSError`.
 * `PlatformError`  this host cannot do it; carries the cause and the remedy.
 
+Beside them is `MonitorLostError`, for which there is nothing to do but save again.
+
 Messages name the thing, the value and the remedy.  This module imports nothing of the engine.
 """
 
@@ -228,6 +230,10 @@ class PlatformError(EngineError):
 
     def __str__(self) -> str:
         return f"{self.cause}; {self.remedy}"
+
+
+class MonitorLostError(EngineError):
+    """The monitor of an Engine has ended, and with it what it had not committed; the next save starts another one."""
 
 
 class EngineWarning(UserWarning):

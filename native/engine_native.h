@@ -25,7 +25,7 @@
 #include <stdint.h>
 
 enum {
-    ENG_VERSION = 4, /* of this interface, raised with every change of it; io/binding.py has the same number */
+    ENG_VERSION = 5, /* of this interface, raised with every change of it; io/binding.py has the same number */
     ENG_ALIGNMENT = 4096,    /* of slots, block offsets and written lengths; plan.ALIGNMENT is the same number */
     ENG_JOBS_MAX = 64,       /* jobs in one pipeline at a time: max_async is at most 32, and restores come on top */
     /* Files of one job that have a place in a ring's table of registered files.  A block of a further file names its
@@ -36,6 +36,9 @@ enum {
     /* Threads that stage.  One copies and hashes some 15 GB/s, so 16 take more than a socket's memory gives. */
     ENG_STAGING_THREADS_MAX = 16,
     ENG_STAGING_BLOCKS_MAX = 32, /* blocks that are with helper threads at a time: two each */
+    /* Of the memory that a trainer and a monitor share, in front of the slots: a huge page, so that the slots begin on
+     * one.  Most of it is never touched. */
+    ENG_SHARED_HEADER_BYTES = 2097152,
     ENG_DIMS_MAX = 8 /* dimensions of a strided source, after merging those that continue each other */
 };
 
@@ -43,7 +46,8 @@ enum {
 enum {
     ENG_RING_REGISTERED = 0, /* io_uring, slots and files registered with it */
     ENG_RING_PLAIN = 1, /* io_uring, nothing registered */
-    ENG_THREADS = 2 /* pread(2) and pwrite(2) on threads of the pipeline */
+    ENG_THREADS = 2, /* pread(2) and pwrite(2) on threads of the pipeline */
+    ENG_SHARED = 3 /* writes only: posted to a monitor, another process, through shared memory */
 };
 
 /* What eng_open or eng_guard_open was refused. */
@@ -187,6 +191,14 @@ typedef struct {
     int (*reap)(void *context, eng_completion *completions, uint32_t capacity, uint32_t wait);
 } eng_io_table;
 
+/* What a trainer and its monitor share; eng_open and eng_serve_open take duplicates. */
+typedef struct {
+    int32_t memory_fd; /* a memfd of ENG_SHARED_HEADER_BYTES and the slots, sealed against shrinking */
+    int32_t post_fd; /* an eventfd that does not block: the trainer wakes the monitor */
+    int32_t wake_fd; /* the same the other way round */
+    int32_t peer_fd; /* of eng_open: a stream socket whose other end only the monitor has */
+} eng_shared;
+
 typedef struct {
     uint32_t slot_count;
     uint32_t slot_bytes; /* a multiple of ENG_ALIGNMENT */
@@ -194,6 +206,7 @@ typedef struct {
     uint32_t staging_threads; /* threads that copy and hash, the pipeline's own among them; at least 1 */
     uint32_t refused; /* set by eng_open when it fails */
     const eng_io_table *io; /* NULL: as `way` says */
+    const eng_shared *shared; /* of ENG_SHARED and of eng_serve_open; else NULL.  Only read while they open. */
 } eng_config;
 
 typedef struct eng_pipeline eng_pipeline;
@@ -236,6 +249,39 @@ int eng_wait(eng_pipeline *pipeline, const eng_job *job, uint32_t milestone, uin
 
 /* 1 if a milestone has been reached.  Reads only the job. */
 int eng_reached(const eng_job *job, uint32_t milestone);
+
+/* Memory that is mapped; NULL if there is none. */
+typedef struct {
+    uint8_t *address;
+    uint64_t nbytes;
+} eng_mapping;
+
+/* Map a memfd that is sealed against shrinking and has this many bytes at least.  Returns 0 or a negative errno. */
+int eng_map_shared(int32_t fd, uint64_t nbytes, eng_mapping *mapping);
+
+/* Unmap it, and set the address to NULL.  Does nothing if that is NULL.  A forked child has a mapping of its own. */
+void eng_unmap_shared(eng_mapping *mapping);
+
+/* In a monitor: a thread that writes what the trainer's pipeline posts. */
+typedef struct eng_serve eng_serve;
+
+/* Map the memory, start the thread, set up `way`, which is not ENG_SHARED.  As eng_open. */
+int eng_serve_open(eng_config *config, eng_serve **serve);
+
+/* Let the trainer write to a file, up to this offset.  Returns 0 or -ENOMEM. */
+int eng_serve_admit(eng_serve *serve, int32_t fd, uint64_t end);
+
+/* Let it write no more, and wait for the writes under way.  Does nothing to a file that was not admitted. */
+void eng_serve_withdraw(eng_serve *serve, int32_t fd);
+
+/* Take no more posts, wait for the writes under way, and stop the thread.  May be called again. */
+void eng_serve_stop(eng_serve *serve);
+
+/* The memory of a slot, valid until eng_serve_free; NULL if there is no such slot. */
+const uint8_t *eng_serve_slot(eng_serve *serve, uint32_t slot);
+
+/* Stop, release everything, and set the pointer to NULL.  Does nothing if it is NULL. */
+void eng_serve_free(eng_serve **serve);
 
 /* The alignment of offsets and lengths that O_DIRECT requires on an open file (statx(2), STATX_DIOALIGN).  0 if the
  * kernel does not report it, or the file has no direct I/O. */

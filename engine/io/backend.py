@@ -21,7 +21,8 @@ from __future__ import annotations
 import errno
 import resource
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, get_args
+from functools import partial
+from typing import NamedTuple, Protocol, TypeVar, get_args
 
 from engine.errors import MEDIA_ERRORS, PlatformError, StorageError, remedy_for
 from engine.format.plan import ALIGNMENT, Source
@@ -31,7 +32,8 @@ from engine.io.guard_probe import GuardProbe
 from engine.io.host import content_of, limit_of, named
 from engine.io.job import Direction, FailureKind, Job, Milestone
 from engine.io.packing import address_of, pack_blocks, pack_extents, pack_order, pack_sources
-from engine.io.pipeline import OpenError, Pipeline, Refused
+from engine.io.pipeline import OpenError, Pipeline, Refused, Shared
+from engine.io.serving import Serving
 from engine.options import Backend, Choice
 
 LADDER: tuple[Backend, ...] = get_args(Backend)
@@ -42,6 +44,8 @@ _STORAGE_ERRORS = (*_NO_ROOM, errno.EROFS, errno.EFBIG, errno.ENXIO, errno.ENODE
 
 # The block that is written and read back: no two of its 8-byte words are equal.
 _PATTERN = b"".join(number.to_bytes(8, "little") for number in range(ALIGNMENT // 8))
+
+T = TypeVar("T")
 
 _SYSCTL = "/proc/sys/kernel/io_uring_disabled"
 
@@ -92,10 +96,31 @@ def open_pipeline(
         PlatformError: the one chosen does not work here, or none does.
         StorageError: no file can be made in the directory.
     """
-    rungs = LADDER if choice == "auto" else (choice,)
-    pipeline, probe = _climb_down(directory, filesystem, rungs, slot_count, slot_bytes, staging_threads)
-    if pipeline is not None:
-        return pipeline, probe
+    return _choose(directory, choice, partial(_try, directory, filesystem, slot_count, slot_bytes, staging_threads))
+
+
+def open_serving(
+    directory: str, filesystem: Scratch, choice: Choice, slot_count: int, slot_bytes: int, shared: Shared
+) -> tuple[Serving, Probe]:
+    """In a monitor: serve a trainer's pipeline by the best backend that works, or the one chosen; as `open_pipeline`.
+
+    A way is tried with one slot, and then with the shared ones.
+    """
+
+    def serve(backend: Backend) -> Serving:
+        _try(directory, filesystem, 1, ALIGNMENT, 1, backend).close()
+        try:
+            return Serving(slot_count, slot_bytes, backend, shared)
+        except OpenError as error:
+            raise _explain_open(error, slot_count * slot_bytes) from None
+
+    return _choose(directory, choice, serve)
+
+
+def _choose(directory: str, choice: Choice, open_rung: Callable[[Backend], T]) -> tuple[T, Probe]:
+    opened, probe = _climb_down(directory, LADDER if choice == "auto" else (choice,), open_rung)
+    if opened is not None:
+        return opened, probe
     causes = _join([attempt.cause for attempt in probe.attempts])
     tried = "no backend works" if choice == "auto" else f"backend {choice!r} does not work"
     remedy = _join([attempt.remedy for attempt in probe.attempts])
@@ -108,7 +133,9 @@ def find(directory: str, filesystem: Scratch, slot_count: int, slot_bytes: int, 
     Raises:
         StorageError: no file can be made in the directory.
     """
-    pipeline, probe = _climb_down(directory, filesystem, LADDER, slot_count, slot_bytes, staging_threads)
+    pipeline, probe = _climb_down(
+        directory, LADDER, partial(_try, directory, filesystem, slot_count, slot_bytes, staging_threads)
+    )
     if pipeline is not None:
         pipeline.close()
     return probe
@@ -166,28 +193,21 @@ def degradation(probe: Probe) -> str | None:
     return f"{probe.backend!r} is used in {probe.directory}, and not {refused[0].backend!r}: {reasons}"
 
 
-def _climb_down(
-    directory: str,
-    filesystem: Scratch,
-    rungs: Sequence[Backend],
-    slot_count: int,
-    slot_bytes: int,
-    staging_threads: int,
-) -> tuple[Pipeline | None, Probe]:
+def _climb_down(directory: str, rungs: Sequence[Backend], open_rung: Callable[[Backend], T]) -> tuple[T | None, Probe]:
     attempts: list[Attempt] = []
     for backend in rungs:
         try:
-            pipeline = _try(directory, filesystem, backend, slot_count, slot_bytes, staging_threads)
+            opened = open_rung(backend)
         except PlatformError as error:
             attempts.append(Attempt(backend, error.cause, error.remedy))
             continue
         attempts.append(Attempt(backend))
-        return pipeline, Probe(directory, backend, tuple(attempts))
+        return opened, Probe(directory, backend, tuple(attempts))
     return None, Probe(directory, None, tuple(attempts))
 
 
 def _try(
-    directory: str, filesystem: Scratch, backend: Backend, slot_count: int, slot_bytes: int, staging_threads: int
+    directory: str, filesystem: Scratch, slot_count: int, slot_bytes: int, staging_threads: int, backend: Backend
 ) -> Pipeline:
     """A pipeline that has written and read a block, if there is room for one; PlatformError if this backend does not
     work."""

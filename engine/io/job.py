@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from engine.io.binding import ffi, lib
 from engine.io.packing import Packed
@@ -64,10 +64,33 @@ class Failure(NamedTuple):
     block: int | None
 
 
+def least(states: bytes) -> BlockState:
+    """The state of the least advanced block; FAILED if one has failed.  A byte that is no state counts as FAILED."""
+    known = set(BlockState)
+    if any(state not in known or state == BlockState.FAILED for state in set(states)):
+        return BlockState.FAILED
+    return BlockState.PENDING if BlockState.WITHHELD in states else BlockState(min(states))
+
+
 def contradiction(operation: str, path: str) -> RuntimeError:
     """The error for `FailureKind.INVALID`: no file system has refused anything, and no retry helps."""
     cause = "its plan contradicts itself, or reaches beyond the memory of a tensor"
     return RuntimeError(f"the {operation} of {path} is refused: {cause}; report this as a bug")
+
+
+class JobMemory(Protocol):
+    """Memory that another process reads too, for the states and checksums of one job; the job keeps it.
+
+    Attributes:
+        states: one byte a block.
+        checksums: `HASH_BYTES` a block.
+    """
+
+    states: Any
+    checksums: Any
+
+    def mark_staged(self) -> None:
+        """Record that all is staged, and that nothing changed meanwhile: the save may be completed without its job."""
 
 
 class Job:
@@ -84,6 +107,7 @@ class Job:
         guard: the native guard of a write, or None.
         previous: the checksums of the job that the guard was armed with before, if that had the same plan.
         withheld: no block of this write begins before `Pipeline.release` is given it; `order` is ignored.
+        memory: for states and checksums, all zero; None for memory of its own.
     """
 
     def __init__(
@@ -101,13 +125,16 @@ class Job:
         guard: Any = None,
         previous: bytes | None = None,
         withheld: bool = False,
+        memory: JobMemory | None = None,
     ) -> None:
         previous_view = ffi.NULL if previous is None else ffi.from_buffer("eng_hash[]", previous)
         c_order = ffi.new("uint32_t[]", blocks.row_count) if withheld else order.pointer
         self._kept: object = (sources, extents, blocks, order, c_order, owners, guard, previous_view)
-        first = BlockState.WITHHELD if withheld else BlockState.PENDING
-        self._states = bytearray([first]) * max(blocks.row_count, 1)
-        self._checksums = bytearray(HASH_BYTES * max(blocks.row_count, 1))
+        self._memory = memory  # the views below are of it
+        self._states: Any = bytearray(max(blocks.row_count, 1)) if memory is None else memory.states
+        self._checksums: Any = bytearray(HASH_BYTES * max(blocks.row_count, 1)) if memory is None else memory.checksums
+        if withheld:
+            self._states[:] = bytes([BlockState.WITHHELD]) * len(self._states)
         if checksums is not None:
             assert len(checksums) == blocks.row_count, (len(checksums), blocks.row_count)
             self._checksums = bytearray(b"".join(checksums))

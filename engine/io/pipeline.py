@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.errors import ClosedError, ForkedError
 from engine.io.binding import WAIT_SLICE_NS, ffi, lib
@@ -62,6 +62,19 @@ class OpenError(Exception):
         super().__init__(refused, error)
         self.refused = refused
         self.errno = error
+
+
+class Shared(NamedTuple):
+    """What a trainer and its monitor share, as descriptors; see `eng_shared` of engine_native.h."""
+
+    memory: int
+    post: int
+    wake: int
+    peer: int
+
+    def c_shared(self) -> Any:
+        """As native code takes it."""
+        return ffi.new("eng_shared *", tuple(self))
 
 
 class _Held:
@@ -109,6 +122,11 @@ def _stop(held: _Held) -> None:
     held.release()
 
 
+def new_config(slot_count: int, slot_bytes: int, backend: Backend) -> Any:
+    """An ``eng_config *`` for a backend."""
+    return ffi.new("eng_config *", {"slot_count": slot_count, "slot_bytes": slot_bytes, "way": _WAYS[backend]})
+
+
 class Pipeline:
     """One native thread, and `slot_count` staging slots of `slot_bytes` each.
 
@@ -118,6 +136,7 @@ class Pipeline:
         backend: how blocks are moved; no other is tried.
         staging_threads: threads that copy and hash, the native thread itself among them.
         io_table: a cffi ``eng_io_table *`` that moves them instead; the seam for fault injection.
+        shared: a monitor moves them, in the way of `backend`, out of shared memory; writes only.
 
     Raises:
         OpenError: the kernel refuses the backend, or the memory or descriptors for it.
@@ -131,9 +150,13 @@ class Pipeline:
         staging_threads: int = 1,
         *,
         io_table: Any = None,
+        shared: Shared | None = None,
     ) -> None:
-        fields = {"slot_count": slot_count, "slot_bytes": slot_bytes, "staging_threads": staging_threads}
-        config = ffi.new("eng_config *", {**fields, "way": _WAYS[backend]})
+        config = new_config(slot_count, slot_bytes, backend)
+        config.staging_threads = staging_threads
+        if shared is not None:
+            c_shared = shared.c_shared()
+            config.way, config.shared = lib.ENG_SHARED, c_shared
         if io_table is not None:
             config.io = io_table
         self._held = _Held(io_table)

@@ -46,6 +46,7 @@ from engine.io.descriptor import Descriptor
 from engine.io.guard import NotArmed
 from engine.io.job import Milestone
 from engine.io.packing import Packed
+from engine.monitor.client import MonitoredStore
 from engine.options import Options, check_choice, check_range
 from engine.session.failures import Failures
 from engine.session.in_flight import InFlight, Permit
@@ -198,7 +199,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        store: Store,
+        store: Store | MonitoredStore,
         options: Options,
         in_flight: InFlight,
         workers: Workers,
@@ -312,7 +313,7 @@ class Checkpointer:
             if plan.guard is not None or layerwise:
                 arena.fence()  # it watches for one save at a time; the steps of open blocks wait for none
             handed = Handed() if layerwise else None
-            write, changed = self._prepare(arena, request, permit, plan, handed)
+            write, changed = self._prepare(arena, request, permit, writer, plan, handed)
             begun.append(write)
             if opened is None:
                 save = Save(write.step, write, self._workers.is_current, changed)
@@ -325,12 +326,14 @@ class Checkpointer:
             writer.start(write)
             permit.handed_over = True
             note_failed = self._noting(arena, request)
-            self._workers.submit(partial(_finish, self._in_flight, permit, self._store, write, save, note_failed))
+            self._workers.submit(
+                partial(_finish, self._in_flight, permit, self._store, writer, write, save, note_failed)
+            )
             self._check_open()
             _hold_caller(save, plan, write.packed)
         except BaseException:
             self._workers.submit(give_up)  # first, and into C at once
-            self._take_back(permit, begun)
+            self._take_back(permit, writer, begun)
             raise
         arena.warn_of_untrained()
         self._warn_of_foreign_steps(arena)
@@ -346,12 +349,18 @@ class Checkpointer:
         return partial(_note_failed, self._failures, note_torn)
 
     def _prepare(
-        self, arena: Arena, request: Request, permit: Permit, plan: SnapshotPlan, handed: Handed | None
+        self,
+        arena: Arena,
+        request: Request,
+        permit: Permit,
+        writer: Writer,
+        plan: SnapshotPlan,
+        handed: Handed | None,
     ) -> tuple[Write, Callable[[], object]]:
         """The save, with its step, and what notes that it is staged; nothing is begun."""
         content = self._gather(arena, request, plan, handed)
         step = self._take_step(permit, request.step)
-        write = self._store.writer.prepare(step, content, plan.is_checked, withheld=handed is not None)
+        write = writer.prepare(step, content, plan.is_checked, withheld=handed is not None)
         return write, content.changed
 
     def _note_torn(self, arena: weakref.ref[Arena], snapshot: Snapshot) -> None:
@@ -433,15 +442,15 @@ class Checkpointer:
         damaged.discard(taken)  # from here on the number is the new save's
         return taken
 
-    def _take_back(self, permit: Permit, begun: list[Write]) -> None:
+    def _take_back(self, permit: Permit, writer: Writer, begun: list[Write]) -> None:
         """After Ctrl-C or a failure in `begin`: make every part of the save stop reading the arena.  Blocks."""
         if permit.block is not None:
             permit.block.discard_closed()
         for write in begun:
             if permit.handed_over:
-                self._store.writer.interrupt(write)
+                writer.interrupt(write)
             else:
-                self._store.writer.abandon(write)
+                writer.abandon(write)
         if not permit.handed_over:
             self._in_flight.withdraw(permit)
             begun.clear()  # `_give_up` may come late, and must not keep the arena's memory until then
@@ -477,7 +486,8 @@ def _give_up(in_flight: InFlight, permit: Permit, writer: Writer, begun: list[Wr
 def _finish(
     in_flight: InFlight,
     permit: Permit,
-    store: Store,
+    store: Store | MonitoredStore,
+    writer: Writer,
     write: Write,
     save: Save,
     note_failed: Callable[[Save, BaseException], None],
@@ -490,8 +500,8 @@ def _finish(
     if not in_flight.claim(permit):
         return
     try:
-        await_left = save.await_left if isinstance(save, LayerwiseSave) else lambda: None
-        info = store.writer.finish(write, partial(in_flight.await_turn, permit), await_left)
+        await_left = save.await_left if isinstance(save, LayerwiseSave) else None
+        info = writer.finish(write, partial(in_flight.await_turn, permit), await_left)
     except BaseException as failure:  # every error goes to the Future, none to this thread
         error = save.reason or failure if isinstance(save, LayerwiseSave) else failure
         with suppress(Exception):  # handlers are the user's, and may raise
@@ -517,7 +527,7 @@ def _note_failed(failures: Failures, note_torn: Callable[[], None], save: Save, 
     failures.note(save, error)
 
 
-def _retire(store: Store) -> None:
+def _retire(store: Store | MonitoredStore) -> None:
     """Retire after the commit: a failure here costs disk space, not the checkpoint."""
     try:
         store.retire()

@@ -14,13 +14,18 @@ import os
 import threading
 import weakref
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
 
 from engine.errors import ClosedError, ForkedError, UsageError
 from engine.io.backend import open_to_read
 from engine.io.pipeline import Pipeline
+from engine.monitor.protocol import SaveState
+from engine.monitor.status import ask_status
 from engine.options import Options, Tunables, with_tunables
 from engine.session.reading import Lent, Reading
+from engine.session.save import ChunkStatus
 from engine.store.directory import Directory, path_of
 from engine.store.filesystem import Filesystem
 from engine.store.reader import Reader
@@ -28,6 +33,19 @@ from engine.store.verify import Verifier
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+class SaveStatus(NamedTuple):
+    """A save in flight of another process.
+
+    Attributes:
+        step, checkpoint_id: which checkpoint it will be.
+        chunks: how far each has come.
+    """
+
+    step: int
+    checkpoint_id: str
+    chunks: tuple[ChunkStatus, ...]
 
 
 class Run(Reading):
@@ -53,6 +71,18 @@ class Run(Reading):
         """The run's directory."""
         return self._directory.root
 
+    def in_flight(self) -> tuple[SaveStatus, ...]:
+        """The saves in flight of a training with ``isolation="process"``, by step, and how far each chunk has come.
+
+        Nothing if no monitor owns the run at the moment, or if that is another user's.
+
+        Raises:
+            PlatformError: the monitor does not answer.
+        """
+        self._lend()
+        status = ask_status(self.path)
+        return () if status is None else tuple(map(_save_status, status.saves))
+
     def close(self) -> None:
         """Stop the native thread, if one was started.  May be called again."""
         self._closer()
@@ -74,6 +104,11 @@ class Run(Reading):
         if not self._closer.alive:
             raise ClosedError(f"the Run of {self.path} has been closed; call engine.open again")
         return self._lent
+
+
+def _save_status(save: SaveState) -> SaveStatus:
+    chunks = tuple(ChunkStatus(**msgspec.structs.asdict(chunk)) for chunk in save.chunks)
+    return SaveStatus(save.step, save.checkpoint_id, chunks)
 
 
 class _Pipelines:

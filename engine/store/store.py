@@ -15,6 +15,7 @@ from collections.abc import Callable
 from engine.io.backend import open_pipeline
 from engine.options import Options
 from engine.store.access import WriteAccess
+from engine.store.committer import Committer
 from engine.store.filesystem import Filesystem
 from engine.store.owner import Owner
 from engine.store.reader import Reader
@@ -62,7 +63,7 @@ class Store:
             raise
         try:
             pipeline = self.pipeline
-            self.writer = Writer(self.catalog, pipeline, options.rewrite_all)
+            self.writer = Writer(pipeline, Committer(self.catalog, options.rewrite_all))
             self.reader = Reader(self.catalog, lambda: pipeline)
             self.verifier = Verifier(self.catalog, self.reader)
         except BaseException:

@@ -6,7 +6,7 @@ beside the one to write, and the save takes its blocks as known: a block of the 
 blocks are done, the file is unchanged if each has the hash that it had.  Otherwise the blocks that were not written are
 copied from the linked file (`WriteAccess.settle_links`).
 
-Pure.  Called by `writer`.
+Pure.  Called by `committer`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from engine.format.layout import Layout
 from engine.format.plan import Block, Plan
 from engine.store.access import HeldRange
 
@@ -31,9 +30,9 @@ class Committed(NamedTuple):
 Candidates = Mapping[str, Mapping[int, bytes]]
 
 
-def candidates(plan: Plan, layout: Layout, last: Committed | None) -> Candidates:
-    """The files that may be linked from the last checkpoint."""
-    untrained = {index: file.name for index, file in enumerate(layout.files) if file.is_untrained}
+def candidates(plan: Plan, names: Collection[str], last: Committed | None) -> Candidates:
+    """The files of these names that may be linked from the last checkpoint."""
+    untrained = {index: file.name for index, file in enumerate(plan.files) if file.name in names}
     if last is None or not untrained:
         return {}
     before = {file: _blocks_of(last.plan, index) for index, file in enumerate(last.plan.files)}

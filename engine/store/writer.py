@@ -2,13 +2,13 @@
 
 Theory of operation.  The content of a checkpoint is gathered once into a `Content` and handed down.  `Writer.start`
 hands the native pipeline a job over it, and staging starts at once.  `Writer.finish` runs on a commit thread.  While
-staging is under way, it has the directory's owner create the files.  It gives them to the job, waits for the last
-completion, and commits.  No Python thread touches a byte of the sources.
+staging is under way, it has the files made by what commits.  It gives them to the job, waits for the last completion,
+and has the save committed.  No Python thread touches a byte of the sources.
 
-After a failure at any point the job is drained, the owner closes and deletes the files, and the error is raised.
+After a failure at any point the job is drained, the files are deleted, and the error is raised.
 
-Rules: no torch.  The directory is reached through `access` alone; its owner may be another process.  Sources are
-addresses, and `Content.owners` keeps their memory alive.
+Rules: no torch.  The directory is reached through `committer.Commits` alone, which may be in another process.  Sources
+are addresses, and `Content.owners` keeps their memory alive.
 """
 
 from __future__ import annotations
@@ -16,42 +16,23 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 
 from engine.errors import PlatformError, StorageError, TornSnapshot
 from engine.format.handover import Spans
 from engine.format.layout import INDEX_NAME, Layout, model_index
-from engine.format.manifest import (
-    FORMAT,
-    READER,
-    VERSION,
-    FileRecord,
-    Manifest,
-    Rows,
-    affected,
-    chunk_layers,
-    chunk_records,
-    digest_of,
-    encode,
-    known_hashes,
-    listed,
-    segment_records,
-)
+from engine.format.manifest import Rows, affected, chunk_layers, listed, segment_records
 from engine.format.plan import Extents, Plan, Source, block_rows, extent_columns, make_plan
 from engine.format.values import Json
 from engine.io.guard import Guard
-from engine.io.job import BlockState, Direction, Failure, FailureKind, Job, Milestone, contradiction
+from engine.io.job import BlockState, Direction, Failure, FailureKind, Job, JobMemory, Milestone, contradiction, least
 from engine.io.packing import Packed, address_of, pack_blocks, pack_extents, pack_order, pack_sources
 from engine.io.pipeline import Pipeline
-from engine.store.access import BegunSave, NewFile, WriteAccess
-from engine.store.commit import commit
-from engine.store.info import CheckpointInfo, info_of
-from engine.store.unchanged import Candidates, Committed, candidates, changed_files, only
+from engine.store.committer import Commits, SaveRecord
+from engine.store.info import CheckpointInfo
 
 
 @dataclass(slots=True)
@@ -171,13 +152,22 @@ def _urgent_blocks(plan: Plan, layout: Layout, names: Collection[str]) -> set[in
 class Write:
     """A save under way in the store.  Its methods may be called from any thread."""
 
-    def __init__(self, step: int, content: Content, pipeline: Pipeline, checked: bool, withheld: bool) -> None:
+    def __init__(
+        self,
+        step: int,
+        content: Content,
+        pipeline: Pipeline,
+        checked: bool,
+        withheld: bool = False,
+        memory: JobMemory | None = None,
+    ) -> None:
         """Not for callers: `Writer.prepare` makes them."""
         self.step = step
         self.checkpoint_id = secrets.token_hex(16)
         self.packed = content.packed
         self.content: Content | None = content
         self.pipeline = pipeline
+        self.memory = memory
         self.job = Job(
             Direction.WRITE,
             content.sources,
@@ -191,6 +181,7 @@ class Write:
             guard=None if content.guard is None else content.guard.c_guard,
             previous=None if content.guard is None else content.guard.previous(content.packed),
             withheld=withheld,
+            memory=memory,
         )
 
     def wait(self, milestone: Milestone, timeout_ns: int | None = None) -> bool:
@@ -205,33 +196,24 @@ class Write:
     def chunk_states(self) -> list[BlockState]:
         """For each chunk the state of its least advanced block, at this moment."""
         states = self.job.states()
-        return [_least(states[start:end]) for start, end in pairwise(self.packed.plan.block_starts)]
+        return [least(states[start:end]) for start, end in pairwise(self.packed.plan.block_starts)]
 
     def let_go(self) -> None:
         """Forget the content: a save may be kept long after its end, and must not keep the sources' memory."""
         self.content = None
 
 
-def _least(states: bytes) -> BlockState:
-    if BlockState.FAILED in states:
-        return BlockState.FAILED
-    return BlockState.PENDING if BlockState.WITHHELD in states else BlockState(min(states))
-
-
 class Writer:
     """Runs saves: `prepare` and `start` in the caller, `finish` on a commit thread.
 
     Args:
-        access: the owner of the directory.
         pipeline: the native thread.
-        rewrite_all: write every block, even if a recycled file holds it already.
+        commits: makes the files and commits.
     """
 
-    def __init__(self, access: WriteAccess, pipeline: Pipeline, rewrite_all: bool) -> None:
-        self._access = access
+    def __init__(self, pipeline: Pipeline, commits: Commits) -> None:
         self._pipeline = pipeline
-        self._rewrite_all = rewrite_all
-        self._last: Committed | None = None  # the newest that this process committed; one assignment at a time
+        self._commits = commits
 
     def prepare(self, step: int, content: Content, checked: bool, withheld: bool = False) -> Write:
         """Make a save for `start`; begins nothing.
@@ -239,7 +221,8 @@ class Writer:
         Args:
             withheld: no block is staged before `release` is given it.
         """
-        return Write(step, content, self._pipeline, checked, withheld)
+        memory = self._commits.memory(len(content.packed.plan.blocks))
+        return Write(step, content, self._pipeline, checked, withheld, memory)
 
     def start(self, write: Write) -> None:
         """Begin staging: from here on the content is that of this moment.  Returns at once."""
@@ -271,15 +254,15 @@ class Writer:
         self._pipeline.wait(write.job, Milestone.DONE)
 
     def finish(
-        self, write: Write, await_turn: Callable[[], None], await_content: Callable[[], None] = lambda: None
+        self, write: Write, await_turn: Callable[[], None], await_content: Callable[[], None] | None = None
     ) -> CheckpointInfo:
         """Complete a started save up to its commit.  Blocks.
 
         Args:
             write: started.
             await_turn: called after sealing, before the checkpoint becomes visible; may block.
-            await_content: called when all blocks are written, before the content is used for the manifest; may block,
-                and raises if the save is given up.
+            await_content: called when all blocks are staged, of a save whose content is not whole before it returns;
+                may block, and raises if the save is given up.
 
         Raises:
             TornSnapshot, StorageError, ...: the save has failed, and its files are deleted.
@@ -287,30 +270,30 @@ class Writer:
         try:
             return self._write_and_commit(write, await_turn, await_content)
         except BaseException as error:
-            if not isinstance(error, TornSnapshot):
-                self._last = None  # what it held may be the cause, and a file without a link has room reserved
             with suppress(Exception):
-                self._access.discard_save(write.step)
+                self._commits.discard(write.step, error)
+            lost = self._commits.lost()
+            if lost is not None and not isinstance(error, TornSnapshot):
+                raise lost from None
             raise
         finally:
             write.let_go()
 
     def _write_and_commit(
-        self, write: Write, await_turn: Callable[[], None], await_content: Callable[[], None]
+        self, write: Write, await_turn: Callable[[], None], await_content: Callable[[], None] | None
     ) -> CheckpointInfo:
         # No variable here holds the content: the traceback of a failure would keep the sources' memory alive.
         job, packed = write.job, write.packed
-        last = None if self._rewrite_all else self._last_of(self._access.steps())
-        held = candidates(packed.plan, packed.layout, last)
-        link_from = {name: last.step for name in held} if last is not None else {}
-        files = [NewFile(file.name, file.nbytes, link_from.get(file.name)) for file in packed.plan.files]
         try:
-            begun = self._access.begin_save(write.step, files, self._pipeline.direct)
-            held = only(held, begun.linked)
-            recycled = self._recycled(packed.plan, begun)
-            self._pipeline.attach(job, begun.descriptors, _known(recycled, held))
+            begun = self._commits.begin(_record(write), self._pipeline.direct, write.memory)
+            self._pipeline.attach(job, begun.descriptors, begun.known)
             self._pipeline.wait(job, Milestone.STAGED)
             _refuse_changed(write)
+            if await_content is not None and job.failure is None:
+                await_content()
+                self._commits.amend(_record(write))
+            if write.memory is not None and job.failure is None:
+                write.memory.mark_staged()
             _ = packed.layers  # made now: the caller goes on, and the device writes
         except BaseException as error:
             self._pipeline.abort(job, getattr(error, "errno", None) or errno.ECANCELED)
@@ -319,51 +302,11 @@ class Writer:
             self._pipeline.wait(job, Milestone.DONE)
         if job.failure is not None:
             raise _explain(job.failure, packed, begun.path)
-        await_content()
-        manifest, small_files = _records(write)
-        if held:
-            self._access.settle_links(write.step, changed_files(packed.plan, held, recycled, job.checksums()))
-        in_turn = partial(self._commit_in_turn, write.step, await_turn)
-        path = commit(self._access, write.step, small_files, encode(manifest, packed.rows), in_turn)
-        self._note(Committed(write.step, packed.plan, job.checksums()))
-        return info_of(manifest, path)
-
-    def _recycled(self, plan: Plan, begun: BegunSave) -> list[bytes | None]:
-        """For each block the hash that its recycled file holds already, or None if it is to be written."""
-        if begun.recycled is None or self._rewrite_all:
-            return [None] * len(plan.blocks)
-        return known_hashes(plan, begun.recycled, begun.reused)
-
-    def _last_of(self, steps: Sequence[int]) -> Committed | None:
-        """The newest checkpoint of this process, if it is still committed.
-
-        Args:
-            steps: the committed ones.  Listed before this call, because `_commit_in_turn` comes before a new checkpoint
-                of the same step is listed.
-        """
-        last = self._last
-        return last if last is not None and last.step in steps else None
-
-    def _commit_in_turn(self, step: int, await_turn: Callable[[], None]) -> None:
-        """Wait, and forget a checkpoint that was retired or deleted to save this step again."""
-        await_turn()
-        if self._last is not None and self._last.step >= step:
-            self._last = None
-
-    def _note(self, committed: Committed) -> None:
-        """Remember the newest checkpoint: the next save may link from it."""
-        last = self._last
-        if last is None or last.step < committed.step:
-            self._last = committed
-
-
-def _known(recycled: Sequence[bytes | None], held: Candidates) -> list[bytes | None] | None:
-    """For each block the hash with which it is not written; None if there is no such block."""
-    known = list(recycled)
-    for hashes in held.values():
-        for block, hash_ in hashes.items():
-            known[block] = hash_
-    return known if any(known) else None
+        if set(job.states()) != {BlockState.WRITTEN}:  # a bug of ours; must never be committed
+            raise RuntimeError(
+                f"step {write.step} has blocks that were not written, and no failure; report this as a bug"
+            )
+        return self._commits.commit(write.step, job.checksums(), await_turn)
 
 
 def _refuse_changed(write: Write) -> None:
@@ -384,39 +327,27 @@ def _torn(names: str) -> TornSnapshot:
     )
 
 
-def _records(write: Write) -> tuple[Manifest, Mapping[str, bytes]]:
-    """The manifest and the small files of a save whose blocks are written."""
-    content = write.content
+def _record(write: Write) -> SaveRecord:
+    """All of a save but its bytes."""
+    content, packed = write.content, write.packed
     assert content is not None, "finished twice"
-    small_files = dict(content.user_files)
-    if (index := model_index(write.packed.layout)) is not None:
-        small_files[INDEX_NAME] = index
-    return _manifest(write, content), small_files
-
-
-def _manifest(write: Write, content: Content) -> Manifest:
-    if set(write.job.states()) != {BlockState.WRITTEN}:  # a bug of ours; must never be committed
-        raise RuntimeError(f"step {write.step} has blocks that were not written, and no failure; report this as a bug")
-    packed = write.packed
-    return Manifest(
-        format=FORMAT,
-        version=VERSION,
-        min_reader=READER,
+    index = model_index(packed.layout)
+    return SaveRecord(
         step=write.step,
         checkpoint_id=write.checkpoint_id,
-        created_ns=max(0, time.time_ns()),  # a clock may be wrong
-        block_bytes=packed.plan.block_bytes,
-        files=tuple(FileRecord(*file) for file in packed.plan.files),
-        chunks=chunk_records(packed.plan, packed.layers, write.job.checksums()),
-        segments=(),  # `encode` gets their rows
-        aliases=dict(content.aliases),
-        optimizers=dict(content.optimizers),
+        plan=packed.plan,
+        untrained={file.name for file in packed.layout.files if file.is_untrained},
+        layers=lambda: packed.layers,
+        rows=packed.rows,
+        aliases=content.aliases,
+        optimizers=content.optimizers,
+        modules=content.modules,
         extra=content.extra,
-        metrics=dict(content.metrics),
+        metrics=content.metrics,
         tag=content.tag,
-        user_files=tuple(digest_of(name, raw) for name, raw in content.user_files.items()),
-        modules=dict(content.modules),
-        wrappers=dict(content.wrappers),
+        wrappers=content.wrappers,
+        user_files=content.user_files,
+        small_files={} if index is None else {INDEX_NAME: index},
     )
 
 

@@ -3,6 +3,7 @@
  */
 #include "pipeline/forks.h"
 
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <unistd.h>
@@ -35,6 +36,11 @@ void forks_remove(forks_owner *owner)
             *at = owner->next;
             break;
         }
+}
+
+int forks_duplicate(int descriptor)
+{
+    return fcntl(descriptor, F_DUPFD_CLOEXEC, 0);
 }
 
 void forks_close(int *descriptor)

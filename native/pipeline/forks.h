@@ -10,7 +10,7 @@
 #ifndef FORKS_H
 #define FORKS_H
 
-enum { FORKS_DESCRIPTORS_MAX = 3 };
+enum { FORKS_DESCRIPTORS_MAX = 4 };
 
 /* One owner of descriptors, in the list from forks_add to forks_remove. */
 typedef struct forks_owner {
@@ -27,6 +27,9 @@ void forks_add(forks_owner *owner);
 
 /* Take an owner out of the list, if it is there; the lock is held. */
 void forks_remove(forks_owner *owner);
+
+/* A duplicate of a descriptor, closed on exec, or -1; the lock is held until it is noted. */
+int forks_duplicate(int descriptor);
 
 /* Close a descriptor, if it is open, and note that; the lock is held. */
 void forks_close(int *descriptor);

@@ -16,6 +16,7 @@
 #include "engine_native.h"
 #include "moving/posix.h"
 #include "moving/ring.h"
+#include "moving/shared.h"
 #include "pipeline/forks.h"
 #include "staging/stager.h"
 
@@ -64,14 +65,15 @@ typedef struct {
  * In CLOSED the thread has released everything but the struct itself. */
 enum service_state { SERVICE_OPENING, SERVICE_OPEN, SERVICE_CLOSING, SERVICE_CLOSED };
 
-enum { DESCRIPTOR_WAKE = 0, DESCRIPTOR_RING = 1 };
+enum { DESCRIPTOR_WAKE = 0, DESCRIPTOR_RING = 1, DESCRIPTOR_POST = 2, DESCRIPTOR_PEER = 3 };
 
 struct eng_pipeline {
     eng_config config;
     eng_io_table io;
-    ring *ring;               /* at most one of these two is set: the mover behind `io` */
+    ring *ring;               /* at most one of these three is set: the mover behind `io` */
     posix *posix;
     stager *stager;           /* helper threads; NULL: none */
+    shared *shared;
     uint8_t *memory;
     slot *slots;
     uint32_t *free_slots;

@@ -32,16 +32,26 @@ static int list_pipeline(eng_pipeline *p)
 {
     forks_lock();
     forks_add(&p->forks);
-    p->forks.descriptors[DESCRIPTOR_WAKE] = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    const int result = wake_fd(p) < 0 ? -errno : 0;
+    const eng_shared *shared = p->config.shared;
+    int *descriptors = p->forks.descriptors;
+    if (shared != NULL) {
+        descriptors[DESCRIPTOR_POST] = forks_duplicate(shared->post_fd);
+        descriptors[DESCRIPTOR_PEER] = forks_duplicate(shared->peer_fd);
+    }
+    descriptors[DESCRIPTOR_WAKE] =
+        shared == NULL ? eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK) : forks_duplicate(shared->wake_fd);
+    const int opened = shared == NULL || (descriptors[DESCRIPTOR_POST] >= 0 && descriptors[DESCRIPTOR_PEER] >= 0);
+    const int result = wake_fd(p) < 0 || !opened ? -errno : 0;
     forks_unlock();
     return result;
 }
 
-static void close_wake_fd(eng_pipeline *p)
+static void close_descriptors(eng_pipeline *p)
 {
     forks_lock();
     forks_close(&p->forks.descriptors[DESCRIPTOR_WAKE]);
+    forks_close(&p->forks.descriptors[DESCRIPTOR_POST]);
+    forks_close(&p->forks.descriptors[DESCRIPTOR_PEER]);
     forks_unlock();
 }
 
@@ -116,6 +126,12 @@ static int open_way(eng_pipeline *p)
         p->io = *p->config.io;
         return 0;
     }
+    if (p->config.way == ENG_SHARED) {
+        shared_header *header = (shared_header *)(p->memory - ENG_SHARED_HEADER_BYTES);
+        const int *descriptors = p->forks.descriptors;
+        return shared_open(&p->config, header, descriptors[DESCRIPTOR_POST], wake_fd(p), descriptors[DESCRIPTOR_PEER],
+                           &p->shared, &p->io);
+    }
     if (p->config.way == ENG_THREADS)
         return posix_open(&p->config, wake_fd(p), &p->posix, &p->io);
     return open_ring(p);
@@ -143,12 +159,22 @@ static uint8_t *map_aligned(size_t nbytes)
     return mapped + before_bytes;
 }
 
+/* Map the slots that a monitor maps too, behind their header.  A forked child gets neither. */
+static uint8_t *map_shared(const eng_pipeline *p)
+{
+    eng_mapping mapping;
+    if (eng_map_shared(p->config.shared->memory_fd, shared_bytes(&p->config), &mapping) < 0)
+        return MAP_FAILED;
+    madvise(mapping.address, ENG_SHARED_HEADER_BYTES, MADV_DONTFORK);
+    return mapping.address + ENG_SHARED_HEADER_BYTES;
+}
+
 /* Map the slots; all are free. */
 static int map_slots(eng_pipeline *p)
 {
     const size_t nbytes = (size_t)p->config.slot_count * p->config.slot_bytes;
     forks_lock();
-    p->memory = map_aligned(nbytes);
+    p->memory = p->config.way == ENG_SHARED ? map_shared(p) : map_aligned(nbytes);
     if (p->memory != MAP_FAILED) /* a fork must not copy slots that the kernel is writing from */
         madvise(p->memory, nbytes, MADV_DONTFORK);
     forks_unlock();
@@ -172,7 +198,9 @@ static void unmap_slots(eng_pipeline *p)
         return;
     const size_t nbytes = (size_t)p->config.slot_count * p->config.slot_bytes;
     const int used = p->ring != NULL || p->config.io != NULL;
-    if (p->broken && used) /* if this fails the slots stay mapped, which is as safe */
+    if (p->config.way == ENG_SHARED)
+        munmap(p->memory - ENG_SHARED_HEADER_BYTES, shared_bytes(&p->config));
+    else if (p->broken && used) /* if this fails the slots stay mapped, which is as safe */
         mmap(p->memory, nbytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
     else
         munmap(p->memory, nbytes);
@@ -181,7 +209,7 @@ static void unmap_slots(eng_pipeline *p)
 
 int service_replace_ring(eng_pipeline *p)
 {
-    if (p->config.io != NULL)
+    if (p->config.io != NULL || p->config.way == ENG_SHARED)
         return p->broken; /* the table is the caller's to repair */
     unmap_slots(p);
     close_ring(p);
@@ -254,8 +282,10 @@ static void *run(void *argument)
     close_ring(p);
     if (p->posix != NULL)
         posix_close(p->posix);
+    if (p->shared != NULL)
+        shared_close(p->shared);
     pthread_mutex_lock(&p->mutex);
-    close_wake_fd(p);
+    close_descriptors(p);
     p->open_error = result;
     enter_state(p, SERVICE_CLOSED);
     pthread_mutex_unlock(&p->mutex);
@@ -295,6 +325,10 @@ int eng_open(eng_config *config, eng_pipeline **pipeline)
     if (config->slot_count == 0 || config->slot_bytes == 0 || config->slot_bytes % ENG_ALIGNMENT != 0)
         return -EINVAL;
     if (config->staging_threads == 0 || config->staging_threads > ENG_STAGING_THREADS_MAX)
+        return -EINVAL;
+    if ((config->way == ENG_SHARED) != (config->shared != NULL))
+        return -EINVAL;
+    if (config->way == ENG_SHARED && config->slot_count > SHARED_ENTRIES)
         return -EINVAL;
     eng_pipeline *p = calloc(1, sizeof *p);
     if (p == NULL)
@@ -377,7 +411,7 @@ void eng_free(eng_pipeline **pipeline)
         if (p->has_thread)
             eng_close(p, ECANCELED, UINT64_MAX);
         unmap_slots(p); /* this and the descriptor are left only if there was no thread */
-        close_wake_fd(p);
+        close_descriptors(p);
         unlist_pipeline(p);
         pthread_cond_destroy(&p->changed);
         pthread_mutex_destroy(&p->mutex);

@@ -32,11 +32,11 @@ def stub_class(name: str) -> ast.ClassDef:
 
 def test_every_function_has_the_parameters_and_the_result_of_the_header() -> None:
     declared = {}
-    for result, name, parameters in re.findall(r"^(\w+) (eng_\w+)\(([^;]*)\);", header(), re.MULTILINE):
+    for result, name, parameters in re.findall(r"^((?:const )?\w+ \*?)(eng_\w+)\(([^;]*)\);", header(), re.MULTILINE):
         words = [" ".join(each.split()) for each in parameters.split(",")]
         types = ["Pointer" if "*" in each else TYPES[each.rpartition(" ")[0]] for each in words]
         names = [re.split(r"[ *]", each)[-1] for each in words]
-        declared[name] = (list(zip(names, types, strict=True)), TYPES[result])
+        declared[name] = (list(zip(names, types, strict=True)), "Pointer" if "*" in result else TYPES[result.strip()])
     typed = {}
     for node in stub_class("Lib").body:
         if isinstance(node, ast.FunctionDef):
@@ -56,7 +56,7 @@ def test_every_constant_is_there() -> None:
 
 
 # The version of the interface, and the digest of the header without comments and white space.
-INTERFACE = (4, "cca45c9250a4a088")
+INTERFACE = (5, "?")
 
 
 def test_a_changed_interface_has_another_version() -> None:

@@ -17,6 +17,7 @@ from torch import nn
 import engine
 from engine.errors import CorruptError, StorageError
 from engine.store.filesystem import Filesystem
+from engine.store.owner import Owner
 from engine.store.stamps import Stamp, Stamps
 
 SMALL: dict[str, Any] = {"staging_bytes": 1 << 20, "block_bytes": 16 << 10, "split_untrained": True}
@@ -252,7 +253,9 @@ def test_damage_found_while_a_save_links_the_file_ends_the_links(
 ) -> None:
     with engine.Engine(tmp_path, keep=None, max_async=1, **SMALL) as eng:
         first = save(eng, arena, 1)
-        settle = eng._store.catalog.settle_links
+        catalog = eng._store.catalog
+        assert isinstance(catalog, Owner)
+        settle = catalog.settle_links
 
         def verify_first(step: int, changed: Any) -> None:
             rot(file_of(eng, 1), 70_000)

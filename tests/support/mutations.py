@@ -27,7 +27,7 @@ from simulator import Create, Rename
 from engine.errors import StorageError
 from engine.format.manifest import MANIFEST_NAME
 from engine.io.descriptor import Descriptor
-from engine.store import writer
+from engine.store import committer
 from engine.store.catalog import Catalog
 from engine.store.filesystem import Filesystem
 from engine.store.owner import Owner
@@ -141,7 +141,7 @@ def commit_in(order: str) -> Callable[..., str]:
 
 def reordered(order: str) -> Change:
     """Commit in another order."""
-    return patched(writer, "commit", commit_in(order))
+    return patched(committer, "commit", commit_in(order))
 
 
 class _Stubborn(RecordingFilesystem):
@@ -225,7 +225,7 @@ MUTATIONS: dict[str, Mutation] = {
         patched(Filesystem, "is_ours_alone", lambda self, path: True), "linked_rollback"
     ),
     "L1 keeps every link, also where a block has changed": Mutation(
-        patched(writer, "changed_files", lambda *_: {}), "linked_change"
+        patched(committer, "changed_files", lambda *_: {}), "linked_change"
     ),
     "L1 copies no block of a file that has changed": Mutation(
         patched(Owner, "_copy", lambda *_: None), "linked_change"

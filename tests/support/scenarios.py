@@ -326,7 +326,7 @@ def _commit_by_ranks(
 
 def several_writers(world: World) -> None:
     """Three writers seal at once, and one of them publishes."""
-    by_ranks = mock.patch("engine.store.writer.commit", functools.partial(_commit_by_ranks, world))
+    by_ranks = mock.patch("engine.store.committer.commit", functools.partial(_commit_by_ranks, world))
     with by_ranks, session(world, keep=1, max_async=1) as it:
         it.save(1, 2, 3)
 

@@ -1,0 +1,71 @@
+"""Status: what a live monitor has in flight, asked from any process.
+
+Theory of operation.  A run that a monitor owns has a socket in it (`listener`).  Without one, or with one that nobody
+listens to, there is no monitor.  A monitor whose trainer is dead ends by itself when it has committed or discarded
+what was in flight, and its connections end with it.
+"""
+
+from __future__ import annotations
+
+import socket
+
+from engine.errors import PlatformError
+from engine.monitor.listener import socket_path
+from engine.monitor.protocol import AskStatus, Channel, ChannelEnded, Status
+
+# A monitor answers at once, but may be waiting for its turn on a busy host.
+_ANSWER_S = 10.0
+
+
+def ask_status(root: str) -> Status | None:
+    """The status of the monitor that owns a run; None if there is none.
+
+    Raises:
+        PlatformError: it does not answer.
+    """
+    channel = _connect(root)
+    if channel is None:
+        return None
+    with channel:
+        return _ask(channel, root)
+
+
+def await_orphan(root: str) -> bool:
+    """If the monitor that owns a run has lost its trainer, wait until it has ended.  Blocks.
+
+    Returns False if its trainer lives.  True if there is no monitor (any more): it may be tried again to own the run.
+    """
+    channel = _connect(root)
+    if channel is None:
+        return True
+    with channel:
+        status = _ask(channel, root)
+        if status is not None and not status.is_orphan:
+            return False
+        channel.await_end()
+        return True
+
+
+def _ask(channel: Channel, root: str) -> Status | None:
+    channel.set_timeout(_ANSWER_S)
+    try:
+        channel.send(AskStatus())
+        return channel.expect(Status)
+    except TimeoutError:
+        cause = f"the monitor of {root} does not answer"
+        raise PlatformError(cause, "it is stopped (send it SIGCONT), or its host is overloaded; ask again") from None
+    except ChannelEnded:
+        return None
+    finally:
+        channel.set_timeout(None)
+
+
+def _connect(root: str) -> Channel | None:
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        with socket_path(root) as path:
+            connection.connect(path)
+    except OSError:  # no socket, nobody who listens, or another user's
+        connection.close()
+        return None
+    return Channel(connection)
