@@ -16,6 +16,7 @@ import torch
 from disk import same, stored
 from jobs import until
 from leaks import held
+from monitors import is_there, monitor_of
 from processes import descriptors, in_a_process_of_its_own
 from torch import nn
 
@@ -23,17 +24,6 @@ import engine
 from engine.monitor.client import MonitoredStore
 
 SMALL: dict[str, Any] = {"staging_bytes": 1 << 20, "block_bytes": 64 << 10, "isolation": "process"}
-
-
-def monitor_of(eng: engine.Engine) -> int:
-    """The process of an Engine's monitor."""
-    store = eng._store
-    assert isinstance(store, MonitoredStore)
-    return store._monitors.last.pid
-
-
-def is_there(pid: int) -> bool:
-    return Path("/proc", str(pid)).exists()
 
 
 def status_kib(pid: int, field: str) -> int:

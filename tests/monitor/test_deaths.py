@@ -1,0 +1,250 @@
+"""A trainer or a monitor that dies at any moment of a save: nothing durable is lost, and nothing half is committed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import monitored_trainee
+import pytest
+import torch
+from disk import same, stored
+from jobs import until
+from leaks import held
+from monitors import Hooks, has_ended, is_there, monitor_of
+
+import engine
+
+SMALL: dict[str, Any] = {"staging_bytes": 1 << 20, "block_bytes": 64 << 10, "isolation": "process"}
+
+
+def run_trainee(root: Path, moment: str, guard: str = "auto") -> int:
+    """Run a training to its death; returns its status.  Its monitor goes on."""
+    paths = os.pathsep.join(sys.path)
+    process = subprocess.run(
+        [sys.executable, monitored_trainee.__file__, str(root), moment, guard],
+        env={**os.environ, "PYTHONPATH": paths},
+        stderr=subprocess.DEVNULL,
+        timeout=120,
+    )
+    return process.returncode
+
+
+def outcome(root: Path) -> list[int]:
+    """The committed steps, once the monitor has ended; each is whole, and the directory can be used."""
+    pid = int(Path(f"{root}.pid").read_text())
+    with engine.Engine(root) as eng:  # waits for the monitor to finish
+        until(lambda: has_ended(pid))  # it gives the directory back first
+        steps = eng.steps()
+        assert all(eng.verify(step) == () for step in steps)
+        assert not [name for name in os.listdir(root) if name.endswith(".partial")]
+    if 2 in steps:
+        want = torch.frombuffer(bytearray(Path(f"{root}.want").read_bytes()), dtype=torch.float32)
+        assert same(stored(root, 2)["weight"], want.view(1000, 1000))
+        info = engine.open(root).info(2)
+        assert (info.tag, info.metrics) == ("last", {"loss": 0.5}) and engine.open(root).extra(2) == {"step": 2}
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("moment", "steps"),
+    [
+        ("before:Begin", [1]),
+        ("after:Begin", [1]),
+        ("before:attach", [1]),
+        ("before:mark_staged", [1]),
+        ("after:mark_staged", [1, 2]),
+        ("before:Seal", [1, 2]),
+        ("after:Seal", [1, 2]),
+        ("answered:Done", [1, 2]),
+        ("after:Publish", [1, 2]),
+        ("answered:Published", [1, 2]),
+    ],
+)
+def test_a_trainer_killed_at_a_stage(tmp_path: Path, moment: str, steps: list[int]) -> None:
+    root = tmp_path / "run"
+    assert run_trainee(root, moment) == -signal.SIGKILL
+    assert outcome(root) == steps
+
+
+@pytest.mark.parametrize("guard", ["cow", "fence"])
+@pytest.mark.parametrize("moment", ["written:0.0", "written:0.5", "written:0.9", "written:1.0"])
+def test_a_trainer_killed_while_blocks_are_written(tmp_path: Path, moment: str, guard: str) -> None:
+    root = tmp_path / "run"
+    assert run_trainee(root, moment, guard) == -signal.SIGKILL
+    assert outcome(root) in ([1], [1, 2])
+
+
+def test_a_trainer_killed_at_random(tmp_path: Path) -> None:
+    chance = random.Random(7)
+    for number in range(3):
+        root = tmp_path / f"run-{number}"
+        assert run_trainee(root, f"random:{chance.uniform(0, 0.06)}") == -signal.SIGKILL
+        assert outcome(root) in ([1], [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("moment", "status", "steps"),
+    [("exit", 0, [[1, 2]]), ("exec", 0, [[1], [1, 2]]), ("fork_and_die", -signal.SIGKILL, [[1], [1, 2]])],
+)
+def test_a_trainer_that_ends_otherwise(tmp_path: Path, moment: str, status: int, steps: list[list[int]]) -> None:
+    root = tmp_path / "run"
+    assert run_trainee(root, moment) == status
+    assert outcome(root) in steps
+
+
+# -- the monitor's death --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hooks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hooks]:
+    made = Hooks(monkeypatch)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def arena() -> engine.Arena:
+    return engine.Arena.wrap({"w": torch.arange(1 << 20, dtype=torch.float32)})
+
+
+OPERATIONS = [
+    "make_directory",
+    "open_for_blocks",
+    "allocate",
+    "truncate",
+    "sync_file",
+    "write_new_file",
+    "sync_directory",
+    "rename",
+]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_monitor_killed_at_an_operation(tmp_path: Path, hooks: Hooks, arena: engine.Arena, operation: str) -> None:
+    root = tmp_path / "run"
+
+    def kill(pid: int, reached: str, path: str, target: str) -> None:
+        if reached == operation and "step-00000002" in path:
+            os.kill(pid, signal.SIGKILL)
+
+    with engine.Engine(root, keep=None, **SMALL) as eng:
+        eng.checkpoint(arena, step=1).result()
+        first = monitor_of(eng)
+        hooks.before = kill
+        save = eng.checkpoint(arena, step=2)
+        with pytest.raises(engine.MonitorLostError, match=rf"process {first}\) has ended.*next save starts another"):
+            save.result(60)
+        hooks.before = lambda *_: None
+        assert eng.steps() == [1] and eng.checkpoint(arena, step=3).result(60).step == 3
+        assert monitor_of(eng) != first and not is_there(first)
+        assert eng.steps() == [1, 3] and eng.verify(3) == ()
+    assert sorted(os.listdir(root)) == [".engine", "step-00000001", "step-00000003"]
+
+
+def test_a_monitor_killed_at_random(tmp_path: Path, arena: engine.Arena) -> None:
+    chance = random.Random(3)
+    before = held()
+    committed: list[int] = []
+    # A callback: a failure may be noted after its exception() was asked for here.
+    with engine.Engine(tmp_path, keep=None, max_async=3, on_error=lambda *_: None, **SMALL) as eng:
+        for step in range(0, 12, 3):
+            pid = monitor_of(eng)
+            killer = threading.Timer(chance.uniform(0, 0.1), os.kill, (pid, signal.SIGKILL))
+            killer.start()
+            saves = [eng.checkpoint(arena, step=step + each) for each in range(3)]
+            killer.join()
+            for save in saves:
+                error = save.exception(60)
+                assert error is None or isinstance(error, engine.MonitorLostError), error
+                committed += [save.step] if error is None else []
+        assert set(committed) <= set(eng.steps())
+        assert eng.checkpoint(arena, step=50).result(60).step == 50
+        assert all(eng.verify(step) == () for step in eng.steps())
+    until(lambda: held() == before)
+
+
+@pytest.mark.parametrize("guard", ["cow", "detect", "fence"])
+def test_training_goes_on_beside_a_dead_monitor(tmp_path: Path, guard: Any) -> None:
+    """Nothing is staged into slots that are never freed: writers must be let go."""
+    model = torch.nn.Linear(1000, 1000)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.randn(2, 1000)).sum().backward()
+    optimizer.step()
+    arena = engine.Arena.adopt(model, optimizer)
+    with engine.Engine(tmp_path, guard=guard, **SMALL) as eng:
+        os.kill(monitor_of(eng), signal.SIGSTOP)
+        save = eng.checkpoint(arena, step=1)
+        with pytest.raises(TimeoutError):
+            save.result(0.2)
+        os.kill(monitor_of(eng), signal.SIGKILL)
+        optimizer.step()
+        assert isinstance(save.exception(60), engine.MonitorLostError)
+        assert eng.checkpoint(arena, step=2).result(60).step == 2
+
+
+def test_a_stopped_monitor_holds_training_for_a_bound_only(tmp_path: Path) -> None:
+    model = torch.nn.Linear(1000, 1000)
+    arena = engine.Arena.adopt(model)
+    with engine.Engine(tmp_path, **SMALL) as eng:
+        if eng.guard != "cow":
+            assert eng.guard in ("detect", "fence")
+            return  # their writers do not wait in a page fault
+        os.kill(monitor_of(eng), signal.SIGSTOP)
+        try:
+            save = eng.checkpoint(arena, step=1)
+            with torch.no_grad():
+                model.weight.zero_()  # waits for at most the guard's bound
+            assert not save.done()
+            with pytest.raises(engine.PlatformError, match="does not answer"), pytest.MonkeyPatch.context() as patch:
+                patch.setattr("engine.monitor.status._ANSWER_S", 0.2)
+                engine.open(tmp_path).in_flight()
+        finally:
+            os.kill(monitor_of(eng), signal.SIGCONT)
+        with pytest.raises(engine.TornSnapshot, match="was let go on"):
+            save.result(60)
+        with pytest.warns(engine.EngineWarning, match="saved eagerly from now on"):
+            assert eng.checkpoint(arena, step=2).result(60).step == 2
+
+
+def test_a_stopped_trainer_keeps_its_save(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    paths = os.pathsep.join(sys.path)
+    process = subprocess.Popen(
+        [sys.executable, monitored_trainee.__file__, str(root), "none", "auto"],
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    try:
+        until(Path(f"{root}.pid").exists)
+        time.sleep(random.Random(5).uniform(0, 0.02))
+        process.send_signal(signal.SIGSTOP)
+        with pytest.raises(engine.LockedError):  # it is not dead
+            engine.Engine(root)
+        process.send_signal(signal.SIGCONT)
+        until(lambda: 2 in engine.open(root).steps())
+    finally:
+        process.kill()
+        process.wait()
+    assert outcome(root) == [1, 2]
+
+
+def test_a_full_disk_fails_the_save_and_not_the_monitor(tmp_path: Path, hooks: Hooks, arena: engine.Arena) -> None:
+    def refuse(pid: int, operation: str, path: str, target: str) -> None:
+        if operation == "allocate" and "step-00000001" in path:
+            raise engine.StorageError(28, "fallocate", path)
+
+    hooks.before = refuse
+    with engine.Engine(tmp_path, **SMALL) as eng:
+        pid = monitor_of(eng)
+        with pytest.raises(engine.StorageError, match="free space or lower keep"):
+            eng.checkpoint(arena, step=1).result(60)
+        assert eng.checkpoint(arena, step=2).result(60).step == 2 and monitor_of(eng) == pid
+        assert sorted(os.listdir(tmp_path)) == [".engine", "step-00000002"]
