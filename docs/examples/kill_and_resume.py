@@ -6,6 +6,7 @@
 2. Run it again as a separate process, and kill it (SIGKILL) at a random moment of a save.
 3. Start it once more: it resumes from the newest committed checkpoint.
 4. Compare the weights of 1 and 3, and read the checkpoint of 3 with the stock safetensors library.
+5. Kill a training with `isolation="process"` when a save is staged: its monitor commits the save.
 """
 
 from __future__ import annotations
@@ -58,7 +59,23 @@ def main() -> int:
         print("The weights are the very same.\n" if same else "THE WEIGHTS DIFFER.\n")
         same_files = compare_with_safetensors(committed_checkpoints(directory)[-1], state)
         timings.report(sum(tensor.nbytes for tensor in state.values()))
-    return 0 if same and same_files else 1
+        committed = the_monitor_commits(Path(runs, "monitored"))
+    return 0 if same and same_files and committed else 1
+
+
+def the_monitor_commits(directory: Path) -> bool:
+    """Whether the save of a training that was killed after staging is committed by its monitor."""
+    print("\nA training with isolation='process', killed when its second save is staged:", flush=True)
+    script = str(Path(__file__).with_name("monitored.py"))
+    process = subprocess.run([*TRAIN[:-1], script, str(directory)])
+    at_death = [path.name for path in committed_checkpoints(directory)]
+    with engine.Engine(directory) as eng:  # waits until the monitor has ended
+        steps, damage = eng.steps(), eng.verify()
+    if process.returncode == 0 or steps != [1, 2] or damage:
+        print(f"ITS MONITOR HAS COMMITTED {steps}, WITH DAMAGE {damage}.")
+        return False
+    print(f"  committed when it died: {', '.join(at_death)}; its monitor then ended with steps {steps}, all sound")
+    return True
 
 
 def kill_while_saving(directory: Path, longest_delay_s: float) -> bool:

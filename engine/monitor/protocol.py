@@ -187,10 +187,11 @@ class ChunkState(msgspec.Struct, frozen=True):
 
 
 class SaveState(msgspec.Struct, frozen=True):
-    """One save in flight."""
+    """One save in flight, and whether it is completed if its trainer dies."""
 
     step: int
     checkpoint_id: str
+    is_safe: bool
     chunks: tuple[ChunkState, ...]
 
 

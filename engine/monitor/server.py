@@ -110,7 +110,7 @@ class _InFlight:
             )
             for chunk, layers, (start, end) in zip(record.plan.chunks, record.layers(), starts, strict=True)
         ]
-        return SaveState(record.step, record.checkpoint_id, tuple(chunks))
+        return SaveState(record.step, record.checkpoint_id, self.board.is_staged, tuple(chunks))
 
 
 class _Warnings(threading.local):

@@ -40,11 +40,13 @@ class SaveStatus(NamedTuple):
 
     Attributes:
         step, checkpoint_id: which checkpoint it will be.
+        is_safe: whether all is staged, so that the monitor commits it even if its trainer dies now.
         chunks: how far each has come.
     """
 
     step: int
     checkpoint_id: str
+    is_safe: bool
     chunks: tuple[ChunkStatus, ...]
 
 
@@ -108,7 +110,7 @@ class Run(Reading):
 
 def _save_status(save: SaveState) -> SaveStatus:
     chunks = tuple(ChunkStatus(**msgspec.structs.asdict(chunk)) for chunk in save.chunks)
-    return SaveStatus(save.step, save.checkpoint_id, chunks)
+    return SaveStatus(save.step, save.checkpoint_id, save.is_safe, chunks)
 
 
 class _Pipelines:

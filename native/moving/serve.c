@@ -2,8 +2,8 @@
  * serve.c: the monitor's end of the shared memory: one thread that writes what a trainer posts.
  *
  * Theory of operation.  The thread takes posts, checks each one, starts it on an inner eng_io_table (a ring that has the
- * shared slots registered, or threads), and answers with its result.  It sleeps in the inner reap(), which the trainer's
- * eventfd ends.  Short writes and passing errors go back to the trainer, whose pipeline tries again.
+ * shared slots registered, or threads), and answers with its result.  It sleeps on the trainer's eventfd, or in the inner
+ * reap(), which that descriptor ends, too.  Short writes and passing errors go back to the trainer, whose pipeline tries again.
  *
  * The monitor's other threads admit a file before the trainer hears of its number, and withdraw it before they close it.
  * So a trainer, however wrong, writes to files of its saves only, and only up to their ends.
@@ -329,10 +329,10 @@ static void *run(void *argument)
         if (!is_stopping(s))
             take_posts(s);
         wake_trainer(s); /* of posts that were refused at once */
-        if (s->broken)
-            sleep_until_posted(s);
-        else
+        if (s->moving_count > 0)
             reap(s);
+        else if (!is_stopping(s))
+            sleep_until_posted(s);
         wake_trainer(s);
     }
     close_inner(s);

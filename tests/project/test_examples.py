@@ -39,5 +39,6 @@ def test_a_run_killed_in_a_save_ends_with_the_same_weights(tmp_path: Path) -> No
     assert len(digests) == 2 and digests[0] == digests[1]
     assert "killed while it wrote step-" in result.stdout and "resumed from step" in result.stdout
     assert "all exactly as in memory" in result.stdout
+    assert "its monitor then ended with steps [1, 2], all sound" in result.stdout
     assert result.stderr.count("EngineWarning") == 1, "the three processes say once what this host lacks"
     assert list((tmp_path / "runs").iterdir()) == [], "it has cleaned up after itself"
