@@ -4,9 +4,9 @@ There is no deadline, because the two cores may be shared with other work.  In C
 so that a result depends on the change only.  Elsewhere they differ, and find more.
 
 A test marked `every_backend` runs once for each rung of the ladder (engine/io/backend.py): its Engines find only that
-one.  One marked `remote_owner` runs once more, on the first rung, with Engines whose directory another process owns
-(`remote`).  One marked `every_staging` runs once for each number of staging threads; without the marker there is one.
-Tests that compare trainings bit by bit use `one_thread`.
+one.  One marked `remote_owner` runs once more, on the first rung, with Engines whose directory a monitor owns.  One
+marked `every_staging` runs once for each number of staging threads; without the marker there is one.  Tests that
+compare trainings bit by bit use `one_thread`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from faults import FaultTable
 from hypothesis import settings
 from jobs import SLOT_BYTES, Stage, until
 from leaks import held
-from remote import OwnerProcesses
+from monitors import Hooks
 
 import engine
 import engine.engine as facade
@@ -31,9 +31,8 @@ from engine.io import backend
 from engine.io.pipeline import Pipeline
 from engine.options import Backend
 from engine.store.filesystem import Filesystem
-from engine.store.store import Store
 
-# In the place of a rung: the first one, with the directory's owner in another process.
+# In the place of a rung: the first one, with a monitor.
 REMOTE = "remote"
 
 # The native thread alone, with one helper, and with more helpers than these hosts have cores.
@@ -55,19 +54,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("staging_threads", STAGING_THREADS, indirect=True, ids="{}-staging".format)
 
 
-@pytest.fixture(scope="session")
-def all_owners() -> Iterator[OwnerProcesses]:
-    processes = OwnerProcesses()
-    yield processes
-    processes.close()
-
-
 @pytest.fixture
-def owners(all_owners: OwnerProcesses, monkeypatch: pytest.MonkeyPatch) -> Iterator[OwnerProcesses]:
-    """Gives every Engine of the test an owner in another process, and lets none outlive the test."""
-    monkeypatch.setattr(facade, "Store", functools.partial(Store, own=all_owners.own))
-    yield all_owners
-    all_owners.end_owners()
+def monitored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Gives every Engine of the test a monitor, which calls the Engine's file system before its operations."""
+    hooks = Hooks(monkeypatch)
+    monkeypatch.setattr(facade, "Store", hooks.make_store)
+    yield
+    hooks.close()
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +68,7 @@ def rung(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """The one backend that ``"auto"`` finds; without the marker it finds the host's best."""
     only: str = getattr(request, "param", backend.LADDER[0])
     if only == REMOTE:
-        request.getfixturevalue("owners")
+        request.getfixturevalue("monitored")
         return backend.LADDER[0]
     if only != backend.LADDER[0]:
         monkeypatch.setattr(backend, "LADDER", (only,))

@@ -20,8 +20,8 @@ The save's is:
 Discard ends it at any point before Publish, and `Failed` answers any message.  If the channel ends instead, the trainer
 is dead, and the monitor completes the save or discards it by itself (`server`).
 
-The socket in the run's directory answers `AskStatus`, to any process of the same user.  Both ends of every channel
-check the other's user (SO_PEERCRED).
+The socket in the run's directory answers `AskStatus`, to any process of the same user.  Both of its ends check the
+other's user (SO_PEERCRED), and so does the monitor on the control channel; the trainer has made both ends of that.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ what was in flight, and its connections end with it.
 
 from __future__ import annotations
 
+import os
 import socket
 
 from engine.errors import PlatformError
@@ -68,4 +69,8 @@ def _connect(root: str) -> Channel | None:
     except OSError:  # no socket, nobody who listens, or another user's
         connection.close()
         return None
-    return Channel(connection)
+    channel = Channel(connection)
+    if channel.peer()[1] not in (os.getuid(), 0) and os.getuid() != 0:  # another user has put it there
+        channel.close()
+        return None
+    return channel

@@ -1,9 +1,9 @@
 """A file system that calls a test before each operation, so that the test can delay or refuse it.
 
 Theory of operation.  `before` is called with the operation, in the thread that is about to do it.  It may block, and it
-may raise.  If the owner of a directory is another process, `owner_process` sends the call to the test.
+may raise.  In a monitor, `hooked_monitor` sends the call to the test.
 
-Rules: no torch; the owner's process imports this.
+Rules: no torch; the monitor's process imports this.
 """
 
 from __future__ import annotations

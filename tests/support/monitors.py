@@ -19,11 +19,15 @@ from pathlib import Path
 
 import hooked_monitor
 import pytest
+from hooked import HookedFilesystem
 
 import engine
 from engine.errors import EngineError
 from engine.monitor import client
 from engine.monitor.client import MonitoredStore
+from engine.options import Options
+from engine.store.filesystem import Filesystem
+from engine.store.retention import Retention
 
 # Called with the process, the operation, the path and the target; may raise, wait, or kill the process.
 Hook = Callable[[int, str, str, str], None]
@@ -34,6 +38,7 @@ class Hooks:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.before: Hook = lambda *_: None
+        self._roots: dict[str, Filesystem] = {}
         self._directory = tempfile.TemporaryDirectory()
         path = os.path.join(self._directory.name, "hooks")
         self._socket = socket.socket(socket.AF_UNIX)
@@ -43,6 +48,24 @@ class Hooks:
         monkeypatch.setattr(client, "command", lambda fd: [sys.executable, hooked_monitor.__file__, str(fd)])
         self._thread = threading.Thread(target=self._accept, daemon=True)
         self._thread.start()
+
+    def make_store(
+        self, directory: str, options: Options, retention: Retention | None, filesystem: Filesystem
+    ) -> MonitoredStore:
+        """A store whose monitor calls a hooked file system of this process; in the place of `Store`."""
+        assert type(filesystem) is Filesystem or isinstance(filesystem, HookedFilesystem), (
+            "only questions can travel: derive the file system from HookedFilesystem"
+        )
+        self._roots[os.path.realpath(directory)] = filesystem
+        self.before = self._ask_filesystem
+        return MonitoredStore(directory, options, retention, filesystem)
+
+    def _ask_filesystem(self, _: int, operation: str, path: str, target: str) -> None:
+        """Ask the file system of the innermost run that a path is in."""
+        owners = [root for root in self._roots if path == root or path.startswith(root + os.sep)]
+        filesystem = self._roots[max(owners, key=len)] if owners else None
+        if isinstance(filesystem, HookedFilesystem):
+            filesystem.before(operation, path, target)
 
     def close(self) -> None:
         """Ask no more."""
