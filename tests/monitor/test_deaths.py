@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,11 @@ def test_a_monitor_killed_at_an_operation(tmp_path: Path, hooks: Hooks, arena: e
     assert sorted(os.listdir(root)) == [".engine", "step-00000001", "step-00000003"]
 
 
+def kill_if_there(pid: int) -> None:
+    with suppress(ProcessLookupError):  # the last one was killed late, and another has been started
+        os.kill(pid, signal.SIGKILL)
+
+
 def test_a_monitor_killed_at_random(tmp_path: Path, arena: engine.Arena) -> None:
     chance = random.Random(3)
     before = held()
@@ -158,7 +164,7 @@ def test_a_monitor_killed_at_random(tmp_path: Path, arena: engine.Arena) -> None
     with engine.Engine(tmp_path, keep=None, max_async=3, on_error=lambda *_: None, **SMALL) as eng:
         for step in range(0, 12, 3):
             pid = monitor_of(eng)
-            killer = threading.Timer(chance.uniform(0, 0.1), os.kill, (pid, signal.SIGKILL))
+            killer = threading.Timer(chance.uniform(0, 0.1), kill_if_there, (pid,))
             killer.start()
             saves = [eng.checkpoint(arena, step=step + each) for each in range(3)]
             killer.join()

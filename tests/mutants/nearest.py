@@ -25,7 +25,7 @@ NEAREST: dict[str, tuple[str, ...]] = {
     "engine/io/packing": ("tests/io/test_native_jobs.py", "tests/session/test_facts.py"),
     "engine/io/pipeline": ("tests/io/test_native_jobs.py", "tests/io/test_native_close.py"),
     "engine/io/": ("tests/io/test_native_jobs.py", "tests/io/test_native_known.py", "tests/session/test_facts.py"),
-    "engine/store/access": ("tests/session/test_arguments.py", "tests/session/test_owner.py"),
+    "engine/store/access": ("tests/session/test_arguments.py", "tests/monitor"),
     "engine/store/catalog": ("tests/store/test_catalog.py",),
     "engine/store/commit": ("tests/store/test_commit.py", "tests/session/test_facts.py"),
     "engine/store/directory": ("tests/store/test_directory.py", "tests/session/test_run.py"),
@@ -40,7 +40,7 @@ NEAREST: dict[str, tuple[str, ...]] = {
     "engine/store/owner": (
         "tests/session/test_failures.py",
         "tests/session/test_facts.py",
-        "tests/session/test_owner.py",
+        "tests/monitor",
     ),
     "engine/store/reader": ("tests/store/test_store.py", "tests/session/test_resume.py", "tests/session/test_run.py"),
     "engine/store/retention": ("tests/store/test_retention.py", "tests/session/test_facts.py"),
