@@ -141,8 +141,12 @@ class _Monitor:
         """The same, to be closed by the caller."""
         self.pipeline.check_owner()
         channel, theirs = Channel.pair()
-        with theirs, self.living(), self._mutex:
-            self._control.send(Request(), [theirs.fileno()])
+        try:
+            with theirs, self.living(), self._mutex:
+                self._control.send(Request(), [theirs.fileno()])
+        except BaseException:
+            channel.close()
+            raise
         return channel
 
     @contextmanager

@@ -32,6 +32,7 @@ from engine.errors import (
     BusyError,
     ClosedError,
     EngineError,
+    MonitorLostError,
     StepError,
     TornSnapshot,
     UsageError,
@@ -283,6 +284,8 @@ class Checkpointer:
         except NotArmed as refusal:
             if not self._snapshots.note_refused(arena, refusal):
                 raise
+        except MonitorLostError:  # before anything was begun; there is another one by now
+            pass
         return self._begin(arena, request, opened)
 
     def _interrupts_itself(self) -> bool:

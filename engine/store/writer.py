@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from engine.errors import PlatformError, StorageError, TornSnapshot
+from engine.errors import ClosedError, PlatformError, StorageError, TornSnapshot
 from engine.format.handover import Spans
 from engine.format.layout import INDEX_NAME, Layout, model_index
 from engine.format.manifest import Rows, affected, chunk_layers, listed, segment_records
@@ -228,7 +228,13 @@ class Writer:
         """Begin staging: from here on the content is that of this moment.  Returns at once."""
         if write.content is not None and write.content.guard is not None:
             write.content.guard.arm(write.job, write.packed)
-        self._pipeline.submit(write.job)
+        try:
+            self._pipeline.submit(write.job)
+        except ClosedError:  # that of a monitor that has ended is closed when another one is started
+            lost = self._commits.lost()
+            if lost is None:
+                raise
+            raise lost from None
 
     def release(self, write: Write, blocks: Sequence[int]) -> None:
         """Stage withheld blocks: their content is that of this moment.  Returns at once.
