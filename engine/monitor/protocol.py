@@ -289,7 +289,8 @@ class Channel:
         except BaseException as error:
             for descriptor in descriptors:
                 os.close(descriptor)
-            if isinstance(error, OSError | msgspec.MsgspecError) and not isinstance(error, TimeoutError):
+            # Bytes that are no text are a UnicodeDecodeError of msgspec's, and arrays in arrays a RecursionError.
+            if isinstance(error, OSError | ValueError | RecursionError) and not isinstance(error, TimeoutError):
                 raise ChannelEnded from None
             raise
 

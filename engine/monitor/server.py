@@ -45,6 +45,7 @@ from engine.io.binding import block_checksum
 from engine.io.job import HASH_BYTES, BlockState
 from engine.io.pipeline import Shared
 from engine.io.serving import Serving
+from engine.monitor.begin import check_begin
 from engine.monitor.listener import Listener
 from engine.monitor.protocol import (
     Begin,
@@ -227,6 +228,7 @@ class Server:
     def _save(self, channel: Channel, begin: Begin, memory: int) -> None:
         """A save from its begin to its end.  Only this thread touches it."""
         try:
+            check_begin(begin, self._serving.slot_bytes)
             record = _record(begin)
             board = Board(memory, len(record.plan.blocks))
         except Exception as error:
@@ -236,7 +238,10 @@ class Server:
             os.close(memory)
         save = _InFlight(record, board)
         with self._mutex:
-            self._saves[record.step] = save
+            is_alone = self._saves.setdefault(record.step, save) is save
+        if not is_alone:  # one that was begun twice would discard the files of the first
+            channel.send(failed(ValueError(f"step {record.step} is in flight")))
+            return
         try:
             self._save_to_its_end(channel, save, begin.direct)
         finally:
@@ -343,6 +348,8 @@ class _Trainer:
         Raises:
             _Discarded: it has the save discarded; its argument says whether because it was torn.
         """
+        if self.is_gone:  # what it sends after nonsense is not waited for
+            return False
         try:
             message, _ = self._channel.receive()
         except ChannelEnded:
