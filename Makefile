@@ -20,7 +20,7 @@ NATIVE_C := $(filter %.c %.h,$(NATIVE_SOURCES))
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test pytest lint lint-c types format coverage mutants test-lowest test-newest dist \
-	zoo sanitize sanitize-address sanitize-thread crash-campaign kill-campaign tear-campaign fuzz bench bench-compare clean
+	zoo sanitize sanitize-address sanitize-thread crash-campaign kill-campaign monitor-kill-campaign tear-campaign fuzz bench bench-compare clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -64,6 +64,9 @@ crash-campaign: setup ## Try a million crash states (STATES=, SEED=)
 
 kill-campaign: setup ## Kill a training 5000 times on four file systems (KILLS=, SEED=)
 	$(BIN)/python tests/support/kill_campaign.py --kills $(KILLS) --seed $(SEED)
+
+monitor-kill-campaign: setup ## The same with a monitor, killing either or both (KILLS=, SEED=)
+	$(BIN)/python tests/support/kill_campaign.py --monitor --kills $(KILLS) --seed $(SEED)
 
 tear-campaign: setup ## Write beside 10,000 saves at random moments, under every guard (ROUNDS=, SEED=)
 	PYTHONPATH=. $(BIN)/python tests/support/tear_campaign.py --rounds $(ROUNDS) --seed $(SEED)

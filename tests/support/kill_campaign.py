@@ -3,6 +3,7 @@
     python tests/support/kill_campaign.py --kills 5000 --seed 1
     python tests/support/kill_campaign.py --seed 1 --replay ROUND KIND
 
+With --monitor the engine has a monitor, and the victim is the trainer, the monitor, or both (`monitored_kills`).
 With --split untrained tensors have files of their own, which are linked from step to step.
 
 A round is one ordeal on each file system, in a new directory.  The volumes are reused, and age.  Random choices
@@ -19,27 +20,46 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 from kills import VOLUMES, Figures, Lost, Ordeal, Server, serving
+from monitored_kills import VICTIMS, MonitoredFigures, MonitoredOrdeal
 from volumes import volume
 
 # In one ordeal; with these a third of all kills come at a random moment.
 _RANDOM_COUNT = 100
 
+# In one ordeal with a monitor, for each victim: one in so many operations, other ones each time, and the random ones.
+_EVERY, _MONITORED_RANDOM_COUNT = 12, 5
 
-def suffer(server: Server, root: Path, kind: str, seed: int, round_number: int, figures: Figures, split: bool) -> None:
-    """One ordeal."""
-    chance = random.Random(f"{seed} {round_number} {kind}")
-    try:
-        Ordeal(server, root, kind, chance, figures, split).suffer([False, True], _RANDOM_COUNT)
-    except Lost as lost:
-        raise Lost(
-            f"after {figures.kill_count} kills: {lost}\n"
-            f"  see it again with: python tests/support/kill_campaign.py --seed {seed} "
-            f"{'--split ' * split}--replay {round_number} {kind}\n"
-        ) from lost
+
+@dataclass(frozen=True)
+class Campaign:
+    """What all ordeals have in common."""
+
+    server: Server
+    seed: int
+    split: bool
+    monitor: bool
+    figures: Figures
+
+    def suffer(self, root: Path, kind: str, round_number: int) -> None:
+        """One ordeal."""
+        chance = random.Random(f"{self.seed} {round_number} {kind}")
+        try:
+            if isinstance(self.figures, MonitoredFigures):
+                monitored = MonitoredOrdeal(self.server, root, kind, chance, self.figures, self.split)
+                monitored.suffer_all(VICTIMS, _EVERY, _MONITORED_RANDOM_COUNT)
+            else:
+                Ordeal(self.server, root, kind, chance, self.figures, self.split).suffer([False, True], _RANDOM_COUNT)
+        except Lost as lost:
+            raise Lost(
+                f"after {self.figures.kill_count} kills: {lost}\n"
+                f"  see it again with: python tests/support/kill_campaign.py --seed {self.seed} "
+                f"{'--monitor ' * self.monitor}{'--split ' * self.split}--replay {round_number} {kind}\n"
+            ) from lost
 
 
 def report(figures: Figures, seconds: float) -> str:
@@ -55,6 +75,12 @@ def report(figures: Figures, seconds: float) -> str:
         f"{figures.torn_count} between the first byte of a save and its last; {figures.recycled_count} saves recycled, "
         f"{figures.linked_count} files linked"
     )
+    if isinstance(figures, MonitoredFigures):
+        lines.append(
+            f"  victims: {', '.join(f'{name} {number}' for name, number in sorted(figures.victims.items()))}; saves of "
+            f"a dead trainer: {figures.committed_count} committed, {figures.discarded_count} discarded; of a dead "
+            f"monitor: {figures.lost_count} failed"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -63,20 +89,23 @@ def main() -> int:
     arguments = argparse.ArgumentParser(description="Kill a training again and again, until something is lost.")
     arguments.add_argument("--kills", type=int, default=5000, help="how many at least")
     arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--monitor", action="store_true", help="with isolation='process'")
     arguments.add_argument("--split", action="store_true", help="untrained tensors in files of their own")
     arguments.add_argument("--replay", nargs=2, metavar=("ROUND", "KIND"), help="this ordeal only")
     options = arguments.parse_args()
     sys.stdout.write(f"seed {options.seed}\n")
-    began, figures = time.monotonic(), Figures()
+    began, figures = time.monotonic(), MonitoredFigures() if options.monitor else Figures()
+    program = "monitored.py" if options.monitor else "trainee.py"
     kinds = [options.replay[1]] if options.replay else list(VOLUMES)
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="engine-kills-"))
-        server = stack.enter_context(serving(Path(scratch)))
+        server = stack.enter_context(serving(Path(scratch), program))
+        campaign = Campaign(server, options.seed, options.split, options.monitor, figures)
         roots = {kind: stack.enter_context(volume(kind, VOLUMES[kind])) for kind in kinds}
         try:
             for number in [int(options.replay[0])] if options.replay else count():
                 for kind, root in roots.items():
-                    suffer(server, root, kind, options.seed, number, figures, options.split)
+                    campaign.suffer(root, kind, number)
                     sys.stdout.write(f"round {number}, {kind}: {figures.kill_count} kills\n")
                     sys.stdout.flush()
                 if figures.kill_count >= options.kills:

@@ -32,7 +32,8 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from trainee import MAX_ASYNC, Life, digest
+from deadly import Life
+from trainee import MAX_ASYNC, digest
 
 from engine.errors import CorruptError
 from engine.format.manifest import decode
@@ -95,13 +96,13 @@ class Lost(AssertionError):
 class Server:
     """A running `trainee.py`."""
 
-    def __init__(self, scratch: Path) -> None:
-        """Logs go to `scratch`."""
+    def __init__(self, scratch: Path, program: str = "trainee.py") -> None:
+        """Logs go to `scratch`; the program is beside this file."""
         self._log = scratch / "log"
         # One thread each: a fork takes no others along.
         alone = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         self._process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("trainee.py")],
+            [sys.executable, Path(__file__).with_name(program)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -125,7 +126,7 @@ class Server:
         """The digest of an undisturbed training after so many steps."""
         if step > len(self._reference):
             outcome = self.live("", step_count=max(2 * step, 500))
-            _require(outcome.status == 0, f"the reference failed: {outcome.events}")
+            require(outcome.status == 0, f"the reference failed: {outcome.events}")
             self._reference = [event["digest"] for event in outcome.of("reported")]
         return self._reference[step - 1]
 
@@ -136,9 +137,9 @@ class Server:
 
 
 @contextmanager
-def serving(scratch: Path) -> Iterator[Server]:
+def serving(scratch: Path, program: str = "trainee.py") -> Iterator[Server]:
     """A Server until the end of the `with` block."""
-    server = Server(scratch)
+    server = Server(scratch, program)
     try:
         yield server
     finally:
@@ -149,13 +150,15 @@ def serving(scratch: Path) -> Iterator[Server]:
 class Outcome:
     """The end of a life: its exit status from the server's waitpid, its duration, and its log.
 
-    A life that hung was killed too, but not by request.
+    A life that hung was killed too, but not by request.  Orphans: the statuses of the processes that it has left
+    (`monitored`).
     """
 
     status: int
     hung: bool
     seconds: float
     events: Sequence[dict[str, Any]]
+    orphans: Sequence[int] = ()
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         """The events of one kind."""
@@ -307,10 +310,10 @@ class Ordeal:
         """Killed at each deletion of surplus spares by a save, and each time again in the opening that continues it,
         after its first deletion."""
         numbers = self._trim(_NEVER).numbers("R3")
-        _require(bool(numbers), "a save has deleted none of the surplus spares")
+        require(bool(numbers), "a save has deleted none of the surplus spares")
         self._trim(numbers[0])
         following = self._live("open", _NEVER).numbers("O7")
-        _require(bool(following), "an opening has deleted none of the spares that are too many")
+        require(bool(following), "an opening has deleted none of the spares that are too many")
         for number in numbers:
             self._trim(number)
             self._live("open", following[1])
@@ -340,9 +343,9 @@ class Ordeal:
     def end(self) -> None:
         """A life to its end: the training ends like an undisturbed one."""
         last = self._live()
-        _require(not last.was_killed, "the last life was killed")
+        require(not last.was_killed, "the last life was killed")
         steps = self.look()
-        _require(steps == [last.of("reported")[-1]["step"]], f"keep=1 has left {steps}")
+        require(steps == [last.of("reported")[-1]["step"]], f"keep=1 has left {steps}")
 
     def _live(self, where: str = "", at: float = 0, step_count: int = 4, keep: int = 1, **life: Any) -> Outcome:
         """One life, and checks of its log and its files."""
@@ -370,49 +373,49 @@ class Ordeal:
 
     def _look_at_log(self, outcome: Outcome, is_mortal: bool) -> None:
         failed = [event["what"] for event in outcome.of("failed")]
-        _require(not failed, "".join(failed))
-        _require(not outcome.hung, f"it hung; the last that it said was {outcome.events[-1:]}")
-        _require(outcome.status == 0 or (outcome.was_killed and is_mortal), f"it ended with status {outcome.status}")
+        require(not failed, "".join(failed))
+        require(not outcome.hung, f"it hung; the last that it said was {outcome.events[-1:]}")
+        require(outcome.status == 0 or (outcome.was_killed and is_mortal), f"it ended with status {outcome.status}")
         for opened in outcome.of("opened"):
             newest = max(opened["steps"], default=0)
-            _require(newest >= self._reported, f"step {self._reported} was reported, and {opened['steps']} are there")
-            _require(opened["spare_count"] <= MAX_ASYNC, f"an open has left {opened['spare_count']} spares")
+            require(newest >= self._reported, f"step {self._reported} was reported, and {opened['steps']} are there")
+            require(opened["spare_count"] <= MAX_ASYNC, f"an open has left {opened['spare_count']} spares")
             partials = [name for name in opened["names"] if name.endswith(".partial")]
-            _require(not partials, f"an open has left {partials}")
+            require(not partials, f"an open has left {partials}")
             for restored in outcome.of("restored"):
-                _require(restored["step"] == newest, f"step {restored['step']} was restored, and {newest} is there")
-                _require(not restored["passed_over"], f"passed over: {restored['passed_over']}")
+                require(restored["step"] == newest, f"step {restored['step']} was restored, and {newest} is there")
+                require(not restored["passed_over"], f"passed over: {restored['passed_over']}")
         for event in outcome.events:
             if event["event"] in ("loaded", "restored", "reported"):
                 right = event["digest"] == self._server.reference(event["step"])
-                _require(right, f"step {event['step']} was {event['event']}, and is not what it should be")
+                require(right, f"step {event['step']} was {event['event']}, and is not what it should be")
         self._reported = max([self._reported, *(event["step"] for event in outcome.of("reported"))])
 
     def look(self) -> list[int]:
         """The steps on the disk, after checking that each is right and all leftovers are within bounds."""
-        _require(self._look_beside() == self._beside, f"beside {self._directory} something has changed")
+        require(self._look_beside() == self._beside, f"beside {self._directory} something has changed")
         names = os.listdir(self._directory) if self._directory.exists() else []
         partials = [name for name in names if name.endswith(".partial")]
         named = [re.fullmatch(r"step-(\d{8,})", name) for name in names if name not in (".engine", *partials)]
-        _require(all(named), f"nobody knows what to make of one of {sorted(names)}")
+        require(all(named), f"nobody knows what to make of one of {sorted(names)}")
         steps = sorted(int(match.group(1)) for match in named if match)
         for step in steps:
             self._look_at_step(step)
-        _require(max(steps, default=0) >= self._reported, f"step {self._reported} was reported, and {steps} are there")
-        _require(len(steps) <= _STEP_MAX and len(partials) <= _PARTIAL_MAX, f"left over: {sorted(names)}")
+        require(max(steps, default=0) >= self._reported, f"step {self._reported} was reported, and {steps} are there")
+        require(len(steps) <= _STEP_MAX and len(partials) <= _PARTIAL_MAX, f"left over: {sorted(names)}")
         spares = self._directory / ".engine/spare"
         left = os.listdir(spares) if spares.exists() else []
-        _require(len(left) <= _SPARE_MAX, f"spares: {sorted(left)}")
+        require(len(left) <= _SPARE_MAX, f"spares: {sorted(left)}")
         return steps
 
     def _look_at_step(self, step: int) -> None:
         path = self._directory / f"step-{step:08d}"
-        _require(sorted(os.listdir(path)) == (_SPLIT_FILES if self._split else _FILES), str(path))
+        require(sorted(os.listdir(path)) == (_SPLIT_FILES if self._split else _FILES), str(path))
         try:
             manifest = decode((path / "manifest.json").read_bytes())
         except CorruptError as error:
             raise Lost(f"{path}: {error}") from error
-        _require(manifest.step == step, f"{path} has the manifest of step {manifest.step}")
+        require(manifest.step == step, f"{path} has the manifest of step {manifest.step}")
         tensors: dict[str, torch.Tensor] = {}
         for file in manifest.files:
             try:
@@ -420,7 +423,7 @@ class Ordeal:
                 tensors |= safetensors.torch.load((path / file.name).read_bytes())
             except safetensors.SafetensorError as error:
                 raise Lost(f"{path / file.name}: {error}") from error
-        _require(digest(tensors) == self._server.reference(step), f"{path} does not hold step {step}")
+        require(digest(tensors) == self._server.reference(step), f"{path} does not hold step {step}")
 
     def _look_beside(self) -> Any:
         """Everything that an intruder would change."""
@@ -430,6 +433,6 @@ class Ordeal:
         return names, self._sentinel.read_bytes(), status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _require(truth: bool, what: str) -> None:
+def require(truth: bool, what: str) -> None:
     if not truth:
         raise Lost(what)
