@@ -151,9 +151,7 @@ def test_bytes_that_are_no_message(root: Path, name: str, where: str) -> None:
 
 # -- what a Begin asks for ------------------------------------------------------------------------------------------
 
-_names = st.sampled_from(
-    ["../evil", "/tmp/engine-evil", "evil/../../evil", "..", ".", "", "a\0b", "manifest.json", NAME]
-)
+_names = st.sampled_from(["../evil", "/evil", "evil/../../evil", "..", ".", "", "a\0b", "manifest.json", NAME])
 _numbers = st.integers(-(1 << 63), (1 << 64) - 1) | st.sampled_from([-1, 0, 1, ALIGNMENT, FILE_BYTES, 1 << 62])
 
 

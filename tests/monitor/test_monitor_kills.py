@@ -30,7 +30,7 @@ _EVERY, _RANDOM_COUNT, _KILLS_MIN = 20, 2, 24
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("server"), "monitored.py") as running:
+    with serving(tmp_path_factory.mktemp("server"), "monitored_lives.py") as running:
         yield running
 
 

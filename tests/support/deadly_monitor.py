@@ -1,4 +1,5 @@
-"""A monitor that kills its trainer, itself, or both, at one operation; `monitored` starts it in place of the real one.
+"""A monitor that kills its trainer, itself, or both, at one operation; `monitored_lives` starts it.
+
 
 Theory of operation.  It is the real server with the file system of `deadly`.  Its life comes in the environment.  The
 main thread opens the directory; every other thread saves.  With no company, all threads that save count together, so

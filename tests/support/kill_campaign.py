@@ -95,7 +95,7 @@ def main() -> int:
     options = arguments.parse_args()
     sys.stdout.write(f"seed {options.seed}\n")
     began, figures = time.monotonic(), MonitoredFigures() if options.monitor else Figures()
-    program = "monitored.py" if options.monitor else "trainee.py"
+    program = "monitored_lives.py" if options.monitor else "trainee.py"
     kinds = [options.replay[1]] if options.replay else list(VOLUMES)
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="engine-kills-"))

@@ -151,7 +151,7 @@ class Outcome:
     """The end of a life: its exit status from the server's waitpid, its duration, and its log.
 
     A life that hung was killed too, but not by request.  Orphans: the statuses of the processes that it has left
-    (`monitored`).
+    (`monitored_lives`).
     """
 
     status: int

@@ -62,7 +62,7 @@ def begin_message(step: int, **changed: Any) -> Begin:
         "chunks": CHUNKS,
         "layers": ((),) * len(CHUNKS),
         "rows": b"[]",
-        **dict.fromkeys(("aliases", "optimizers", "modules"), b"{}"),
+        **dict.fromkeys(("aliases", "wrappers", "optimizers", "modules"), b"{}"),
         "extra": b"null",
         "metrics": {},
         "tag": None,

@@ -1,6 +1,6 @@
 """The trainee with a monitor: a training to be killed with it or without it, and the server that forks its lives.
 
-    python tests/support/monitored.py      reads requests and writes answers, as trainee.py does
+    python tests/support/monitored_lives.py      reads requests and writes answers, as trainee.py does
 
 Theory of operation.  As `trainee`, with ``isolation="process"``.  A life's victim is the trainer, the monitor, or both.
 "open" and "save" count the operations of the monitor (`deadly_monitor`).  "point" counts what the trainer does on the
