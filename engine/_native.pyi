@@ -18,6 +18,8 @@ class Lib:
     ENG_JOBS_MAX: int
     ENG_JOB_PLACES: int
     ENG_NO_PLACE: int
+    ENG_STAGING_THREADS_MAX: int
+    ENG_STAGING_BLOCKS_MAX: int
     ENG_SHARED_HEADER_BYTES: int
     ENG_DIMS_MAX: int
     ENG_RING_REGISTERED: int

@@ -280,6 +280,13 @@ class _RemoteCommits:
         known = [hash_ if is_known else None for hash_, is_known in zip(hashes, begun.is_known, strict=True)]
         return Attachment(begun.path, begun.descriptors, known or None)
 
+    def amend(self, record: SaveRecord) -> None:
+        """Have the monitor replace the record of a save; see `Commits.amend`."""
+        channel = self._channels[record.step]
+        with self._monitor.living():
+            channel.send(_begin(record, direct=False))
+            channel.expect(Done)
+
     def commit(self, step: int, checksums: Sequence[bytes], await_turn: Callable[[], None]) -> CheckpointInfo:
         """Have the monitor seal and publish; it has the checksums."""
         channel = self._channels[step]

@@ -11,6 +11,8 @@ The save's is:
     Begin, and the board     ->
                              <-     Begun: the files are open, and which blocks they hold
     (blocks are posted through the slots' memory, and written)
+    Begin again              ->     only of a layerwise save, when its block is left: the record of its end
+                             <-     Done
     Seal                     ->
                              <-     Done: sealed
     (waits until every earlier step has ended)

@@ -31,6 +31,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from itertools import pairwise
 from typing import cast
 
@@ -42,7 +43,7 @@ from engine.format.plan import Chunk, PlannedFile, plan_geometry
 from engine.format.values import Json
 from engine.io.backend import open_serving
 from engine.io.binding import block_checksum
-from engine.io.job import HASH_BYTES, BlockState
+from engine.io.job import HASH_BYTES, BlockState, least
 from engine.io.pipeline import Shared
 from engine.io.serving import Serving
 from engine.monitor.begin import check_begin
@@ -68,7 +69,7 @@ from engine.monitor.protocol import (
     Welcome,
     failed,
 )
-from engine.monitor.shared_memory import Board, least
+from engine.monitor.shared_memory import Board
 from engine.store.committer import Attachment, Committer, SaveRecord
 from engine.store.filesystem import Filesystem
 from engine.store.info import CheckpointInfo
@@ -259,7 +260,7 @@ class Server:
                 self._serving.admit(descriptor, file.nbytes + self._serving.slot_bytes)
                 descriptors.append(descriptor)
             trainer.tell(_begun(begun))
-            if not trainer.asks(Seal):
+            if not trainer.asks(Seal, partial(self._amend, save)):
                 self._withdraw(descriptors)
                 self._complete(save)
             self._withdraw(descriptors)
@@ -279,6 +280,19 @@ class Server:
             _log.warning("step %d was committed after its trainer had ended", step)
             with suppress(Exception):
                 self._owner.retire()
+
+    def _amend(self, save: _InFlight, begin: Begin) -> None:
+        """Replace the record of a save by one of the same plan."""
+        check_begin(begin, self._serving.slot_bytes)
+        record = _record(begin)
+        if (record.step, record.checkpoint_id, record.plan) != (
+            save.record.step,
+            save.record.checkpoint_id,
+            save.record.plan,
+        ):
+            raise ValueError(f"step {save.record.step} is amended by the record of another save")
+        self._committer.amend(record)
+        save.record = record
 
     def _withdraw(self, descriptors: list[int]) -> None:
         while descriptors:
@@ -342,8 +356,8 @@ class _Trainer:
         except ChannelEnded:
             self.is_gone = True
 
-    def asks(self, kind: type[Seal] | type[Publish]) -> bool:
-        """Wait for this message; False if the trainer is gone.
+    def asks(self, kind: type[Seal] | type[Publish], amend: Callable[[Begin], None] | None = None) -> bool:
+        """Wait for this message; False if the trainer is gone.  Until it comes, each `Begin` is given to `amend`.
 
         Raises:
             _Discarded: it has the save discarded; its argument says whether because it was torn.
@@ -355,6 +369,10 @@ class _Trainer:
         except ChannelEnded:
             self.is_gone = True
             return False
+        if isinstance(message, Begin) and amend is not None:
+            amend(message)
+            self.tell(Done(None, _warnings.take()))
+            return self.asks(kind, amend)
         if not isinstance(message, kind):
             raise _Discarded(isinstance(message, Discard) and message.torn)
         return True

@@ -23,7 +23,7 @@ from typing import Any
 
 from engine.io.binding import ffi, lib
 from engine.io.descriptor import Descriptor
-from engine.io.job import HASH_BYTES, BlockState
+from engine.io.job import HASH_BYTES
 
 # The word, and room to the next cache line.
 _WORD_BYTES = 64
