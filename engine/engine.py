@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 import weakref
 from collections.abc import Iterable, Mapping
 from enum import Enum
@@ -52,6 +53,10 @@ if TYPE_CHECKING:
 DEFAULTS = Options()
 
 
+# A monitor that ends removes its socket a moment before it gives the directory back: some system calls lie between.
+_ENDING_TRIES, _ENDING_S = 10, 0.2
+
+
 class _Unset(Enum):
     """The default of `keep`, because None means to keep everything."""
 
@@ -62,11 +67,13 @@ def _open_store(
     directory: str, options: Options, retention: Retention | None, filesystem: Filesystem
 ) -> Store | MonitoredStore:
     make = MonitoredStore if options.isolation == "process" else Store
-    try:
-        return make(directory, options, retention, filesystem)
-    except LockedError:
-        if not await_orphan(directory):
-            raise
+    for _ in range(_ENDING_TRIES):
+        try:
+            return make(directory, options, retention, filesystem)
+        except LockedError:
+            if not await_orphan(directory):
+                raise
+        time.sleep(_ENDING_S / _ENDING_TRIES)
     return make(directory, options, retention, filesystem)
 
 

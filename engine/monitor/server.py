@@ -30,7 +30,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from itertools import pairwise
 from typing import cast
@@ -157,16 +157,13 @@ class Server:
                 os.close(descriptor)
         self._owner, self._serving = owner, serving
         self._committer = Committer(owner, hello.rewrite_all)
-        try:
-            with Listener(owner.root, self._status):  # ends before the directory is given back: it removes a name
-                with suppress(ChannelEnded):
-                    self._control.send(welcome)
-                    self._accept_requests()
-                for thread in self._threads:
-                    thread.join()
-        finally:
-            serving.close()
-            owner.close()
+        # The listener removes a name, so it ends before the directory is given back.
+        with closing(owner), Listener(owner.root, self._status), closing(serving):
+            with suppress(ChannelEnded):
+                self._control.send(welcome)
+                self._accept_requests()
+            for thread in self._threads:
+                thread.join()
 
     def _open(self, hello: Hello, shared: Shared) -> tuple[Owner, Serving, Welcome]:
         owner = Owner(hello.root, self._filesystem, hello.spare_max, hello.retention)
