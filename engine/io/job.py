@@ -92,6 +92,10 @@ class JobMemory(Protocol):
     def mark_staged(self) -> None:
         """Record that all is staged, and that nothing changed meanwhile: the save may be completed without its job."""
 
+    @property
+    def is_staged(self) -> bool:
+        """Whether `mark_staged` was called."""
+
 
 class Job:
     """One save or restore.

@@ -14,8 +14,8 @@ ends.
 The trainer has died when its channels end: the kernel closes a process's descriptors when none of its threads runs any
 more, and forked children close their copies at the fork.
 
-The process ignores the signals that end a process group or a job (SIGINT, SIGHUP, SIGTERM), and has a session of its
-own: it always ends by itself, soon after the trainer.
+The process ignores the signals that end a process group or a job (SIGINT, SIGHUP, SIGTERM, SIGUSR1, SIGUSR2), and has
+a session of its own: it always ends by itself, soon after the trainer.
 
 Rules: no torch and no numpy.
 """
@@ -77,7 +77,10 @@ from engine.store.owner import Owner
 
 _log = logging.getLogger("engine.monitor")
 
-_IGNORED = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT, signal.SIGPIPE)
+_IGNORED = (
+    *(signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT, signal.SIGPIPE),
+    *(signal.SIGUSR1, signal.SIGUSR2),  # of schedulers that announce an end to every process of a job
+)
 
 
 class _TrainerGone(Exception):

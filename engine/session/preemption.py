@@ -2,7 +2,8 @@
 
 Theory of operation.  Schedulers send SIGTERM or SIGUSR1 some seconds before SIGKILL.  A handler only notes the signal.
 The next `checkpoint()` is at a step boundary, since the training loop calls it: it is the last one, and waits until
-every save in flight has ended.  Then the process ends as it would have ended without this, only later:
+every save in flight has ended; with ``isolation="process"`` only until the monitor has all that it needs.  Then the
+process ends as it would have ended without this, only later:
 
     handler before                   at the signal     after the last checkpoint
     SIG_DFL                          -                 the default action: the process is killed by the signal
@@ -43,6 +44,9 @@ from engine.session.save import Save
 
 # SLURM's `--signal`, Kubernetes, torchrun and `kill` send SIGTERM; users of SLURM often choose SIGUSR1.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+# The pause between two looks at whether a monitor has all of the saves in flight.
+_SLICE_S = 0.005
 
 _Handler = Callable[[int, FrameType | None], Any] | int | None
 
@@ -138,8 +142,10 @@ class Preemption:
             self.finish()
 
     def finish(self) -> None:
-        """Wait until every save in flight has ended, and end the process.  Returns where another handler decides."""
-        self._in_flight.wait()
+        """End the process when no save in flight needs it any more.  Returns where another handler decides."""
+        while not self._in_flight.wait(_SLICE_S):
+            if {save.step for save in self._saves if save.outlives_trainer}.issuperset(self._in_flight.steps()):
+                break  # a monitor makes them durable
         number = self._signal
         assert number is not None
         if threading.current_thread() is threading.main_thread():
@@ -205,13 +211,12 @@ class Preemption:
         if rate is None or self._deadline_s is None:
             return
         nbytes, taken_s = rate
-        in_flight = [save for save in self._saves if not save.done()]
-        left = sum(chunk.nbytes for save in in_flight for chunk in save.chunks() if chunk.status != "written")
+        left = sum(save.left_bytes() for save in self._saves if not save.done())
         if (left + nbytes) * taken_s / nbytes > self._deadline_s - (time.monotonic() - at):
             _log.warning("%s", _too_slow(left + nbytes, nbytes / taken_s, self._deadline_s))
 
     def _rate(self) -> tuple[int, float] | None:
-        """Bytes and seconds of the newest committed save, or None."""
+        """`Save.measured` of the newest committed save, or None."""
         return next((rate for save in reversed(self._saves) if (rate := save.measured()) is not None), None)
 
 

@@ -223,8 +223,28 @@ class Save(Future[CheckpointInfo]):
         super().add_done_callback(fn)
 
     def measured(self) -> tuple[int, float] | None:
-        """The bytes of the checkpoint, and the seconds from the call until it was committed; None if it is not."""
-        return None if self._info is None else (self._info.nbytes, max(self._durable_ns, 1) / 1e9)
+        """The bytes of the checkpoint, and the seconds for which this process had to live; None if it is not committed.
+
+        Those are until it was committed, or with a monitor until it was staged.
+        """
+        if self._info is None:
+            return None
+        lived_ns = self.stats()["staged_ns"] if self._has_monitor else self._durable_ns
+        return self._info.nbytes, max(lived_ns, 1) / 1e9
+
+    def left_bytes(self) -> int:
+        """The bytes for which this process has still to live; see `measured`."""
+        done = ("staged", "written", "durable") if self._has_monitor else ("written", "durable")
+        return sum(chunk.nbytes for chunk in self.chunks() if chunk.status not in done)
+
+    @property
+    def outlives_trainer(self) -> bool:
+        """Whether the monitor completes the save if this process dies now."""
+        return self._write is not None and self._write.memory is not None and self._write.memory.is_staged
+
+    @property
+    def _has_monitor(self) -> bool:
+        return self._write is not None and self._write.memory is not None
 
     @property
     def is_unasked(self) -> bool:

@@ -454,11 +454,11 @@ SCRIPT = """
 """
 
 
-def run_script(directory: Path, kill_at: int) -> subprocess.CompletedProcess[str]:
+def run_script(directory: Path, kill_at: int, script: str = SCRIPT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [
             *(sys.executable, "-W", "error", "-W", "ignore:'io_uring_plain'"),
-            *("-c", textwrap.dedent(SCRIPT), str(directory), str(kill_at)),
+            *("-c", textwrap.dedent(script), str(directory), str(kill_at)),
         ],
         capture_output=True,
         text=True,
@@ -479,3 +479,13 @@ def test_a_script_of_the_adapter_alone_is_killed_and_resumes_bit_identically(tmp
     assert resumed.returncode == 0, resumed.stderr
     assert int(resumed.stdout.split()[1]) > start
     assert resumed.stdout.split()[-1] == whole.stdout.split()[-1]
+
+
+def test_a_script_with_a_monitor_loses_no_save_that_was_staged(tmp_path: Path) -> None:
+    script = SCRIPT.replace("memory_saving=True,", "memory_saving=True, use_monitor=True,")
+    script = script.replace("if batch_idx == kill_at:", "if batch_idx == kill_at:\n            save.wait_staged()")
+    script = script.replace("chk_monitor.save(batch_idx)", "save = chk_monitor.save(batch_idx)")
+    assert run_script(tmp_path, 18, script).returncode == -signal.SIGKILL
+    resumed = run_script(tmp_path, 0, script)
+    assert resumed.returncode == 0, resumed.stderr
+    assert int(resumed.stdout.split()[1]) in (15, 18)

@@ -461,6 +461,60 @@ def test_a_failed_save_measures_nothing_and_the_last_one_ends_the_process_all_th
     assert "in time" not in process.errors
 
 
+# -- the monitor ----------------------------------------------------------------------------------------------------
+
+MONITORED = """
+    big = engine.Arena.wrap({"a": torch.ones(1 << 22)})
+    with engine.Engine(directory, isolation="process", **options) as eng:
+        preemption = eng.on_preemption(deadline_s=60)
+        eng.checkpoint(big, 1).result()
+        save = eng.checkpoint(big, 2)
+        save.result()
+        assert save.measured()[1] == save.stats()["staged_ns"] / 1e9, "the deadline is of staging only"
+        await_signal(preemption)
+        eng.checkpoint(big, 3)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_with_a_monitor_the_last_checkpoint_is_durable_soon_after_the_process(
+    start: Callable[[str], Preempted], number: int
+) -> None:
+    """The signal goes to every process of the job, the monitor too."""
+    process = start(MONITORED)
+    process.until("ready")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in [process.pid, *map(int, children)]:
+        os.kill(pid, number)
+    assert process.wait() == -number, process.errors
+    until(lambda: process.steps()[-1] == 3)  # the trainer may be gone before it asks to retire step 1
+
+
+def test_with_a_monitor_the_process_need_not_wait_for_the_disk(start: Callable[[str], Preempted]) -> None:
+    """The monitor is stopped when the last save is staged, and goes on when the trainer is dead."""
+    process = start("""
+        from engine.monitor.shared_memory import Board
+
+        mark_staged = Board.mark_staged
+
+        def stop_and_mark(board):
+            [child] = open(f"/proc/self/task/{os.getpid()}/children").read().split()
+            print(child, "stops", flush=True)
+            os.kill(int(child), signal.SIGSTOP)
+            mark_staged(board)
+
+        Board.mark_staged = stop_and_mark
+        with engine.Engine(directory, isolation="process", **options) as eng:
+            preemption = eng.on_preemption()
+            os.kill(os.getpid(), signal.SIGTERM)
+            eng.checkpoint(arena, 5)
+    """)
+    assert process.wait() == -signal.SIGTERM, process.errors
+    assert process.steps() == []
+    os.kill(int(process.output.split()[0]), signal.SIGCONT)
+    until(lambda: process.steps() == [5])
+
+
 # -- other processes ------------------------------------------------------------------------------------------------
 
 
