@@ -57,7 +57,7 @@ pytestmark = needs_held_pages
 BLOCKS = 6
 NBYTES = BLOCKS * SLOT_BYTES
 PLAN = whole(NBYTES, SLOT_BYTES)
-PENDING, STAGED, WRITTEN, FAILED = (bytes([state]) for state in BlockState)
+PENDING, STAGED, WRITTEN, FAILED, _WITHHELD = (bytes([state]) for state in BlockState)
 
 # Of a job whose first block is held: one helper has it, and the next one waits for that helper.
 HELD_PLAN = cut([[Extent(0, 0, 0, SLOT_BYTES), Extent(1, 0, SLOT_BYTES, NBYTES - SLOT_BYTES)]], SLOT_BYTES)
