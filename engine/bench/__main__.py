@@ -34,6 +34,7 @@ from engine.bench import (
     guards,
     host,
     limits,
+    monitored,
     report,
     slowdown,
     threads,
@@ -426,6 +427,14 @@ def _guards(rounds: Rounds, scales: Scales) -> None:
         _clear(rounds)
 
 
+def _monitor(rounds: Rounds, scales: Scales) -> None:
+    """What it costs that another process writes and commits."""
+    if rounds.wanted(Ours.name):
+        count, seconds = 2 * scales.rounds, scales.seconds / 3
+        monitored.measure(rounds, scales.main_bytes, MAIN_COUNT, count, WARM_UP, seconds)
+        _clear(rounds)
+
+
 SECTIONS: dict[str, Callable[[Rounds, Scales], None]] = {
     "limit": _limit,
     "main": _main,
@@ -439,6 +448,7 @@ SECTIONS: dict[str, Callable[[Rounds, Scales], None]] = {
     "unchanged": _unchanged,
     "threads": _threads,
     "guards": _guards,
+    "monitor": _monitor,
 }
 
 

@@ -49,6 +49,9 @@ GUARDS = ("cow", "detect", "fence")
 CALL, STEP_ALONE, BESIDE_STEP = "call", "step alone", "step beside a save"
 EVERY_CORE, ONE_THREAD, WHOLE = "every core", "one thread", "staged whole"
 
+# The ways of `monitor`: the figures of the second are to be within 5 % of the first's.
+IN_PROCESS, MONITORED = "in process", "monitored"
+
 Number = TypeVar("Number", int, float)
 Compute = Callable[[], float]  # raises _Unknown
 
@@ -95,6 +98,7 @@ def outcomes(record: Record, peers: Iterable[str], loading_peers: Iterable[str])
         *_unchanged(record),
         *_threads(record),
         *_guards(record),
+        *_monitor(record),
     ]
 
 
@@ -408,6 +412,19 @@ def _unchanged(record: Record) -> list[Outcome]:
                 _at_most(f"{told}: CPU, beside rewriting", 0.05, lambda each=each, way=way: cpu(each, way)),  # type: ignore[misc]
             ]
     return [*rows, _at_most(f"{CHANGED}: durable, beside rewriting", 1.05, slower)]
+
+
+def _monitor(record: Record) -> list[Outcome]:
+    def beside(name: str) -> float:
+        return _median(record.select("monitor", OURS, setting=MONITORED), name) / _median(
+            record.select("monitor", OURS, setting=IN_PROCESS), name
+        )
+
+    names = {"held_s": "loop held", "staged_s": "state may change", "durable_s": "durable", "cpu_s": "CPU"}
+    return [
+        _at_most(f"with a monitor beside without: {told}", 1.05, lambda name=name: beside(name))  # type: ignore[misc]
+        for name, told in names.items()
+    ]
 
 
 def _threads(record: Record) -> list[Outcome]:

@@ -25,6 +25,7 @@ the last word of the name (``_s`` seconds, ``_bytes``).  Nothing derived is stor
                saves ``copying_s`` of all threads together; the setting is which, and the number of threads
     guards     under each guard: a save, with ``held_s`` and all that save has; ``step_s`` of an optimizer's step, alone
                or beside a save; and each checkpoint of a training, as slowdown; the setting is which
+    monitor    the same as save; the setting says whether a monitor writes and commits
     slowdown   each checkpoint of a training, every so many steps: ``step_s`` of an undisturbed step, ``excess_s`` that
                those from the checkpoint on took longer, ``rest_s`` that the next would have to wait for, ``held_s``;
                the setting is the interval

@@ -85,6 +85,7 @@ def tables(record: Record, goals: Iterable[Outcome]) -> list[Table]:
         _threads_table(record),
         _guard_table(record),
         _guarded_training_table(record),
+        _monitor_table(record),
         Table("How each was used", ("", "", "how"), [(s.name, s.kind, s.how) for s in record.subjects]),
     ]
     return [table for table in found if table.rows]
@@ -300,6 +301,15 @@ def _unchanged_table(record: Record) -> Table:
         rows.append((setting, *written, *times))
     heads = ("", "changed, MB", "written, MB", "held, ms", "durable, ms", "CPU, ms")
     return Table("Trainings that change little", heads, rows)
+
+
+def _monitor_table(record: Record) -> Table:
+    rows = []
+    for setting in sorted({sample.setting for sample in record.select("monitor", OURS)}):
+        samples = record.select("monitor", OURS, setting=setting)
+        rows.append((setting, *(_times(samples, name)[0] for name in ("held_s", "staged_s", "durable_s", "cpu_s"))))
+    heads = ("", "held, ms", "state may change, ms", "durable, ms", "CPU, ms")
+    return Table("Saves through a monitor, and without one", heads, rows)
 
 
 def _threads_table(record: Record) -> Table:

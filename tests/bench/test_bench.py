@@ -40,6 +40,7 @@ from engine.bench import (
     guards,
     limits,
     measure,
+    monitored,
     report,
     slowdown,
     states,
@@ -176,6 +177,18 @@ def test_a_tmpfs_without_room_is_left_out_and_noted(tmp_path: Path, monkeypatch:
     threads.measure(rounds, 9 * 10**6, 1, 60)
     assert {s.setting.partition(",")[0] for s in rounds.record.samples} == {goals.NULL, goals.COPY}
     assert len(rounds.record.notes) == 1
+
+
+def test_a_monitored_save_stands_beside_one_without(tmp_path: Path) -> None:
+    rounds = measure.Rounds(make_record(), tmp_path)
+    monitored.measure(rounds, 10**6, 4, 2, 1, seconds=0)
+    found = {s.setting: s.values for s in rounds.record.select("monitor", goals.OURS)}
+    assert found.keys() == {goals.IN_PROCESS, goals.MONITORED}
+    assert all(each["durable_s"] >= each["held_s"] > 0 and each["cpu_s"] > 0 for each in found.values())
+    [table] = [t for t in report.tables(rounds.record, []) if "monitor" in t.title]
+    assert [row[0] for row in table.rows] == [goals.IN_PROCESS, goals.MONITORED]
+    told = {o.what: o.met for o in goals.outcomes(rounds.record, [], [])}
+    assert told["with a monitor beside without: durable"] is not None
 
 
 @pytest.fixture
