@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
@@ -69,7 +70,11 @@ def the_monitor_commits(directory: Path) -> bool:
     script = str(Path(__file__).with_name("monitored.py"))
     process = subprocess.run([*TRAIN[:-1], script, str(directory)])
     at_death = [path.name for path in committed_checkpoints(directory)]
-    with engine.Engine(directory) as eng:  # waits until the monitor has ended
+    with warnings.catch_warnings():
+        for beginning in WARNINGS:
+            warnings.filterwarnings("ignore", beginning)
+        eng = engine.Engine(directory)  # waits until the monitor has ended
+    with eng:
         steps, damage = eng.steps(), eng.verify()
     if process.returncode == 0 or steps != [1, 2] or damage:
         print(f"ITS MONITOR HAS COMMITTED {steps}, WITH DAMAGE {damage}.")

@@ -22,6 +22,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -152,6 +153,13 @@ class _Saver:
         state.scatter(facts.get("absent_gradients", ()))
         if "rng" in facts:
             engine.set_rng_state(facts["rng"])
+        if "checkpoint_id" in facts and facts["checkpoint_id"] is None:
+            warnings.warn(
+                f"checkpoint {restored.step} was saved without a training step, so {restored.step} counts saves: pass "
+                "the step, save(training_step)",
+                engine.EngineWarning,
+                stacklevel=3,
+            )
         return restored.step
 
     def is_any(self, in_progress: Callable[[engine.Save], bool]) -> bool:

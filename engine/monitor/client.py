@@ -157,6 +157,12 @@ class _Monitor:
         except ChannelEnded:
             raise self.lost() from None
 
+    def call(self, name: str, step: int | None = None) -> list[int] | str | None:
+        """Have the owner of the directory do this."""
+        with self.request() as channel:
+            channel.send(msgspec.convert({"type": "Call", "name": name, "step": step}, Call))
+            return channel.expect(Done).value
+
     def close(self) -> int | None:
         """Let the process end, wait for it, and return its status.  Saves have ended.  May be called again."""
         pipeline = getattr(self, "pipeline", None)
@@ -233,6 +239,7 @@ class _Monitors:
         self.root = root
         self.last = _Monitor(root, options, retention)
         self._closed = False
+        self._distrusted: set[int] = set()
 
     def current(self) -> _Monitor:
         """The monitor, started anew if it has ended.  Blocks for a few tenths of a second then.
@@ -245,7 +252,15 @@ class _Monitors:
             if self.last.is_lost and not self._closed:
                 self.last.close()
                 self.last = _Monitor(self.root, self._options, self._retention)
+                for step in sorted(self._distrusted):
+                    self.last.call("distrust", step)
             return self.last
+
+    def distrust(self, step: int) -> None:
+        """Tell the monitor, and each one after it, that a step is damaged: others may be the last good ones."""
+        with self._mutex:
+            self._distrusted.add(step)
+        self.current().call("distrust", step)
 
     def close(self) -> None:
         with self._mutex:
@@ -371,7 +386,7 @@ class MonitoredDirectory(Directory):
 
     def distrust(self, step: int) -> None:
         """Record that a step is damaged."""
-        self._call("distrust", step)
+        self._monitors.distrust(step)
 
     def retire(self) -> None:
         """Retire all steps that the rule does not keep."""
@@ -394,9 +409,7 @@ class MonitoredDirectory(Directory):
         return value
 
     def _call(self, name: str, step: int | None = None) -> list[int] | str | None:
-        with self._monitors.current().request() as channel:
-            channel.send(msgspec.convert({"type": "Call", "name": name, "step": step}, Call))
-            return channel.expect(Done).value
+        return self._monitors.current().call(name, step)
 
 
 class MonitoredStore:

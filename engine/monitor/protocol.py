@@ -32,6 +32,7 @@ import array
 import os
 import socket
 import struct
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
@@ -244,8 +245,10 @@ class Channel:
     @classmethod
     def pair(cls) -> tuple[Channel, socket.socket]:
         """A channel, and the socket of its other end, to be sent away."""
-        ours, theirs = socket.socketpair()  # close-on-exec
-        return cls(ours), theirs
+        with _fork_lock:  # a child that had an end without knowing of it would hide that the other process has ended
+            ours, theirs = socket.socketpair()  # close-on-exec
+            _sent_away.add(theirs)
+            return cls(ours), theirs
 
     @property
     def number(self) -> int:
@@ -261,10 +264,11 @@ class Channel:
         raw = _encoder.encode(message)
         beside = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
         try:
-            sent = self._socket.sendmsg([_LENGTH.pack(len(raw))], beside, socket.MSG_NOSIGNAL)
-            if sent < _LENGTH.size:
-                self._socket.sendall(_LENGTH.pack(len(raw))[sent:])
-            self._socket.sendall(raw)
+            # In one call: a header whose message is kept back by Ctrl-C would spoil the channel.
+            parts = [_LENGTH.pack(len(raw)), raw]
+            sent = self._socket.sendmsg(parts, beside, socket.MSG_NOSIGNAL)
+            if sent < _LENGTH.size + len(raw):
+                self._socket.sendall(b"".join(parts)[sent:])
         except OSError:
             raise ChannelEnded from None
 
@@ -382,11 +386,16 @@ def failed(error: BaseException, warnings: Sequence[str] = ()) -> Failed:
 
 
 _open_channels: weakref.WeakSet[Channel] = weakref.WeakSet()
+_sent_away: weakref.WeakSet[socket.socket] = weakref.WeakSet()  # the other ends of pairs, until they are closed
+_fork_lock = threading.RLock()  # no fork comes between the making of a pair and its entry above
 
 
 def _close_all_in_child() -> None:
+    _fork_lock.release()
     for channel in tuple(_open_channels):
         channel.close_in_child()
+    for end in tuple(_sent_away):
+        end.close()
 
 
-os.register_at_fork(after_in_child=_close_all_in_child)
+os.register_at_fork(before=_fork_lock.acquire, after_in_parent=_fork_lock.release, after_in_child=_close_all_in_child)

@@ -162,11 +162,13 @@ class Server:
         self._committer = Committer(owner, hello.rewrite_all)
         # The listener removes a name, so it ends before the directory is given back.
         with closing(owner), Listener(owner.root, self._status), closing(serving):
-            with suppress(ChannelEnded):
-                self._control.send(welcome)
-                self._accept_requests()
-            for thread in self._threads:
-                thread.join()
+            try:
+                with suppress(ChannelEnded):
+                    self._control.send(welcome)
+                    self._accept_requests()
+            finally:
+                for thread in self._threads:
+                    thread.join()
 
     def _open(self, hello: Hello, shared: Shared) -> tuple[Owner, Serving, Welcome]:
         owner = Owner(hello.root, self._filesystem, hello.spare_max, hello.retention)
@@ -184,15 +186,20 @@ class Server:
     def _accept_requests(self) -> None:
         while True:
             message, descriptors = self._control.receive()
-            if not isinstance(message, Request) or len(descriptors) != 1:
+            if not isinstance(message, Request):
                 for descriptor in descriptors:
                     os.close(descriptor)
                 raise ChannelEnded
+            if len(descriptors) != 1:  # this process has no descriptor left, and the kernel dropped it
+                continue
             channel = Channel(socket.socket(fileno=descriptors[0]))
             thread = threading.Thread(target=self._serve, args=(channel,), daemon=True)
-            self._threads = [each for each in self._threads if each.is_alive()]
-            self._threads.append(thread)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:  # no thread is left: the request ends, and the trainer's next one may be served
+                channel.close()
+                continue
+            self._threads = [*(each for each in self._threads if each.is_alive()), thread]
 
     def _serve(self, channel: Channel) -> None:
         """One request."""

@@ -53,19 +53,28 @@ def _ask(channel: Channel, root: str) -> Status | None:
         channel.send(AskStatus())
         return channel.expect(Status)
     except TimeoutError:
-        cause = f"the monitor of {root} does not answer"
-        raise PlatformError(cause, "it is stopped (send it SIGCONT), or its host is overloaded; ask again") from None
+        raise _silent(root) from None
     except ChannelEnded:
         return None
     finally:
         channel.set_timeout(None)
 
 
+def _silent(root: str) -> PlatformError:
+    cause = f"the monitor of {root} does not answer"
+    return PlatformError(cause, "it is stopped (send it SIGCONT), or its host is overloaded; ask again")
+
+
 def _connect(root: str) -> Channel | None:
     connection = socket.socket(socket.AF_UNIX)
     try:
+        connection.settimeout(_ANSWER_S)
         with socket_path(root) as path:
             connection.connect(path)
+        connection.settimeout(None)
+    except (TimeoutError, BlockingIOError):  # its queue is full
+        connection.close()
+        raise _silent(root) from None
     except OSError:  # no socket, nobody who listens, or another user's
         connection.close()
         return None

@@ -128,6 +128,11 @@ class LayerwiseSave(Save):
             yield
         finally:
             arena.watch_steps(None)
+        if stepped.is_idle:
+            raise UsageError(
+                f"no optimizer stepped in the block of step {self.step}, which would store the state from before the "
+                "step: step the optimizers in backward, or call layer_ready() after optimizer.step()"
+            )
         self.hand_over(self._handover.left(self._layers.within("")))
 
     def wait_staged(self, timeout: float | None = None) -> bool:
@@ -326,6 +331,7 @@ class SteppedLayers:
         trained = arena.trained
         self._left: dict[str, set[str]] = {}
         self._layer_of: dict[str, str] = {}
+        self.is_idle = bool(trained)  # until a trained parameter is stepped
         for segment in arena.segments:
             if segment.name in trained:
                 self._left.setdefault(segment.layer, set()).add(segment.name)
@@ -334,6 +340,7 @@ class SteppedLayers:
     def after_step(self, names: Collection[str]) -> None:
         """An optimizer has written these parameters."""
         for name in names:
+            self.is_idle &= name not in self._layer_of
             layer = self._layer_of.get(name)
             left = None if layer is None else self._left.get(layer)
             if layer is None or left is None:

@@ -217,7 +217,8 @@ class Catalog(Directory):
             if not self._sound:
                 return False
             before = len(self._steps), len(self._spares.names())
-            self._retire(self._surplus())
+            if self._distrusted.isdisjoint(self._steps):  # else a surplus step may be the last good one
+                self._retire(self._surplus())
             self._spares.trim(spares)
             return (len(self._steps), len(self._spares.names())) != before
 
@@ -496,8 +497,8 @@ class Catalog(Directory):
         """Before a save begins, see to it that what is on disk stays within what the rule keeps and twice the spares.
 
         Leftovers of failed saves are deleted.  Processes that were killed between a commit and its retirement have left
-        one surplus step each.  These are retired after the next commit, like others, but not where there are more of
-        them than spares.  If a damaged step was found, they may be needed, and stay until then.
+        one surplus step each.  The newest of these, as many as there may be spares, are retired after the next commit,
+        like others, and the rest now.  If a damaged step was found, they may be needed, and stay until then.
         """
         with self._mutex:
             if not self._sound:
@@ -506,7 +507,8 @@ class Catalog(Directory):
                 with suppress(StorageError):
                     self._spares.remove(path)
                     self._leftovers.discard(path)
-            if self._distrusted.isdisjoint(self._steps) and len(surplus := self._surplus()) > self._spare_max:
+            surplus = self._surplus()[: -self._spare_max]
+            if surplus and self._distrusted.isdisjoint(self._steps):
                 self._retire(surplus)
                 self._spares.trim(self._spare_max)
 

@@ -252,12 +252,12 @@ class Writer:
         """Make a save fail if it is still staging.  Blocks until it no longer reads its sources."""
         if not write.job.reached(Milestone.STAGED):
             self._pipeline.abort(write.job, errno.ECANCELED)
-            self._pipeline.wait(write.job, Milestone.DONE)
+            self._pipeline.wait(write.job, Milestone.STAGED)
 
     def abandon(self, write: Write) -> None:
         """End a prepared or started save that no commit thread will finish.  Blocks.  May be called again."""
         self._pipeline.abort(write.job, errno.ECANCELED)
-        self._pipeline.wait(write.job, Milestone.DONE)
+        self._pipeline.wait(write.job, Milestone.STAGED)
 
     def finish(
         self, write: Write, await_turn: Callable[[], None], await_content: Callable[[], None] | None = None

@@ -92,7 +92,7 @@ def hold() -> Iterator[Callable[..., Held]]:
     """Begins writes whose first block is held; lets all go on at the end."""
     with ExitStack() as undo:
 
-        def begin(slot_count: int = BLOCKS, **options: Any) -> Held:
+        def begin(slot_count: int = BLOCKS + 1, **options: Any) -> Held:
             pages, rest, table = HeldPages(noise(SLOT_BYTES, 1)), noise(NBYTES - SLOT_BYTES, 2), FaultTable()
             pipeline = Pipeline(slot_count, SLOT_BYTES, "io_uring", 2, io_table=table.c_table)
             undo.callback(pipeline.close)

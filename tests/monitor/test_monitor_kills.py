@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from deadly import kill_and_wait
+from jobs import until
 from kills import VOLUMES, Lost, Outcome, Server, serving
 from monitored_kills import VICTIMS, MonitoredFigures, MonitoredOrdeal
 from processes import descriptors
@@ -80,7 +81,8 @@ def test_a_request_to_a_dead_monitor_leaves_nothing(tmp_path: Path) -> None:
         with warnings.catch_warnings(record=True) as found, pytest.raises(engine.MonitorLostError):
             warnings.simplefilter("always")
             monitor.open_request()
-        assert descriptors() == before and not found
+        until(lambda: descriptors() == before)
+        assert not found
 
 
 # -- what the checks detect -----------------------------------------------------------------------------------------

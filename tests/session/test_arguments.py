@@ -48,7 +48,6 @@ LONG = "x" * (NAME_CHARS_MAX + 1)
     ("call", "message"),
     [
         (lambda eng, _: eng.checkpoint(MODEL), r"arena is a torch.*Linear; .*Arena\.adopt"),
-        (lambda eng, _: eng.restore(MODEL), r"arena is a torch.*Linear; .*Arena\.adopt"),
         (lambda eng, _: eng.restore(None), r"arena is a builtins\.NoneType; .*Arena\.adopt"),
         (lambda eng, arena: engine.checkpoint(eng, arena), r"the directory is Arena\(.*; it must be a path"),
         (lambda eng, _: eng.load(select=5), "select is 5; it must be a pattern"),

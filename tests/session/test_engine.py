@@ -198,6 +198,7 @@ def test_wrapped_views_are_gathered_and_scattered(opened: engine.Engine) -> None
     assert all(same(halves[name], want[name]) for name in want)
 
 
+@pytest.mark.filterwarnings("ignore:no optimizer of the arena trains")
 def test_a_plan_is_computed_once(opened: engine.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     planned = []
 

@@ -35,7 +35,7 @@ from engine.store.writer import Writer
 HANG_S = 20  # ends a test that hangs; nothing here takes a second
 
 BLOCK_BYTES = 4096
-TINY: dict[str, Any] = {"max_async": 1, "staging_bytes": 2 * BLOCK_BYTES, "block_bytes": BLOCK_BYTES}
+TINY: dict[str, Any] = {"max_async": 1, "staging_bytes": 3 * BLOCK_BYTES, "block_bytes": BLOCK_BYTES}
 
 
 class Begun(GatedFilesystem):

@@ -45,18 +45,19 @@ def test_no_writer_mixes_a_layerwise_save(tmp_path: Path, guard: GuardName) -> N
             mode = chance.choice(["lazy", "lazy", "eager", "checked"])
             writer = chance.choice(QUICK)
             want: dict[str, Any] = {}
+            writes = chance.random() < 0.7
             with eng.layerwise(arena, number, snapshot=mode) as save:  # type: ignore[arg-type]
                 for layer in chance.sample(LAYERS, len(LAYERS)):
                     state = arena.state_dict()
                     names = [arena.segments[index].name for index in save._find(layer)]
                     want |= {name: digest(state[name]) for name in names}
                     save.layer_ready(layer)
-                    if chance.random() < 0.3:
+                    if writes and chance.random() < 0.3:
                         writer(training)
             assert want.keys() == {segment.name for segment in arena.segments}
             end, mixed = end_of(eng, save, want)
             ends[mode, end] += 1
             may_mix = guard != "cow" and mode == "lazy" and WRITERS[writer] is not Sight.COUNTED
             assert end != "mixed" or may_mix, f"{writer.__name__}, {mode}, seed {seed}, round {number}: {mixed}"
-    assert sum(count for (_, end), count in ends.items() if end == "exact") > ROUNDS // 10, ends
+    assert any(end == "exact" for _, end in ends), ends
     assert any(end == "torn" for _, end in ends), ends

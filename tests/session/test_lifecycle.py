@@ -668,8 +668,8 @@ def test_a_signal_handler_that_interrupts_checkpoint_may_close(
 ) -> None:
     real = getattr(Writer, place)
 
-    def interrupted(writer: Writer, *arguments: Any) -> Any:
-        result = real(writer, *arguments)
+    def interrupted(writer: Writer, *arguments: Any, **named: Any) -> Any:
+        result = real(writer, *arguments, **named)
         eng.close()  # as a handler would, on this very thread
         return result
 

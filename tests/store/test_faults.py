@@ -225,7 +225,9 @@ def check_refused(error: engine.EngineError | None, told: list[str], system: Sys
     elif error is not None:
         check_error(error, grave, code)
     else:
-        assert told or not grave, f"{grave} was not reported"
+        # A lock that is refused for a moment is asked for again, because a monitor may be about to give it back.
+        again = code == errno.EWOULDBLOCK and all(call.operation == "flock" for call in grave)
+        assert told or again or not grave, f"{grave} was not reported"
 
 
 def disturb(scenario: Scenario, root: Path, code: int, start: int, count: int) -> bool:
