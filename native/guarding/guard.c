@@ -533,7 +533,8 @@ static void answer(eng_guard *g, uint64_t address)
     const uint32_t u = (uint32_t)((address - g->protection.address) / UNIT_BYTES);
     unit *at = &g->units[u];
     if (g->job != NULL && at->pending == 0)
-        at->has_changed = 1; /* a block that was staged may be written now: if the unit is protected again, it is not clean */
+        at->has_changed =
+            1; /* a block that was staged may be written now: if the unit is protected again, it is not clean */
     if (g->job == NULL || g->has_given_up || at->pending == 0) {
         unprotect(g, u, u + 1);
         return;
