@@ -243,7 +243,7 @@ class Checkpointer:
             self._complete(arena, save, save.write)
         except BaseException as error:
             save.discard(error if isinstance(error, EngineError) else UsageError(f"interrupted: {error!r}"))
-            self._store.writer.interrupt(save.write)
+            save.interrupt()
             if not isinstance(error, EngineError):
                 raise
         self._warn_of_foreign_steps(arena)

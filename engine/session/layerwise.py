@@ -294,6 +294,14 @@ class LayerwiseSave(Save):
                     write.pipeline.aborting(write.job, errno.ECANCELED)()
             self._left.open()
 
+    def interrupt(self) -> None:
+        """Make the save fail if it is still staging.  Blocks until nothing reads the arena.
+
+        By its own writer: the Engine may have another monitor by now, whose pipeline does not know the job.
+        """
+        if self._write is not None and self._writer is not None:
+            self._writer.interrupt(self._write)
+
     def leave(self) -> None:
         """The block has been left in order, and the content is whole: the save may be committed."""
         self._left.open()
