@@ -182,7 +182,6 @@ class Engine(Reading):
         """
         self._check_usable()
         self._failures.report()
-        metrics, files = {} if metrics is None else metrics, {} if files is None else files
         preemption = self._preemption
         if preemption is not None:
             preemption.before_save()
@@ -228,7 +227,6 @@ class Engine(Reading):
         Raises as `checkpoint`, when the block is entered.
         """
         self._check_usable()
-        metrics, files = {} if metrics is None else metrics, {} if files is None else files
         request = Request(step, extra, chunk_count, chunk_bytes, snapshot, on_busy, metrics, tag, files)
 
         def begin(opened: list[LayerwiseSave]) -> LayerwiseSave:

@@ -369,20 +369,19 @@ class _Trainer:
         Raises:
             _Discarded: it has the save discarded; its argument says whether because it was torn.
         """
-        if self.is_gone:  # what it sends after nonsense is not waited for
-            return False
-        try:
-            message, _ = self._channel.receive()
-        except ChannelEnded:
-            self.is_gone = True
-            return False
-        if isinstance(message, Begin) and amend is not None:
+        while not self.is_gone:  # what it sends after nonsense is not waited for
+            try:
+                message, _ = self._channel.receive()
+            except ChannelEnded:
+                self.is_gone = True
+                break
+            if isinstance(message, kind):
+                return True
+            if not isinstance(message, Begin) or amend is None:
+                raise _Discarded(isinstance(message, Discard) and message.torn)
             amend(message)
             self.tell(Done(None, _warnings.take()))
-            return self.asks(kind, amend)
-        if not isinstance(message, kind):
-            raise _Discarded(isinstance(message, Discard) and message.torn)
-        return True
+        return False
 
 
 def _answer(channel: Channel, function: Callable[[], Message]) -> None:

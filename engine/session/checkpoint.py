@@ -90,9 +90,10 @@ class Request:
     chunk_bytes: int | None = None
     snapshot: Snapshot = "auto"
     on_busy: OnBusy = "wait"
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] | None = None
     tag: str | None = None
-    files: Mapping[str, FileContent] = field(default_factory=dict)
+    files: Mapping[str, FileContent] | None = None
+    plain_metrics: Mapping[str, float] = field(init=False)
     contents: Mapping[str, bytes] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -102,12 +103,12 @@ class Request:
                 object.__setattr__(self, name, check_range(name, value, low, high))
         check_choice("snapshot", self.snapshot, Snapshot)
         check_choice("on_busy", self.on_busy, OnBusy)
-        object.__setattr__(self, "metrics", _plain_metrics(self.metrics))
+        object.__setattr__(self, "plain_metrics", {} if self.metrics is None else _plain_metrics(self.metrics))
         if self.tag is not None:
             if not _is_name(self.tag):
                 raise ArgumentError(f"tag is {_shortened(self.tag)}; it must be {_NAME}, or None")
             object.__setattr__(self, "tag", str.__str__(self.tag))  # of a subclass the plain text
-        object.__setattr__(self, "contents", _contents(self.files))
+        object.__setattr__(self, "contents", {} if self.files is None else _contents(self.files))
 
 
 def _contents(files: object) -> dict[str, bytes]:
@@ -395,7 +396,7 @@ class Checkpointer:
             modules=arena.extra_states(),
             wrappers=arena.wrappers,
             extra=encode(request.extra),
-            metrics={name: value if math.isfinite(value) else None for name, value in request.metrics.items()},
+            metrics={name: value if math.isfinite(value) else None for name, value in request.plain_metrics.items()},
             tag=request.tag,
             user_files=request.contents,
         )
