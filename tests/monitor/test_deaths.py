@@ -255,3 +255,21 @@ def test_a_full_disk_fails_the_save_and_not_the_monitor(tmp_path: Path, hooks: H
             eng.checkpoint(arena, step=1).result(60)
         assert eng.checkpoint(arena, step=2).result(60).step == 2 and monitor_of(eng) == pid
         assert sorted(os.listdir(tmp_path)) == [".engine", "step-00000002"]
+
+
+@pytest.mark.filterwarnings("ignore::engine.EngineWarning")
+def test_a_new_monitor_knows_which_step_is_damaged(tmp_path: Path, hooks: Hooks, arena: engine.Arena) -> None:
+    """The steps before it, which the rule no longer keeps, are the last good ones until the next is committed."""
+    with engine.Engine(tmp_path, keep=None, **SMALL) as eng:
+        for step in range(1, 7):
+            eng.checkpoint(arena, step).result(60)
+    (tmp_path / "step-00000006" / "model.safetensors").write_bytes(b"damaged")
+    seen: list[list[int]] = []
+    with engine.Engine(tmp_path, keep=1, **SMALL) as eng:
+        assert eng.restore(arena).step == 5
+        os.kill(monitor_of(eng), signal.SIGKILL)
+        until(lambda: eng._store._monitors.last.is_lost)  # type: ignore[union-attr]
+        hooks.before = lambda *_: seen.append(engine.open(tmp_path).steps())
+        eng.checkpoint(arena, step=7).result(60)
+    before_commit = [steps for steps in seen if 7 not in steps]
+    assert before_commit and all(steps == [1, 2, 3, 4, 5, 6] for steps in before_commit)

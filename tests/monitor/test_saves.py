@@ -301,3 +301,17 @@ def test_the_time_to_start(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     sys.stdout.write(f"processor time of a monitor's imports: {float(done.stdout):.2f} s\n")
     assert float(done.stdout) > 0
+
+
+def test_a_layerwise_save_has_the_options_of_the_end_of_its_block(tmp_path: Path) -> None:
+    layer = nn.Linear(30, 30)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    arena = engine.Arena.adopt(layer, optimizer)
+    with engine.Engine(tmp_path, **SMALL) as eng:
+        with eng.layerwise(arena, 1) as save:
+            optimizer.param_groups[0]["lr"] = 0.25
+            save.layer_ready("")
+        save.result()
+        optimizer.param_groups[0]["lr"] = 0.125
+        eng.restore(arena)
+    assert optimizer.param_groups[0]["lr"] == 0.25

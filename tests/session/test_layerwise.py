@@ -613,3 +613,15 @@ def test_interrupts_at_random_moments_of_blocks(tmp_path: Path, guard: str) -> N
     )
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) > 50, "hardly anything was interrupted"
+
+
+def test_a_backward_pass_that_steps_nothing_stores_nothing(tmp_path: Path) -> None:
+    """The optimizer steps after the block, as most trainings do: the checkpoint would be of the moment before."""
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    arena = engine.Arena.adopt(model, optimizer)
+    with engine.Engine(tmp_path, **SMALL) as eng:
+        refused = pytest.raises(engine.UsageError, match="no optimizer stepped in the block of step 1")
+        with refused, eng.layerwise(arena, 1) as save, save.in_backward():
+            model(torch.ones(4)).sum().backward()
+        assert eng.steps() == []
