@@ -216,9 +216,9 @@ class Engine(Reading):
         hyperparameters what they were at the end of the block.  If the block is left without every layer, the save
         fails and names them.  An exception in the block discards the save.
 
-        A layer is not written again in the block, unless the guard is ``"cow"``.  With a snapshot that is eager,
-        `layer_ready` returns when what it has completed is staged.  In the block the arena is not saved, restored or
-        given other tensors, and the Engine not closed: that discards the save.
+        Do not write to a layer again in the block, unless the guard is ``"cow"``.  With ``snapshot="eager"``,
+        `layer_ready` returns when the blocks that it completed are staged.  To save or restore the arena in the block,
+        to give it other tensors, or to close the Engine discards the save.
 
         Args:
             arena, step, extra, chunk_count, chunk_bytes, snapshot, on_busy, metrics, tag, files: as `checkpoint`.

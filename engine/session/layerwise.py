@@ -117,6 +117,9 @@ class LayerwiseSave(Save):
 
         For trainings whose optimizers step in backward, in hooks of `Tensor.register_post_accumulate_grad_hook`.  What
         no step has written is handed over at the end: frozen layers, and parameters that got no gradient.
+
+        Raises:
+            UsageError: no optimizer stepped in the block, so the checkpoint would be of the moment before the step.
         """
         arena = self._arena
         if arena is None or self._write is None:
