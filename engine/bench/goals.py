@@ -506,7 +506,8 @@ def _held_a_tensor(record: Record, what: str, *, setting: str) -> Outcome:
         return _median(record.select(section, OURS, tensor_count=count, setting=of), name) / count * 1e6
 
     return _with_standin(
-        _at_most(what, 1, lambda: each_us("tensors", setting, "held_s"), unit="us"),
+        # In Python the look costs more than in C, and stays readable: the goal is 4 ms for a training of 2,000 tensors.
+        _at_most(what, 2, lambda: each_us("tensors", setting, "held_s"), unit="us"),
         lambda: each_us("looks", "", "seconds_s"),
     )
 
