@@ -47,8 +47,11 @@ zoo: build/zoo/zoo.stamp ## Train, kill and resume with many libraries, into doc
 types: setup ## Check types
 	$(BIN)/python -m mypy
 
+# A process for each core, and no more than four: most tests wait for the disk, or start processes of their own.
+PYTEST := -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
+
 pytest: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 # A campaign's crash states, kills or rounds, and the one number that says which they are.
 STATES ?= 1000000
@@ -120,10 +123,10 @@ $(BENCH_STAMP): $(ENGINE_STAMP) .ci/prepare .ci/peers
 # does not name is as in constraints.txt.
 
 test-lowest: build/lowest/engine.stamp ## Run the tests with the lowest versions that pyproject.toml declares
-	build/lowest/bin/python -m pytest
+	build/lowest/bin/python $(PYTEST)
 
 test-newest: build/newest/engine.stamp ## Run the tests with the newest versions of everything
-	build/newest/bin/python -m pytest
+	build/newest/bin/python $(PYTEST)
 
 build/lowest/engine.stamp: build/lowest.txt
 build/newest/engine.stamp: build/newest.txt
