@@ -74,7 +74,8 @@ struct eng_guard {
     uint32_t clean_capacity;
     uint32_t *wanted; /* units, in order of arrival */
     uint32_t wanted_count;
-    uint64_t progress_ns;
+    uint32_t waiting_count; /* units that are `is_wanted`; of `wanted` some are not any more */
+    uint64_t progress_ns; /* when a block was staged last, or a writer began to wait while no other did */
     int has_given_up;
     int wake_fd; /* the pipeline's, while the job is with it; -1 */
 };
@@ -342,9 +343,12 @@ int guard_watch(eng_guard *g, const eng_job *job, const uint32_t *blocks, uint32
 /* The armed job will not read its sources again: unprotect the units of which it still had something to read. */
 static void end(eng_guard *g)
 {
-    for (uint32_t u = 0; u < g->unit_count; u++)
+    for (uint32_t u = 0; u < g->unit_count; u++) {
         if (g->units[u].pending > 0 || g->units[u].is_wanted)
             unprotect(g, u, u + 1);
+        g->units[u].is_wanted = 0;
+    }
+    g->waiting_count = 0;
     __atomic_store_n(&g->wanted_count, 0, __ATOMIC_RELEASE);
     g->job = NULL;
     g->wake_fd = -1;
@@ -361,7 +365,7 @@ static int arm(eng_guard *g, const eng_job *job)
         return result;
     list_blocks(g, job);
     for (uint32_t u = 0; u < g->unit_count; u++)
-        g->units[u].is_wanted = g->units[u].is_listed = g->units[u].has_changed = 0;
+        g->units[u].is_listed = g->units[u].has_changed = 0;
     if (job->withheld_count == 0)
         result = protect(g, job);
     else
@@ -474,7 +478,10 @@ static void release_extent(eng_guard *g, uint32_t extent, int is_unchanged)
         at->has_changed |= (uint8_t)!is_unchanged;
         at->pending--;
         const int is_released = at->pending == 0 && (at->has_changed || at->is_wanted);
-        at->is_wanted &= at->pending > 0;
+        if (at->is_wanted && at->pending == 0) {
+            at->is_wanted = 0;
+            g->waiting_count--;
+        }
         if (is_released)
             continue;
         if (first < u)
@@ -541,7 +548,7 @@ static void answer(eng_guard *g, uint64_t address)
     }
     if (!at->is_wanted) {
         at->is_wanted = 1;
-        if (g->wanted_count == 0)
+        if (g->waiting_count++ == 0)
             g->progress_ns = thread_now_ns();
     }
     if (!at->is_listed) {
@@ -557,9 +564,7 @@ static void answer(eng_guard *g, uint64_t address)
  * still waits.  The mutex is held. */
 static int keep_patience(eng_guard *g)
 {
-    int is_waiting = 0;
-    for (uint32_t u = 0; u < g->unit_count && !g->has_given_up; u++)
-        is_waiting |= g->units[u].is_wanted;
+    const int is_waiting = g->waiting_count > 0 && !g->has_given_up;
     if (!is_waiting || thread_now_ns() - g->progress_ns < PATIENCE_NS)
         return is_waiting;
     g->has_given_up = 1;

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import pairwise
@@ -22,7 +23,7 @@ import torch
 from guarded import KINDS_HERE, UNIT_BYTES, Guarded, needs_cow
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from jobs import HANG_NS, WRITE, Stage, content, cut, finish, make_job, strided, whole
+from jobs import HANG_NS, WRITE, Stage, content, cut, finish, make_job, noise, plain, strided, whole
 
 from engine.errors import PlatformError
 from engine.format.plan import ALIGNMENT, Extent, Plan
@@ -33,6 +34,7 @@ from engine.io.pipeline import Pipeline
 MIB = 1 << 20
 BLOCK_BYTES = MIB // 4  # so that the slots fit in 8 MiB of locked memory, which an ordinary user may have
 NBYTES = 9 * MIB + 3 * ALIGNMENT  # the last unit is not whole
+PATIENCE_S = 5.0  # PATIENCE_NS of native/guarding/guard.c
 
 
 @pytest.fixture
@@ -248,6 +250,35 @@ def test_a_writer_that_waits_too_long_goes_on_and_the_save_fails(open_guarded: C
     job = memory.begin(pipeline, plan)
     pipeline.attach(job, [fd])
     assert finish(pipeline, job).failure is None and content(fd, NBYTES) == before
+    pipeline.close()
+
+
+@needs_cow
+def test_a_writer_has_its_patience_for_itself(open_guarded: Callable[..., Guarded], fd: int) -> None:
+    """A writer that went on long before is not taken for one that waits since then.
+
+    Each unit is one block.  The first writer's block takes the only slot that a job without a file may have, so the
+    pipeline looks for no other wish, and does not take this one off the list.
+    """
+    pipeline, memory = Pipeline(2, UNIT_BYTES), open_guarded("cow", 2 * UNIT_BYTES)
+    plan, before = whole(2 * UNIT_BYTES, UNIT_BYTES), memory.bytes_now()
+    units = memory.tensor.chunk(2)
+    writers = [threading.Thread(target=unit.fill_, args=(9,)) for unit in units]
+    holder = make_job(WRITE, whole(UNIT_BYTES, UNIT_BYTES), [plain(noise(UNIT_BYTES))])
+    pipeline.submit(holder)
+    assert pipeline.wait(holder, Milestone.STAGED, HANG_NS)  # and has that slot until it gets a file
+    job = memory.begin(pipeline, plan)
+    writers[0].start()
+    time.sleep(0.2)  # until it waits
+    pipeline.attach(holder, [fd])
+    writers[0].join(HANG_NS / 1e9)
+    time.sleep(PATIENCE_S + 0.2)
+    writers[1].start()
+    time.sleep(0.2)
+    pipeline.attach(job, [fd])
+    writers[1].join(HANG_NS / 1e9)
+    assert finish(pipeline, job).failure is None
+    assert content(fd, 2 * UNIT_BYTES) == before
     pipeline.close()
 
 
