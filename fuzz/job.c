@@ -357,7 +357,7 @@ static void run(trial *t, input *in)
 {
     static const int32_t FDS[FILES_MAX];
     static const eng_io_table TABLE = {NULL, set_files, start, reap};
-    const int valid = job_is_valid(&t->job, SLOT_BYTES), aborted = below(in, 16) == 15;
+    const int valid = job_is_valid(&t->job, t->job.withheld_count, SLOT_BYTES), aborted = below(in, 16) == 15;
     const uint32_t threads = 1 + below(in, STAGING_THREADS_MAX);
     if (valid && !is_ours(t))
         return;

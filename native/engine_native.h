@@ -25,7 +25,7 @@
 #include <stdint.h>
 
 enum {
-    ENG_VERSION = 5, /* of this interface, raised with every change of it; io/binding.py has the same number */
+    ENG_VERSION = 6, /* of this interface, raised with every change of it; io/binding.py has the same number */
     ENG_ALIGNMENT = 4096,    /* of slots, block offsets and written lengths; plan.ALIGNMENT is the same number */
     ENG_JOBS_MAX = 64,       /* jobs in one pipeline at a time: max_async is at most 32, and restores come on top */
     /* Files of one job that have a place in a ring's table of registered files.  A block of a further file names its
@@ -129,13 +129,17 @@ typedef struct eng_guard eng_guard;
 typedef struct {
     /* Set by the caller before eng_submit. */
     uint32_t direction;
-    uint32_t checked; /* hash every source before ENG_URGENT, and fail if a block that is staged has another hash */
+    uint32_t
+        checked; /* hash every source before ENG_URGENT, and fail if a block that is staged has another hash; not with
+                       * a guard */
     uint32_t source_count;
     uint32_t extent_count;
     uint32_t block_count;
     uint32_t urgent_count; /* ENG_URGENT is reached when this many blocks, the first of `order`, are staged */
     uint32_t file_count;
-    uint32_t withheld_count; /* of a write: blocks that may not begin, at the end of `order`; eng_release lowers it */
+    uint32_t
+        withheld_count; /* of a write without urgent blocks: those that may not begin, at the end of `order`, which are
+                              * all at first, or none; eng_release lowers it */
     const eng_source *sources;
     const eng_extent *extents;
     const eng_block *blocks;
@@ -236,8 +240,8 @@ int eng_attach(eng_pipeline *pipeline, eng_job *job, const int32_t *fds, const e
 
 /* Let withheld blocks of a submitted write begin, after those that were released before.  The job's guard watches their
  * sources from here on, and none of the others.  All blocks are withheld at first, or none.  Returns 0, -ESRCH if the
- * job has ended, -EINVAL if a block is not withheld, or what the guard was refused: then the caller aborts the job.  Not
- * to be called by two threads at once for one job. */
+ * job has ended, -EINVAL if a block is not withheld or named twice, or what the guard was refused: then the caller aborts
+ * the job.  Not to be called by two threads at once for one job. */
 int eng_release(eng_pipeline *pipeline, eng_job *job, const uint32_t *blocks, uint32_t count);
 
 /* Fail a job: its operations in flight are drained, and then it is done.  A job that was never submitted is done at

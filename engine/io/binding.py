@@ -26,7 +26,7 @@ except ImportError as error:
 NATIVE_PATH = str(sys.modules["engine._native"].__file__)
 
 # The interface that the Python files are written for: ENG_VERSION of native/engine_native.h.
-_VERSION = 5
+_VERSION = 6
 _found = getattr(lib, "ENG_VERSION", None)
 if _found != _VERSION:
     raise ImportError(f"{NATIVE_PATH} has version {_found} of the native interface, and not {_VERSION}; {_REBUILD}")

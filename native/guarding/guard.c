@@ -295,7 +295,7 @@ static int is_shared(const eng_guard *g, const eng_job *job, uint32_t index)
 {
     int shared = 0;
     for (uint32_t at = g->unit_starts[index]; at < g->unit_starts[index + 1]; at++)
-        shared |= job->states[g->unit_blocks[at]] != ENG_PENDING;
+        shared |= __atomic_load_n(&job->states[g->unit_blocks[at]], __ATOMIC_ACQUIRE) != ENG_PENDING;
     return shared;
 }
 
@@ -326,15 +326,13 @@ static int watch_block(eng_guard *g, const eng_job *job, uint32_t block)
 
 int guard_watch(eng_guard *g, const eng_job *job, const uint32_t *blocks, uint32_t count)
 {
-    int result = 0;
     pthread_mutex_lock(&g->mutex);
-    if (g->job == job && g->protection.uffd < 0)
-        result = -EBADF;
-    for (uint32_t i = 0; i < count && g->job == job && result == 0; i++)
+    int result = g->job != job ? -ESRCH : g->protection.uffd < 0 ? -EBADF : 0;
+    for (uint32_t i = 0; i < count && result == 0; i++)
         g->clean[blocks[i]] = job->previous != NULL && is_untouched(g, job, &job->blocks[blocks[i]]);
     for (uint32_t i = 0; i < count && result == 0; i++)
         __atomic_store_n(&job->states[blocks[i]], ENG_PENDING, __ATOMIC_RELEASE);
-    for (uint32_t i = 0; i < count && g->job == job && result == 0; i++)
+    for (uint32_t i = 0; i < count && result == 0; i++)
         result = watch_block(g, job, blocks[i]);
     pthread_mutex_unlock(&g->mutex);
     return result;
@@ -379,7 +377,7 @@ static int arm(eng_guard *g, const eng_job *job)
 int eng_guard_arm(const eng_job *job)
 {
     eng_guard *g = job->guard;
-    if (g->forks.forked || !job_is_valid(job, SLOT_BYTES_MAX))
+    if (g->forks.forked || !job_is_valid(job, job->withheld_count, SLOT_BYTES_MAX))
         return -EINVAL;
     pthread_mutex_lock(&g->mutex);
     int result = g->job != NULL ? -EBUSY : g->protection.uffd < 0 ? -EBADF : arm(g, job);

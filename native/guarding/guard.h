@@ -12,7 +12,7 @@
 void guard_attach(eng_guard *guard, int wake_fd);
 
 /* Watch the sources of withheld blocks from now on, and make the blocks pending.  Called by the thread that releases
- * them, and does nothing once the job has ended.  Returns 0, or what the kernel refused. */
+ * them, with the pipeline's mutex held.  Returns 0, -ESRCH if the job has ended, or what the kernel refused. */
 int guard_watch(eng_guard *guard, const eng_job *job, const uint32_t *blocks, uint32_t count);
 
 /* Whether nothing was written to a block's sources since the job before, so that it has the same bytes. */

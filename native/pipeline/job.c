@@ -6,6 +6,8 @@
  */
 #include "pipeline/job.h"
 
+#include <stddef.h>
+
 /* No address space is larger (x86-64 with five levels of page tables: 2^57), and within it the sums that walk a strided
  * source do not overflow. */
 static const int64_t REACH_MAX = (int64_t)1 << 57;
@@ -69,17 +71,32 @@ static int block_is_valid(const eng_job *job, const eng_block *block, uint32_t s
     return job->direction == ENG_READ || covered == block->nbytes;
 }
 
-int job_is_valid(const eng_job *job, uint32_t slot_bytes)
+/* What a job may ask for at once. */
+static int request_is_valid(const eng_job *job, uint32_t withheld_count)
+{
+    if (withheld_count > 0 && (withheld_count != job->block_count || job->direction == ENG_READ))
+        return 0;
+    /* ENG_URGENT is about the first blocks of an order that is not known yet. */
+    if (withheld_count > 0 && job->urgent_count > 0)
+        return 0;
+    /* A clean block is not copied, so it could not be compared with its first hash. */
+    return !(job->checked && job->guard != NULL);
+}
+
+int job_is_valid(const eng_job *job, uint32_t withheld_count, uint32_t slot_bytes)
 {
     if (job->direction > ENG_READ || job->block_count == 0 || job->urgent_count > job->block_count)
         return 0;
-    if (job->file_count == 0 || job->withheld_count > job->block_count)
+    if (job->file_count == 0 || !request_is_valid(job, withheld_count))
         return 0;
     for (uint32_t i = 0; i < job->source_count; i++)
         if (!source_is_valid(&job->sources[i]))
             return 0;
     for (uint32_t i = 0; i < job->block_count; i++)
-        if (job->order[i] >= job->block_count || !block_is_valid(job, &job->blocks[i], slot_bytes))
+        if (!block_is_valid(job, &job->blocks[i], slot_bytes))
+            return 0;
+    for (uint32_t i = 0; i < job->block_count - withheld_count; i++)
+        if (job->order[i] >= job->block_count)
             return 0;
     return 1;
 }

@@ -720,6 +720,7 @@ void pipeline_accept(eng_pipeline *p, uint32_t entry_index)
     pthread_mutex_lock(&p->mutex);
     const int submitted = e->submitted, attached = e->attached, aborted = e->aborted, released = e->released;
     const int32_t abort_error = e->abort_error;
+    const uint32_t withheld_count = e->withheld_count;
     e->submitted = e->attached = e->aborted = e->released = 0;
     if (submitted || released)
         e->limit = e->job->block_count - e->job->withheld_count;
@@ -729,7 +730,7 @@ void pipeline_accept(eng_pipeline *p, uint32_t entry_index)
         p->queue[p->queue_count++] = entry_index;
         if (p->broken && service_replace_ring(p) != 0)
             fail(p, entry_index, ENG_IO_FAILURE, p->broken, UINT32_MAX);
-        else if (!job_is_valid(e->job, p->config.slot_bytes))
+        else if (!job_is_valid(e->job, withheld_count, p->config.slot_bytes))
             fail(p, entry_index, ENG_INVALID_FAILURE, EINVAL, UINT32_MAX);
         else
             begin_job(p, entry_index);

@@ -43,6 +43,7 @@ typedef struct {
     /* The inbox, guarded by the mutex. */
     eng_job *job;             /* NULL: the entry is free */
     int submitted, attached, aborted, released;
+    uint32_t withheld_count;  /* of the job when it was submitted */
     int32_t abort_error;
     const int32_t *fds;
     const eng_hash *known;    /* hashes of the files' blocks where `is_known` is set; or NULL */

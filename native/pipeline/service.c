@@ -446,6 +446,7 @@ static int try_submit(eng_pipeline *p, eng_job *job)
     job->submitted_ns = thread_now_ns();
     e->job = job;
     e->submitted = 1;
+    e->withheld_count = job->withheld_count;
     wake(p);
     return 0;
 }
@@ -477,36 +478,55 @@ int eng_attach(eng_pipeline *p, eng_job *job, const int32_t *fds, const eng_hash
     return e != NULL ? 0 : closed ? -ESHUTDOWN : -ESRCH;
 }
 
-/* Let blocks begin.  Those of a guarded job begin to be watched first.  The mutex is not held. */
-static int watch(eng_job *job, const uint32_t *blocks, uint32_t count)
+static int compare_indices(const void *left, const void *right)
+{
+    const uint32_t l = *(const uint32_t *)left, r = *(const uint32_t *)right;
+    return (l > r) - (l < r);
+}
+
+/* Whether blocks are withheld, and none is named twice.  `sorted` has room for their indices. */
+static int may_release(const eng_job *job, const uint32_t *blocks, uint32_t count, uint32_t *sorted)
 {
     for (uint32_t i = 0; i < count; i++)
-        if (blocks[i] >= job->block_count || job->states[blocks[i]] != ENG_WITHHELD)
-            return -EINVAL;
-    if (job->guard != NULL)
-        return guard_watch(job->guard, job, blocks, count);
-    for (uint32_t i = 0; i < count; i++)
+        if (blocks[i] >= job->block_count || __atomic_load_n(&job->states[blocks[i]], __ATOMIC_ACQUIRE) != ENG_WITHHELD)
+            return 0;
+    memcpy(sorted, blocks, count * sizeof *blocks);
+    qsort(sorted, count, sizeof *sorted, compare_indices);
+    for (uint32_t i = 1; i < count; i++)
+        if (sorted[i] == sorted[i - 1])
+            return 0;
+    return 1;
+}
+
+/* Let blocks begin, of a job that has not ended.  The mutex is held, so it does not end meanwhile: its arrays are there. */
+static int release(eng_pipeline *p, entry *e, const uint32_t *blocks, uint32_t count)
+{
+    eng_job *job = e->job;
+    /* The end of the order, which the pipeline's thread does not read: here the blocks are checked, and then listed. */
+    uint32_t *listed = &job->order[job->block_count - job->withheld_count];
+    if (count > job->withheld_count || !may_release(job, blocks, count, listed))
+        return -EINVAL;
+    const int result = job->guard != NULL ? guard_watch(job->guard, job, blocks, count) : 0;
+    if (result < 0)
+        return result;
+    for (uint32_t i = 0; i < count && job->guard == NULL; i++) /* else the guard has done so */
         __atomic_store_n(&job->states[blocks[i]], ENG_PENDING, __ATOMIC_RELEASE);
+    memcpy(listed, blocks, count * sizeof *blocks);
+    job->withheld_count -= count;
+    e->released = 1;
+    wake(p);
     return 0;
 }
 
 int eng_release(eng_pipeline *p, eng_job *job, const uint32_t *blocks, uint32_t count)
 {
-    if (count > job->withheld_count)
-        return -EINVAL;
-    const int result = watch(job, blocks, count);
-    if (result < 0 || count == 0)
-        return result;
+    if (count == 0)
+        return 0;
     pthread_mutex_lock(&p->mutex);
     entry *e = find(p, job);
-    if (e != NULL) {
-        memcpy(&job->order[job->block_count - job->withheld_count], blocks, count * sizeof *blocks);
-        job->withheld_count -= count;
-        e->released = 1;
-        wake(p);
-    }
+    const int result = e != NULL ? release(p, e, blocks, count) : -ESRCH;
     pthread_mutex_unlock(&p->mutex);
-    return e != NULL ? 0 : -ESRCH;
+    return result;
 }
 
 /* End a job that the thread has not seen.  The mutex is held. */

@@ -27,7 +27,7 @@ from jobs import HANG_NS, WRITE, Stage, content, cut, finish, make_job, noise, p
 
 from engine.errors import PlatformError
 from engine.format.plan import ALIGNMENT, Extent, Plan
-from engine.io.guard import Guard, GuardError, Kind
+from engine.io.guard import Guard, GuardError, Kind, NotArmed
 from engine.io.job import Failure, FailureKind, Milestone
 from engine.io.pipeline import Pipeline
 
@@ -279,6 +279,22 @@ def test_a_writer_has_its_patience_for_itself(open_guarded: Callable[..., Guarde
     writers[1].join(HANG_NS / 1e9)
     assert finish(pipeline, job).failure is None
     assert content(fd, 2 * UNIT_BYTES) == before
+    pipeline.close()
+
+
+@pytest.mark.parametrize("kind", KINDS_HERE)
+def test_a_guarded_job_is_not_checked_too(open_guarded: Callable[..., Guarded], kind: Kind) -> None:
+    """A clean block is not copied, so nothing could be compared with its first hash."""
+    pipeline, memory, plan = Pipeline(2, BLOCK_BYTES), open_guarded(kind), whole(NBYTES, BLOCK_BYTES)
+    options = {"guard": memory.guard.c_guard, "owners": memory}
+    with pytest.raises(NotArmed, match="EINVAL"):
+        memory.guard.arm(make_job(WRITE, plan, [plain(memory.tensor)], checked=True, **options), plan)
+    job = memory.make_job(plan)
+    memory.guard.arm(job, plan)
+    job.c_job.checked = 1
+    pipeline.submit(job)
+    assert finish(pipeline, job).failure == (FailureKind.INVALID, errno.EINVAL, None)
+    memory.tensor.fill_(1)  # nobody waits
     pipeline.close()
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import random
 import threading
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 
 import pytest
@@ -73,8 +75,9 @@ def test_a_release_that_contradicts_itself_is_refused(open_pipeline: Callable[..
     pipeline.submit(job)
     release = lib.eng_release
     c_pipeline = pipeline._c_pipeline
-    for blocks in ([2], [0, 1, 1]):
+    for blocks in ([2], [0, 1, 1], [0, 0], [1, 1]):
         assert release(c_pipeline, job.c_job, ffi.new("uint32_t[]", blocks), len(blocks)) == -22
+        assert set(job.states()) == {BlockState.WITHHELD}
     pipeline.release(job, [0])
     assert release(c_pipeline, job.c_job, ffi.new("uint32_t[]", [0]), 1) == -22, "it is released already"
     pipeline.release(job, [])
@@ -92,7 +95,37 @@ def test_an_aborted_job_ends_with_blocks_withheld(open_pipeline: Callable[..., P
     pipeline.release(job, [0, 1])
     pipeline.abort(job, 5)
     assert finish(pipeline, job).failure is not None
+    states = job.states()
+    assert states[2:] == bytes([BlockState.WITHHELD] * 2)
     pipeline.release(job, [2])  # it has ended: nothing happens
+    assert job.states() == states
+
+
+@needs_cow
+def test_a_guarded_job_that_has_ended_is_not_watched(open_pipeline: Callable[..., Pipeline]) -> None:
+    pipeline, memory = open_pipeline(2, GUARDED_BLOCK_BYTES), Withheld("cow", UNIT_BYTES)
+    job = memory.make_job(None)
+    memory.guard.arm(job, memory)
+    pipeline.submit(job)
+    pipeline.abort(job, 5)
+    finish(pipeline, job)
+    pipeline.release(job, [0, 1])
+    assert set(job.states()) == {BlockState.WITHHELD}
+    memory.guard.close()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"withheld_count": 3}, {"urgent_count": 1}, {"direction": lib.ENG_READ}], ids=["some", "urgent", "read"]
+)
+def test_a_request_that_contradicts_itself_is_refused(
+    open_pipeline: Callable[..., Pipeline], fd: int, wrong: dict[str, int]
+) -> None:
+    """Some blocks withheld and not all; urgent ones of an order that is not known; a read."""
+    pipeline, job = open_pipeline(2, SLOT_BYTES), withheld(noise(4 * SLOT_BYTES))
+    for name, value in wrong.items():
+        setattr(job.c_job, name, value)
+    pipeline.submit(job)
+    assert finish(pipeline, job).failure == (FailureKind.INVALID, errno.EINVAL, None)
 
 
 def test_a_pipeline_that_closes_aborts_a_job_whose_blocks_are_withheld(fd: int) -> None:
@@ -194,6 +227,61 @@ def test_a_writer_of_a_withheld_block_beside_a_released_one_goes_on(
     pipeline.attach(job, [fd])
     assert finish(pipeline, job).failure is None
     assert content(fd, UNIT_BYTES) == before + bytes([9]) * (3 * GUARDED_BLOCK_BYTES)
+    memory.guard.close()
+
+
+@needs_cow
+def test_writers_beside_released_blocks_change_none_of_them(open_pipeline: Callable[..., Pipeline], fd: int) -> None:
+    """Two threads write all the time to blocks that are withheld and to those that were released, four to a unit.
+
+    A block is left alone only while its bytes are noted and it is released.
+    """
+    pipeline, memory = open_pipeline(4, GUARDED_BLOCK_BYTES), Withheld("cow", 2 * UNIT_BYTES)
+    memory.fill(1)
+    blocks = memory.tensor.split(GUARDED_BLOCK_BYTES)
+    held = [threading.Lock() for _ in blocks]
+    written: set[int] = set()
+    ended = threading.Event()
+
+    def write(seed: int) -> None:
+        chance = random.Random(seed)
+        while not ended.is_set():
+            block = chance.randrange(len(blocks))
+            if block in written and held[block].acquire(blocking=False):
+                blocks[block].fill_(chance.randrange(256))
+                held[block].release()
+
+    writers = [threading.Thread(target=write, args=(seed,)) for seed in range(2)]
+    chance, known, clean_bytes = random.Random(2), None, 0
+    for writer in writers:
+        writer.start()
+    try:
+        for index in range(60):
+            # A unit that is left alone and is released at once is clean in the third job, and in the fourth, which
+            # releases its blocks one by one.
+            lively = (range(4), range(4, 8), range(8))[index // 4 % 3]
+            written = set(chance.sample(lively, chance.randrange(1, len(lively))))
+            groups = [[block] for block in range(8)] if index % 4 == 3 else [[*range(4)], [*range(4, 8)]]
+            job = memory.make_job(None)
+            memory.guard.arm(job, memory)
+            pipeline.submit(job)
+            pipeline.attach(job, [fd], known)
+            want = {}
+            for group in chance.sample(groups, len(groups)):
+                with ExitStack() as undo:
+                    for block in group:
+                        undo.enter_context(held[block])
+                        want[block] = blocks[block].numpy().tobytes()
+                    pipeline.release(job, group)
+            assert finish(pipeline, job).failure is None
+            assert content(fd, memory.tensor.nbytes) == b"".join(want[block] for block in range(len(blocks)))
+            known = job.checksums()
+            clean_bytes += job.counters["clean_bytes"]
+    finally:
+        ended.set()
+        for writer in writers:
+            writer.join()
+    assert clean_bytes > 0
     memory.guard.close()
 
 
