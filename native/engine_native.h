@@ -37,7 +37,7 @@ enum {
     ENG_STAGING_THREADS_MAX = 16,
     ENG_STAGING_BLOCKS_MAX = 32, /* blocks that are with helper threads at a time: two each */
     /* Of the memory that a trainer and a monitor share, in front of the slots: a huge page, so that the slots begin on
-     * one.  Most of it is never touched. */
+     * one. */
     ENG_SHARED_HEADER_BYTES = 2097152,
     ENG_DIMS_MAX = 8 /* dimensions of a strided source, after merging those that continue each other */
 };
@@ -200,7 +200,8 @@ typedef struct {
     int32_t memory_fd; /* a memfd of ENG_SHARED_HEADER_BYTES and the slots, sealed against shrinking */
     int32_t post_fd; /* an eventfd that does not block: the trainer wakes the monitor */
     int32_t wake_fd; /* the same the other way round */
-    int32_t peer_fd; /* of eng_open: a stream socket whose other end only the monitor has */
+    int32_t
+        peer_fd; /* one end of a stream socket: the trainer's, whose other end only the monitor has, or the monitor's */
 } eng_shared;
 
 typedef struct {
@@ -220,8 +221,9 @@ int eng_open(eng_config *config, eng_pipeline **pipeline);
 
 /* Refuse new jobs, end the jobs that there are, and stop the thread, which releases slots and descriptors.  With `error`
  * 0 the jobs are drained, except those that lack files or withhold blocks, which are aborted with ECANCELED; otherwise
- * all are aborted with `error`.  Returns 1 when that is done, 0 if timeout_ns passed first: closing then continues, and
- * another call waits for it.  In a forked child it does nothing and returns 1. */
+ * all are aborted with `error`, and those of ENG_SHARED end without waiting for the monitor.  Returns 1 when that is done,
+ * 0 if timeout_ns passed first: closing then continues, and another call waits for it, or aborts what is still drained.
+ * In a forked child it does nothing and returns 1. */
 int eng_close(eng_pipeline *pipeline, int32_t error, uint64_t timeout_ns);
 
 /* Close, aborting with ECANCELED, free the pipeline, and set the pointer to NULL.  Does nothing if it is NULL. */
@@ -269,7 +271,8 @@ void eng_unmap_shared(eng_mapping *mapping);
 /* In a monitor: a thread that writes what the trainer's pipeline posts. */
 typedef struct eng_serve eng_serve;
 
-/* Map the memory, start the thread, set up `way`, which is not ENG_SHARED.  As eng_open. */
+/* Map the memory, start the thread, set up `way`, which is not ENG_SHARED.  As eng_open.  If the trainer breaks the rules
+ * of the posts, nothing more is written, and the socket is shut down for both sides. */
 int eng_serve_open(eng_config *config, eng_serve **serve);
 
 /* Let the trainer write to a file, up to this offset.  Returns 0 or -ENOMEM. */

@@ -254,16 +254,33 @@ class Pipeline:
             self._held.drop(job)
         return True
 
-    def close(self) -> None:
+    def close(self, timeout_ns: int | None = None) -> bool:
         """Drain every job, also those of other threads, and stop the native thread.  Blocks.
 
         May be called again, from several threads, and from a signal handler that interrupts it: each call returns when
-        the thread has stopped.  After Ctrl-C the pipeline continues to close.
+        the thread has stopped, or False if `timeout_ns` passed first.  After Ctrl-C the pipeline continues to close.
         """
+        return self._close(0, timeout_ns)
+
+    def abandon(self) -> None:
+        """Abort every job, also one that `close` drains, and stop the native thread.
+
+        Waits for the operations in flight, but for none of a monitor: it may be stopped (SIGSTOP).
+        """
+        self._close(errno.ECANCELED, None)
+
+    def _close(self, error: int, timeout_ns: int | None) -> bool:
         self.check_owner()
-        while not lib.eng_close(self._c_pipeline, 0, WAIT_SLICE_NS):
-            pass
-        self._held.release()
+        left = timeout_ns
+        while True:
+            slice_ns = WAIT_SLICE_NS if left is None else max(0, min(left, WAIT_SLICE_NS))
+            if lib.eng_close(self._c_pipeline, error, slice_ns):
+                self._held.release()
+                return True
+            if left is not None:
+                left -= slice_ns
+                if left <= 0:
+                    return False
 
     @property
     def is_forked(self) -> bool:

@@ -181,14 +181,15 @@ class _Memory:
         self._opened: list[Descriptor] = []
 
     def make(self, options: Options) -> None:
+        nbytes = slots_bytes(options.slot_count, options.block_bytes)
         try:
-            self._opened.append(make_memory("engine-slots", slots_bytes(options.slot_count, options.block_bytes)))
+            self._opened.append(make_memory("engine-slots", nbytes))
             for _ in ("post", "wake"):
                 descriptor = Descriptor()
                 descriptor.fill(partial(os.eventfd, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
                 self._opened.append(descriptor)
         except OSError as error:
-            raise _refused(error, "memory to share with a monitor") from None
+            raise _refused(error, f"{nbytes} bytes of memory to share with a monitor") from None
 
     def descriptors(self) -> list[int]:
         return [descriptor.number for descriptor in self._opened]
@@ -204,7 +205,7 @@ class _Memory:
 
 def _refused(error: OSError, what: str) -> PlatformError:
     cause = f"the kernel refused {what}: {error}"
-    return PlatformError(cause, "free memory or descriptors, or use isolation='none'")
+    return PlatformError(cause, "free memory or descriptors, lower staging_bytes, or use isolation='none'")
 
 
 def _start(descriptor: int) -> subprocess.Popen[bytes]:
@@ -277,10 +278,11 @@ class _RemoteCommits:
 
     def memory(self, block_count: int) -> JobMemory | None:
         """A board that the monitor will map, too."""
+        nbytes = board_bytes(block_count)
         try:
-            descriptor = make_memory("engine-board", board_bytes(block_count))
+            descriptor = make_memory("engine-board", nbytes)
         except OSError as error:
-            raise _refused(error, "memory to share with a monitor") from None
+            raise _refused(error, f"{nbytes} bytes of memory to share with a monitor") from None
         return _SharedBoard(descriptor, block_count)
 
     def begin(self, record: SaveRecord, direct: bool, memory: JobMemory | None) -> Attachment:

@@ -151,7 +151,7 @@ class Server:
                 return
             try:
                 memory, post, wake = descriptors
-                owner, serving, welcome = self._open(hello, Shared(memory, post, wake, peer=-1))
+                owner, serving, welcome = self._open(hello, Shared(memory, post, wake, self._control.number))
             except Exception as error:
                 self._control.send(failed(error, _warnings.take()))
                 return

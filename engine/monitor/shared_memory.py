@@ -16,6 +16,7 @@ The descriptors are closed once both sides have mapped the memory, and the kerne
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from functools import partial
@@ -32,14 +33,19 @@ _STAGED = b"\1"
 
 
 def make_memory(name: str, nbytes: int) -> Descriptor:
-    """A memfd of this size, zeroed and sealed.
+    """A memfd of this size, zeroed and sealed, that has all of its pages.
 
     Raises:
         OSError: there are no descriptors, or no memory.
     """
     descriptor = Descriptor()
     descriptor.fill(partial(os.memfd_create, name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
-    os.ftruncate(descriptor.number, nbytes)
+    try:
+        # A page that the kernel refuses at its first touch, as with vm.overcommit_memory=2, ends the process by SIGBUS.
+        os.posix_fallocate(descriptor.number, 0, nbytes)
+    except OSError as error:
+        full = error.errno == errno.ENOSPC  # of a device, says its text
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)) if full else error from None
     fcntl.fcntl(descriptor.number, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     return descriptor
 

@@ -534,7 +534,6 @@ void eng_guard_disarm(const eng_job *job)
 /* Answer a page fault: a writer waits for this address.  The mutex is held. */
 static void answer(eng_guard *g, uint64_t address)
 {
-    const uint64_t one = 1;
     const uint32_t u = (uint32_t)((address - g->protection.address) / UNIT_BYTES);
     unit *at = &g->units[u];
     if (g->job != NULL && at->pending == 0)
@@ -554,8 +553,8 @@ static void answer(eng_guard *g, uint64_t address)
         g->wanted[g->wanted_count] = u;
         __atomic_store_n(&g->wanted_count, g->wanted_count + 1, __ATOMIC_RELEASE);
     }
-    if (g->wake_fd >= 0 && write(g->wake_fd, &one, sizeof one) != sizeof one)
-        abort(); /* an eventfd takes 2^64 - 2 wakes before it refuses one */
+    if (g->wake_fd >= 0)
+        thread_wake(g->wake_fd);
 }
 
 /* Let all writers go on if the pipeline stages nothing: the save fails, and training goes on.  Returns whether a writer
@@ -655,14 +654,12 @@ int eng_guard_open(uint32_t kind, uint64_t address, uint64_t nbytes, uint32_t *r
 void eng_guard_free(eng_guard **guard)
 {
     eng_guard *g = *guard;
-    const uint64_t one = 1;
     *guard = NULL;
     if (g == NULL)
         return;
     if (!g->forks.forked) {
         if (g->has_thread) {
-            if (write(g->forks.descriptors[DESCRIPTOR_STOP], &one, sizeof one) != sizeof one)
-                abort();
+            thread_wake(g->forks.descriptors[DESCRIPTOR_STOP]);
             pthread_join(g->thread, NULL);
         }
         close_protection(g);

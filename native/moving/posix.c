@@ -16,6 +16,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "pipeline/thread.h"
+
 /* The number of blocks in flight: the smaller of the two depths at which `make bench` runs fio with blocks of 4 MiB.
  *  Each block is many requests of the drive's own, and each further thread costs a stack. */
 enum { WORKER_COUNT = 4 };
@@ -47,7 +49,6 @@ static int32_t move(const eng_io *io)
 static void *work(void *argument)
 {
     posix *posix = argument;
-    const uint64_t one = 1;
 
     pthread_mutex_lock(&posix->mutex);
     for (;;) {
@@ -62,8 +63,7 @@ static void *work(void *argument)
         const eng_completion completion = {io.slot, move(&io)};
         pthread_mutex_lock(&posix->mutex);
         posix->completions[(posix->completion_start + posix->completion_count++) % posix->capacity] = completion;
-        if (write(posix->wake_fd, &one, sizeof one) != sizeof one)
-            abort(); /* an eventfd takes 2^64 - 2 wakes before it refuses one */
+        thread_wake(posix->wake_fd);
     }
     pthread_mutex_unlock(&posix->mutex);
     return NULL;

@@ -6,7 +6,9 @@
  * reap(), which that descriptor ends, too.  Short writes and passing errors go back to the trainer, whose pipeline tries again.
  *
  * The monitor's other threads admit a file before the trainer hears of its number, and withdraw it before they close it.
- * So a trainer, however wrong, writes to files of its saves only, and only up to their ends.
+ * So a trainer, however wrong, writes to files of its saves only, and only up to their ends.  One that breaks the rules of
+ * the ring itself has corrupt memory, and is not served any more: its socket is shut down, which fails its writes as the
+ * end of this process does, and by which this process ends.
  *
  * A ring that fails is replaced: every write in flight fails, and the next post gets a new one.  Writes only read from
  * slots, so one that the old ring still has may at most write nonsense to a file of a save that has failed.
@@ -17,6 +19,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -29,7 +32,7 @@
 /* As in pipeline.c: refusals of the submission itself in a row, 1 ms apart. */
 enum { REFUSALS_MAX = 100, REAP_MAX = 64 };
 
-enum { DESCRIPTOR_POST = 0, DESCRIPTOR_WAKE = 1, DESCRIPTOR_RING = 2 };
+enum { DESCRIPTOR_POST = 0, DESCRIPTOR_WAKE = 1, DESCRIPTOR_RING = 2, DESCRIPTOR_PEER = 3 };
 
 enum serve_state { SERVE_OPENING, SERVE_OPEN, SERVE_STOPPING, SERVE_STOPPED };
 
@@ -167,10 +170,8 @@ static void answer(eng_serve *s, uint32_t slot, int32_t result)
 
 static void wake_trainer(eng_serve *s)
 {
-    const uint64_t one = 1;
-    /* A failure means that it has more wakes than it can count, or is gone. */
-    if (s->answered && write(s->forks.descriptors[DESCRIPTOR_WAKE], &one, sizeof one) < 0)
-        s->answered = 0;
+    if (s->answered)
+        thread_wake(s->forks.descriptors[DESCRIPTOR_WAKE]);
     s->answered = 0;
 }
 
@@ -244,16 +245,23 @@ static int begin(eng_serve *s, const shared_post *post)
     return 0;
 }
 
+static void distrust(eng_serve *s)
+{
+    s->mistrusted = 1;
+    shutdown(s->forks.descriptors[DESCRIPTOR_PEER], SHUT_RDWR); /* if it fails, the socket has ended */
+}
+
 static void take_posts(eng_serve *s)
 {
     const uint32_t tail = __atomic_load_n(&s->header->post_tail, __ATOMIC_ACQUIRE);
-    s->mistrusted = s->mistrusted || tail - s->post_head > SHARED_ENTRIES;
+    if (!s->mistrusted && tail - s->post_head > SHARED_ENTRIES)
+        distrust(s);
     while (s->post_head != tail && !s->mistrusted) {
         shared_post post;
         memcpy(&post, &s->header->posts[s->post_head % SHARED_ENTRIES], sizeof post);
         __atomic_store_n(&s->header->post_head, ++s->post_head, __ATOMIC_RELEASE);
         if (post.slot >= s->config.slot_count) {
-            s->mistrusted = 1;
+            distrust(s);
             return;
         }
         const int result = begin(s, &post);
@@ -348,8 +356,12 @@ static int take_descriptors(eng_serve *s)
     forks_add(&s->forks);
     s->forks.descriptors[DESCRIPTOR_POST] = forks_duplicate(s->config.shared->post_fd);
     s->forks.descriptors[DESCRIPTOR_WAKE] = forks_duplicate(s->config.shared->wake_fd);
+    s->forks.descriptors[DESCRIPTOR_PEER] = forks_duplicate(s->config.shared->peer_fd);
+    const int opened =
+        post_fd(s) >= 0 && s->forks.descriptors[DESCRIPTOR_WAKE] >= 0 && s->forks.descriptors[DESCRIPTOR_PEER] >= 0;
+    const int result = opened ? 0 : -errno;
     forks_unlock();
-    return post_fd(s) < 0 || s->forks.descriptors[DESCRIPTOR_WAKE] < 0 ? -EMFILE : 0;
+    return result;
 }
 
 static int map_memory(eng_serve *s)
@@ -415,13 +427,12 @@ const uint8_t *eng_serve_slot(eng_serve *s, uint32_t slot)
 
 void eng_serve_stop(eng_serve *s)
 {
-    const uint64_t one = 1;
     pthread_mutex_lock(&s->mutex);
     const int stops = s->state == SERVE_OPEN;
     if (stops)
         __atomic_store_n(&s->state, SERVE_STOPPING, __ATOMIC_RELEASE);
-    if (stops && write(post_fd(s), &one, sizeof one) != sizeof one && errno != EAGAIN)
-        abort();
+    if (stops)
+        thread_wake(post_fd(s));
     while (s->has_thread && s->state != SERVE_STOPPED)
         pthread_cond_wait(&s->changed, &s->mutex);
     const int joins = s->has_thread; /* one caller joins, and the thread is about to end */
@@ -443,6 +454,7 @@ void eng_serve_free(eng_serve **serve)
         forks_lock();
         forks_close(&s->forks.descriptors[DESCRIPTOR_POST]);
         forks_close(&s->forks.descriptors[DESCRIPTOR_WAKE]);
+        forks_close(&s->forks.descriptors[DESCRIPTOR_PEER]);
         forks_remove(&s->forks);
         forks_unlock();
         pthread_cond_destroy(&s->changed);

@@ -5,6 +5,8 @@
  * call, and takes completions.  It sleeps on two descriptors: the pipeline's eventfd, which the monitor writes to, and a
  * socket whose other end only the monitor has, so that POLLHUP means that the monitor has ended.  Then every write in
  * flight completes with EPIPE, and so does every later one: a pipeline of a dead monitor fails its jobs, and is closed.
+ * A pipeline that is closed with an error does not wait for a monitor that lives, which may be stopped (SIGSTOP): it
+ * abandons its writes in the same way.  Their slots stay the monitor's, in a mapping of its own.
  *
  * An eventfd is written without asking whether the other side sleeps: that takes about a microsecond, and a block of
  * 4 MiB takes a thousand.  So there is no flag that could lose a wake.
@@ -20,6 +22,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "pipeline/thread.h"
+
 struct shared {
     shared_header *header;
     uint8_t *slots;
@@ -28,7 +32,7 @@ struct shared {
     uint32_t post_tail, done_head; /* our own copies: the shared ones are only written */
     int post_fd, wake_fd, peer_fd;
     int posted; /* since the monitor was woken */
-    int dead;
+    int dead; /* nothing more comes from the monitor, or is waited for */
 };
 
 size_t shared_bytes(const eng_config *config)
@@ -110,9 +114,8 @@ static uint32_t fail_rest(shared *shared, eng_completion *completions, uint32_t 
 
 static void wake_monitor(shared *shared)
 {
-    const uint64_t one = 1;
-    if (shared->posted && write(shared->post_fd, &one, sizeof one) < 0 && errno != EAGAIN)
-        shared->dead = 1;
+    if (shared->posted)
+        thread_wake(shared->post_fd);
     shared->posted = 0;
 }
 
@@ -160,6 +163,11 @@ int shared_open(const eng_config *config, shared_header *header, int post_fd, in
     *opened = shared;
     *table = (eng_io_table){shared, NULL, start, reap};
     return 0;
+}
+
+void shared_abandon(shared *shared)
+{
+    shared->dead = 1;
 }
 
 void shared_close(shared *shared)

@@ -49,6 +49,9 @@ typedef struct shared shared;
 int shared_open(const eng_config *config, shared_header *header, int post_fd, int wake_fd, int peer_fd, shared **shared,
                 eng_io_table *table);
 
+/* Fail the writes in flight, and all later ones, with EPIPE: whether the monitor does them or not is not waited for. */
+void shared_abandon(shared *shared);
+
 void shared_close(shared *shared);
 
 #endif

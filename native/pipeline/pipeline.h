@@ -6,7 +6,8 @@
  * inbox half of an entry.
  *
  * Locks.  `mutex` guards the inbox half of every entry, changes of `state`, and the broadcasts of `changed`.  All else
- * belongs to the thread, or is a single word written atomically (a job's states and milestones, `dirty`, `state`).
+ * belongs to the thread, or is a single word written atomically (a job's states and milestones, `dirty`, `abandons`,
+ * `state`).
  */
 #ifndef PIPELINE_H
 #define PIPELINE_H
@@ -95,6 +96,7 @@ struct eng_pipeline {
     pthread_cond_t changed;
     forks_owner forks;        /* the descriptors: DESCRIPTOR_... */
     int dirty;                /* something is in the inbox */
+    int abandons;             /* the jobs are aborted, and nothing that a monitor has waits for it */
     enum service_state state; /* changed with the mutex held */
     int open_error;           /* negative errno of a failed set-up; valid once it is closed */
     int has_thread;           /* to be joined */

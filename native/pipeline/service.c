@@ -68,20 +68,22 @@ static void accept_inbox(eng_pipeline *p)
 {
     if (!__atomic_exchange_n(&p->dirty, 0, __ATOMIC_ACQ_REL))
         return;
+    /* Read before the aborts that come with it, so that jobs fail by those and not by the writes. */
+    const int abandons = __atomic_load_n(&p->abandons, __ATOMIC_ACQUIRE);
     for (uint32_t i = 0; i < ENG_JOBS_MAX; i++)
         pipeline_accept(p, i);
+    if (abandons)
+        shared_abandon(p->shared);
 }
 
 /* The mutex is held, so that the thread does not close the descriptor meanwhile. */
 static void wake(eng_pipeline *p)
 {
-    const uint64_t one = 1;
     if (p->state == SERVICE_CLOSED)
         return;
     /* The flag first: the thread empties the descriptor and then looks at the flag. */
     __atomic_store_n(&p->dirty, 1, __ATOMIC_RELEASE);
-    if (write(wake_fd(p), &one, sizeof one) != sizeof one)
-        abort(); /* an eventfd takes 2^64 - 2 wakes before it refuses one */
+    thread_wake(wake_fd(p));
 }
 
 static void sleep_until_woken(eng_pipeline *p)
@@ -388,6 +390,8 @@ int eng_close(eng_pipeline *p, int32_t error, uint64_t timeout_ns)
     for (uint32_t i = 0; i < ENG_JOBS_MAX && error != 0; i++)
         if (p->entries[i].job != NULL)
             abort_entry(&p->entries[i], error);
+    if (error != 0 && p->config.way == ENG_SHARED)
+        __atomic_store_n(&p->abandons, 1, __ATOMIC_RELEASE);
     wake(p);
     while (p->state != SERVICE_CLOSED && await_change(p, until_ns))
         ;

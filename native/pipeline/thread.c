@@ -1,11 +1,14 @@
 /*
- * thread.c: starting threads, and reading the clock (thread.h says for whom).
+ * thread.c: starting threads, waking them, and reading the clock (thread.h says for whom).
  */
 #include "pipeline/thread.h"
 
+#include <errno.h>
 #include <signal.h>
 #include <stddef.h>
+#include <stdlib.h>
 #include <time.h>
+#include <unistd.h>
 
 int thread_start(pthread_t *thread, const char *name, void *(*run)(void *), void *argument)
 {
@@ -22,6 +25,15 @@ int thread_start(pthread_t *thread, const char *name, void *(*run)(void *), void
     if (result == 0)
         pthread_setname_np(*thread, name);
     return -result;
+}
+
+void thread_wake(int wake_fd)
+{
+    const uint64_t one = 1;
+    /* EAGAIN: it has as many wakes as it can count, all of them perhaps from the other process that shares it.  It is
+     * readable, which is all that a wake is for. */
+    if (write(wake_fd, &one, sizeof one) < 0 && errno != EAGAIN)
+        abort(); /* it is no eventfd: a descriptor was closed that was ours */
 }
 
 uint64_t thread_now_ns(void)

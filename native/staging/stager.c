@@ -79,7 +79,6 @@ static staging take(stager *stager, uint32_t at)
 static void *help(void *argument)
 {
     stager *stager = argument;
-    const uint64_t one = 1;
 
     pthread_mutex_lock(&stager->mutex);
     for (;;) {
@@ -95,8 +94,7 @@ static void *help(void *argument)
         stager->results[stager->result_count++] = work;
         if (--stager->active_count == 0)
             pthread_cond_signal(&stager->idle);
-        if (write(stager->wake_fd, &one, sizeof one) != sizeof one)
-            abort(); /* an eventfd takes 2^64 - 2 wakes before it refuses one */
+        thread_wake(stager->wake_fd);
     }
     pthread_mutex_unlock(&stager->mutex);
     return NULL;

@@ -20,6 +20,7 @@ from raw_trainer import (
     CHUNKS,
     DONE_HEAD,
     DONE_TAIL,
+    ENTRIES,
     FILE_BYTES,
     HANG_S,
     NAME,
@@ -301,6 +302,23 @@ def test_nonsense_in_shared_memory(root: Path, seed: int) -> None:
     channel.close()
     trainer.close()
     monitor.join()
+    look(root, [1])
+
+
+@pytest.mark.parametrize("tail", [ENTRIES + 1, 1 << 31])
+def test_a_trainer_that_breaks_the_rules_of_the_ring_ends_its_monitor(root: Path, tail: int) -> None:
+    """Although the trainer lives.  It sees the end on its channel, and what is committed stays."""
+    root.parent.mkdir()
+    trainer = RawTrainer()
+    monitor = Process(trainer)
+    trainer.start(root)
+    save_whole(trainer, 1)
+    (taken,) = struct.unpack("<I", trainer.memory[POST_HEAD : POST_HEAD + 4])
+    trainer.memory[POST_TAIL : POST_TAIL + 4] = struct.pack("<I", taken + tail)
+    os.eventfd_write(trainer.post_fd, 1)
+    monitor.join()
+    assert trainer.control.is_ended()
+    trainer.close()
     look(root, [1])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -254,6 +255,30 @@ def test_a_long_path_and_a_stale_socket(tmp_path: Path, arena: engine.Arena) -> 
         eng.checkpoint(arena, step=1).result()
         assert engine.open(root).in_flight() == ()
         assert (root / ".engine" / "monitor.sock").stat().st_mode & 0o777 == 0o600
+
+
+def test_memory_that_the_kernel_refuses_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with vm.overcommit_memory=2: of the slots when the Engine is opened, of a board at the save."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def refused() -> Any:
+        cause = r"refused \d+ bytes of memory to share with a monitor: .*Cannot allocate memory.*staging_bytes"
+        return pytest.raises(engine.PlatformError, match=cause)
+
+    before = held()
+    with monkeypatch.context() as patch, refused():
+        patch.setattr(os, "posix_fallocate", refuse)
+        engine.Engine(tmp_path, **SMALL)
+    until(lambda: held() == before)
+    arena = engine.Arena.wrap({"w": torch.ones(10)})
+    with engine.Engine(tmp_path, **SMALL) as eng:
+        with monkeypatch.context() as patch, refused():
+            patch.setattr(os, "posix_fallocate", refuse)
+            eng.checkpoint(arena, step=1).result()
+        eng.checkpoint(arena, step=2).result()
+        assert eng.steps() == [2]
 
 
 def test_no_monitor_can_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

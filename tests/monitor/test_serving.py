@@ -7,21 +7,22 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from faults import Fault, FaultTable, not_started, refused, short
-from jobs import READ, SLOT_BYTES, WRITE, bytes_of, finish, make_job, noise, plain, run, until, whole
+from jobs import HANG_NS, READ, SLOT_BYTES, WRITE, bytes_of, finish, make_job, noise, plain, run, until, whole
 from leaks import held
 
 from engine.io.backend import LADDER
 from engine.io.binding import ffi, lib
 from engine.io.descriptor import Descriptor
 from engine.io.job import FailureKind, Milestone
-from engine.io.pipeline import OpenError, Pipeline, Shared
+from engine.io.pipeline import OpenError, Pipeline, Shared, _stop
 from engine.io.serving import Serving
 from engine.monitor.shared_memory import Board, board_bytes, make_memory, slots_bytes
 
@@ -31,15 +32,17 @@ SLOTS = 4
 class Pair:
     """A pipeline, and what serves it."""
 
-    def __init__(self, backend: Any = "io_uring", table: FaultTable | None = None) -> None:
+    def __init__(self, backend: Any = "io_uring", table: FaultTable | None = None, staging_threads: int = 1) -> None:
         self.memory = make_memory("slots", slots_bytes(SLOTS, SLOT_BYTES))
         self.events = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2)]
         self.ours, self.theirs = socket.socketpair()
+        self.ours.settimeout(HANG_NS / 1e9)
         shared = Shared(self.memory.number, self.events[0], self.events[1], self.ours.fileno())
         self.table = table
         io_table = None if table is None else table.c_table
-        self.serving = Serving(SLOTS, SLOT_BYTES, backend, shared, io_table=io_table)
-        self.pipeline = Pipeline(SLOTS, SLOT_BYTES, backend, shared=shared)
+        served = shared._replace(peer=self.theirs.fileno())
+        self.serving = Serving(SLOTS, SLOT_BYTES, backend, served, io_table=io_table)
+        self.pipeline = Pipeline(SLOTS, SLOT_BYTES, backend, staging_threads, shared=shared)
 
     def header(self) -> Any:
         """The header of the shared memory, as the other process could write it."""
@@ -119,6 +122,64 @@ def test_a_peer_that_has_ended_fails_every_write(one: Pair, fd: int) -> None:
     assert later.failure is not None and later.failure.errno == errno.EPIPE
 
 
+def abandon(pipeline: Pipeline) -> None:
+    pipeline.abandon()
+
+
+def drain_and_abandon(pipeline: Pipeline) -> None:
+    assert not pipeline.close(50_000_000)
+    pipeline.abandon()
+
+
+def stop_as_at_exit(pipeline: Pipeline) -> None:
+    _stop(pipeline._held)
+
+
+@pytest.mark.parametrize("how", [abandon, drain_and_abandon, stop_as_at_exit])
+def test_a_pipeline_whose_peer_is_stopped_is_abandoned(one: Pair, fd: int, how: Callable[[Pipeline], None]) -> None:
+    """Nobody serves, and the other end of the socket is open: a monitor under SIGSTOP."""
+    one.serving.close()
+    content = noise(9 * SLOT_BYTES)
+    plan = whole(content.nbytes, SLOT_BYTES)
+    attached, waiting = (make_job(WRITE, plan, [plain(content)]) for _ in range(2))
+    one.pipeline.submit(attached)
+    one.pipeline.attach(attached, [fd])
+    one.pipeline.submit(waiting)
+    assert not one.pipeline.wait(attached, Milestone.DONE, 50_000_000)
+    how(one.pipeline)
+    for job in (attached, waiting):
+        assert job.reached(Milestone.DONE)
+        assert job.failure == (FailureKind.ABORTED, errno.ECANCELED, None)
+    assert one.pipeline.close()
+    posted = struct.unpack("=I", one.header()[:4])[0]
+    assert 0 < posted <= SLOTS  # which a monitor that goes on may still write
+
+
+@pytest.mark.parametrize("backend", ["io_uring", "threads"])
+def test_an_eventfd_that_counts_no_more_wakes_loses_none(backend: str, fd: int) -> None:
+    """A write to it gives EAGAIN (eventfd(2)).  The other process, which shares it, may have it so at any moment."""
+    made, done = Pair(backend, staging_threads=2), threading.Event()
+
+    def fill() -> None:
+        while not done.is_set():
+            for event in made.events:
+                with suppress(BlockingIOError):
+                    os.eventfd_write(event, 2**64 - 2)
+
+    filler = threading.Thread(target=fill)
+    filler.start()
+    try:
+        content = noise(9 * SLOT_BYTES)
+        made.serving.admit(fd, 10 * SLOT_BYTES)
+        for _ in range(100):
+            job = make_job(WRITE, whole(content.nbytes, SLOT_BYTES), [plain(content)])
+            assert run(made.pipeline, job, [fd]).failure is None
+    finally:
+        done.set()
+        filler.join()
+        made.close()
+
+
 @pytest.mark.parametrize(("offset", "value"), [(128, 5000), (128, 1)], ids=["too many", "none posted"])
 def test_answers_that_nobody_asked_for_end_the_pipelines_trust(one: Pair, fd: int, offset: int, value: int) -> None:
     one.serving.close()
@@ -161,6 +222,15 @@ def test_a_hostile_post_writes_nothing(one: Pair, fd: int, post: tuple[int, ...]
     until(lambda: struct.unpack("=I", header[64:68])[0] == 1)  # it was taken
     one.serving.withdraw(fd)
     assert os.fstat(fd).st_size == 0
+    if slot == SLOTS:  # to which there is no answer
+        assert_trust_is_lost(one, fd)
+
+
+def assert_trust_is_lost(pair: Pair, fd: int) -> None:
+    """Both ends of the socket have ended, and every write fails."""
+    assert pair.ours.recv(1) == b"" and pair.theirs.recv(1) == b""
+    later = run(pair.pipeline, make_job(WRITE, whole(SLOT_BYTES, SLOT_BYTES), [plain(noise(SLOT_BYTES))]), [fd])
+    assert later.failure is not None and later.failure.errno == errno.EPIPE
 
 
 def test_indices_that_overrun_are_not_followed(one: Pair, fd: int) -> None:
@@ -168,9 +238,17 @@ def test_indices_that_overrun_are_not_followed(one: Pair, fd: int) -> None:
     header = one.header()
     header[:4] = struct.pack("=I", 1 << 31)
     os.eventfd_write(one.events[0], 1)
+    assert_trust_is_lost(one, fd)
     one.serving.withdraw(fd)
     one.serving.close()  # it ends, and has taken nothing
     assert struct.unpack("=I", header[64:68])[0] == 0
+
+
+def test_memory_to_share_has_all_of_its_pages() -> None:
+    """A page that the kernel refuses at its first touch would end the process by SIGBUS."""
+    memory = make_memory("slots", slots_bytes(SLOTS, SLOT_BYTES))
+    assert os.fstat(memory.number).st_blocks * 512 >= slots_bytes(SLOTS, SLOT_BYTES)
+    memory.close()
 
 
 def test_memory_that_is_too_small_or_not_sealed_is_refused(tmp_path: Path) -> None:
@@ -179,7 +257,7 @@ def test_memory_that_is_too_small_or_not_sealed_is_refused(tmp_path: Path) -> No
         file.truncate(slots_bytes(SLOTS, SLOT_BYTES))
         for number, error in ((small.number, errno.EINVAL), (file.fileno(), errno.EINVAL), (-1, errno.EBADF)):
             with pytest.raises(OpenError):
-                Serving(SLOTS, SLOT_BYTES, "threads", Shared(number, small.number, small.number, -1))
+                Serving(SLOTS, SLOT_BYTES, "threads", Shared(number, small.number, small.number, small.number))
             with pytest.raises(OSError) as caught:
                 Board(number, 10_000)
             assert caught.value.errno == error

@@ -160,8 +160,9 @@ class Checker:
 class KeptPipeline(Pipeline):
     """A pipeline that outlives its engines."""
 
-    def close(self) -> None:
+    def close(self, timeout_ns: int | None = None) -> bool:
         """Not yet."""
+        return False
 
     def end(self) -> None:
         """Now."""
