@@ -9,9 +9,8 @@
  * files, the write starts at once.  Jobs share the slots and this thread as turns.c says.
  *
  * With helper threads a slot in STAGING may be with one of them.  This thread gives them as many blocks as they have room
- * for, and then stages one itself.  Blocks are staged out of order then, so `next` says which are begun, and states which
- * are done.  A block that a writer waits for is staged by this thread, unless a helper is already at it.  A job that has
- * failed keeps its sources until no helper copies from them.
+ * for, and then stages one itself, so blocks are staged out of order.  A block that a writer waits for is staged by this
+ * thread, unless a helper is already at it.  A job that has failed keeps its sources until no helper copies from them.
  */
 #include "pipeline/pipeline.h"
 
@@ -22,7 +21,8 @@
 
 #include "guarding/guard.h"
 #include "pipeline/job.h"
-#include "pipeline/thread.h"
+#include "pipeline/progress.h"
+#include "pipeline/slots.h"
 #include "pipeline/turns.h"
 
 enum {
@@ -36,199 +36,18 @@ enum {
     REAP_MAX = 64
 };
 
-static const uint32_t NO_SLOT = UINT32_MAX;
-
-static uint8_t *slot_memory(const eng_pipeline *p, uint32_t index)
-{
-    return p->memory + (size_t)index * p->config.slot_bytes;
-}
-
 static int is_same(eng_hash left, eng_hash right)
 {
     return memcmp(&left, &right, sizeof left) == 0;
 }
 
-static void set_state(eng_job *job, uint32_t block, uint8_t state)
-{
-    __atomic_store_n(&job->states[block], state, __ATOMIC_RELEASE);
-}
-
-static void reach(eng_pipeline *p, eng_job *job, uint32_t milestones)
-{
-    pthread_mutex_lock(&p->mutex);
-    __atomic_fetch_or(&job->milestones, milestones, __ATOMIC_RELEASE);
-    pthread_cond_broadcast(&p->changed);
-    pthread_mutex_unlock(&p->mutex);
-}
-
-/* ---- slots ---- */
-
-static void append(slot_list *list, uint32_t index)
-{
-    list->slots[list->count++] = index;
-}
-
-/* Remove an index from a list of `*count` and keep the order of the rest. */
-static void take_out(uint32_t *indices, uint32_t *count, uint32_t index)
-{
-    uint32_t at = 0;
-    while (at < *count && indices[at] != index)
-        at++;
-    if (at == *count)
-        abort(); /* the list and the states disagree: going on could corrupt memory */
-    (*count)--;
-    memmove(&indices[at], &indices[at + 1], (*count - at) * sizeof *indices);
-}
-
-static void await_files(eng_pipeline *p, uint32_t index)
-{
-    p->slots[index].state = SLOT_STAGED;
-    append(&p->waiting, index);
-}
-
-static void await_verification(eng_pipeline *p, uint32_t index)
-{
-    p->slots[index].state = SLOT_MOVED;
-    p->entries[p->slots[index].entry].unverified_count++;
-    append(&p->unverified, index);
-}
-
-static uint32_t take_slot(eng_pipeline *p, uint32_t entry_index, uint32_t block)
-{
-    const uint32_t index = p->free_slots[--p->free_count];
-    p->slots[index] = (slot){.state = SLOT_STAGING, .entry = entry_index, .block = block};
-    p->entries[entry_index].slot_count++;
-    return index;
-}
-
-static void leave_unverified(eng_pipeline *p, uint32_t index)
-{
-    take_out(p->unverified.slots, &p->unverified.count, index);
-    p->entries[p->slots[index].entry].unverified_count--;
-}
-
-static void free_slot(eng_pipeline *p, uint32_t index)
-{
-    if (p->slots[index].state == SLOT_STAGED)
-        take_out(p->waiting.slots, &p->waiting.count, index);
-    if (p->slots[index].state == SLOT_MOVED)
-        leave_unverified(p, index);
-    p->entries[p->slots[index].entry].slot_count--;
-    p->slots[index].state = SLOT_FREE;
-    p->free_slots[p->free_count++] = index;
-}
-
-/* The slot of a block that is with the helpers to be staged, or NO_SLOT. */
-static uint32_t helped_slot(const eng_pipeline *p, uint32_t entry_index, uint32_t block)
-{
-    for (uint32_t at = 0; at < p->helped.count; at++) {
-        const slot *s = &p->slots[p->helped.slots[at]];
-        if (s->entry == entry_index && s->block == block && !s->hashes_only)
-            return p->helped.slots[at];
-    }
-    return NO_SLOT;
-}
-
-static void enter_helped(eng_pipeline *p, uint32_t index)
-{
-    append(&p->helped, index);
-    p->entries[p->slots[index].entry].helped_count++;
-}
-
-static void leave_helped(eng_pipeline *p, uint32_t index)
-{
-    take_out(p->helped.slots, &p->helped.count, index);
-    p->entries[p->slots[index].entry].helped_count--;
-}
-
-/* ---- files ---- */
+/* ---- moving bytes ---- */
 
 /* The index of a job's file in the ring's table, or ENG_NO_PLACE. */
 static int32_t place_of(uint32_t entry_index, uint32_t file)
 {
     return file < ENG_JOB_PLACES ? (int32_t)(entry_index * ENG_JOB_PLACES + file) : ENG_NO_PLACE;
 }
-
-/* Register a job's files in the ring's table, or unregister them.  Returns 0, or the refusal. */
-static int set_files(const eng_pipeline *p, uint32_t entry_index, int is_there)
-{
-    const entry *e = &p->entries[entry_index];
-    const uint32_t count = e->job->file_count < ENG_JOB_PLACES ? e->job->file_count : ENG_JOB_PLACES;
-    int32_t fds[ENG_JOB_PLACES];
-
-    if (p->io.set_files == NULL)
-        return 0;
-    for (uint32_t i = 0; i < count; i++)
-        fds[i] = is_there ? e->fds[i] : -1;
-    return p->io.set_files(p->io.context, entry_index * ENG_JOB_PLACES, fds, count);
-}
-
-/* ---- failure and completion of a job ---- */
-
-/* A job has failed: once no helper copies from its sources, they are the caller's again. */
-static void give_up_sources(eng_pipeline *p, entry *e)
-{
-    if (e->helped_count == 0)
-        reach(p, e->job, ENG_URGENT | ENG_ALL_STAGED);
-}
-
-static void fail(eng_pipeline *p, uint32_t entry_index, uint32_t kind, int error, uint32_t block)
-{
-    entry *e = &p->entries[entry_index];
-    if (e->failed)
-        return; /* the first failure is latched */
-    e->failed = 1;
-    e->job->failure = kind;
-    e->job->error = error;
-    e->job->failed_block = block;
-    if (block < e->job->block_count)
-        set_state(e->job, block, ENG_FAILED);
-    for (uint32_t i = 0; i < p->config.slot_count; i++) {
-        const int idle = p->slots[i].state == SLOT_STAGED || p->slots[i].state == SLOT_MOVED;
-        if (idle && p->slots[i].entry == entry_index)
-            free_slot(p, i);
-    }
-    if (e->job->guard != NULL)
-        guard_end(e->job->guard, e->job);
-    give_up_sources(p, e);
-}
-
-/* Whether every block has been begun. */
-static int all_begun(const entry *e)
-{
-    return e->next == e->job->block_count && (e->job->direction == ENG_READ || e->clean_next == e->job->block_count);
-}
-
-/* Whether every block of a write is staged. */
-static int all_staged(const entry *e)
-{
-    return all_begun(e) && e->helped_count == 0;
-}
-
-/* Release a job that has nothing left to do.  Its memory is the caller's again once ENG_DONE is reached. */
-static void settle(eng_pipeline *p, uint32_t entry_index)
-{
-    entry *e = &p->entries[entry_index];
-    eng_job *job = e->job;
-    if (e->slot_count > 0 || !(e->failed || all_begun(e)))
-        return;
-    /* Check success once more at the end: an `order` that names a block twice omits another. */
-    for (uint32_t i = 0; i < job->block_count && !e->failed; i++)
-        if (job->states[i] != ENG_WRITTEN)
-            fail(p, entry_index, ENG_INVALID_FAILURE, EINVAL, i);
-    if (job->guard != NULL)
-        guard_end(job->guard, job);
-    if (e->has_files)
-        set_files(p, entry_index, 0);
-    take_out(p->queue, &p->queue_count, entry_index);
-    job->done_ns = thread_now_ns();
-    pthread_mutex_lock(&p->mutex);
-    memset(e, 0, sizeof *e);
-    pthread_mutex_unlock(&p->mutex);
-    reach(p, job, ENG_URGENT | ENG_ALL_STAGED | ENG_DONE);
-}
-
-/* ---- moving bytes ---- */
 
 static uint32_t padded_bytes(const eng_block *block)
 {
@@ -248,7 +67,7 @@ static void start_io(eng_pipeline *p, uint32_t index)
         .place = place_of(s->entry, block->file),
         .nbytes = padded - s->done_bytes,
         .file_offset = block->file_offset + s->done_bytes,
-        .address = slot_memory(p, index) + s->done_bytes,
+        .address = slots_memory(p, index) + s->done_bytes,
     };
     s->state = SLOT_MOVING;
     const int result = p->io.start(p->io.context, &io);
@@ -257,15 +76,15 @@ static void start_io(eng_pipeline *p, uint32_t index)
         p->reading_count += job->direction == ENG_READ;
         return;
     }
-    fail(p, s->entry, ENG_IO_FAILURE, -result, s->block);
-    free_slot(p, index);
+    progress_fail(p, s->entry, ENG_IO_FAILURE, -result, s->block);
+    slots_free(p, index);
 }
 
 static void finish_block(eng_pipeline *p, uint32_t index)
 {
     entry *e = &p->entries[p->slots[index].entry];
-    set_state(e->job, p->slots[index].block, ENG_WRITTEN);
-    free_slot(p, index);
+    progress_set_state(e->job, p->slots[index].block, ENG_WRITTEN);
+    slots_free(p, index);
 }
 
 /* Whether the file of a block holds bytes with this hash at its offset. */
@@ -285,56 +104,8 @@ static void begin_io(eng_pipeline *p, uint32_t index)
         return;
     }
     if (s->state == SLOT_STAGED)
-        take_out(p->waiting.slots, &p->waiting.count, index);
+        slots_remove(p->waiting.slots, &p->waiting.count, index);
     start_io(p, index);
-}
-
-/* Whether a block is passed over until the job has files, which may hold it already.  Not one that is urgent. */
-static int is_deferred(const eng_job *job, uint32_t at)
-{
-    return job->guard != NULL && at >= job->urgent_count && guard_is_clean(job->guard, job->order[at]);
-}
-
-/* Whether the staging of a block is begun. */
-static int is_begun(const eng_pipeline *p, uint32_t entry_index, uint32_t block)
-{
-    return p->entries[entry_index].job->states[block] != ENG_PENDING || helped_slot(p, entry_index, block) != NO_SLOT;
-}
-
-/* Move `next` to a block to begin, and `clean_next` to a deferred one, once `next` has come to the end. */
-static void advance(eng_pipeline *p, uint32_t entry_index)
-{
-    entry *e = &p->entries[entry_index];
-    const eng_job *job = e->job;
-    while (e->next < e->limit && (is_begun(p, entry_index, job->order[e->next]) || is_deferred(job, e->next)))
-        e->next++;
-    while (e->clean_next < e->limit && is_begun(p, entry_index, job->order[e->clean_next]))
-        e->clean_next++;
-}
-
-/* Whether the urgent blocks of a write are staged. */
-static int urgent_staged(entry *e)
-{
-    const eng_job *job = e->job;
-    while (e->urgent_next < job->urgent_count && job->states[job->order[e->urgent_next]] != ENG_PENDING)
-        e->urgent_next++;
-    return e->urgent_next == job->urgent_count;
-}
-
-/* Note the milestones that the staging of a write has reached. */
-static void note_staged(eng_pipeline *p, uint32_t entry_index)
-{
-    entry *e = &p->entries[entry_index];
-    eng_job *job = e->job;
-    advance(p, entry_index);
-    if (e->hashed_count >= e->limit && !eng_reached(job, ENG_URGENT) && urgent_staged(e))
-        reach(p, job, ENG_URGENT);
-    if (!all_staged(e))
-        return;
-    if (job->guard != NULL)
-        guard_end(job->guard, job); /* before the milestone: the next save may be armed then */
-    job->staged_ns = thread_now_ns();
-    reach(p, job, ENG_ALL_STAGED);
 }
 
 /* 0 if what was just staged is what the sources held when the save began, or an errno that says why it may not be. */
@@ -354,18 +125,18 @@ static void finish_copy(eng_pipeline *p, uint32_t index, eng_hash checksum)
     entry *e = &p->entries[entry_index];
     const int torn = release_sources(e->job, block, checksum);
     if (torn != 0) {
-        free_slot(p, index);
-        fail(p, entry_index, ENG_TORN_FAILURE, torn, block);
+        slots_free(p, index);
+        progress_fail(p, entry_index, ENG_TORN_FAILURE, torn, block);
         return;
     }
     if (!e->job->checked) /* else it is there already, and others may read it since ENG_URGENT */
         e->job->checksums[block] = checksum;
-    set_state(e->job, block, ENG_STAGED);
-    note_staged(p, entry_index);
+    progress_set_state(e->job, block, ENG_STAGED);
+    progress_note_staged(p, entry_index);
     if (e->has_files)
         begin_io(p, index);
     else
-        await_files(p, index);
+        slots_await_files(p, index);
 }
 
 /* A block of a checked job is hashed for the first time; the slot only held the copy meanwhile. */
@@ -375,8 +146,8 @@ static void finish_hash(eng_pipeline *p, uint32_t index, eng_hash checksum)
     entry *e = &p->entries[entry_index];
     e->job->checksums[p->slots[index].block] = checksum;
     e->hashed_count++;
-    free_slot(p, index);
-    note_staged(p, entry_index);
+    slots_free(p, index);
+    progress_note_staged(p, entry_index);
 }
 
 /* A block of a read is verified and copied out, or does not match its hash. */
@@ -387,8 +158,8 @@ static void finish_verification(eng_pipeline *p, uint32_t index, int is_verified
         finish_block(p, index);
         return;
     }
-    free_slot(p, index);
-    fail(p, s.entry, ENG_CHECKSUM_FAILURE, 0, s.block);
+    slots_free(p, index);
+    progress_fail(p, s.entry, ENG_CHECKSUM_FAILURE, 0, s.block);
 }
 
 /* Continue with a slot whose block was staged, by this thread or by a helper. */
@@ -401,7 +172,7 @@ static void finish_staging(eng_pipeline *p, const staging *done)
     if (e->job->direction == ENG_READ)
         finish_verification(p, done->slot, done->is_verified);
     else if (e->failed)
-        free_slot(p, done->slot);
+        slots_free(p, done->slot);
     else if (s->hashes_only)
         finish_hash(p, done->slot, done->checksum);
     else
@@ -412,7 +183,7 @@ static staging staging_of(const eng_pipeline *p, uint32_t index)
 {
     const slot *s = &p->slots[index];
     return (staging){
-        .slot = index, .block = s->block, .job = p->entries[s->entry].job, .memory = slot_memory(p, index)};
+        .slot = index, .block = s->block, .job = p->entries[s->entry].job, .memory = slots_memory(p, index)};
 }
 
 static void stage_here(eng_pipeline *p, uint32_t index)
@@ -428,16 +199,16 @@ static int stage_aside(eng_pipeline *p, uint32_t index)
     const staging work = staging_of(p, index);
     if (p->stager == NULL || !stager_begin(p->stager, &work))
         return 0;
-    enter_helped(p, index);
+    slots_enter_helped(p, index);
     return 1;
 }
 
 /* Stage a block of a write, with a helper if one has room. */
 static void stage_block(eng_pipeline *p, uint32_t entry_index, uint32_t block)
 {
-    const uint32_t index = take_slot(p, entry_index, block);
+    const uint32_t index = slots_take(p, entry_index, block);
     if (stage_aside(p, index))
-        advance(p, entry_index);
+        progress_advance(p, entry_index);
     else
         stage_here(p, index);
 }
@@ -446,7 +217,7 @@ static void stage_block(eng_pipeline *p, uint32_t entry_index, uint32_t block)
 static void hash_block(eng_pipeline *p, uint32_t entry_index)
 {
     entry *e = &p->entries[entry_index];
-    const uint32_t index = take_slot(p, entry_index, e->job->order[e->hashed_next++]);
+    const uint32_t index = slots_take(p, entry_index, e->job->order[e->hashed_next++]);
     p->slots[index].hashes_only = 1;
     if (!stage_aside(p, index))
         stage_here(p, index);
@@ -460,11 +231,11 @@ static uint32_t collect(eng_pipeline *p)
     for (uint32_t i = 0; i < count; i++) {
         const uint32_t entry_index = p->slots[done[i].slot].entry;
         entry *e = &p->entries[entry_index];
-        leave_helped(p, done[i].slot);
+        slots_leave_helped(p, done[i].slot);
         finish_staging(p, &done[i]);
         if (e->failed)
-            give_up_sources(p, e);
-        settle(p, entry_index);
+            progress_give_up_sources(p, e);
+        progress_settle(p, entry_index);
     }
     return count;
 }
@@ -480,8 +251,8 @@ static int skip_clean(eng_pipeline *p, uint32_t entry_index, uint32_t block)
     job->skipped_bytes += padded_bytes(&job->blocks[block]);
     job->clean_bytes += job->blocks[block].nbytes;
     guard_skip(job->guard, block);
-    set_state(job, block, ENG_WRITTEN);
-    note_staged(p, entry_index);
+    progress_set_state(job, block, ENG_WRITTEN);
+    progress_note_staged(p, entry_index);
     return 1;
 }
 
@@ -492,7 +263,7 @@ static void verify_block(eng_pipeline *p, uint32_t entry_index)
     while (p->slots[p->unverified.slots[at]].entry != entry_index)
         at++;
     const uint32_t index = p->unverified.slots[at];
-    leave_unverified(p, index);
+    slots_leave_unverified(p, index);
     p->slots[index].state = SLOT_STAGING;
     if (!stage_aside(p, index))
         stage_here(p, index);
@@ -510,7 +281,7 @@ static void work_on(eng_pipeline *p, uint32_t entry_index, enum piece piece)
         if (!skip_clean(p, entry_index, job->order[e->clean_next]))
             stage_block(p, entry_index, job->order[e->clean_next]);
         break;
-    case PIECE_READ: start_io(p, take_slot(p, entry_index, job->order[e->next++])); break;
+    case PIECE_READ: start_io(p, slots_take(p, entry_index, job->order[e->next++])); break;
     case PIECE_VERIFY: verify_block(p, entry_index); break;
     }
 }
@@ -526,7 +297,7 @@ typedef struct {
 static int claim_block(void *context, uint32_t block)
 {
     claim *c = context;
-    c->slot = helped_slot(c->pipeline, c->entry, block);
+    c->slot = slots_helped(c->pipeline, c->entry, block);
     return c->slot == NO_SLOT || stager_withdraw(c->pipeline->stager, c->slot);
 }
 
@@ -538,15 +309,15 @@ static int serve_writer(eng_pipeline *p)
         const uint32_t entry_index = p->queue[at];
         const entry *e = &p->entries[entry_index];
         claim c = {p, entry_index, NO_SLOT};
-        if (e->failed || all_staged(e) || e->job->guard == NULL || !turns_may_hold(p, e)
+        if (e->failed || progress_all_staged(e) || e->job->guard == NULL || !turns_may_hold(p, e)
             || !guard_wanted(e->job->guard, claim_block, &c, &block))
             continue;
         if (c.slot == NO_SLOT)
-            c.slot = take_slot(p, entry_index, block);
+            c.slot = slots_take(p, entry_index, block);
         else
-            leave_helped(p, c.slot);
+            slots_leave_helped(p, c.slot);
         stage_here(p, c.slot);
-        settle(p, entry_index);
+        progress_settle(p, entry_index);
         return 1;
     }
     return 0;
@@ -560,7 +331,7 @@ static int take_turn(eng_pipeline *p)
     if (entry_index == ENG_JOBS_MAX)
         return 0;
     work_on(p, entry_index, piece);
-    settle(p, entry_index);
+    progress_settle(p, entry_index);
     return 1;
 }
 
@@ -588,8 +359,8 @@ static void retry(eng_pipeline *p, uint32_t index, uint32_t kind, int error)
         start_io(p, index);
         return;
     }
-    fail(p, s->entry, kind, error, s->block);
-    free_slot(p, index);
+    progress_fail(p, s->entry, kind, error, s->block);
+    slots_free(p, index);
 }
 
 static void complete(eng_pipeline *p, uint32_t index, int32_t result)
@@ -604,17 +375,17 @@ static void complete(eng_pipeline *p, uint32_t index, int32_t result)
     p->moving_count--;
     p->reading_count -= e->job->direction == ENG_READ;
     if (e->failed) {
-        free_slot(p, index);
+        slots_free(p, index);
     } else if (result == -EINTR || result == -EAGAIN || result == -ENOMEM) {
         retry(p, index, ENG_IO_FAILURE, -result);
     } else if (result <= 0 || (uint32_t)result > padded - s->done_bytes) {
         const int error = result < 0 ? -result : result == 0 ? 0 : EIO;
-        fail(p, entry_index, result == 0 ? ENG_SHORT_FAILURE : ENG_IO_FAILURE, error, s->block);
-        free_slot(p, index);
+        progress_fail(p, entry_index, result == 0 ? ENG_SHORT_FAILURE : ENG_IO_FAILURE, error, s->block);
+        slots_free(p, index);
     } else if (s->done_bytes + (uint32_t)result >= wanted) {
         e->job->io_bytes += (uint32_t)result;
         if (e->job->direction == ENG_READ)
-            await_verification(p, index);
+            slots_await_verification(p, index);
         else
             finish_block(p, index);
     } else {
@@ -626,7 +397,7 @@ static void complete(eng_pipeline *p, uint32_t index, int32_t result)
             s->retry_count = 0;
         retry(p, index, ENG_SHORT_FAILURE, 0);
     }
-    settle(p, entry_index);
+    progress_settle(p, entry_index);
 }
 
 /* The ring itself has failed: every job fails, and the next job gets a new ring.  Slots that the kernel may still write
@@ -636,17 +407,17 @@ static void break_down(eng_pipeline *p, int error)
     if (p->stager != NULL)
         stager_drain(p->stager);
     while (p->helped.count > 0)
-        leave_helped(p, p->helped.slots[0]);
+        slots_leave_helped(p, p->helped.slots[0]);
     p->broken = error;
     p->refusal_count = 0;
     p->free_count = 0;
     p->moving_count = p->reading_count = 0;
     while (p->queue_count > 0) {
         const uint32_t entry_index = p->queue[0];
-        fail(p, entry_index, ENG_IO_FAILURE, error, UINT32_MAX);
+        progress_fail(p, entry_index, ENG_IO_FAILURE, error, UINT32_MAX);
         p->free_count = 0;
         p->entries[entry_index].slot_count = 0;
-        settle(p, entry_index);
+        progress_settle(p, entry_index);
     }
 }
 
@@ -682,13 +453,13 @@ static int attach_files(eng_pipeline *p, uint32_t entry_index)
     if (e->failed || e->has_files)
         return 1;
     e->has_files = 1;
-    const int result = set_files(p, entry_index, 1);
+    const int result = progress_set_files(p, entry_index, 1);
     if (result == -EOPNOTSUPP || result == -ENXIO) { /* the descriptor is no ring now (io_uring_register(2), ERRORS) */
         break_down(p, -result);
         return 0;
     }
     if (result < 0)
-        fail(p, entry_index, ENG_IO_FAILURE, -result, UINT32_MAX);
+        progress_fail(p, entry_index, ENG_IO_FAILURE, -result, UINT32_MAX);
     for (uint32_t at = 0; at < p->waiting.count && !e->failed;) {
         const uint32_t index = p->waiting.slots[at];
         if (p->slots[index].entry != entry_index) {
@@ -709,9 +480,9 @@ static void begin_job(eng_pipeline *p, uint32_t entry_index)
     if (job->guard != NULL)
         guard_attach(job->guard, p->forks.descriptors[DESCRIPTOR_WAKE]);
     if (job->direction == ENG_WRITE)
-        note_staged(p, entry_index);
+        progress_note_staged(p, entry_index);
     else
-        reach(p, e->job, ENG_URGENT);
+        progress_reach(p, e->job, ENG_URGENT);
 }
 
 void pipeline_accept(eng_pipeline *p, uint32_t entry_index)
@@ -729,20 +500,20 @@ void pipeline_accept(eng_pipeline *p, uint32_t entry_index)
     if (submitted) {
         p->queue[p->queue_count++] = entry_index;
         if (p->broken && service_replace_ring(p) != 0)
-            fail(p, entry_index, ENG_IO_FAILURE, p->broken, UINT32_MAX);
+            progress_fail(p, entry_index, ENG_IO_FAILURE, p->broken, UINT32_MAX);
         else if (!job_is_valid(e->job, withheld_count, p->config.slot_bytes))
-            fail(p, entry_index, ENG_INVALID_FAILURE, EINVAL, UINT32_MAX);
+            progress_fail(p, entry_index, ENG_INVALID_FAILURE, EINVAL, UINT32_MAX);
         else
             begin_job(p, entry_index);
     }
     if (aborted)
-        fail(p, entry_index, ENG_ABORTED_FAILURE, abort_error, UINT32_MAX);
+        progress_fail(p, entry_index, ENG_ABORTED_FAILURE, abort_error, UINT32_MAX);
     if (attached && !attach_files(p, entry_index))
         return;
     if (released && !e->failed)
-        note_staged(p, entry_index); /* a writer may have had them staged already */
+        progress_note_staged(p, entry_index); /* a writer may have had them staged already */
     if (submitted || aborted || attached || released)
-        settle(p, entry_index);
+        progress_settle(p, entry_index);
 }
 
 void pipeline_cancel_incomplete(eng_pipeline *p)
@@ -752,7 +523,7 @@ void pipeline_cancel_incomplete(eng_pipeline *p)
         const entry *e = &p->entries[entry_index];
         if (e->has_files && e->limit == e->job->block_count)
             continue;
-        fail(p, entry_index, ENG_ABORTED_FAILURE, ECANCELED, UINT32_MAX);
-        settle(p, entry_index);
+        progress_fail(p, entry_index, ENG_ABORTED_FAILURE, ECANCELED, UINT32_MAX);
+        progress_settle(p, entry_index);
     }
 }

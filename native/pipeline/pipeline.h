@@ -1,9 +1,9 @@
 /*
  * pipeline.h: the structures that both halves of a pipeline share.
  *
- * pipeline.c is the slot state machine: it runs on the pipeline's thread only, and blocks in reap only.  service.c is
- * the thread and the functions of engine_native.h, which other threads call.  They reach the machine only through the
- * inbox half of an entry.
+ * pipeline.c is the slot state machine, with slots.c (the lists of slots) and progress.c (the life of a job): it runs on
+ * the pipeline's thread only, and blocks in reap only.  service.c is the thread and the functions of engine_native.h,
+ * which other threads call.  They reach the machine only through the inbox half of an entry.
  *
  * Locks.  `mutex` guards the inbox half of every entry, changes of `state`, and the broadcasts of `changed`.  All else
  * belongs to the thread, or is a single word written atomically (a job's states and milestones, `dirty`, `abandons`,
