@@ -158,7 +158,7 @@ dist: setup ## Build source distribution and wheel into dist/, and check what is
 # leaves descriptor 2 alone (--capture=sys), so that a finding is seen though it ends the process.
 
 SANITIZE_TESTS := $(wildcard tests/io/test_native*.py) tests/session/test_engine.py \
-	tests/session/test_snapshot.py
+	tests/session/test_snapshot.py tests/monitor/test_serving.py
 SITE_PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
 
 sanitize: sanitize-address sanitize-thread ## Run the tests that drive native code under ASan, UBSan and TSan

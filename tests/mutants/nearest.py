@@ -125,9 +125,17 @@ NEAREST: dict[str, tuple[str, ...]] = {
     ),
     "engine/integrations/": ("tests/integrations",),
     "engine/": ("tests/session/test_arguments.py", "tests/session/test_facts.py", "tests/session/test_run.py"),
-    "native/guarding/": ("tests/io/test_guard.py",),
+    "native/guarding/": ("tests/io/test_guard.py", "tests/io/test_native_release.py"),
+    "native/moving/serve": ("tests/monitor/test_serving.py", "tests/monitor/test_hostile.py"),
+    "native/moving/shared": ("tests/monitor/test_serving.py",),
     "native/moving/": ("tests/io/test_native_faults.py", "tests/io/test_backend.py"),
     "native/staging/stager": ("tests/io/test_native_staging.py",),
+    "native/pipeline/progress": (
+        "tests/io/test_native.py",
+        "tests/io/test_native_release.py",
+        "tests/io/test_guard.py",
+    ),
+    "native/pipeline/turns": ("tests/io/test_native_turns.py",),
     "native/": ("tests/io/test_native_jobs.py", "tests/io/test_native.py", "tests/io/test_native_faults.py"),
 }
 
