@@ -101,7 +101,11 @@ class Owner(Catalog):
         return self._files[step]
 
     def _allocate(self, file: WrittenFile) -> None:
-        """Reserve a file's blocks.  If there is no room, delete checkpoints that no rule keeps, and try once more."""
+        """Reserve a file's blocks.  If there is no room, delete checkpoints that no rule keeps, and try once more.
+
+        A reused file has its blocks.  Its fallocate(2) waits all the same for direct writes under way to it: the kernel
+        may still do those of a process that was killed, and they must not come after ours.
+        """
         nbytes = align_up(file.nbytes, ALIGNMENT)
         try:
             self.filesystem.allocate(file.descriptor, nbytes, file.path)

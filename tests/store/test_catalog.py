@@ -714,6 +714,22 @@ def test_saves_go_on_beside_a_file_that_cannot_be_moved_or_deleted(tmp_path: Pat
     again.close()
 
 
+@pytest.mark.parametrize("damaged", [None, 3, 2])
+def test_a_full_disk_costs_no_step_where_one_is_damaged(tmp_path: Path, damaged: int | None) -> None:
+    """Those that the rule no longer keeps may be the last good ones."""
+    catalog = Catalog(str(tmp_path), Filesystem(), spare_max=1, retention=Retention(last=3), facts=StepFacts)
+    for step in (1, 2, 3):
+        save(catalog, step)
+    catalog.retention = Retention(last=1)
+    if damaged is not None:
+        catalog.distrust(damaged)
+    assert catalog.free_surplus() is (damaged is None)
+    assert catalog.steps() == ([3] if damaged is None else [1, 2, 3])
+    begin(catalog, 4, [DATA_NAME])  # which gives up what is too much, too
+    assert catalog.steps() == ([3] if damaged is None else [1, 2, 3])
+    catalog.close()
+
+
 def test_a_directory_that_cannot_be_renamed_to_spare_is_deleted(tmp_path: Path) -> None:
     """As for a directory in the lower layer of an overlay."""
     before = Catalog(str(tmp_path), Filesystem(), spare_max=1, retention=Retention(last=2), facts=StepFacts)
