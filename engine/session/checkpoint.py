@@ -21,7 +21,7 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from numbers import Real
 from typing import Any, Literal, SupportsFloat
@@ -264,9 +264,7 @@ class Checkpointer:
                 "write in place or by a change of the model; save with checkpoint() after the step"
             )
         plan = save.snapshot
-        content = write.content
-        if content is not None:
-            write.content = replace(content, optimizers=_options(arena), modules=arena.extra_states())
+        write.amend(optimizers=_options(arena), modules=arena.extra_states())
         arena.hold(save.wait_staged, plan.holds_writers)
         save.leave()
         if not plan.is_lazy:

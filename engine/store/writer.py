@@ -18,8 +18,9 @@ import os
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 from engine.errors import ClosedError, PlatformError, StorageError, TornSnapshot
 from engine.format.handover import Spans
@@ -166,6 +167,7 @@ class Write:
         self.checkpoint_id = secrets.token_hex(16)
         self.packed = content.packed
         self.content: Content | None = content
+        self._is_let_go = False
         self.pipeline = pipeline
         self.memory = memory
         self.job = Job(
@@ -198,8 +200,17 @@ class Write:
         states = self.job.states()
         return [least(states[start:end]) for start, end in pairwise(self.packed.plan.block_starts)]
 
+    def amend(self, **fields: Any) -> None:
+        """Replace fields of the content, if it is still needed.  Another thread may let go of it at any moment."""
+        content = self.content
+        if content is not None:
+            self.content = replace(content, **fields)
+        if self._is_let_go:
+            self.content = None
+
     def let_go(self) -> None:
         """Forget the content: a save may be kept long after its end, and must not keep the sources' memory."""
+        self._is_let_go = True
         self.content = None
 
 

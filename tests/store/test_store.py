@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from buffers import address, content_of, load, save
@@ -18,7 +19,7 @@ from engine.store.filesystem import Filesystem
 from engine.store.reader import Checkpoint, Target
 from engine.store.retention import Retention
 from engine.store.store import Store
-from engine.store.writer import pack_all_sources
+from engine.store.writer import Content, pack_all_sources
 
 WITHOUT_TORCH = """
 import mmap, sys
@@ -95,4 +96,25 @@ def test_memory_shorter_than_a_tensor_is_refused_as_a_bug(tmp_path: Path) -> Non
     with pytest.raises(RuntimeError, match=r"the read of .* is refused: .*beyond the memory.* report this as a bug"):
         store.reader.use(None, fill)
     assert load(store) == buffers and not store.reader.damaged
+    store.close()
+
+
+def test_content_that_is_amended_as_it_is_let_go_stays_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit thread lets go of a save that has failed while its caller replaces a field of the content."""
+    options = Options(staging_bytes=64 << 10, block_bytes=16 << 10)
+    store = Store(str(tmp_path / "run"), options, Retention(last=2), Filesystem())
+    content = content_of({"a": bytearray(100)}, options.block_bytes)
+    write = store.writer.prepare(1, content, checked=False)
+    write.amend(tag="kept")
+    assert write.content is not None and write.content.tag == "kept"
+
+    def late(found: Content, **fields: Any) -> Content:
+        write.let_go()
+        return replace(found, **fields)
+
+    monkeypatch.setattr("engine.store.writer.replace", late)
+    write.amend(tag="late")
+    assert write.content is None
+    write.amend(tag="later")
+    assert write.content is None
     store.close()
