@@ -384,9 +384,10 @@ def _shut_down(in_flight: InFlight, workers: Workers, store: Store | MonitoredSt
     if workers.is_current():  # the collector runs on a commit thread, which cannot wait for itself
         threading.Thread(target=_shut_down, args=(in_flight, workers, store)).start()
         return
+    store.look()
     in_flight.close()
-    in_flight.wait_for_others()  # or a call of theirs could come behind the end of the commit threads
-    workers.close()
+    in_flight.wait_for_others(store.look)  # or a call of theirs could come behind the end of the commit threads
+    workers.close(store.look)
     store.close()
 
 

@@ -1,55 +1,49 @@
 """Client: the trainer's end of a monitor, and the Store of an Engine whose directory a monitor owns.
 
 Theory of operation.  `MonitoredStore` has what `store.Store` has, and the Engine does not tell them apart.  The trainer
-keeps the pipeline, which stages and hashes; its mover posts to the monitor.  `_Monitor` is one process, its control
-channel and its pipeline.  Checkpoints are listed and read in this process, with the step pinned in the monitor.
+keeps the pipeline, which stages and hashes; its mover posts to the monitor (`process.Monitor`).  Checkpoints are listed
+and read in this process, with the step pinned in the monitor.
 
-A monitor that has ended has failed its saves: the mover fails every block, and each request raises `MonitorLostError`.
-The next save, or whatever needs the directory's owner, starts another one.
+A monitor that has ended has failed its saves.  The next save, or whatever needs the directory's owner, starts another
+one, and tells it of the damaged and the pinned steps.  A save that was to be published when the monitor ended may be
+committed: the disk says whether.
 
 Rules: no torch.  A forked child has neither the channels nor the shared memory, and gets `ForkedError` (`Pipeline`).
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 
 import msgspec
 
-from engine.errors import EngineError, MonitorLostError, PlatformError, TornSnapshot
+from engine.errors import EngineError, NotFoundError, TornSnapshot
 from engine.format.manifest import FileRecord
-from engine.io.backend import Attempt, Probe, open_to_read
+from engine.io.backend import Probe, open_to_read
 from engine.io.descriptor import Descriptor
 from engine.io.job import HASH_BYTES, JobMemory
-from engine.io.pipeline import Pipeline, Shared
+from engine.io.pipeline import Pipeline
+from engine.monitor.process import Monitor, refused
 from engine.monitor.protocol import (
     Begin,
     Begun,
-    Call,
     Channel,
     ChannelEnded,
     Discard,
     Done,
-    Hello,
     Pin,
     Publish,
     Published,
-    Request,
     Seal,
-    Welcome,
 )
-from engine.monitor.shared_memory import Board, board_bytes, make_memory, slots_bytes
+from engine.monitor.shared_memory import Board, board_bytes, make_memory
 from engine.options import Options
 from engine.store.committer import Attachment, SaveRecord
 from engine.store.directory import Directory, OpenedStep
 from engine.store.filesystem import Filesystem
-from engine.store.info import CheckpointInfo
+from engine.store.info import CheckpointInfo, info_of
 from engine.store.reader import Reader
 from engine.store.retention import Retention
 from engine.store.verify import Verifier
@@ -58,223 +52,118 @@ from engine.store.writer import Writer
 # Slots of the pipeline that reads: twice the window of reads in flight (READ_WINDOW_BYTES of pipeline.c).
 _READ_STAGING_BYTES = 128 << 20
 
-_REMEDY = "run the same command by hand for its error, or use isolation='none'"
+# Between looks at whether another thread has started a monitor.
+_START_LOOK_S = 0.05
 
 
-def command(descriptor: int) -> list[str]:
-    """The command that starts a monitor."""
-    return [sys.executable, "-m", "engine.monitor", str(descriptor)]
+class _Pin:
+    """A step that is being read, and the channels that keep it from being retired: one of each monitor meanwhile."""
 
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self._channels: list[Channel] = []
 
-class _Monitor:
-    """One monitor: its process, its control channel, and the pipeline that posts to it.
-
-    Raises:
-        EngineError: the monitor cannot be started, or refuses the directory.
-    """
-
-    def __init__(self, root: str, options: Options, retention: Retention | None) -> None:
-        self._mutex = threading.Lock()
-        self._control, theirs = Channel.pair()
-        self._process: subprocess.Popen[bytes] | None = None
-        shared = _Memory()
-        try:
-            with theirs:
-                self._process = _start(theirs.fileno())
-            self.pid = self._process.pid
-            shared.make(options)
-            hello = Hello(
-                root,
-                options.max_async,
-                retention,
-                options.rewrite_all,
-                options.backend,
-                options.slot_count,
-                options.block_bytes,
-            )
-            self._control.send(hello, shared.descriptors())
-            welcome = self._control.expect(Welcome)
-            self.root, self.retention = welcome.root, welcome.retention
-            attempts = tuple(Attempt(*attempt) for attempt in welcome.attempts)
-            self.probe = Probe(welcome.root, welcome.backend, attempts)
-            self.pipeline = Pipeline(
-                options.slot_count,
-                options.block_bytes,
-                welcome.backend,
-                options.staging_threads,
-                shared=shared.with_peer(self._control.number),
-            )
-        except BaseException as error:
-            status = self.close()
-            if isinstance(error, ChannelEnded):
-                cause = f"the monitor's process has ended with status {status} while it started"
-                raise PlatformError(cause, _REMEDY) from None
-            raise
-        finally:
-            shared.close()
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether the process has ended."""
-        return self._control.is_ended()
-
-    def lost(self) -> MonitorLostError:
-        """The error of whatever needed this monitor."""
-        return MonitorLostError(
-            f"the monitor of {self.root} (process {self.pid}) has ended: what it had not committed is discarded; "
-            "training goes on, and the next save starts another monitor; see dmesg for whether the kernel ended it "
-            "for want of memory"
-        )
-
-    @contextmanager
-    def request(self) -> Iterator[Channel]:
-        """A channel of its own for one request.
+    def keep(self, monitor: Monitor) -> None:
+        """Pin the step in a monitor, too.
 
         Raises:
-            MonitorLostError: the monitor ends before the `with` block does.
+            EngineError: the monitor has no such step, or has ended.
         """
-        channel = self.open_request()
-        with channel, self.living():
-            yield channel
-
-    def open_request(self) -> Channel:
-        """The same, to be closed by the caller."""
-        self.pipeline.check_owner()
-        channel, theirs = Channel.pair()
-        try:
-            with theirs, self.living(), self._mutex:
-                self._control.send(Request(), [theirs.fileno()])
-        except BaseException:
-            channel.close()
-            raise
-        return channel
-
-    @contextmanager
-    def living(self) -> Iterator[None]:
-        """Turn the end of the process into an error of the engine's."""
-        try:
-            yield
-        except ChannelEnded:
-            raise self.lost() from None
-
-    def call(self, name: str, step: int | None = None) -> list[int] | str | None:
-        """Have the owner of the directory do this."""
-        with self.request() as channel:
-            channel.send(msgspec.convert({"type": "Call", "name": name, "step": step}, Call))
-            return channel.expect(Done).value
-
-    def close(self) -> int | None:
-        """Let the process end, wait for it, and return its status.  Saves have ended.  May be called again."""
-        pipeline = getattr(self, "pipeline", None)
-        if pipeline is not None:
-            pipeline.close()
-        self._control.shut_down()
-        status = None if self._process is None else self._process.wait()
-        self._control.close()
-        return status
-
-
-class _Memory:
-    """The slots' memory and the two eventfds, until both processes have them."""
-
-    def __init__(self) -> None:
-        self._opened: list[Descriptor] = []
-
-    def make(self, options: Options) -> None:
-        nbytes = slots_bytes(options.slot_count, options.block_bytes)
-        try:
-            self._opened.append(make_memory("engine-slots", nbytes))
-            for _ in ("post", "wake"):
-                descriptor = Descriptor()
-                descriptor.fill(partial(os.eventfd, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
-                self._opened.append(descriptor)
-        except OSError as error:
-            raise _refused(error, f"{nbytes} bytes of memory to share with a monitor") from None
-
-    def descriptors(self) -> list[int]:
-        return [descriptor.number for descriptor in self._opened]
-
-    def with_peer(self, peer: int) -> Shared:
-        memory, post, wake = self.descriptors()
-        return Shared(memory, post, wake, peer)
+        channel = monitor.open_request()
+        self._channels.append(channel)
+        with monitor.living():
+            channel.send(Pin(self.step))
+            channel.expect(Done)
 
     def close(self) -> None:
-        for descriptor in self._opened:
-            descriptor.close()
-
-
-def _refused(error: OSError, what: str) -> PlatformError:
-    cause = f"the kernel refused {what}: {error}"
-    return PlatformError(cause, "free memory or descriptors, lower staging_bytes, or use isolation='none'")
-
-
-def _start(descriptor: int) -> subprocess.Popen[bytes]:
-    """Start a monitor, which inherits this descriptor and standard error, and nothing else.
-
-    It has a session of its own, so that a signal to the trainer's process group or terminal does not reach it.
-    """
-    if not sys.executable:
-        raise PlatformError("this Python does not know its own executable, which a monitor runs", _REMEDY)
-    paths = os.pathsep.join(map(os.path.abspath, sys.path))
-    try:
-        return subprocess.Popen(
-            command(descriptor),
-            pass_fds=[descriptor],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            cwd="/",
-            env={**os.environ, "PYTHONPATH": paths},
-            start_new_session=True,
-        )
-    except OSError as error:
-        raise _refused(error, "a process for the monitor") from None
+        for channel in self._channels:
+            channel.close()
 
 
 class _Monitors:
     """The monitor of one Engine, and the next one where it has ended."""
 
     def __init__(self, root: str, options: Options, retention: Retention | None) -> None:
-        self._mutex = threading.RLock()
+        self._mutex = threading.RLock()  # of the thread that starts one
         self._options = options
         self._retention = retention
         self.root = root
-        self.last = _Monitor(root, options, retention)
-        self._closed = False
+        self._is_closing = False
         self._distrusted: set[int] = set()
+        self._pins: set[_Pin] = set()
+        self.last = Monitor(root, options, retention)
 
-    def current(self) -> _Monitor:
+    def current(self) -> Monitor:
         """The monitor, started anew if it has ended.  Blocks for a few tenths of a second then.
 
         Raises:
             EngineError: it cannot be started.
         """
         self.last.pipeline.check_owner()
-        with self._mutex:
-            if self.last.is_lost and not self._closed:
-                self.last.close()
-                self.last = _Monitor(self.root, self._options, self._retention)
-                for step in sorted(self._distrusted):
-                    self.last.call("distrust", step)
-            return self.last
+        while self.last.is_lost and not self._is_closing:
+            # Not for ever: the thread that starts one may be interrupted by a signal handler that closes the Engine,
+            # and waits for this thread.
+            if not self._mutex.acquire(timeout=_START_LOOK_S):
+                continue
+            try:
+                if self.last.is_lost and not self._is_closing:
+                    self._start()
+            finally:
+                self._mutex.release()
+        return self.last
+
+    def _start(self) -> None:
+        self.last.close()
+        self.last = Monitor(self.root, self._options, self._retention)
+        if self._is_closing:  # a signal handler has closed the Engine meanwhile
+            self.last.close()
+            return
+        for step in sorted(self._distrusted):
+            self.last.call("distrust", step)
+        for pin in tuple(self._pins):
+            with suppress(NotFoundError):  # its reader will find that out
+                pin.keep(self.last)
 
     def distrust(self, step: int) -> None:
         """Tell the monitor, and each one after it, that a step is damaged: others may be the last good ones."""
-        with self._mutex:
-            self._distrusted.add(step)
+        self._distrusted.add(step)
         self.current().call("distrust", step)
 
+    @contextmanager
+    def pinned(self, step: int) -> Iterator[None]:
+        """Keep a step from being retired, also by the monitors that are started meanwhile.
+
+        Raises:
+            NotFoundError: the step is not committed.
+        """
+        pin = _Pin(step)
+        self._pins.add(pin)
+        try:
+            pin.keep(self.current())
+            yield
+        finally:
+            self._pins.discard(pin)
+            pin.close()
+
+    def look(self) -> None:
+        """The Engine is being closed, and waits for its saves: no other monitor is started."""
+        self._is_closing = True
+        self.last.look()
+
     def close(self) -> None:
+        self._is_closing = True
         with self._mutex:
-            self._closed = True
             self.last.close()
 
 
 class _RemoteCommits:
     """`committer.Commits` of one monitor."""
 
-    def __init__(self, monitor: _Monitor) -> None:
+    def __init__(self, monitor: Monitor, directory: MonitoredDirectory) -> None:
         self._monitor = monitor
+        self._directory = directory
         self._channels: dict[int, Channel] = {}  # by step in flight
+        self._ids: dict[int, str] = {}  # the same
 
     def memory(self, block_count: int) -> JobMemory | None:
         """A board that the monitor will map, too."""
@@ -282,12 +171,13 @@ class _RemoteCommits:
         try:
             descriptor = make_memory("engine-board", nbytes)
         except OSError as error:
-            raise _refused(error, f"{nbytes} bytes of memory to share with a monitor") from None
+            raise refused(error, f"{nbytes} bytes of memory to share with a monitor") from None
         return _SharedBoard(descriptor, block_count)
 
     def begin(self, record: SaveRecord, direct: bool, memory: JobMemory | None) -> Attachment:
         """Have the monitor make the files; see `Commits.begin`."""
         assert isinstance(memory, _SharedBoard)
+        self._ids[record.step] = record.checkpoint_id
         channel = self._channels[record.step] = self._monitor.open_request()
         with self._monitor.living():
             channel.send(_begin(record, direct), [memory.descriptor.number])
@@ -311,9 +201,19 @@ class _RemoteCommits:
             channel.send(Seal())
             channel.expect(Done)
             await_turn()
+            info = self._publish(channel, step)
+        self._channels.pop(step).close()
+        return info
+
+    def _publish(self, channel: Channel, step: int) -> CheckpointInfo:
+        try:
             channel.send(Publish())
             published = channel.expect(Published)
-        self._channels.pop(step).close()
+        except ChannelEnded:
+            info = self._directory.committed(step, self._ids[step])
+            if info is None:
+                raise
+            return info
         return CheckpointInfo(*(getattr(published, name) for name in CheckpointInfo._fields))
 
     def discard(self, step: int, error: BaseException) -> None:
@@ -380,11 +280,23 @@ class MonitoredDirectory(Directory):
     @contextmanager
     def opened(self, step: int) -> Iterator[OpenedStep]:
         """Open a committed step, which is not retired meanwhile; raises as `Catalog.opened`."""
-        with self._monitors.current().request() as channel:
-            channel.send(Pin(step))
-            channel.expect(Done)
+        with self._monitors.pinned(step), super().opened(step) as opened:
+            yield opened
+
+    def committed(self, step: int, checkpoint_id: str) -> CheckpointInfo | None:
+        """A checkpoint that a monitor has made visible before it ended; durable when this returns.  None if it has not.
+
+        The monitor may have ended between the rename and its sync.
+        """
+        try:
             with super().opened(step) as opened:
-                yield opened
+                info = info_of(opened.summary(), opened.path)
+            if info.checkpoint_id != checkpoint_id:
+                return None
+            self.filesystem.sync_directory(self.root)
+        except EngineError:
+            return None
+        return info
 
     def distrust(self, step: int) -> None:
         """Record that a step is damaged."""
@@ -424,7 +336,7 @@ class MonitoredStore:
     def __init__(self, directory: str, options: Options, retention: Retention | None, filesystem: Filesystem) -> None:
         self._monitors = _Monitors(filesystem.real_path(directory), options, retention)
         try:
-            self._writers: tuple[_Monitor, Writer] | None = None
+            self._writers: tuple[Monitor, Writer] | None = None
             self.catalog = MonitoredDirectory(self._monitors, filesystem)
             self._reading = _Reading(options)
             self.reader = Reader(self.catalog, self._reading.get)
@@ -454,7 +366,7 @@ class MonitoredStore:
         monitor = self._monitors.current()
         writers = self._writers
         if writers is None or writers[0] is not monitor:
-            writers = self._writers = monitor, Writer(monitor.pipeline, _RemoteCommits(monitor))
+            writers = self._writers = monitor, Writer(monitor.pipeline, _RemoteCommits(monitor, self.catalog))
         return writers[1]
 
     def steps(self) -> list[int]:
@@ -464,6 +376,10 @@ class MonitoredStore:
     def retire(self) -> None:
         """Retire every step that the retention rule does not keep."""
         self.catalog.retire()
+
+    def look(self) -> None:
+        """Called while the Engine waits for its saves to end: a monitor that stays stopped is not waited for."""
+        self._monitors.look()
 
     def close(self) -> None:
         """Drain the pipeline, and let the monitor give the directory back and end.  Blocks.  May be called again."""

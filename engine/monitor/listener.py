@@ -10,9 +10,11 @@ socket through an open descriptor of its directory, in /proc/self/fd.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -26,6 +28,11 @@ _QUESTION_BYTES_MAX = 4096
 
 # Connections that wait to be accepted.
 _BACKLOG = 16
+
+# accept(2) gives these of a socket that is closed or shut down, for ever; any other error passes.
+_CLOSED = (errno.EBADF, errno.EINVAL)
+
+_RETRY_S = 0.05
 
 
 class Listener:
@@ -51,8 +58,14 @@ class Listener:
         except OSError:
             listening.close()
             return self
+        try:
+            threading.Thread(target=self._accept, args=(listening,), daemon=True).start()
+        except RuntimeError:  # no thread is left: the status is not told, and saves go on
+            listening.close()
+            with suppress(OSError), socket_path(self._root) as path:
+                os.unlink(path)
+            return self
         self._socket = listening
-        threading.Thread(target=self._accept, args=(listening,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -65,9 +78,16 @@ class Listener:
         while True:
             try:
                 connection, _ = listening.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._answer, args=(Channel(connection),), daemon=True).start()
+            except OSError as error:
+                if error.errno in _CLOSED:
+                    return
+                time.sleep(_RETRY_S)  # no descriptor or memory is left at the moment: it waits in the queue
+                continue
+            channel = Channel(connection)
+            try:
+                threading.Thread(target=self._answer, args=(channel,), daemon=True).start()
+            except RuntimeError:  # no thread is left: it may ask again
+                channel.close()
 
     def _answer(self, channel: Channel) -> None:
         with channel, suppress(ChannelEnded):

@@ -29,11 +29,12 @@ other's user (SO_PEERCRED), and so does the monitor on the control channel; the 
 from __future__ import annotations
 
 import array
+import logging
 import os
+import select
+import signal
 import socket
 import struct
-import threading
-import weakref
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
@@ -42,6 +43,7 @@ import msgspec
 from engine import errors
 from engine.errors import EngineError
 from engine.format.manifest import FileRecord
+from engine.monitor.forks import UnforkedSocket, listed, no_fork
 from engine.options import Backend, Choice
 from engine.store.retention import Retention
 
@@ -52,6 +54,14 @@ MESSAGE_BYTES_MAX = 2 << 30
 
 # No message has more descriptors than `Hello`.
 _DESCRIPTORS_MAX = 8
+
+# Signals to every process of a job, which do not end a monitor: it is started with them blocked, and then ignores them.
+IGNORED = (
+    *(signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT, signal.SIGPIPE),
+    *(signal.SIGUSR1, signal.SIGUSR2),  # of schedulers that announce an end
+)
+
+_log = logging.getLogger("engine")
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
@@ -240,15 +250,14 @@ class Channel:
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
-        _open_channels.add(self)
+        listed(self)
 
     @classmethod
     def pair(cls) -> tuple[Channel, socket.socket]:
         """A channel, and the socket of its other end, to be sent away."""
-        with _fork_lock:  # a child that had an end without knowing of it would hide that the other process has ended
-            ours, theirs = socket.socketpair()  # close-on-exec
-            _sent_away.add(theirs)
-            return cls(ours), theirs
+        with no_fork():
+            ours, theirs = (UnforkedSocket(fileno=each.detach()) for each in socket.socketpair())  # close-on-exec
+            return cls(ours), listed(theirs)
 
     @property
     def number(self) -> int:
@@ -310,8 +319,7 @@ class Channel:
         message, descriptors = self.receive()
         for descriptor in descriptors:
             os.close(descriptor)
-        for text in getattr(message, "warnings", ()):
-            errors.warn(text)
+        _warn(message)
         if isinstance(message, Failed):
             raise message.error()
         if not isinstance(message, kind):
@@ -332,6 +340,12 @@ class Channel:
             return False
         except OSError:
             return True
+
+    def await_message(self, seconds: float) -> bool:
+        """Block until there is something to receive, be it the end; False if that took longer."""
+        waiting = select.poll()
+        waiting.register(self._socket, select.POLLIN)
+        return bool(waiting.poll(seconds * 1000))
 
     def set_timeout(self, seconds: float | None) -> None:
         """Have `receive` raise TimeoutError when nothing has come for so long; None: never."""
@@ -376,6 +390,17 @@ class Channel:
             buffer += part
 
 
+def _warn(message: Message) -> None:
+    """Pass on the warnings of a message.  They may raise, where the user makes errors of warnings."""
+    for text in getattr(message, "warnings", ()):
+        try:
+            errors.warn(text)
+        except errors.EngineWarning:
+            if not isinstance(message, Published):
+                raise
+            _log.warning("%s", text)  # the step is committed, and must not be reported as failed
+
+
 def failed(error: BaseException, warnings: Sequence[str] = ()) -> Failed:
     """An error as a message."""
     if isinstance(error, EngineError):
@@ -383,19 +408,3 @@ def failed(error: BaseException, warnings: Sequence[str] = ()) -> Failed:
         assert isinstance(reduced, tuple)
         return Failed(type(error).__name__, tuple(reduced[1]), tuple(warnings))
     return Failed(None, (repr(error),), tuple(warnings))
-
-
-_open_channels: weakref.WeakSet[Channel] = weakref.WeakSet()
-_sent_away: weakref.WeakSet[socket.socket] = weakref.WeakSet()  # the other ends of pairs, until they are closed
-_fork_lock = threading.RLock()  # no fork comes between the making of a pair and its entry above
-
-
-def _close_all_in_child() -> None:
-    _fork_lock.release()
-    for channel in tuple(_open_channels):
-        channel.close_in_child()
-    for end in tuple(_sent_away):
-        end.close()
-
-
-os.register_at_fork(before=_fork_lock.acquire, after_in_parent=_fork_lock.release, after_in_child=_close_all_in_child)

@@ -14,8 +14,8 @@ ends.
 The trainer has died when its channels end: the kernel closes a process's descriptors when none of its threads runs any
 more, and forked children close their copies at the fork.
 
-The process ignores the signals that end a process group or a job (SIGINT, SIGHUP, SIGTERM, SIGUSR1, SIGUSR2), and has
-a session of its own: it always ends by itself, soon after the trainer.
+The process ignores the signals that end a process group or a job (`protocol.IGNORED`), and has a session of its own: it
+always ends by itself, soon after the trainer.
 
 Rules: no torch and no numpy.
 """
@@ -49,6 +49,7 @@ from engine.io.serving import Serving
 from engine.monitor.begin import check_begin
 from engine.monitor.listener import Listener
 from engine.monitor.protocol import (
+    IGNORED,
     Begin,
     Begun,
     Call,
@@ -76,11 +77,6 @@ from engine.store.info import CheckpointInfo
 from engine.store.owner import Owner
 
 _log = logging.getLogger("engine.monitor")
-
-_IGNORED = (
-    *(signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT, signal.SIGPIPE),
-    *(signal.SIGUSR1, signal.SIGUSR2),  # of schedulers that announce an end to every process of a job
-)
 
 
 class _TrainerGone(Exception):
@@ -431,8 +427,9 @@ def _collect(message: Warning | str, *_: object, **__: object) -> None:
 
 def main(descriptor: int, filesystem: Filesystem | None = None) -> None:
     """Run a monitor for the trainer at the other end of this socket."""
-    for each in _IGNORED:
+    for each in IGNORED:
         signal.signal(each, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)  # those that came since the start are ignored, too
     os.set_inheritable(descriptor, False)
     warnings.simplefilter("always")
     warnings.showwarning = _collect

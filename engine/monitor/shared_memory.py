@@ -11,7 +11,8 @@ written by the trainer's commit thread, when all is staged and nothing has chang
 that word is a whole save, even if the trainer is dead: each block is written, or is in a slot.  Slots are found by the
 hash of their content, so no table says which slot has which block, and none can be wrong.
 
-The descriptors are closed once both sides have mapped the memory, and the kernel frees it with the last mapping.
+The descriptors are closed once both sides have mapped the memory, and the kernel frees it with the last mapping.  A
+forked child closes its copies of them.
 """
 
 from __future__ import annotations
@@ -19,17 +20,27 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from engine.io.binding import ffi, lib
 from engine.io.descriptor import Descriptor
 from engine.io.job import HASH_BYTES
+from engine.monitor.forks import UnforkedDescriptor, listed, no_fork
 
 # The word, and room to the next cache line.
 _WORD_BYTES = 64
 
 _STAGED = b"\1"
+
+
+def open_unforked(opener: Callable[[], int]) -> Descriptor:
+    """A descriptor of which a forked child keeps no copy; see `Descriptor.fill`."""
+    descriptor = UnforkedDescriptor()
+    with no_fork():
+        listed(descriptor).fill(opener)
+    return descriptor
 
 
 def make_memory(name: str, nbytes: int) -> Descriptor:
@@ -38,8 +49,7 @@ def make_memory(name: str, nbytes: int) -> Descriptor:
     Raises:
         OSError: there are no descriptors, or no memory.
     """
-    descriptor = Descriptor()
-    descriptor.fill(partial(os.memfd_create, name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+    descriptor = open_unforked(partial(os.memfd_create, name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
     try:
         # A page that the kernel refuses at its first touch, as with vm.overcommit_memory=2, ends the process by SIGBUS.
         os.posix_fallocate(descriptor.number, 0, nbytes)

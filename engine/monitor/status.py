@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 
 from engine.errors import PlatformError
+from engine.monitor.forks import UnforkedSocket, no_fork
 from engine.monitor.listener import socket_path
 from engine.monitor.protocol import AskStatus, Channel, ChannelEnded, Status
 
 # A monitor answers at once, but may be waiting for its turn on a busy host.
 _ANSWER_S = 10.0
+
+# Between looks at a queue that is full.
+_RETRY_S = 0.02
 
 
 def ask_status(root: str) -> Status | None:
@@ -66,19 +71,28 @@ def _silent(root: str) -> PlatformError:
 
 
 def _connect(root: str) -> Channel | None:
-    connection = socket.socket(socket.AF_UNIX)
-    try:
-        connection.settimeout(_ANSWER_S)
-        with socket_path(root) as path:
-            connection.connect(path)
-        connection.settimeout(None)
-    except (TimeoutError, BlockingIOError):  # its queue is full
-        connection.close()
-        raise _silent(root) from None
-    except OSError:  # no socket, nobody who listens, or another user's
-        connection.close()
-        return None
-    channel = Channel(connection)
+    with no_fork():
+        connection = UnforkedSocket(socket.AF_UNIX)
+        channel = Channel(connection)
+    deadline = time.monotonic() + _ANSWER_S
+    while True:
+        try:
+            connection.setblocking(False)
+            with socket_path(root) as path:
+                connection.connect(path)
+            connection.setblocking(True)
+            break
+        except BlockingIOError:  # its queue is full
+            if time.monotonic() > deadline:
+                channel.close()
+                raise _silent(root) from None
+            time.sleep(_RETRY_S)
+        except OSError:  # no socket, nobody who listens, or another user's
+            channel.close()
+            return None
+        except BaseException:
+            channel.close()
+            raise
     if channel.peer()[1] not in (os.getuid(), 0) and os.getuid() != 0:  # another user has put it there
         channel.close()
         return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from numbers import Real
 
@@ -57,10 +58,11 @@ class Gate:
             with suppress(RuntimeError):  # two threads opened it at once
                 self._lock.release()
 
-    def wait(self, timeout: float | None = None) -> bool:
-        """Block until the gate is open; False if `timeout` seconds passed first."""
+    def wait(self, timeout: float | None = None, look: Callable[[], object] = lambda: None) -> bool:
+        """Block until the gate is open; False if `timeout` seconds passed first.  Calls `look` again and again."""
         end = None if timeout is None else time.monotonic() + timeout
         while not self._open:
+            look()
             left = _SLICE_S if end is None else min(_SLICE_S, end - time.monotonic())
             if left <= 0:
                 return False

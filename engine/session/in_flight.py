@@ -168,17 +168,18 @@ class InFlight:
             permits = [*self._permits, *self._ending]
         return all(p.ended.wait(None if end is None else max(0.0, end - time.monotonic())) for p in permits)
 
-    def wait_for_others(self) -> None:
+    def wait_for_others(self, look: Callable[[], object]) -> None:
         """Block until every save in flight has ended, but for those that this thread has not handed over yet.
 
         There is such a one if a signal handler that interrupts `checkpoint()` calls this, and then it cannot go on.
+        `look` is called again and again meanwhile.
         """
         me = threading.get_ident()
         with self._lock:
             permits = [*self._permits, *self._ending]
         for permit in permits:
             if permit.handed_over or permit.thread != me:
-                permit.ended.wait()
+                permit.ended.wait(look=look)
 
     def while_idle(self, action: Callable[[], T]) -> T:
         """Run `action` with no save in flight, and none admitted before it has ended.

@@ -67,14 +67,17 @@ class Workers:
         """Whether this thread is one of these."""
         return _local.calls is self._calls
 
-    def close(self) -> None:
-        """Run all that has been submitted, and end the threads.  Blocks.  May be called again, also after Ctrl-C."""
+    def close(self, look: Callable[[], object] = lambda: None) -> None:
+        """Run all that has been submitted, and end the threads.  Blocks.  May be called again, also after Ctrl-C.
+
+        `look` is called again and again meanwhile.
+        """
         self.is_closed = True
         for _ in self._threads:
             self._calls.put(None)
         for thread, ended in self._threads:
             if thread.ident is not None:  # else it was never started
-                ended.wait()
+                ended.wait(look=look)
 
 
 def _work(calls: SimpleQueue[Call | None], ended: Gate) -> None:

@@ -83,6 +83,9 @@ class Store:
         """Retire every step that the retention rule does not keep."""
         self.catalog.retire()
 
+    def look(self) -> None:
+        """Called while the Engine waits for its saves to end: nothing to do; see `MonitoredStore.look`."""
+
     def close(self) -> None:
         """Drain the pipeline, and give the directory back.  Blocks.  May be called again."""
         self.pipeline.close()

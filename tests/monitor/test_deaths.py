@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,12 +19,18 @@ from typing import Any
 import monitored_trainee
 import pytest
 import torch
+from deadly import kill_and_wait
 from disk import same, stored
 from jobs import until
 from leaks import held
 from monitors import Hooks, has_ended, is_there, monitor_of
+from volumes import volume
 
 import engine
+from engine.monitor.client import MonitoredDirectory
+from engine.monitor.protocol import Channel, Done, Published
+from engine.store.filesystem import Filesystem
+from engine.store.info import CheckpointInfo
 
 SMALL: dict[str, Any] = {"staging_bytes": 1 << 20, "block_bytes": 64 << 10, "isolation": "process"}
 
@@ -273,3 +281,98 @@ def test_a_new_monitor_knows_which_step_is_damaged(tmp_path: Path, hooks: Hooks,
         eng.checkpoint(arena, step=7).result(60)
     before_commit = [steps for steps in seen if 7 not in steps]
     assert before_commit and all(steps == [1, 2, 3, 4, 5, 6] for steps in before_commit)
+
+
+def test_a_step_that_is_read_is_pinned_in_the_next_monitor(tmp_path: Path, arena: engine.Arena) -> None:
+    """It would be retired by it, and its files be overwritten: to the reader that looks like damage."""
+    with engine.Engine(tmp_path, keep=1, **SMALL) as eng:
+        eng.checkpoint(arena, step=1).result(60)
+        with eng._store.catalog.opened(1) as opened:
+            kill_and_wait(monitor_of(eng))
+            for step in (2, 3):
+                eng.checkpoint(arena, step).result(60)
+            assert opened.is_in_place() and eng.steps() == [1, 3]
+            with pytest.raises(engine.StepError, match="being read"):
+                eng.delete(1)
+        eng.checkpoint(arena, 4).result(60)
+        assert eng.steps() == [4]
+
+
+def test_a_pinned_step_that_is_gone_holds_up_no_monitor(tmp_path: Path, arena: engine.Arena) -> None:
+    with engine.Engine(tmp_path, keep=None, **SMALL) as eng:
+        for step in (1, 2):
+            eng.checkpoint(arena, step).result(60)
+        with suppress(engine.EngineError), eng._store.catalog.opened(1):
+            kill_and_wait(monitor_of(eng))
+            shutil.rmtree(tmp_path / "step-00000001")
+            eng.checkpoint(arena, 3).result(60)
+            raise engine.ArgumentError("the reader has found it gone")
+        assert eng.steps() == [2, 3]
+
+
+def test_a_step_that_its_monitor_made_visible_is_not_lost(tmp_path: Path, hooks: Hooks, arena: engine.Arena) -> None:
+    """The monitor is killed between the rename and the answer."""
+
+    def kill(pid: int, operation: str, path: str, _: str) -> None:
+        if operation == "sync_directory" and path == str(tmp_path) and (tmp_path / "step-00000002").exists():
+            os.kill(pid, signal.SIGKILL)
+
+    with engine.Engine(tmp_path, keep=None, **SMALL) as eng:
+        eng.checkpoint(arena, step=1).result()
+        first = monitor_of(eng)
+        hooks.before = kill
+        save = eng.checkpoint(arena, step=2, metrics={"loss": 0.5}, tag="kept")
+        info = save.result(60)
+        hooks.before = lambda *_: None
+        assert has_ended(first)
+        assert (info.step, info.checkpoint_id, info.tag, info.metrics) == (2, save.checkpoint_id, "kept", {"loss": 0.5})
+        assert eng.checkpoint(arena, step=3).result(60).step == 3
+        assert eng.steps() == [1, 2, 3] and eng.info(2) == info and eng.verify(2) == ()
+
+
+def test_what_is_visible_is_this_save_only_with_its_id_and_durably(
+    tmp_path: Path, arena: engine.Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with engine.Engine(tmp_path, **SMALL) as eng:
+        info = eng.checkpoint(arena, step=1).result(60)
+        directory = eng._store.catalog
+        assert isinstance(directory, MonitoredDirectory)
+        assert directory.committed(1, info.checkpoint_id) == info
+        assert directory.committed(1, "another") is None and directory.committed(2, info.checkpoint_id) is None
+
+        def refuse(_: Filesystem, path: str) -> None:
+            raise engine.StorageError(errno.EIO, "fsync", path)
+
+        monkeypatch.setattr(Filesystem, "sync_directory", refuse)
+        assert directory.committed(1, info.checkpoint_id) is None
+
+
+def test_a_warning_of_the_monitor_fails_no_committed_save(caplog: pytest.LogCaptureFixture) -> None:
+    """Where the user makes errors of warnings, as these tests do."""
+    channel, theirs = Channel.pair()
+    with channel, Channel(theirs) as monitor:
+        info = CheckpointInfo(1, "id", "path", 10, 0, {}, None)
+        monitor.send(Published(**info._asdict(), warnings=("a spare stays, and is not used",)))
+        monitor.send(Done(None, ("before the commit",)))
+        assert channel.expect(Published).step == 1 and "a spare stays" in caplog.text
+        with pytest.raises(engine.EngineWarning, match="before the commit"):
+            channel.expect(Done)
+
+
+def test_a_disk_that_is_really_full(arena: engine.Arena) -> None:
+    """The save is refused, its monitor goes on, and so does training when there is room again."""
+    with volume("ext4", 24 << 20) as disk:
+        root, ballast = disk / "run", disk / "ballast"
+        with engine.Engine(root, keep=1, **SMALL) as eng:
+            pid = monitor_of(eng)
+            eng.checkpoint(arena, step=1).result(60)
+            with open(ballast, "wb") as file, suppress(OSError):
+                while True:
+                    file.write(bytes(1 << 16))
+                    file.flush()
+            with pytest.raises(engine.NoSpaceError, match="of them are missing"):
+                eng.checkpoint(arena, step=2).result(60)
+            assert eng.steps() == [1] and eng.verify() == () and engine.open(root).in_flight() == ()
+            ballast.unlink()
+            assert eng.checkpoint(arena, step=2).result(60).step == 2 and monitor_of(eng) == pid
+            assert eng.steps() == [2] and eng.verify() == ()

@@ -41,7 +41,7 @@ from engine.errors import EngineError
 from engine.format.manifest import FileRecord
 from engine.format.plan import ALIGNMENT
 from engine.io.job import BlockState
-from engine.monitor import client
+from engine.monitor import process
 from engine.monitor.protocol import (
     Begin,
     Begun,
@@ -246,7 +246,7 @@ class Process:
 
     def __init__(self, trainer: RawTrainer) -> None:
         number = trainer.theirs.fileno()
-        self._process = subprocess.Popen(client.command(number), pass_fds=[number])
+        self._process = subprocess.Popen(process.command(number), pass_fds=[number])
         trainer.theirs.close()
 
     def join(self) -> None:

@@ -42,7 +42,7 @@ from trainee import ENGINE_OPTIONS, Training, digest
 
 import engine
 from engine.io.pipeline import Pipeline
-from engine.monitor import client
+from engine.monitor import process
 from engine.monitor.client import MonitoredStore
 from engine.monitor.protocol import Begin, Channel
 from engine.monitor.shared_memory import Board
@@ -69,7 +69,7 @@ class _Trainee:
         self._target: int | None = None
         self._eng: engine.Engine
         os.environ |= {LIFE: json.dumps(asdict(life)), TRAINER: str(os.getpid())}
-        client.command = lambda descriptor: [sys.executable, deadly_monitor.__file__, str(descriptor)]
+        process.command = lambda descriptor: [sys.executable, deadly_monitor.__file__, str(descriptor)]
 
     def live(self) -> None:
         """From the opening to the end, unless it is killed."""

@@ -23,7 +23,7 @@ from hooked import HookedFilesystem
 
 import engine
 from engine.errors import EngineError
-from engine.monitor import client
+from engine.monitor import process
 from engine.monitor.client import MonitoredStore
 from engine.options import Options
 from engine.store.filesystem import Filesystem
@@ -45,7 +45,7 @@ class Hooks:
         self._socket.bind(path)
         self._socket.listen()
         monkeypatch.setenv(hooked_monitor.ADDRESS, path)
-        monkeypatch.setattr(client, "command", lambda fd: [sys.executable, hooked_monitor.__file__, str(fd)])
+        monkeypatch.setattr(process, "command", lambda fd: [sys.executable, hooked_monitor.__file__, str(fd)])
         self._thread = threading.Thread(target=self._accept, daemon=True)
         self._thread.start()
 
@@ -108,8 +108,12 @@ def is_there(pid: int) -> bool:
 
 
 def has_ended(pid: int) -> bool:
-    """Whether a process is gone, or only its parent has not noticed."""
+    """Whether a process is gone, or only its parent has not noticed.
+
+    The first thread of a killed process may be a zombie before the last one has ended and its descriptors are closed.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        is_zombie = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return is_zombie and len(os.listdir(f"/proc/{pid}/task")) <= 1
     except (FileNotFoundError, ProcessLookupError):
         return True

@@ -169,7 +169,7 @@ def set_block(board: Board, block: int, state: BlockState, raw: bytes) -> None:
     board.states[block : block + 1] = bytes([state])
 
 
-class _ClosedListener(Listener):
+class ClosedListener(Listener):
     """A listener whose socket does not stay open until the process ends, since that of a test goes on."""
 
     def __exit__(self, *_: object) -> None:
@@ -203,7 +203,7 @@ class Serving:
 
     def _run(self) -> None:
         try:
-            with suppress(ChannelEnded), mock.patch("engine.monitor.server.Listener", _ClosedListener):
+            with suppress(ChannelEnded), mock.patch("engine.monitor.server.Listener", ClosedListener):
                 self._server.run()
         except BaseException as error:
             self.error = error
