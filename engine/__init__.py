@@ -14,7 +14,6 @@ start without torch.  Editors and type checkers see the imports below.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import platform
 import sys
 from typing import TYPE_CHECKING
@@ -161,7 +160,8 @@ _MODULES = {
 
 def __getattr__(name: str) -> object:
     if name == "__version__":
-        return importlib.metadata.version("uring-checkpoint")
+        # Not above: with what it imports itself it is a quarter of the start of a monitor.
+        return importlib.import_module("importlib.metadata").version("uring-checkpoint")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(_MODULES.get(name, "engine.errors"))
