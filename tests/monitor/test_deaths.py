@@ -23,6 +23,7 @@ from deadly import kill_and_wait
 from disk import same, stored
 from jobs import until
 from leaks import held
+from memory_groups import memory_group
 from monitors import Hooks, has_ended, is_there, monitor_of
 from volumes import volume
 
@@ -376,3 +377,20 @@ def test_a_disk_that_is_really_full(arena: engine.Arena) -> None:
             ballast.unlink()
             assert eng.checkpoint(arena, step=2).result(60).step == 2 and monitor_of(eng) == pid
             assert eng.steps() == [2] and eng.verify() == ()
+
+
+def test_the_oom_killer_takes_the_monitor(tmp_path: Path, arena: engine.Arena) -> None:
+    """It gets a limit on memory of its own, which it is over in one of its next saves."""
+    with engine.Engine(tmp_path, keep=None, on_error=lambda *_: None, **SMALL) as eng, memory_group() as group:
+        eng.checkpoint(arena, step=1).result(60)
+        first, committed = monitor_of(eng), [1]
+        group.take(first, nbytes=4 << 10)
+        for step in range(2, 100):
+            error = eng.checkpoint(arena, step).exception(60)
+            assert error is None or isinstance(error, engine.MonitorLostError), error
+            committed += [step] if error is None else []
+            if has_ended(first):
+                break
+        assert group.kill_count() == 1
+        assert eng.checkpoint(arena, step=100).result(60).step == 100 and monitor_of(eng) != first
+        assert eng.steps() == [*committed, 100] and eng.verify() == ()

@@ -18,7 +18,7 @@ import pytest
 import torch
 from deadly import kill_and_wait
 from kills import VOLUMES, Lost, Outcome, Server, serving
-from monitored_kills import VICTIMS, MonitoredFigures, MonitoredOrdeal
+from monitored_kills import CALLS, VICTIMS, MonitoredFigures, MonitoredOrdeal
 from processes import descriptors
 from volumes import volume
 
@@ -27,6 +27,9 @@ from engine.monitor.client import MonitoredStore
 
 # One in so many operations, and so many kills at a random moment, for each victim: some dozens.
 _EVERY, _RANDOM_COUNT, _KILLS_MIN = 20, 2, 24
+
+# So many kinds of system calls, and one in some of each.
+_CALLS, _CALLS_EVERY = 1, 20
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +47,16 @@ def test_a_training_with_a_monitor_survives_kills_of_either(server: Server) -> N
     assert figures.kill_count >= _KILLS_MIN and figures.victims.keys() == set(VICTIMS), f"seed {seed}"
     assert figures.committed_count and figures.discarded_count, f"no save of a dead trainer has ended so: seed {seed}"
     assert figures.lost_count, f"no save has lost its monitor: seed {seed}"
+
+
+def test_a_training_with_a_monitor_survives_kills_at_system_calls(server: Server, tmp_path: Path) -> None:
+    """A few kinds of them; the campaign has all."""
+    figures = MonitoredFigures()
+    seed = 0 if "CI" in os.environ else random.SystemRandom().getrandbits(32)
+    chance = random.Random(seed)
+    calls = ["sendmsg,sendto", *chance.sample(CALLS, _CALLS)]
+    MonitoredOrdeal(server, tmp_path, "any", chance, figures).suffer_calls(("trainer", "monitor"), calls, _CALLS_EVERY)
+    assert figures.victims.keys() == {"trainer", "monitor"}, f"seed {seed}: {figures.victims}"
 
 
 # -- what the campaign has found ------------------------------------------------------------------------------------

@@ -31,8 +31,9 @@ class Life:
         log: the file to append events to.
         step_count: how many steps to train at most.
         backend, keep: the engine's.
-        where: "open", "save", "write", "time", or empty: it comes to its end.
-        at: a number of an operation, a part, or seconds; see above.
+        where: "open", "save", "write", "time", "call", or empty: it comes to its end.
+        at: a number of an operation or a system call, a part, or seconds; see above.
+        call: the system calls that are counted, as strace(1) names them.
         settled_count: how many saves it waits for one by one.
         company: whether another save is in flight.
         split: whether untrained tensors have files of their own.
@@ -47,6 +48,7 @@ class Life:
     keep: int = 1
     where: str = ""
     at: float = 0
+    call: str = ""
     settled_count: int = 0
     company: bool = False
     split: bool = False

@@ -25,7 +25,7 @@ from itertools import count
 from pathlib import Path
 
 from kills import VOLUMES, Figures, Lost, Ordeal, Server, serving
-from monitored_kills import VICTIMS, MonitoredFigures, MonitoredOrdeal
+from monitored_kills import CALLS, VICTIMS, MonitoredFigures, MonitoredOrdeal
 from volumes import volume
 
 # In one ordeal; with these a third of all kills come at a random moment.
@@ -33,6 +33,9 @@ _RANDOM_COUNT = 100
 
 # In one ordeal with a monitor, for each victim: one in so many operations, other ones each time, and the random ones.
 _EVERY, _MONITORED_RANDOM_COUNT = 12, 5
+
+# And kinds of system calls; one in `_EVERY` of each.
+_CALL_COUNT = 6
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Campaign:
             if isinstance(self.figures, MonitoredFigures):
                 monitored = MonitoredOrdeal(self.server, root, kind, chance, self.figures, self.split)
                 monitored.suffer_all(VICTIMS, _EVERY, _MONITORED_RANDOM_COUNT)
+                monitored.suffer_calls(("trainer", "monitor"), chance.sample(CALLS, _CALL_COUNT), _EVERY)
             else:
                 Ordeal(self.server, root, kind, chance, self.figures, self.split).suffer([False, True], _RANDOM_COUNT)
         except Lost as lost:

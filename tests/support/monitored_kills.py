@@ -8,6 +8,9 @@ Theory of operation.  As `kills`, whose checks of the disk and of the log hold h
 - a trainer whose monitor was killed reports its last step;
 - a trainer that closes its engine has nothing of the monitor left.
 
+Kills at system calls are strace's: those of each kind are counted for each thread, and the first to come so far is
+killed on entry.  That is between any two effects that a process can have outside its own memory.
+
 A life in a hurry is followed at once by another one, which has to wait for the orphan of the first by itself.
 """
 
@@ -28,6 +31,36 @@ VICTIMS = ("trainer", "monitor", "both")
 
 # A life that goes on after a kill has to come to its end in a few seconds.
 _STEP_COUNT = 6
+
+# What a trainer and its monitor ask of the kernel in a save, by the names on any architecture; "?" where one has none.
+CALLS = (
+    "openat",
+    "close",
+    "?mkdir,mkdirat",
+    "?rename,?renameat,renameat2",
+    "?unlink,?rmdir,unlinkat",
+    "?link,linkat",
+    "?stat,?lstat,?newfstatat,fstat,statx",
+    "getdents64",
+    "fallocate",
+    "ftruncate",
+    "fsync,fdatasync",
+    "read,pread64",
+    "write,pwrite64",
+    "io_uring_enter",
+    "sendmsg,sendto",
+    "recvmsg,recvfrom",
+    "socketpair,shutdown",
+    "memfd_create,fcntl",
+    "mmap,munmap,madvise",
+    "?poll,ppoll",
+    "ioctl",
+    "futex",
+    "clone,clone3",
+)
+
+# Beyond so many calls of a kind the next kinds are tried: what follows is more of the same.
+_CALLS_MAX = 60
 
 # Points of a save, in each ordeal: before its files are attached, and when its board is marked.
 _ATTACH, _MARKED = 4, 7
@@ -59,7 +92,7 @@ class MonitoredFigures(Figures):
     def note_kill(self, kind: str, life: dict[str, Any], outcome: Outcome) -> None:
         """Count a life that had a kill."""
         dying = outcome.of("dying")
-        where = str(dying[0]["line"]).split()[0] if dying else outcome.phase
+        where = "S" if life["where"] == "call" else str(dying[0]["line"]).split()[0] if dying else outcome.phase
         self.phases[kind, where] += 1
         self.victims[life["victim"]] += 1
         self.backends[life["backend"]] += 1
@@ -104,6 +137,23 @@ class MonitoredOrdeal(Ordeal):
             seconds = self._live(step_count=_STEP_COUNT).seconds
             for _ in range(random_count):
                 self._live("time", self._chance.uniform(0, seconds), victim=victim, keep=self._chance.randint(1, 3))
+        self.end()
+
+    def suffer_calls(self, victims: Sequence[str], calls: Sequence[str], every: int) -> None:
+        """Kills on entry to system calls of a save and of those after it, of each kind the first and then some.
+
+        Args:
+            victims, calls: each of these.
+            every: between two numbers of calls lie less than so many.
+        """
+        for victim in victims:
+            for call in calls:
+                number = 1  # for a thread has few of most kinds
+                while number <= _CALLS_MAX:
+                    outcome = self._live("call", number, call=call, victim=victim, settled_count=1)
+                    if not outcome.was_killed and not outcome.of("dying"):
+                        break
+                    number += 1 + self._chance.randrange(every)
         self.end()
 
     def _numbers(self, where: str, victim: str, every: int) -> None:

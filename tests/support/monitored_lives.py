@@ -5,7 +5,8 @@
 Theory of operation.  As `trainee`, with ``isolation="process"``.  A life's victim is the trainer, the monitor, or both.
 "open" and "save" count the operations of the monitor (`deadly_monitor`).  "point" counts what the trainer does on the
 commit thread of one save: before and after each message, each attachment of files, and the mark that all is staged.
-"write" and "time" are as there.
+"write" and "time" are as there.  "call" counts system calls of the victim, from the save after those that are waited
+for: strace(1) kills it on entry to one.
 
 A trainer whose monitor was killed has to go on: it logs each save that is lost, and its last step has to be reported.
 
@@ -22,6 +23,7 @@ import logging
 import os
 import select
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -29,6 +31,7 @@ import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -44,6 +47,7 @@ import engine
 from engine.io.pipeline import Pipeline
 from engine.monitor import process
 from engine.monitor.client import MonitoredStore
+from engine.monitor.process import Monitor
 from engine.monitor.protocol import Begin, Channel
 from engine.monitor.shared_memory import Board
 
@@ -67,6 +71,7 @@ class _Trainee:
         self._saves: deque[tuple[engine.Save, str]] = deque()
         self._thread = _Thread()
         self._target: int | None = None
+        self._traced: Monitor | None = None
         self._eng: engine.Engine
         os.environ |= {LIFE: json.dumps(asdict(life)), TRAINER: str(os.getpid())}
         process.command = lambda descriptor: [sys.executable, deadly_monitor.__file__, str(descriptor)]
@@ -81,7 +86,9 @@ class _Trainee:
             for step in eng.steps():
                 self._log("loaded", step=step, digest=digest(self._persist(partial(self._eng.load, step))))
             self._train(eng, self._resume(eng))
-        del self._eng, self._training, eng  # a guard stays with its memory, and has the last save's board
+        if self._traced is not None and self._traced.close() == -signal.SIGKILL:
+            self._log("dying", line="S", call=self._life.call)
+        del self._eng, self._training, self._traced, eng  # a guard stays with its memory, and has the last save's board
         gc.collect()
         self._log("closed", left=sorted(set(_held()) - set(before)))
 
@@ -138,6 +145,8 @@ class _Trainee:
     def _step(self, eng: engine.Engine, step: int, wait: bool) -> None:
         self._training.step(step)
         state = self._training.digest()
+        if step == self._target and self._life.where == "call":
+            self._trace()
         self._log("began", step=step)
         extra = {"rng": torch.get_rng_state()}
         save = self._persist(lambda: eng.checkpoint(self._training.arena, step, extra=extra))
@@ -179,6 +188,23 @@ class _Trainee:
         if life.where == "point" and life.at == number and thread.step == self._target is not None:
             self._end(line=f"{name}-{'after' if edge else 'before'}", step=thread.step)
 
+    def _trace(self) -> None:
+        """Have the victim killed on entry to one of its system calls from now on."""
+        life = self._life
+        assert first_death(life)
+        pid = os.getpid()
+        if life.victim == "monitor":
+            store = self._eng._store
+            assert isinstance(store, MonitoredStore)
+            self._traced = store._monitors.last
+            pid = self._traced.pid
+        inject = f"inject={life.call}:signal=SIGKILL:when={int(life.at)}"
+        command = ["strace", "-f", "-q", "-o", "/dev/null", "-e", f"trace={life.call}", "-e", inject, "-p", str(pid)]
+        self._strace = subprocess.Popen(command)
+        while not _is_traced(pid):
+            assert self._strace.poll() is None, "strace does not attach to its own user's process: run as root"
+            time.sleep(0.001)
+
     def _end_writing(self, save: engine.Save) -> None:
         nbytes = sum(file.nbytes for file in save.plan.files)
         while (written := _done_bytes(save)) < self._life.at * nbytes and not save.done():
@@ -196,6 +222,14 @@ class _Trainee:
             kill_and_wait(store._monitors.last.pid)
         if self._life.victim in ("trainer", "both"):
             kill_myself()
+
+
+def _is_traced(pid: int) -> bool:
+    """Whether every thread of a process is traced."""
+    with suppress(FileNotFoundError, ProcessLookupError):  # a thread has ended meanwhile
+        tasks = [Path(f"/proc/{pid}/task/{task}/status").read_text() for task in os.listdir(f"/proc/{pid}/task")]
+        return not any("TracerPid:\t0\n" in status for status in tasks)
+    return False
 
 
 def _done_bytes(save: engine.Save) -> int:
