@@ -394,3 +394,30 @@ def test_the_oom_killer_takes_the_monitor(tmp_path: Path, arena: engine.Arena) -
         assert group.kill_count() == 1
         assert eng.checkpoint(arena, step=100).result(60).step == 100 and monitor_of(eng) != first
         assert eng.steps() == [*committed, 100] and eng.verify() == ()
+
+
+def test_two_trainers_that_open_one_directory_at_once(tmp_path: Path, arena: engine.Arena) -> None:
+    """One has it, and the other is told which process that is.  When the first is killed, the directory is free."""
+    code = (
+        "import os, signal, sys, engine\n"
+        "try:\n"
+        "    eng = engine.Engine(sys.argv[1], isolation='process', staging_bytes=8 << 20)\n"
+        "    print('has', eng._store._monitors.last.pid, flush=True)\n"
+        "    sys.stdin.read()\n"
+        "except engine.LockedError as error:\n"
+        "    print('is told', error, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
+    trainers = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    told = sorted(str(trainer.stdout and trainer.stdout.readline()) for trainer in trainers)
+    for trainer in trainers:
+        with suppress(BrokenPipeError):
+            trainer.communicate(timeout=60)
+    monitor = int(told[0].split()[1])
+    assert told[0].startswith("has") and told[1].startswith("is told") and f"process {monitor}" in told[1], told
+    with engine.Engine(tmp_path, **SMALL) as eng:
+        assert eng.checkpoint(arena, step=1).result(60).step == 1
+    until(lambda: has_ended(monitor))
