@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,10 @@ def test_a_handler_may_close_the_engine_while_a_monitor_is_started(
     kill_and_wait(monitor_of(eng))
     started: list[int] = []
     asked: list[BaseException] = []
+    asking = threading.Event()
 
     def retire() -> None:
+        asking.set()
         try:
             eng._store.retire()
         except engine.EngineError as error:
@@ -93,6 +96,8 @@ def test_a_handler_may_close_the_engine_while_a_monitor_is_started(
         monitor = process.Monitor(*arguments)
         started.append(monitor.pid)
         eng._workers.submit(retire)
+        assert asking.wait(60)
+        time.sleep(0.2)  # until it waits for this thread
         eng.close()  # as a handler would, on this very thread
         return monitor
 
