@@ -19,7 +19,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from enum import Enum
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,7 @@ from engine.session.failures import Failures, OnError
 from engine.session.gate import seconds
 from engine.session.in_flight import InFlight
 from engine.session.layerwise import Layerwise, LayerwiseSave
-from engine.session.preemption import SIGNALS, Preemption
+from engine.session.preemption import SIGNALS, Preemption, Signals
 from engine.session.reading import Lent, Reading
 from engine.session.save import Save
 from engine.session.snapshot import Snapshot, Snapshots
@@ -176,20 +176,16 @@ class Engine(Reading):
 
         Raises:
             ArenaError: a tensor of the arena cannot be stored, or a restore of it has failed half-way.
-            UsageError: a signal handler that interrupts `checkpoint` calls it.
+            UsageError: a signal handler that interrupts `checkpoint` calls it, or the arena has an open block of
+                `layerwise`.
             ArgumentError, ExtraError, StepError, BusyError, ClosedError: see the messages.
             EngineError: an earlier save has failed (``on_error="raise"``); nothing was begun.
         """
         self._check_usable()
         self._failures.report()
-        preemption = self._preemption
-        if preemption is not None:
-            preemption.before_save()
-            on_busy = "wait" if preemption.requested else on_busy
         request = Request(step, extra, chunk_count, chunk_bytes, snapshot, on_busy, metrics, tag, files)
-        save = self._checkpointer.begin(arena, request)
-        if preemption is not None and not self._workers.is_current():  # which ends the saves, and must not wait
-            preemption.after_save(save)
+        save = self._checkpointer.begin(arena, self._before_save(request))
+        self._after_save(save)
         return save
 
     def layerwise(
@@ -217,8 +213,8 @@ class Engine(Reading):
         fails and names them.  An exception in the block discards the save.
 
         Do not write to a layer again in the block, unless the guard is ``"cow"``.  With ``snapshot="eager"``,
-        `layer_ready` returns when the blocks that it completed are staged.  To save or restore the arena in the block,
-        to give it other tensors, or to close the Engine discards the save.
+        `layer_ready` returns when the blocks that it completed are staged.  To restore the arena in the block, to give
+        it other tensors, or to close the Engine discards the save.  To save the arena in the block is refused.
 
         Args:
             arena, step, extra, chunk_count, chunk_bytes, snapshot, on_busy, metrics, tag, files: as `checkpoint`.
@@ -232,9 +228,27 @@ class Engine(Reading):
         def begin(opened: list[LayerwiseSave]) -> LayerwiseSave:
             self._check_usable()
             self._failures.report()
-            return self._checkpointer.begin_layerwise(arena, request, opened)
+            return self._checkpointer.begin_layerwise(arena, self._before_save(request), opened)
 
-        return Layerwise(begin, lambda save: self._checkpointer.leave(arena, save))
+        def leave(save: LayerwiseSave) -> None:
+            self._checkpointer.leave(arena, save)
+            self._after_save(save)
+
+        return Layerwise(begin, leave)
+
+    def _before_save(self, request: Request) -> Request:
+        """The request as a preemption has it: the last save waits for a permit."""
+        preemption = self._preemption
+        if preemption is None:
+            return request
+        preemption.before_save()
+        return request.waiting() if preemption.requested else request
+
+    def _after_save(self, save: Save) -> None:
+        """End the process if this was the last save."""
+        preemption = self._preemption
+        if preemption is not None and not self._workers.is_current():  # which ends the saves, and must not wait
+            preemption.after_save(save)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until every save that is in flight now has ended; False if `timeout` seconds passed first.
@@ -250,7 +264,7 @@ class Engine(Reading):
         self._failures.report()
         return ended
 
-    def on_preemption(self, signals: Iterable[int] = SIGNALS, deadline_s: float | None = None) -> Preemption:
+    def on_preemption(self, signals: Signals = SIGNALS, deadline_s: float | None = None) -> Preemption:
         """End the process after one last checkpoint when a signal arrives.
 
             preemption = eng.on_preemption(deadline_s=60)
@@ -260,11 +274,12 @@ class Engine(Reading):
                     eng.checkpoint(arena, step)
 
         The first `checkpoint()` after the signal is the last one: it waits until every save in flight has ended, and
-        then ends the process as the signal would have done.  `close()` does the same if no checkpoint came before it.
+        then ends the process as the signal would have done.  So does the end of a block of `layerwise()`, and
+        `close()` if no checkpoint came before it.
         Handlers from before are called at the signal.  See docs/preemption.md.
 
         Args:
-            signals: which ones.
+            signals: which ones, by number or by name: `signal.SIGTERM`, ``"SIGTERM"``, or a sequence of those.
             deadline_s: seconds from the signal until the process is killed.  A warning says if a save takes longer.
 
         Raises:

@@ -12,6 +12,7 @@ the same, where no Ctrl-C strikes.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import os
@@ -51,7 +52,7 @@ from engine.monitor.client import MonitoredStore
 from engine.options import Options, check_choice, check_range
 from engine.session.failures import Failures
 from engine.session.in_flight import InFlight, Permit
-from engine.session.layerwise import LayerwiseSave
+from engine.session.layerwise import LayerwiseSave, refuse_in_block
 from engine.session.save import Save
 from engine.session.snapshot import Snapshot, SnapshotPlan, Snapshots
 from engine.session.workers import Workers
@@ -109,6 +110,12 @@ class Request:
                 raise ArgumentError(f"tag is {_shortened(self.tag)}; it must be {_NAME}, or None")
             object.__setattr__(self, "tag", str.__str__(self.tag))  # of a subclass the plain text
         object.__setattr__(self, "contents", {} if self.files is None else _contents(self.files))
+
+    def waiting(self) -> Request:
+        """The same, but it waits for a permit."""
+        twin = copy.copy(self)  # not `replace`, which would read the files again
+        object.__setattr__(twin, "on_busy", "wait")
+        return twin
 
 
 def _contents(files: object) -> dict[str, bytes]:
@@ -298,9 +305,7 @@ class Checkpointer:
 
     def _begin(self, arena: Arena, request: Request, opened: list[LayerwiseSave] | None) -> Save:
         began_ns = time.monotonic_ns()
-        check_arena(arena)
-        if arena.torn:
-            raise ArenaError("a restore of this arena failed half-way; restore it whole before saving it")
+        _check_savable(arena)
         permit = Permit()
         begun: list[Write] = []
         writer, layerwise = self._store.writer, opened is not None
@@ -466,6 +471,13 @@ def _hold_caller(save: Save, plan: SnapshotPlan, packed: PackedPlan) -> None:
         save.wait_staged()
     elif packed.urgent_count or plan.is_checked:
         save.wait_milestone(Milestone.URGENT)
+
+
+def _check_savable(arena: Arena) -> None:
+    check_arena(arena)
+    if arena.torn:
+        raise ArenaError("a restore of this arena failed half-way; restore it whole before saving it")
+    refuse_in_block(arena)
 
 
 def _options(arena: Arena) -> dict[str, Json]:

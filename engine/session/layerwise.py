@@ -10,7 +10,7 @@ compared, as in any save.  The part of a layer in a block that is not complete y
 layer is handed over, and again when its block is released.  If they differ, the save is torn.
 
 The save is **open** from the call until the block is left.  Whatever would wait for an open save could wait for ever:
-another save of the arena, a restore of it, `close()`.  These discard the save and go on.
+a restore of the arena, `close()`.  These discard the save and go on.  Another save of the arena is refused.
 
 Rules: `discard` may be called from any thread, and by the collector; `layer_ready` by one thread at a time.
 """
@@ -72,6 +72,7 @@ class LayerwiseSave(Save):
         self.reason: EngineError | None = None
         self._early: dict[int, list[tuple[Early, bytes]]] = {}
         if write is not None and arena is not None:
+            _last_saves[arena] = weakref.ref(self)
             packed = write.packed
             self._layers = Layers(packed.layout.segments)
             self._handover = Handover(packed.plan, packed.layout, packed.spans)
@@ -195,6 +196,11 @@ class LayerwiseSave(Save):
     def is_open(self) -> bool:
         """Whether the block has not been left, and the save not been discarded."""
         return self._write is not None and not self._left.is_open
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether this process is a fork of the one whose save it is."""
+        return self._write is not None and self._write.pipeline.is_forked
 
     def not_handed(self, indices: Sequence[int]) -> list[int]:
         """Those of these segments that are not handed over."""
@@ -324,13 +330,32 @@ class LayerwiseSave(Save):
         if self.is_open and timeout is None and not self.done():
             self.discard(
                 UsageError(
-                    f"the block of step {self.step} was still open when its arena was saved, restored or given other "
+                    f"the block of step {self.step} was still open when its arena was restored or given other "
                     "tensors; leave the block first (an optimizer that makes its state in its first step: take one "
                     "before)"
                 )
             )
         return self._write is None or self._write.wait(
             Milestone.STAGED, None if timeout is None else int(timeout * 1e9)
+        )
+
+
+# The last layerwise save of each arena, whichever Engine made it.
+_last_saves: weakref.WeakKeyDictionary[Arena, weakref.ref[LayerwiseSave]] = weakref.WeakKeyDictionary()
+
+
+def refuse_in_block(arena: Arena) -> None:
+    """Refuse to save an arena in a block of a layerwise save of it.
+
+    Raises:
+        UsageError: its block has not been left.
+    """
+    made = _last_saves.get(arena)
+    save = None if made is None else made()
+    if save is not None and save.is_open and not save.done() and not save.is_forked:
+        raise UsageError(
+            f"the arena has an open block of layerwise(), of step {save.step}, and a save of it would have to wait for "
+            "that block; leave the block first, and save after it"
         )
 
 

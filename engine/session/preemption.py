@@ -2,8 +2,9 @@
 
 Theory of operation.  Schedulers send SIGTERM or SIGUSR1 some seconds before SIGKILL.  A handler only notes the signal.
 The next `checkpoint()` is at a step boundary, since the training loop calls it: it is the last one, and waits until
-every save in flight has ended; with ``isolation="process"`` only until the monitor has all that it needs.  Then the
-process ends as it would have ended without this, only later:
+every save in flight has ended; with ``isolation="process"`` only until the monitor has all that it needs.  So is the
+end of the next block of `layerwise()`.  A `checkpoint()` inside such a block is not: the block's end comes after it.
+Then the process ends as it would have ended without this, only later:
 
     handler before                   at the signal     after the last checkpoint
     SIG_DFL                          -                 the default action: the process is killed by the signal
@@ -50,6 +51,8 @@ _SLICE_S = 0.005
 
 _Handler = Callable[[int, FrameType | None], Any] | int | None
 
+Signals = int | str | Iterable[int | str]
+
 _log = logging.getLogger("engine")
 
 _active: set[Preemption] = set()  # of this process: none, or one
@@ -58,7 +61,7 @@ _active: set[Preemption] = set()  # of this process: none, or one
 class Preemption:
     """Ends the process after one last checkpoint.  Made by `Engine.on_preemption`."""
 
-    def __init__(self, signals: Iterable[int], deadline_s: float | None, in_flight: InFlight) -> None:
+    def __init__(self, signals: Signals, deadline_s: float | None, in_flight: InFlight) -> None:
         """Not for callers: see `Engine.on_preemption`."""
         chosen = _checked(signals)
         if deadline_s is not None and seconds(deadline_s) == 0:
@@ -109,8 +112,14 @@ class Preemption:
         return self._signal is not None and not self._over
 
     def close(self) -> None:
-        """Put back the handlers from before.  After a signal the process ends first, when no save is in flight."""
+        """Put back the handlers from before.  After a signal the process ends first, when no save is in flight.
+
+        Raises:
+            UsageError: after a signal, in a block of `layerwise()`, which it would wait for.
+        """
         if self.requested:
+            if self._in_flight.has_own_block:
+                raise UsageError("close() in a block of layerwise() would wait for that block; call it after the block")
             self.finish()
         self.end()
 
@@ -135,10 +144,13 @@ class Preemption:
             warn(_too_slow(nbytes, nbytes / taken_s, self._deadline_s))
 
     def after_save(self, save: Save) -> None:
-        """Called by `checkpoint()` last.  Ends the process if a signal has arrived, when no save is in flight."""
+        """Called by `checkpoint()` last, and at the end of a block of `layerwise()`.
+
+        Ends the process if a signal has arrived, when no save is in flight.
+        """
         last = [each for each in self._saves if each.measured() is not None][-1:]
         self._saves = [*last, *(each for each in self._saves if not each.done()), save]
-        if self.requested:
+        if self.requested and not self._in_flight.has_own_block:  # whose end comes after this
             self.finish()
 
     def finish(self) -> None:
@@ -148,6 +160,8 @@ class Preemption:
                 break  # a monitor makes them durable
         number = self._signal
         assert number is not None
+        if self._over:  # another thread has saved at the same time
+            return
         if threading.current_thread() is threading.main_thread():
             self._end_process(number)
         else:
@@ -192,28 +206,31 @@ class Preemption:
 
     def _report(self) -> None:
         """Its own thread: say what a signal has led to."""
-        first: int | None = None
+        told: set[int] = set()
         while (woken := self._woken.get()) is not None:
             number, at = woken
+            if number in told:  # timeout(1) sends one to the process, and one to its group
+                continue
             name = signal.Signals(number).name
             with suppress(Exception):  # handlers of the log are the user's, and may raise
-                if first is None:
-                    first = number
+                if not told:
                     _log.warning(
-                        "%s has arrived: the next checkpoint() is the last one, and then the process ends", name
+                        "%s has arrived: the next checkpoint() is the last one, and then the process ends%s",
+                        *(name, self._deadline_report(at)),
                     )
-                    self._report_deadline(at)
                 else:
                     _log.warning("%s has arrived too, and changes nothing", name)
+            told.add(number)
 
-    def _report_deadline(self, at: float) -> None:
+    def _deadline_report(self, at: float) -> str:
+        """That the last checkpoint will be late, if it will; else nothing."""
         rate = self._rate()
         if rate is None or self._deadline_s is None:
-            return
+            return ""
         nbytes, taken_s = rate
         left = sum(save.left_bytes() for save in self._saves if not save.done())
-        if (left + nbytes) * taken_s / nbytes > self._deadline_s - (time.monotonic() - at):
-            _log.warning("%s", _too_slow(left + nbytes, nbytes / taken_s, self._deadline_s))
+        is_late = (left + nbytes) * taken_s / nbytes > self._deadline_s - (time.monotonic() - at)
+        return f"; {_too_slow(left + nbytes, nbytes / taken_s, self._deadline_s)}" if is_late else ""
 
     def _rate(self) -> tuple[int, float] | None:
         """`Save.measured` of the newest committed save, or None."""
@@ -230,14 +247,18 @@ def _too_slow(nbytes: int, bytes_per_second: float, deadline_s: float) -> str:
 
 def _checked(signals: object) -> list[int]:
     """The numbers of signals that a handler can be installed for."""
-    if not isinstance(signals, Iterable) or isinstance(signals, str | bytes):
-        raise ArgumentError(f"signals is {signals!r}; it must be a sequence such as (signal.SIGTERM, signal.SIGUSR1)")
+    every: Iterable[Any] = (
+        signals if isinstance(signals, Iterable) and not isinstance(signals, str | bytes) else [signals]
+    )
     numbers = []
-    for given in signals:
+    for given in every:
         try:
-            number = signal.Signals(operator.index(given))
-        except (TypeError, ValueError):
-            raise ArgumentError(f"signals has {given!r}, which is no signal of this host") from None
+            number = signal.Signals[given] if isinstance(given, str) else signal.Signals(operator.index(given))
+        except (KeyError, TypeError, ValueError):
+            raise ArgumentError(
+                f"signals has {given!r}, which is no signal of this host; pass signal.SIGTERM or 'SIGTERM', or a "
+                "sequence of those"
+            ) from None
         if number in (signal.SIGKILL, signal.SIGSTOP):
             raise ArgumentError(f"signals has {number.name}, which no process can handle")
         numbers.append(int(number))

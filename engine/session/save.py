@@ -240,7 +240,7 @@ class Save(Future[CheckpointInfo]):
     @property
     def outlives_trainer(self) -> bool:
         """Whether the monitor completes the save if this process dies now."""
-        return self._write is not None and self._write.memory is not None and self._write.memory.is_staged
+        return self._write is not None and self._write.outlives_trainer
 
     @property
     def _has_monitor(self) -> bool:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from engine.errors import ClosedError, PlatformError, StorageError, TornSnapshot
+from engine.errors import ClosedError, EngineError, PlatformError, StorageError, TornSnapshot
 from engine.format.handover import Spans
 from engine.format.layout import INDEX_NAME, Layout, model_index
 from engine.format.manifest import Rows, affected, chunk_layers, listed, segment_records
@@ -161,6 +161,7 @@ class Write:
         checked: bool,
         withheld: bool = False,
         memory: JobMemory | None = None,
+        lost: Callable[[], EngineError | None] = lambda: None,
     ) -> None:
         """Not for callers: `Writer.prepare` makes them."""
         self.step = step
@@ -170,6 +171,7 @@ class Write:
         self._is_let_go = False
         self.pipeline = pipeline
         self.memory = memory
+        self._lost = lost
         self.job = Job(
             Direction.WRITE,
             content.sources,
@@ -194,6 +196,11 @@ class Write:
         if self.job.reached(milestone) or self.pipeline.is_forked:
             return True
         return self.pipeline.wait(self.job, milestone, timeout_ns)
+
+    @property
+    def outlives_trainer(self) -> bool:
+        """Whether another process completes the save if this one dies now."""
+        return self.memory is not None and self.memory.is_staged and self._lost() is None
 
     def chunk_states(self) -> list[BlockState]:
         """For each chunk the state of its least advanced block, at this moment."""
@@ -233,7 +240,7 @@ class Writer:
             withheld: no block is staged before `release` is given it.
         """
         memory = self._commits.memory(len(content.packed.plan.blocks))
-        return Write(step, content, self._pipeline, checked, withheld, memory)
+        return Write(step, content, self._pipeline, checked, withheld, memory, self._commits.lost)
 
     def start(self, write: Write) -> None:
         """Begin staging: from here on the content is that of this moment.  Returns at once."""

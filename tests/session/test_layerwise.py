@@ -323,11 +323,53 @@ def test_whatever_would_wait_for_an_open_block_discards_the_save(tmp_path: Path)
     made = Made()
     with engine.Engine(tmp_path, **SMALL) as eng, engine.Engine(tmp_path / "other", **SMALL) as other:
         eng.checkpoint(made.arena, 0).result(HANG_S)
-        with discarded(eng, made, "still open when its arena was saved"):
-            other.checkpoint(made.arena, snapshot="eager").result(HANG_S)
+        with discarded(eng, made, "still open when its arena was restored"):
             eng.restore(made.arena)
-        with discarded(eng, made, "still open when its arena was saved"):
+        with discarded(eng, made, "still open when its arena was restored"):
+            other.checkpoint(engine.Arena.wrap({"a": torch.ones(3)})).result(HANG_S)  # of another arena
             eng.restore(made.model)
+        with eng.layerwise(made.arena, 1) as save:
+            made.model.head.bias.data = made.model.head.bias.data + 1
+            made.arena.state_dict()
+        with pytest.raises(engine.EngineError, match="still open when its arena"):
+            save.result(HANG_S)
+
+
+def test_a_save_of_the_arena_in_its_open_block_is_refused(tmp_path: Path) -> None:
+    """By any Engine and from any thread; the block goes on."""
+    made = Made()
+    with engine.Engine(tmp_path, **SMALL) as eng, engine.Engine(tmp_path / "other", **SMALL) as other:
+        with eng.layerwise(made.arena, 3) as save:
+            save.layer_ready("embed")
+            for each in (eng, other):
+                with pytest.raises(engine.UsageError, match=r"open block of layerwise\(\), of step 3"):
+                    each.checkpoint(made.arena)
+            with pytest.raises(engine.UsageError, match="open block"), eng.layerwise(made.arena, 4):
+                pass
+            caught: list[BaseException] = []
+
+            def saves() -> None:
+                try:
+                    eng.checkpoint(made.arena, 5)
+                except engine.UsageError as error:
+                    caught.append(error)
+
+            thread = threading.Thread(target=saves)
+            thread.start()
+            thread.join(HANG_S)
+            assert len(caught) == 1
+            pid = os.fork()
+            if pid == 0:  # whose block nobody will leave
+                try:
+                    engine.Engine(tmp_path / "child", **SMALL).checkpoint(made.arena).result(HANG_S)
+                except BaseException:
+                    os._exit(1)
+                os._exit(0)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+            save.layer_ready("")
+        assert differing(eng, save, made.now()) == []
+        assert eng.checkpoint(made.arena).result(HANG_S).step == 4
+        assert eng.steps() == [3, 4] and other.steps() == []
 
 
 def test_tensors_that_are_replaced_in_the_block_fail_the_save(tmp_path: Path) -> None:

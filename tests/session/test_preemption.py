@@ -214,6 +214,60 @@ def test_the_init_process_of_a_container_exits(start: Callable[[str], Preempted]
     assert process.steps() == [3]
 
 
+# -- layer by layer -------------------------------------------------------------------------------------------------
+
+
+LAYERWISE = """
+    second = engine.Arena.wrap(dict(a=torch.ones(100)))
+    with engine.Engine(directory, max_async=3, **options) as eng:
+        preemption = eng.on_preemption()
+        for step in range(2, 100, 2):
+            with eng.layerwise(arena, step) as save:
+                train()
+                {at_the_signal}
+                print("after", step, flush=True)
+                save.layer_ready("")
+"""
+
+
+def test_the_block_of_a_layerwise_save_ends_the_process_when_it_is_left(start: Callable[[str], Preempted]) -> None:
+    process = start(LAYERWISE.format(at_the_signal="step == 4 and await_signal(preemption)"))
+    process.until("ready")
+    process.kill(signal.SIGTERM)
+    assert process.wait() == -signal.SIGTERM, process.errors
+    assert process.steps() == [2, 4] and "after 6" not in process.output
+
+
+def test_a_checkpoint_inside_a_block_leaves_the_end_to_that_block(start: Callable[[str], Preempted]) -> None:
+    in_block = "step == 4 and (os.kill(os.getpid(), signal.SIGTERM), eng.checkpoint(second, 5))"
+    process = start(LAYERWISE.format(at_the_signal=in_block))
+    assert process.wait() == -signal.SIGTERM, process.errors
+    assert process.steps() == [4, 5] and "after 4" in process.output and "after 6" not in process.output
+
+
+def test_a_preemption_is_not_closed_inside_a_block(tmp_path: Path, noting: Noting) -> None:
+    with engine.Engine(tmp_path) as eng:
+        preemption = eng.on_preemption([signal.SIGUSR2])
+        with eng.layerwise(ARENA) as save:
+            signal.raise_signal(signal.SIGUSR2)
+            with pytest.raises(engine.UsageError, match=r"close\(\) in a block of layerwise\(\)"):
+                preemption.close()
+            save.layer_ready("")
+        assert save.done() and not preemption.requested
+
+
+def test_a_block_that_is_left_by_an_exception_ends_nothing(tmp_path: Path, noting: Noting) -> None:
+    with engine.Engine(tmp_path) as eng:
+        preemption = eng.on_preemption([signal.SIGUSR2])
+        with pytest.raises(OSError, match="mine"), eng.layerwise(ARENA):
+            signal.raise_signal(signal.SIGUSR2)
+            raise OSError("mine")
+        assert preemption.requested
+        with eng.layerwise(ARENA, on_busy="skip") as save:
+            save.layer_ready("")
+        assert save.result() and not preemption.requested
+
+
 # -- handlers of others ---------------------------------------------------------------------------------------------
 
 
@@ -380,9 +434,10 @@ def test_one_engine_of_a_process_has_a_preemption(tmp_path: Path, noting: Noting
     [
         ([signal.SIGKILL], None, "signals has SIGKILL, which no process can handle"),
         ([9999], None, "signals has 9999, which is no signal of this host"),
-        (["SIGTERM"], None, "signals has 'SIGTERM', which is no signal"),
+        (["SIGFOO"], None, "signals has 'SIGFOO', which is no signal .*'SIGTERM', or a sequence of those"),
+        ("TERM", None, "signals has 'TERM', which is no signal"),
+        (None, None, "signals has None, which is no signal"),
         ([], None, "signals is empty; name at least one"),
-        (signal.SIGTERM, None, "it must be a sequence such as"),
         ([signal.SIGUSR2], 0, "deadline_s is 0; it must be a positive number"),
         ([signal.SIGUSR2], "1", "it must be a number of seconds"),
     ],
@@ -391,6 +446,14 @@ def test_arguments_are_checked(tmp_path: Path, signals: Any, deadline_s: Any, me
     with engine.Engine(tmp_path) as eng, pytest.raises(engine.ArgumentError, match=message):
         eng.on_preemption(signals, deadline_s)
     assert not preemptions._active
+
+
+@pytest.mark.parametrize("signals", ["SIGUSR2", signal.SIGUSR2, int(signal.SIGUSR2), ("SIGUSR2", signal.SIGUSR2)])
+def test_signals_are_given_by_number_or_name(tmp_path: Path, noting: Noting, signals: Any) -> None:
+    with engine.Engine(tmp_path) as eng:
+        preemption = eng.on_preemption(signals)
+        signal.raise_signal(signal.SIGUSR2)
+        assert preemption.requested
 
 
 def test_only_the_main_thread_can_install(tmp_path: Path) -> None:
@@ -428,14 +491,16 @@ def test_the_log_says_at_the_signal_whether_the_deadline_is_too_short(
     tmp_path: Path, noting: Noting, caplog: pytest.LogCaptureFixture, deadline_s: float | None, is_short: bool
 ) -> None:
     with engine.Engine(tmp_path) as eng:
-        eng.on_preemption([signal.SIGUSR2], deadline_s)
+        eng.on_preemption([signal.SIGUSR2, signal.SIGUSR1], deadline_s)
         eng.checkpoint(ARENA).result()
         with caplog.at_level(logging.WARNING, "engine"):
             signal.raise_signal(signal.SIGUSR2)
             signal.raise_signal(signal.SIGUSR2)
-            until(lambda: "arrived too" in caplog.text)
-        assert ("will likely not be durable in time" in caplog.text) is is_short
-        assert "SIGUSR2 has arrived: the next checkpoint() is the last one" in caplog.text
+            signal.raise_signal(signal.SIGUSR1)
+            until(lambda: "SIGUSR1 has arrived too" in caplog.text)
+        first, _ = caplog.messages  # of one signal one message, however often it comes
+        assert first.startswith("SIGUSR2 has arrived: the next checkpoint() is the last one")
+        assert ("will likely not be durable in time" in first) is is_short
 
 
 def test_a_failed_save_measures_nothing_and_the_last_one_ends_the_process_all_the_same(
@@ -513,6 +578,30 @@ def test_with_a_monitor_the_process_need_not_wait_for_the_disk(start: Callable[[
     assert process.steps() == []
     os.kill(int(process.output.split()[0]), signal.SIGCONT)
     until(lambda: process.steps() == [5])
+
+
+def test_a_monitor_that_has_ended_completes_nothing(start: Callable[[str], Preempted]) -> None:
+    """It dies when the last save is staged: the process waits until the failure is known and logged."""
+    process = start("""
+        from engine.monitor.shared_memory import Board
+
+        mark_staged = Board.mark_staged
+
+        def kill_and_mark(board):
+            [child] = open(f"/proc/self/task/{os.getpid()}/children").read().split()
+            os.kill(int(child), signal.SIGKILL)
+            os.waitid(os.P_PID, int(child), os.WEXITED | os.WNOWAIT)
+            mark_staged(board)
+            time.sleep(0.3)  # the save fails after that
+
+        Board.mark_staged = kill_and_mark
+        with engine.Engine(directory, isolation="process", **options) as eng:
+            preemption = eng.on_preemption()
+            os.kill(os.getpid(), signal.SIGTERM)
+            eng.checkpoint(arena, 5)
+    """)
+    assert process.wait() == -signal.SIGTERM, process.errors
+    assert "the save of step 5 failed: the monitor of" in process.errors
 
 
 # -- other processes ------------------------------------------------------------------------------------------------
