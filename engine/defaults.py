@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from engine.engine import Engine
 from engine.errors import ArgumentError, BusyError
@@ -45,7 +46,7 @@ def checkpoint(arena: Arena, directory: str | os.PathLike[str], step: int | None
 
 
 def restore(
-    arena: Arena | nn.Module,
+    arena: Arena | nn.Module | Mapping[str, Tensor],
     directory: str | os.PathLike[str],
     step: int | None = None,
     *,

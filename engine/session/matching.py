@@ -96,6 +96,47 @@ def match(arena: Arena, manifest: Manifest, selection: Selection, planned: Colle
     )
 
 
+def match_tensors(arena: Arena, manifest: Manifest, selection: Selection) -> tuple[Match, list[tuple[str, str]]]:
+    """Pair the tensors of a wrapped arena that a selection picks with what the checkpoint stores under their names.
+
+    Returns:
+        the match; and pairs of names, if several tensors are of one tied weight: what is read, and its copy.
+
+    Raises:
+        MismatchError: it picks nothing, or components that mean something else there.
+    """
+    records = {record.name: record for record in manifest.segments}
+    targets: dict[str, tuple[Target, str]] = {}
+    missing, mismatched, copies = [], [], []
+    for segment, location in zip(arena.segments, arena.locations, strict=True):
+        # Of a tensor with several names, as a tied weight in a state_dict(), the checkpoint may know any.
+        names = [segment.name, *(alias for alias, name in arena.aliases.items() if name == segment.name)]
+        stored = [(each, record) for each in names if (record := records.get(manifest.aliases.get(each, each)))]
+        if not any(_is_picked(selection, each, record) for each, record in stored):
+            if not stored and (selection.is_all or selection.has(segment)):
+                missing.append(segment)
+            continue
+        record = stored[0][1]
+        if (record.dtype, record.shape) != (segment.dtype, segment.shape):
+            mismatched.append((record, segment))
+        elif record.name in targets:
+            copies.append((targets[record.name][1], segment.name))
+        else:
+            targets[record.name] = Target(record, *location), segment.name
+    if not (targets or missing or mismatched):
+        raise MismatchError(f"{no_match(manifest, selection)}, or none that the dict has; nothing was changed")
+    check_wrappers(arena.wrappers, manifest.wrappers, list(targets))
+    in_order = tuple(targets[name][0] for name in records if name in targets)
+    return Match(in_order, tuple(missing), (), tuple(mismatched)), copies
+
+
+def _is_picked(selection: Selection, name: str, record: SegmentRecord) -> bool:
+    """Whether a segment is picked under this name, which may be an alias."""
+    if name == record.name:
+        return selection.has(record)
+    return selection.has_role(record.role) or selection.has_alias(name)
+
+
 def check_match(arena: Arena, manifest: Manifest, found: Match, selection: Selection) -> None:
     """Refuse whatever is left over.
 

@@ -10,9 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
-from engine.session.restore import RestoreInfo, Tensors, load, restore, restore_module
+from engine.errors import ArgumentError
+from engine.session.restore import RestoreInfo, Tensors, load, restore, restore_module, restore_tensors
 from engine.session.save import ChunkStatus, chunks_of
 from engine.state.arena import Arena
 from engine.state.select import Select
@@ -63,32 +64,42 @@ class Reading(ABC):
         """The metrics that a checkpoint was saved with; a value that was not finite is None.  Raises as `info`."""
         return self.info(step).metrics
 
-    def chunks(self, step: int | None = None, *, layer: str | None = None) -> list[ChunkStatus]:
+    def chunks(self, step: int | None = None, layer: str | None = None) -> list[ChunkStatus]:
         """Every chunk of a checkpoint: its file, offset, size and layers.  Raises as `info`.
 
         Args:
             step: which; None for the newest.
-            layer: only the chunks that hold a part of this layer, or of one in it.
+            layer: only the chunks that hold a part of this layer, or of one in it; or of the layers that a pattern
+                matches, such as ``"layers.*.attn"``.
 
         Raises:
             ArgumentError: the checkpoint has no such layer.
         """
+        if isinstance(step, str):
+            raise ArgumentError(f"step is {step!r}; it must be a number, and a layer is given as layer={step!r}")
         manifest = self._lend().reader.manifest(step)
         rows = [
             ChunkStatus(manifest.files[row.file].name, row.index, row.offset, row.nbytes, row.layers, "durable")
             for row in manifest.chunks
         ]
-        return rows if layer is None else chunks_of(rows, layer)
+        return chunks_of(rows, layer)
 
     def restore(
-        self, arena: Arena | nn.Module, step: int | None = None, *, select: Select = None, strict: bool = True
+        self,
+        arena: Arena | nn.Module | Mapping[str, Tensor],
+        step: int | None = None,
+        *,
+        select: Select = None,
+        strict: bool = True,
     ) -> RestoreInfo:
-        """Fill an arena or a module from a checkpoint.  Blocks until every byte has been read and verified.
+        """Fill an arena, a module or a dict of tensors from a checkpoint.  Blocks until all bytes are verified.
 
         Args:
             arena: with the same names, shapes and dtypes as were saved; any chunking.  Its optimizers have the names
                 and groups that they had.  An optimizer that makes its state in its own step, and has taken none, gets
-                it here.  Or a module: its parameters and buffers are filled where they are, without an optimizer.
+                it here.  Or a module: its parameters and buffers are filled where they are, without an optimizer.  Or a
+                dict of tensors by the names in the checkpoint: they are filled where they are, and what else the
+                checkpoint holds is not read.
             step: which; None for the newest that verifies, passing over damaged ones with a warning.
             select: patterns of layers or names, or `engine.role("model", "buffer")` for the weights alone; only those
                 tensors are read and changed.  Hyperparameters, and everything else that optimizers and modules keep
@@ -104,6 +115,8 @@ class Reading(ABC):
         """
         if isinstance(arena, nn.Module):
             return restore_module(self._lend().reader, arena, step, select, strict)
+        if isinstance(arena, Mapping):
+            return restore_tensors(self._lend().reader, arena, step, select, strict)
         return restore(self._lend().reader, arena, step, select, strict)
 
     def load(self, step: int | None = None, *, select: Select = None) -> Tensors:

@@ -1,4 +1,4 @@
-"""Restore: from a checkpoint to an arena, to a module, or to new tensors.
+"""Restore: from a checkpoint to an arena, to a module, to a dict of tensors, or to new tensors.
 
 Theory of operation.  Names, shapes and dtypes that do not fit are found before a byte of the arena changes.  While
 bytes arrive the arena is marked torn.  If the restore fails half-way it stays torn, and no checkpoint is taken of it
@@ -23,7 +23,7 @@ from engine.format.layout import TensorSpec
 from engine.format.manifest import Manifest, SegmentRecord
 from engine.format.plan import Source
 from engine.io.packing import pack_sources
-from engine.session.matching import Match, check_match, match, match_extra_states, no_match
+from engine.session.matching import Match, check_match, match, match_extra_states, match_tensors, no_match
 from engine.state.arena import Arena, check_arena
 from engine.state.fence import wait_for_saves_of
 from engine.state.late import Known, StatePlan
@@ -76,6 +76,34 @@ def restore_module(reader: Reader, model: nn.Module, step: int | None, select: S
     wait_for_saves_of(model.parameters())
     weights = role("model", "buffer") if select is None else select
     return restore(reader, Arena.over(model), step, weights, strict, takes_extra_states=select is None)
+
+
+def restore_tensors(
+    reader: Reader, tensors: Mapping[str, Tensor], step: int | None, select: Select, strict: bool
+) -> RestoreInfo:
+    """Fill tensors by their names, or the selected ones of them, at their own locations.  Blocks."""
+    if not tensors:
+        raise ArgumentError("the dict has no tensors to fill; load(select=...) returns new ones")
+    arena = Arena.wrap(tensors)
+    wait_for_saves_of(tensors.values())
+    selection = Selection(select)
+
+    def fill(checkpoint: Checkpoint) -> RestoreInfo:
+        manifest = checkpoint.manifest
+        extra = decode(manifest.extra)
+        _extra_states(manifest)
+        found, copies = match_tensors(arena, manifest, selection)
+        _refuse_shards(manifest, [target.record for target in found.targets])
+        if strict or not found.targets:
+            check_match(arena, manifest, found, selection)
+        nbytes = reader.read(checkpoint, found.targets, pack_sources(arena.sources), arena.memory, whole=False)
+        live = arena.state_dict()
+        for source, copy in copies:
+            live[copy].copy_(live[source])
+        return _info(checkpoint, extra, nbytes, found, (), (), "")
+
+    info, passed_over = reader.use(step, fill)
+    return info._replace(passed_over=passed_over)
 
 
 def restore(

@@ -9,6 +9,8 @@ So a Save waits at a `Gate`, and keeps its outcome itself as well.
 
 from __future__ import annotations
 
+import fnmatch
+import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -43,15 +45,22 @@ class ChunkStatus:
     status: str
 
 
-def chunks_of(chunks: Sequence[ChunkStatus], layer: str) -> list[ChunkStatus]:
-    """Those of the chunks that hold a part of a layer, or of one in it; of "" all.
+def chunks_of(chunks: Sequence[ChunkStatus], layer: object) -> list[ChunkStatus]:
+    """Those of the chunks that hold a part of a layer, or of one in it; of "" and None all.
+
+    Args:
+        layer: a module path, or a pattern of some (fnmatch(3), case-sensitive).
 
     Raises:
         ArgumentError: no chunk has such a layer.
     """
-    prefix = f"{layer}." if layer else ""
-    found = [chunk for chunk in chunks if any(each == layer or each.startswith(prefix) for each in chunk.layers)]
-    if not found and layer:
+    if layer is None or layer == "":
+        return [*chunks]
+    if not isinstance(layer, str):
+        raise ArgumentError(f"layer is {layer!r}; it must be the path of a module or a pattern, such as 'layers.*'")
+    matches = re.compile(f"{fnmatch.translate(layer)}|{fnmatch.translate(f'{layer}.*')}").match
+    found = [chunk for chunk in chunks if any(map(matches, chunk.layers))]
+    if not found:
         known = dict.fromkeys(each for chunk in chunks for each in chunk.layers)
         raise ArgumentError(f"no chunk holds a layer {layer!r}; {near([layer], known)}")
     return found
@@ -122,19 +131,19 @@ class Save(Future[CheckpointInfo]):
             return True
         return self._write.wait(milestone, None if limit is None else int(limit * 1e9))
 
-    def chunks(self, *, layer: str | None = None) -> list[ChunkStatus]:
+    def chunks(self, layer: str | None = None) -> list[ChunkStatus]:
         """Every chunk and how far it has come, at this moment.  Does not block.
 
         Args:
-            layer: only the chunks that hold a part of this layer, or of one in it, such as ``"layers.3"``.
+            layer: only the chunks that hold a part of this layer, or of one in it, such as ``"layers.3"``; or of the
+                layers that a pattern matches, such as ``"layers.*.attn"``.
 
         Raises:
             ArgumentError: the arena has no such layer.
         """
         if self._write is None:
             return []
-        rows = self._chunks(self._write)
-        return rows if layer is None else chunks_of(rows, layer)
+        return chunks_of(self._chunks(self._write), layer)
 
     def _chunks(self, write: Write) -> list[ChunkStatus]:
         packed = write.packed

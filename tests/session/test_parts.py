@@ -98,13 +98,20 @@ def test_a_part_is_restored_alone_and_only_its_blocks_are_read(
     assert changed <= {name for name in state if picks(name)} and differing(changed, state, want) == []
     assert other.scale.value == 1.0
 
+    tensors = {name: torch.full_like(tensor, -1) for name, tensor in want.items()}
+    of_dict = reading.restore(tensors, select=select)
+    chosen = set(loaded)
+    assert differing(chosen, tensors, want) == []
+    assert all(bool((tensors[name] == -1).all()) for name in tensors.keys() - chosen)
+    assert of_dict.step == 7 and not of_dict.unexpected
+
     whole_bytes = reading.restore(arena).nbytes_read
     stored = {name: tensor.nbytes for name, tensor in want.items() if name not in arena.aliases}
     manifest_bytes = (Path(info.path) / "manifest.json").stat().st_size
-    for each, names in ((info, picked), (of_arena, changed)):
-        data = sum(stored.get(name, 0) for name in names)
-        tensors = sum(name in stored for name in names)
-        assert data <= each.nbytes_read - manifest_bytes <= data + 2 * BLOCK_BYTES * tensors
+    for each, names in ((info, picked), (of_arena, changed), (of_dict, chosen)):
+        names = {arena.aliases.get(name, name) for name in names}
+        data = sum(stored[name] for name in names)
+        assert data <= each.nbytes_read - manifest_bytes <= data + 2 * BLOCK_BYTES * len(names)
         assert each.nbytes_read < whole_bytes
 
 
@@ -123,6 +130,52 @@ def test_a_whole_model_is_restored_into_a_module_without_its_optimizer(
     part = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))})
     info = reading.restore(part, strict=False)
     assert "embed.weight" in info.unexpected and same(part.get_parameter("layers.1.bias"), want["layers.1.bias"])
+
+
+def test_a_dict_is_filled_and_what_it_does_not_name_is_not_read(
+    saved: tuple[Reading, dict[str, torch.Tensor]],
+) -> None:
+    reading, want = saved
+    strided = torch.zeros(WIDTH, 2 * WIDTH)[:, ::2]
+    tensors = {"layers.3.weight": strided, "optimizer.layers.3.bias.exp_avg": torch.zeros(WIDTH)}
+    info = reading.restore(tensors)
+    assert differing(tensors, tensors, want) == [] and info.unexpected == () and info.nbytes_read < 200_000
+
+    model = Tied()
+    state = {name: each for name, each in model.state_dict().items() if isinstance(each, torch.Tensor)}
+    reading.restore(state, strict=True)  # a tied weight under both of its names
+    assert differing(state, state, want) == [] and same(model.head.weight.detach(), want["head.weight"])
+    apart = {"head.weight": torch.zeros(WIDTH, WIDTH), "embed.weight": torch.zeros(WIDTH, WIDTH)}
+    reading.restore(apart)
+    assert differing(apart, apart, want) == []
+    for name in apart:
+        reading.restore({name: apart[name].zero_()})
+        assert same(apart[name], want[name])
+
+
+def test_a_dict_that_does_not_fit_is_refused(saved: tuple[Reading, dict[str, torch.Tensor]]) -> None:
+    reading, want = saved
+    tensors = {
+        "layers.3.weight": torch.zeros(WIDTH, WIDTH),
+        "layers.4.weight": torch.zeros(3),
+        "layers.5.bias": torch.zeros(WIDTH, dtype=torch.float16),
+        "layers.9.weight": torch.zeros(3),
+    }
+    with pytest.raises(engine.MismatchError, match="nothing was changed") as caught:
+        reading.restore(tensors)
+    for part in ("layers.9.weight: not in the checkpoint", "layers.4.weight: float32", "layers.5.bias: float32"):
+        assert part in str(caught.value)
+    assert not tensors["layers.3.weight"].any()
+    reading.restore(tensors, select="layers.3")
+    assert same(tensors["layers.3.weight"], want["layers.3.weight"])
+    info = reading.restore(tensors, strict=False)
+    assert (info.missing, set(info.mismatched)) == (("layers.9.weight",), {"layers.4.weight", "layers.5.bias"})
+    with pytest.raises(engine.MismatchError, match="or none that the dict has"):
+        reading.restore(tensors, select="embed")
+    with pytest.raises(engine.ArgumentError, match=r"has no tensors to fill; load\(select="):
+        reading.restore({})
+    with pytest.raises(engine.ArgumentError, match="'a' is mapped to a builtins.int"):
+        reading.restore({"a": 1})  # type: ignore[dict-item]
 
 
 def test_a_module_whose_arena_is_being_saved_is_restored_after_the_staging(tmp_path: Path) -> None:
@@ -160,6 +213,15 @@ def test_chunks_map_to_layers_and_layers_to_chunks(tmp_path: Path) -> None:
                 if not layer or any(f"{segment.layer}.".startswith(f"{layer}.") for segment in held):
                     want.append(chunk)
             assert save.chunks(layer=layer) == eng.chunks(layer=layer) == want and want
+            assert save.chunks(layer) == eng.chunks(7, layer) == want
+        some = {"layers.1", "layers.2"}
+        assert save.chunks("layers.[12]") == [chunk for chunk in everything if some & {*chunk.layers}]
+        assert save.chunks("*") == [chunk for chunk in everything if chunk.layers != ("",)]
+        assert eng.chunks(layer="lay*") == eng.chunks(layer="layers")
         for chunks in (save.chunks, eng.chunks):
             with pytest.raises(engine.ArgumentError, match=r"no chunk holds a layer 'layer\.3'; near are layers\.3"):
                 chunks(layer="layer.3")
+            with pytest.raises(engine.ArgumentError, match=r"layer is 3; it must be the path of a module or a pattern"):
+                chunks(layer=3)  # type: ignore[arg-type]
+        with pytest.raises(engine.ArgumentError, match=r"a layer is given as layer='layers\.3'"):
+            eng.chunks("layers.3")  # type: ignore[arg-type]
