@@ -60,10 +60,11 @@ if TYPE_CHECKING:
     from engine.session.preemption import Preemption
     from engine.session.restore import RestoreInfo
     from engine.session.resume import resume
-    from engine.session.run import Run, SaveStatus
+    from engine.session.run import Run
     from engine.session.run import open_run as open
-    from engine.session.save import ChunkStatus, Save
+    from engine.session.save import ChunkStatus, Save, SaveStatus
     from engine.state.arena import Arena
+    from engine.state.backward import step_in_backward
     from engine.state.rng import rng_state, set_rng_state
     from engine.state.select import role
     from engine.store.info import CheckpointInfo
@@ -122,6 +123,7 @@ __all__ = [
     "rng_state",
     "role",
     "set_rng_state",
+    "step_in_backward",
     "tune",
 ]
 
@@ -145,7 +147,7 @@ _MODULES = {
     "Run": "engine.session.run",
     "Save": "engine.session.save",
     "Tuning": "engine.tuning.tune",
-    "SaveStatus": "engine.session.run",
+    "SaveStatus": "engine.session.save",
     "checkpoint": "engine.defaults",
     "open": "engine.session.run",
     "probe": "engine.engine",
@@ -154,6 +156,7 @@ _MODULES = {
     "rng_state": "engine.state.rng",
     "role": "engine.state.select",
     "set_rng_state": "engine.state.rng",
+    "step_in_backward": "engine.state.backward",
     "tune": "engine.tuning.tune",
 }
 

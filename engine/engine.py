@@ -21,13 +21,15 @@ import time
 import weakref
 from collections.abc import Mapping
 from enum import Enum
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import ArgumentError, ClosedError, LockedError, StorageError, UsageError, warn
+from engine.errors import ArgumentError, ClosedError, LockedError, PlatformError, StorageError, UsageError, warn
 from engine.io.backend import Probe, degradation, find
 from engine.io.guard_probe import guard_degradation, probe_guard
 from engine.monitor.client import MonitoredStore
+from engine.monitor.listener import Listener
 from engine.monitor.status import await_orphan
 from engine.options import Backend, GuardName, Options, Tunables, check_range, with_tunables
 from engine.session.checkpoint import Checkpointer, FileContent, OnBusy, Request
@@ -37,8 +39,9 @@ from engine.session.in_flight import InFlight
 from engine.session.layerwise import Layerwise, LayerwiseSave
 from engine.session.preemption import SIGNALS, Preemption, Signals
 from engine.session.reading import Lent, Reading
-from engine.session.save import Save
+from engine.session.save import Save, SaveStatus
 from engine.session.snapshot import Snapshot, Snapshots
+from engine.session.status import answer
 from engine.session.workers import Workers
 from engine.state.arena import Arena
 from engine.store.directory import is_directory, path_of
@@ -70,8 +73,12 @@ def _open_store(
     for _ in range(_ENDING_TRIES):
         try:
             return make(directory, options, retention, filesystem)
-        except LockedError:
-            if not await_orphan(directory):
+        except LockedError as locked:
+            try:
+                has_ended = await_orphan(directory)
+            except PlatformError:  # it does not answer
+                raise locked from None
+            if not has_ended:
                 raise
         time.sleep(_ENDING_S / _ENDING_TRIES)
     return make(directory, options, retention, filesystem)
@@ -119,6 +126,7 @@ class Engine(Reading):
             self._workers.start(options.max_async)
             self._lent = Lent(self._store.reader, self._store.verifier)
             self._in_flight = InFlight(options.max_async)
+            self._listener = listener = Listener(self._store.root, partial(answer, self._in_flight))
             self._snapshots = Snapshots(options.guard)
             self._checkpointer = Checkpointer(
                 self._store, options, self._in_flight, self._workers, self._snapshots, self._failures
@@ -129,7 +137,9 @@ class Engine(Reading):
             self._closing = False
             self._preemption: Preemption | None = None
             # Closes an Engine that is collected, or still open at exit.  In a forked child it does nothing.
-            self._closer = weakref.finalize(self, _shut_down, self._in_flight, self._workers, self._store)
+            self._closer = weakref.finalize(self, _shut_down, self._in_flight, self._workers, self._store, listener)
+            if isinstance(self._store, Store):  # else the monitor answers
+                listener.open()
         except BaseException:  # Ctrl-C too
             self._workers.close()
             self._store.close()
@@ -250,6 +260,14 @@ class Engine(Reading):
         if preemption is not None and not self._workers.is_current():  # which ends the saves, and must not wait
             preemption.after_save(save)
 
+    def in_flight(self) -> tuple[SaveStatus, ...]:
+        """The saves in flight at this moment, by step, and how far each chunk has come.  Does not block.
+
+        Other processes see the same with ``engine.open(directory).in_flight()``.
+        """
+        self._check_usable()
+        return tuple(save.status() for save in self._in_flight.saves())
+
     def wait(self, timeout: float | None = None) -> bool:
         """Block until every save that is in flight now has ended; False if `timeout` seconds passed first.
 
@@ -356,7 +374,7 @@ class Engine(Reading):
         if self._workers.is_current():
             raise UsageError("close() would wait for the very thread that calls it; call it from another")
         self._closing = True
-        _shut_down(self._in_flight, self._workers, self._store)
+        _shut_down(self._in_flight, self._workers, self._store, self._listener)
         self._closer.detach()
         preemption = self._preemption
         if preemption is not None:
@@ -392,17 +410,18 @@ class Engine(Reading):
 _KEYWORDS = tuple(Engine.__init__.__kwdefaults__ or ())
 
 
-def _shut_down(in_flight: InFlight, workers: Workers, store: Store | MonitoredStore) -> None:
+def _shut_down(in_flight: InFlight, workers: Workers, store: Store | MonitoredStore, listener: Listener) -> None:
     """Drain and release everything, in order.  Each part may be done already."""
     if store.pipeline.is_forked:
         return
     if workers.is_current():  # the collector runs on a commit thread, which cannot wait for itself
-        threading.Thread(target=_shut_down, args=(in_flight, workers, store)).start()
+        threading.Thread(target=_shut_down, args=(in_flight, workers, store, listener)).start()
         return
     store.look()
     in_flight.close()
     in_flight.wait_for_others(store.look)  # or a call of theirs could come behind the end of the commit threads
     workers.close(store.look)
+    listener.close()  # before the directory is given back, because it removes a name
     store.close()
 
 

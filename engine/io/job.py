@@ -6,7 +6,7 @@ alive until it is done.  Its states and milestones may be read at any time, from
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple, Protocol
 
@@ -70,6 +70,15 @@ def least(states: bytes) -> BlockState:
     if any(state not in known or state == BlockState.FAILED for state in set(states)):
         return BlockState.FAILED
     return BlockState.PENDING if BlockState.WITHHELD in states else BlockState(min(states))
+
+
+def bytes_come(states: bytes, sizes: Iterable[int]) -> tuple[int, int]:
+    """Of blocks in these states, of these sizes in order: the bytes that are staged, and those that are written too."""
+    written = staged = 0
+    for state, size in zip(states, sizes, strict=True):
+        staged += size if state in (BlockState.STAGED, BlockState.WRITTEN) else 0
+        written += size if state == BlockState.WRITTEN else 0
+    return staged, written
 
 
 def contradiction(operation: str, path: str) -> RuntimeError:

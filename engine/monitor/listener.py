@@ -1,8 +1,11 @@
-"""Listener: the socket in a run's directory by which any process of the user asks a live monitor.
+"""Listener: the socket in a run's directory by which any process of the user asks what is in flight.
 
-Theory of operation.  `.engine/monitor.sock` is bound by the monitor, which has the lock, so a socket file that is there
-already is a dead monitor's and is removed.  A connection is answered as long as it lasts, and ends with the process: a
-client that keeps it sees the monitor end.  A file system without sockets costs the status of saves, nothing else.
+Theory of operation.  `.engine/monitor.sock` is bound by the owner of the directory, which has its lock: a monitor or an
+Engine in its own process.  So a socket file that is there already is a dead owner's and is removed.  A connection is
+answered as long as it lasts.  One to a monitor ends with the process: a client that keeps it sees the monitor end.  A
+file system without sockets costs the status of saves, nothing else.
+
+A forked child closes its copy of the socket: it would keep the queue open, and answer nothing.
 
 A path of a socket has 107 bytes at most (unix(7)), and a run's directory may have a longer one.  So both ends name the
 socket through an open descriptor of its directory, in /proc/self/fd.
@@ -15,9 +18,11 @@ import os
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from engine.monitor.forks import no_fork
 from engine.monitor.protocol import AskStatus, Channel, ChannelEnded, Status
 from engine.store.directory import PRIVATE_NAME
 
@@ -36,42 +41,66 @@ _RETRY_S = 0.05
 
 
 class Listener:
-    """Answers those that ask for the status, on threads of its own, until the end of the `with` block."""
+    """Answers those that ask for the status, on threads of its own: in a `with` block, or from `open` to `close`."""
 
     def __init__(self, root: str, status: Callable[[], Status]) -> None:
         self._root = root
         self._status = status
         self._socket: socket.socket | None = None
+        self._own: os.stat_result | None = None  # of the name
+        self._channels: weakref.WeakSet[Channel] = weakref.WeakSet()
 
-    def __enter__(self) -> Listener:
-        listening = socket.socket(socket.AF_UNIX)
+    def open(self) -> None:
+        """Begin to answer.  Does nothing where no socket or thread can be made."""
+        try:
+            with no_fork():  # a child between both lines would keep its copy
+                listening = socket.socket(socket.AF_UNIX)
+                _listening.add(listening)
+        except OSError:
+            return
         try:
             with socket_path(self._root) as path:
                 with suppress(FileNotFoundError):
                     os.unlink(path)
-                before = os.umask(0o177)  # nothing else makes files yet
-                try:
-                    listening.bind(path)
-                finally:
-                    os.umask(before)
+                os.fchmod(listening.fileno(), 0o600)  # bind(2) gives the name this mode, without the umask's bits
+                listening.bind(path)
+                self._own = os.stat(path)
             listening.listen(_BACKLOG)
-        except OSError:
-            listening.close()
-            return self
-        try:
+            self._socket = listening
             threading.Thread(target=self._accept, args=(listening,), daemon=True).start()
-        except RuntimeError:  # no thread is left: the status is not told, and saves go on
+        except (OSError, RuntimeError):
+            self.close()
             listening.close()
-            with suppress(OSError), socket_path(self._root) as path:
-                os.unlink(path)
-            return self
-        self._socket = listening
+
+    def close(self) -> None:
+        """End the answers: remove the name, and close the socket and every connection.
+
+        Called while the directory is owned.  May be called again, also after Ctrl-C.
+        """
+        listening = self._socket
+        if listening is None:
+            return
+        self._remove_name()
+        with suppress(OSError):  # wakes the thread in accept(2)
+            listening.shutdown(socket.SHUT_RDWR)
+        listening.close()
+        for channel in tuple(self._channels):
+            channel.shut_down()
+        self._socket = None
+
+    def __enter__(self) -> Listener:
+        self.open()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Remove the name.  The socket stays open until the process ends, and tells those connected of it."""
         if self._socket is not None:
-            with suppress(OSError), socket_path(self._root) as path:
+            self._remove_name()
+
+    def _remove_name(self) -> None:
+        with suppress(OSError), socket_path(self._root) as path:
+            # The directory may have been moved away, and another one put in its place.
+            if self._own is not None and os.path.samestat(os.stat(path), self._own):
                 os.unlink(path)
 
     def _accept(self, listening: socket.socket) -> None:
@@ -84,6 +113,7 @@ class Listener:
                 time.sleep(_RETRY_S)  # no descriptor or memory is left at the moment: it waits in the queue
                 continue
             channel = Channel(connection)
+            self._channels.add(channel)
             try:
                 threading.Thread(target=self._answer, args=(channel,), daemon=True).start()
             except RuntimeError:  # no thread is left: it may ask again
@@ -100,6 +130,17 @@ class Listener:
                 if not isinstance(message, AskStatus):
                     return
                 channel.send(self._status())
+
+
+_listening: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+
+
+def _close_all_in_child() -> None:
+    for each in tuple(_listening):
+        each.close()
+
+
+os.register_at_fork(after_in_child=_close_all_in_child)
 
 
 @contextmanager

@@ -200,16 +200,23 @@ class ChunkState(msgspec.Struct, frozen=True):
 
 
 class SaveState(msgspec.Struct, frozen=True):
-    """One save in flight, and whether it is completed if its trainer dies."""
+    """One save in flight; as `session.save.SaveStatus`."""
 
     step: int
     checkpoint_id: str
     is_safe: bool
     chunks: tuple[ChunkState, ...]
+    nbytes: int
+    staged_bytes: int
+    written_bytes: int
+    seconds: float
 
 
 class Status(msgspec.Struct, frozen=True, tag=True):
-    """What a live monitor has in flight, and whether its trainer is dead."""
+    """What the owner of a run has in flight, and whether its trainer is dead.
+
+    The owner is a monitor, or the trainer itself.
+    """
 
     pid: int
     trainer_pid: int

@@ -28,6 +28,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -43,7 +44,7 @@ from engine.format.plan import Chunk, PlannedFile, plan_geometry
 from engine.format.values import Json
 from engine.io.backend import open_serving
 from engine.io.binding import block_checksum
-from engine.io.job import HASH_BYTES, BlockState, least
+from engine.io.job import HASH_BYTES, BlockState, bytes_come, least
 from engine.io.pipeline import Shared
 from engine.io.serving import Serving
 from engine.monitor.begin import check_begin
@@ -94,6 +95,7 @@ class _InFlight:
         self.record = record
         self.board = board
         self.ended = threading.Event()
+        self._began = time.monotonic()
 
     def state(self) -> SaveState:
         """Every chunk and how far it has come."""
@@ -111,7 +113,13 @@ class _InFlight:
             )
             for chunk, layers, (start, end) in zip(record.plan.chunks, record.layers(), starts, strict=True)
         ]
-        return SaveState(record.step, record.checkpoint_id, self.board.is_staged, tuple(chunks))
+        sizes = [block.nbytes for block in record.plan.blocks]
+        staged, written = bytes_come(states, sizes)
+        seconds = time.monotonic() - self._began
+        is_safe = self.board.is_staged
+        return SaveState(
+            record.step, record.checkpoint_id, is_safe, tuple(chunks), sum(sizes), staged, written, seconds
+        )
 
 
 class _Warnings(threading.local):

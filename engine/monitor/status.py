@@ -1,8 +1,8 @@
-"""Status: what a live monitor has in flight, asked from any process.
+"""Status: what the owner of a run has in flight, asked from any process.
 
-Theory of operation.  A run that a monitor owns has a socket in it (`listener`).  Without one, or with one that nobody
-listens to, there is no monitor.  A monitor whose trainer is dead ends by itself when it has committed or discarded
-what was in flight, and its connections end with it.
+Theory of operation.  A run that is owned has a socket in it (`listener`).  Without one, or with one that nobody listens
+to, there is no owner, or none that can be asked.  A monitor whose trainer is dead ends by itself when it has committed
+or discarded what was in flight, and its connections end with it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _RETRY_S = 0.02
 
 
 def ask_status(root: str) -> Status | None:
-    """The status of the monitor that owns a run; None if there is none.
+    """The status of the owner of a run; None if there is none, or none that can be asked.
 
     Raises:
         PlatformError: it does not answer.
@@ -66,7 +66,7 @@ def _ask(channel: Channel, root: str) -> Status | None:
 
 
 def _silent(root: str) -> PlatformError:
-    cause = f"the monitor of {root} does not answer"
+    cause = f"the process that saves to {root} does not answer"
     return PlatformError(cause, "it is stopped (send it SIGCONT), or its host is overloaded; ask again")
 
 

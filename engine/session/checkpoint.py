@@ -330,6 +330,7 @@ class Checkpointer:
                 opened.append(block)
                 permit.block = block
                 arena.hold(block.await_fence, holds_writers=False)
+            permit.save = save
             writer.start(write)
             permit.handed_over = True
             note_failed = self._noting(arena, request)

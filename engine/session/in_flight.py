@@ -20,6 +20,7 @@ from typing import Protocol, TypeVar
 
 from engine.errors import BusyError, ClosedError, StepError
 from engine.session.gate import Gate
+from engine.session.save import Save
 
 T = TypeVar("T")
 
@@ -35,11 +36,11 @@ class Block(Protocol):
 class Permit:
     """One save's right to be in flight.  Compared by identity; its fields belong to `InFlight`.
 
-    But `handed_over`, which its owner sets before the save is handed to the commit threads, and `block`, which is that
-    of a layerwise save.
+    But `handed_over`, which its owner sets before the save is handed to the commit threads, `block`, which is that of a
+    layerwise save, and `save`, which is None until it is made.
     """
 
-    __slots__ = ("block", "claimed", "ended", "handed_over", "step", "thread")
+    __slots__ = ("block", "claimed", "ended", "handed_over", "save", "step", "thread")
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
@@ -47,6 +48,7 @@ class Permit:
         self.claimed = False
         self.handed_over = False
         self.block: Block | None = None
+        self.save: Save | None = None
         self.ended = Gate()
 
     @property
@@ -153,12 +155,14 @@ class InFlight:
             if permit in self._permits:
                 self._ending.add(permit)
                 self._permits.discard(permit)
+            permit.save = None  # whose failure may hold a frame that holds the permit
 
     def withdraw(self, permit: Permit) -> None:
         """Give a permit back, if it is held: its save has ended."""
         with self._lock:
             self._permits.discard(permit)
             self._ending.discard(permit)
+            permit.save = None
         permit.ended.open()
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -191,6 +195,11 @@ class InFlight:
             if self._permits:
                 raise StepError(f"{len(self._permits)} saves are in flight {self._steps()}; wait for them first")
             return action()
+
+    def saves(self) -> list[Save]:
+        """The saves in flight, by step."""
+        with self._lock:
+            return [permit.save for permit in sorted(self._permits, key=_order) if permit.save is not None]
 
     def steps(self) -> list[int]:
         """The steps in flight, in order."""

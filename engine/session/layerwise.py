@@ -28,6 +28,7 @@ from types import TracebackType
 from engine.errors import ArgumentError, ClosedError, EngineError, TornSnapshot, UsageError
 from engine.format.handover import Early, Handover, Layers
 from engine.format.manifest import listed
+from engine.format.plan import Source
 from engine.io.binding import memory_checksum
 from engine.io.job import BlockState, Milestone
 from engine.session.gate import Gate
@@ -36,6 +37,7 @@ from engine.session.snapshot import SnapshotPlan
 from engine.state.arena import Arena
 from engine.state.select import near
 from engine.state.versions import Handed
+from engine.store.info import CheckpointInfo
 from engine.store.writer import Write, Writer
 
 # Between looks at the states of blocks: a block takes about as long.
@@ -76,7 +78,7 @@ class LayerwiseSave(Save):
             packed = write.packed
             self._layers = Layers(packed.layout.segments)
             self._handover = Handover(packed.plan, packed.layout, packed.spans)
-            self._sources = (arena.sources, arena.locations)
+            self._sources: tuple[Sequence[Source], Sequence[tuple[int, int]]] = (arena.sources, arena.locations)
 
     # -- for callers ----------------------------------------------------------------------------------------------
 
@@ -94,7 +96,7 @@ class LayerwiseSave(Save):
         """
         if not isinstance(layer, str):
             raise ArgumentError(f"layer is {layer!r}; it must be the path of a module (str), such as 'layers.3'")
-        if self._write is None or self._arena is None:  # refused
+        if self._write is None:  # refused
             return
         self._write.pipeline.check_owner()
         if self._has_exited:
@@ -183,6 +185,17 @@ class LayerwiseSave(Save):
     def mark_exited(self) -> None:
         """The ``with`` statement ends.  A save that was discarded before takes layers until then, and does nothing."""
         self._has_exited = True
+        self._let_go()
+
+    def end(self, info: CheckpointInfo | None, failure: BaseException | None) -> None:
+        """As of every save."""
+        super().end(info, failure)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Forget the arena, once no layer can be handed over: a save may be kept long after its end."""
+        if self._has_exited and self._ended.is_open:
+            self._arena, self._sources = None, ((), ())
 
     def mark_told(self) -> None:
         """The caller knows that the save has failed: an exception has ended its block."""
@@ -295,10 +308,11 @@ class LayerwiseSave(Save):
                 return
             write = self._write
             if write is None or not write.job.reached(Milestone.DONE) or write.job.failure is None:
-                self.reason = self.reason or reason  # or it has failed by itself
+                # Or it has failed by itself.  The frames of a traceback hold the arena.
+                self.reason = self.reason or reason.with_traceback(None)
             if write is not None and self._writer is not None and not write.pipeline.is_forked:
                 try:
-                    self._writer.abandon(write)
+                    self._writer.interrupt(write)
                 finally:  # first into C, before Ctrl-C can strike again: the commit thread waits for the job
                     write.pipeline.aborting(write.job, errno.ECANCELED)()
             self._left.open()

@@ -14,18 +14,15 @@ import os
 import threading
 import weakref
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple
-
-import msgspec
+from typing import TYPE_CHECKING
 
 from engine.errors import ClosedError, ForkedError, UsageError
 from engine.io.backend import open_to_read
 from engine.io.pipeline import Pipeline
-from engine.monitor.protocol import SaveState
-from engine.monitor.status import ask_status
 from engine.options import Options, Tunables, with_tunables
 from engine.session.reading import Lent, Reading
-from engine.session.save import ChunkStatus
+from engine.session.save import SaveStatus
+from engine.session.status import in_flight_of
 from engine.store.directory import Directory, path_of
 from engine.store.filesystem import Filesystem
 from engine.store.reader import Reader
@@ -33,21 +30,6 @@ from engine.store.verify import Verifier
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-class SaveStatus(NamedTuple):
-    """A save in flight of another process.
-
-    Attributes:
-        step, checkpoint_id: which checkpoint it will be.
-        is_safe: whether all is staged, so that the monitor commits it even if its trainer dies now.
-        chunks: how far each has come.
-    """
-
-    step: int
-    checkpoint_id: str
-    is_safe: bool
-    chunks: tuple[ChunkStatus, ...]
 
 
 class Run(Reading):
@@ -74,16 +56,15 @@ class Run(Reading):
         return self._directory.root
 
     def in_flight(self) -> tuple[SaveStatus, ...]:
-        """The saves in flight of a training with ``isolation="process"``, by step, and how far each chunk has come.
+        """The saves in flight of the training that has this run, by step, and how far each chunk has come.
 
-        Nothing if no monitor owns the run at the moment, or if that is another user's.
+        Nothing if none is in flight, or no Engine of this host has the run.
 
         Raises:
-            PlatformError: the monitor does not answer.
+            PlatformError: the process that has the run does not answer, or cannot be asked: it is another user's.
         """
         self._lend()
-        status = ask_status(self.path)
-        return () if status is None else tuple(map(_save_status, status.saves))
+        return in_flight_of(self.path)
 
     def close(self) -> None:
         """Stop the native thread, if one was started.  May be called again."""
@@ -106,11 +87,6 @@ class Run(Reading):
         if not self._closer.alive:
             raise ClosedError(f"the Run of {self.path} has been closed; call engine.open again")
         return self._lent
-
-
-def _save_status(save: SaveState) -> SaveStatus:
-    chunks = tuple(ChunkStatus(**msgspec.structs.asdict(chunk)) for chunk in save.chunks)
-    return SaveStatus(save.step, save.checkpoint_id, save.is_safe, chunks)
 
 
 class _Pipelines:

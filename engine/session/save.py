@@ -16,11 +16,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from engine.errors import ArgumentError, BusyError, UsageError
 from engine.format.plan import Plan
-from engine.io.job import Milestone
+from engine.io.job import Milestone, bytes_come
 from engine.session.gate import Gate, seconds
 from engine.state.select import near
 from engine.store.info import CheckpointInfo
@@ -29,7 +29,7 @@ from engine.store.writer import Write
 # What completion offers: of a Future, and of a Save alone.
 _PUBLIC_NAMES = (
     *("add_done_callback", "cancel", "cancelled", "done", "exception", "result", "running"),
-    *("checkpoint_id", "chunks", "plan", "stats", "step", "wait_staged"),
+    *("checkpoint_id", "chunks", "plan", "stats", "status", "step", "wait_staged"),
 )
 
 
@@ -64,6 +64,34 @@ def chunks_of(chunks: Sequence[ChunkStatus], layer: object) -> list[ChunkStatus]
         known = dict.fromkeys(each for chunk in chunks for each in chunk.layers)
         raise ArgumentError(f"no chunk holds a layer {layer!r}; {near([layer], known)}")
     return found
+
+
+class SaveStatus(NamedTuple):
+    """A save in flight, at one moment.
+
+    Attributes:
+        step, checkpoint_id: which checkpoint it will be.
+        is_safe: whether it is completed even if its trainer dies now: a monitor has all that it needs.
+        chunks: how far each has come.
+        nbytes: bytes of all files.
+        staged_bytes: those that are copied out of the arena.
+        written_bytes: those of them that are on the device, or were there already.
+        seconds: since the save began.
+    """
+
+    step: int
+    checkpoint_id: str
+    is_safe: bool
+    chunks: tuple[ChunkStatus, ...]
+    nbytes: int
+    staged_bytes: int
+    written_bytes: int
+    seconds: float
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Written bytes a second, since the save began."""
+        return self.written_bytes / self.seconds if self.seconds > 0 else 0.0
 
 
 class Save(Future[CheckpointInfo]):
@@ -144,6 +172,23 @@ class Save(Future[CheckpointInfo]):
         if self._write is None:
             return []
         return chunks_of(self._chunks(self._write), layer)
+
+    def status(self) -> SaveStatus:
+        """The save at this moment: every chunk, and how many bytes have come how far.  Does not block."""
+        if self._write is None:
+            return SaveStatus(self.step, "", False, (), 0, 0, 0, 0.0)
+        sizes = [block.nbytes for block in self._write.packed.plan.blocks]
+        staged, written = bytes_come(self._write.job.states(), sizes)
+        return SaveStatus(
+            self.step,
+            self.checkpoint_id,
+            self.outlives_trainer,
+            tuple(self._chunks(self._write)),
+            sum(sizes),
+            staged,
+            written,
+            (self._durable_ns or time.monotonic_ns() - self._began_ns) / 1e9,
+        )
 
     def _chunks(self, write: Write) -> list[ChunkStatus]:
         packed = write.packed

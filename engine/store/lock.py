@@ -70,6 +70,25 @@ def _close_all_in_child() -> None:
 os.register_at_fork(after_in_child=_close_all_in_child)
 
 
+def holder_of(private: str) -> int | None:
+    """The process that has locked a directory, as this host's kernel lists it (proc_locks(5)); None if none is listed.
+
+    Takes no lock.  The holder may be on another host, or in a PID namespace that this process does not see.
+
+    Args:
+        private: its `.engine`.
+    """
+    try:
+        status = os.stat(os.path.join(private, "lock"))
+        with open("/proc/locks", encoding="ascii") as file:
+            lines = file.read().splitlines()
+    except OSError:
+        return None
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    rows = [line.split() for line in lines]
+    return next((int(row[4]) for row in rows if len(row) > 5 and (row[1], row[5]) == ("FLOCK", device)), None)
+
+
 def take_lock(filesystem: Filesystem, private: str, root: str) -> Lock:
     """Lock a directory.
 

@@ -273,9 +273,13 @@ class Writer:
             self._pipeline.wait(write.job, Milestone.STAGED)
 
     def abandon(self, write: Write) -> None:
-        """End a prepared or started save that no commit thread will finish.  Blocks.  May be called again."""
+        """End a prepared or started save that no commit thread will finish.  Blocks.  May be called again.
+
+        It has no files, so nothing of it is in flight.  Its sources are let go of.
+        """
         self._pipeline.abort(write.job, errno.ECANCELED)
-        self._pipeline.wait(write.job, Milestone.STAGED)
+        self._pipeline.wait(write.job, Milestone.DONE)
+        write.let_go()
 
     def finish(
         self, write: Write, await_turn: Callable[[], None], await_content: Callable[[], None] | None = None

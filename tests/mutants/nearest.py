@@ -12,6 +12,7 @@ and that take a few seconds each: a mutation whose tests take over half a minute
 from __future__ import annotations
 
 NEAREST: dict[str, tuple[str, ...]] = {
+    "engine/format/handover": ("tests/format/test_handover.py", "tests/session/test_layerwise.py"),
     "engine/format/layout": ("tests/format/test_layout.py", "tests/format/test_plan.py"),
     "engine/format/plan": ("tests/format/test_plan.py",),
     "engine/format/manifest": ("tests/format/test_manifest.py", "tests/format/test_format.py"),
@@ -63,6 +64,7 @@ NEAREST: dict[str, tuple[str, ...]] = {
     "engine/state/adopted": ("tests/state/test_adopted.py",),
     "engine/state/arena": ("tests/state/test_arena.py", "tests/session/test_matching.py"),
     "engine/state/arrangement": ("tests/session/test_extra_state.py", "tests/session/test_arguments.py"),
+    "engine/state/backward": ("tests/state/test_backward.py",),
     "engine/state/choice": ("tests/state/test_choice.py",),
     "engine/state/components": ("tests/state/test_components.py",),
     "engine/state/extra_state": ("tests/session/test_extra_state.py",),
@@ -97,12 +99,22 @@ NEAREST: dict[str, tuple[str, ...]] = {
         "tests/session/test_facts.py",
         "tests/session/test_failures.py",
     ),
-    "engine/session/matching": ("tests/session/test_matching.py", "tests/session/test_extra_state.py"),
+    "engine/session/layerwise": (
+        "tests/session/test_layerwise.py",
+        "tests/session/test_layerwise_tears.py",
+        "tests/session/test_interrupts.py",
+    ),
+    "engine/session/matching": (
+        "tests/session/test_matching.py",
+        "tests/session/test_extra_state.py",
+        "tests/session/test_parts.py",
+    ),
     "engine/session/reading": ("tests/session/test_arguments.py", "tests/session/test_facts.py"),
     "engine/session/restore": (
         "tests/session/test_select.py",
         "tests/session/test_matching.py",
         "tests/session/test_arguments.py",
+        "tests/session/test_parts.py",
     ),
     "engine/session/resume": ("tests/session/test_resume.py",),
     "engine/session/run": ("tests/session/test_run.py",),
@@ -113,6 +125,7 @@ NEAREST: dict[str, tuple[str, ...]] = {
     ),
     "engine/session/preemption": ("tests/session/test_preemption.py",),
     "engine/session/snapshot": ("tests/session/test_guards.py",),
+    "engine/session/status": ("tests/session/test_status.py",),
     "engine/session/": (
         "tests/session/test_arguments.py",
         "tests/session/test_facts.py",
@@ -130,6 +143,15 @@ NEAREST: dict[str, tuple[str, ...]] = {
     "engine/monitor/": ("tests/monitor/test_saves.py",),
     "engine/options": ("tests/session/test_arguments.py",),
     "engine/errors": ("tests/session/test_failures.py", "tests/session/test_arguments.py"),
+    "engine/monitor/listener": ("tests/session/test_status.py", "tests/monitor/test_saves.py"),
+    "engine/monitor/status": ("tests/session/test_status.py", "tests/monitor/test_saves.py"),
+    "engine/monitor/protocol": ("tests/monitor/test_hostile.py", "tests/monitor/test_saves.py"),
+    "engine/monitor/": ("tests/monitor/test_hostile.py", "tests/monitor/test_saves.py", "tests/monitor/test_deaths.py"),
+    "engine/tuning/cache": ("tests/tuning/test_cache.py",),
+    "engine/tuning/decide": ("tests/tuning/test_decide.py",),
+    "engine/tuning/device": ("tests/tuning/test_device.py",),
+    "engine/tuning/interval": ("tests/tuning/test_interval.py",),
+    "engine/tuning/report": ("tests/tuning/test_cache.py", "tests/tuning/test_tune.py"),
     "engine/tuning/tune": ("tests/tuning/test_tune.py",),
     "engine/tuning/": (
         "tests/tuning/test_interval.py",
@@ -138,6 +160,8 @@ NEAREST: dict[str, tuple[str, ...]] = {
         "tests/tuning/test_cache.py",
         "tests/tuning/test_tune.py",
     ),
+    "engine/integrations/flat_state": ("tests/integrations/test_pccheck.py",),
+    "engine/integrations/pccheck": ("tests/integrations/test_pccheck.py",),
     "engine/integrations/": ("tests/integrations",),
     "engine/": ("tests/session/test_arguments.py", "tests/session/test_facts.py", "tests/session/test_run.py"),
     "native/guarding/": ("tests/io/test_guard.py", "tests/io/test_native_release.py"),

@@ -300,6 +300,44 @@ def test_an_ended_save_does_not_keep_the_arena_alive(tmp_path: Path, fails: bool
         assert {chunk.status for chunk in save.chunks()} == {"failed" if fails else "durable"} and save.stats()
 
 
+@pytest.mark.parametrize("ends", ["committed", "missing", "raised"])
+def test_an_ended_layerwise_save_does_not_keep_the_arena_alive(tmp_path: Path, ends: str) -> None:
+    tensor = torch.zeros(1000)
+    storage = weakref.ref(tensor.untyped_storage())
+    with engine.Engine(tmp_path, **SMALL) as eng:
+        with contextlib.suppress(OSError), eng.layerwise(engine.Arena.wrap({"a": tensor}), step=1) as save:
+            if ends == "raised":
+                raise OSError
+            if ends == "committed":
+                save.layer_ready("")
+        assert (save.exception(60) is None) == (ends == "committed")
+        del tensor
+        gc.collect()
+        assert storage() is None
+        assert save.remaining() == [] and save.chunks()
+        with pytest.raises(engine.UsageError, match="after the block of step 1 was left"):
+            save.layer_ready("")
+
+
+def test_an_abandoned_save_does_not_keep_the_arena_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even until the next save, which may never come."""
+    tensor = torch.zeros(1000)
+    storage = weakref.ref(tensor.untyped_storage())
+    with engine.Engine(tmp_path, **SMALL) as eng:
+        submit = Pipeline.submit
+
+        def submit_and_interrupt(*arguments: Any) -> None:
+            submit(*arguments)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Pipeline, "submit", submit_and_interrupt)
+            eng.checkpoint(engine.Arena.wrap({"a": tensor}), step=1)
+        del tensor
+        gc.collect()
+        assert storage() is None
+
+
 def test_a_failed_save_is_no_cycle(tmp_path: Path) -> None:
     filesystem = FailingFilesystem()
     gc.collect()

@@ -174,7 +174,7 @@ def test_a_dict_that_does_not_fit_is_refused(saved: tuple[Reading, dict[str, tor
         reading.restore(tensors, select="embed")
     with pytest.raises(engine.ArgumentError, match=r"has no tensors to fill; load\(select="):
         reading.restore({})
-    with pytest.raises(engine.ArgumentError, match="'a' is mapped to a builtins.int"):
+    with pytest.raises(engine.ArgumentError, match=r"'a' is mapped to a builtins\.int"):
         reading.restore({"a": 1})  # type: ignore[dict-item]
 
 
