@@ -393,8 +393,13 @@ class Engine(Reading):
         self._close(may_raise=error is None)  # or it would hide the error that ended the block
 
     def __repr__(self) -> str:
-        state = "open" if self.is_open else "closed"
-        return f"Engine({self._store.root!r}, {state}, {len(self._store.steps())} checkpoints)"
+        if self._store.pipeline.is_forked:
+            return f"Engine({self._store.root!r}, of another process)"
+        if not self.is_open:
+            return f"Engine({self._store.root!r}, closed)"
+        saving = self._in_flight.steps()
+        in_flight = f", steps in flight {saving}" if saving else ""
+        return f"Engine({self._store.root!r}, {self.backend}, {self.guard}{in_flight})"
 
     def _lend(self) -> Lent:
         self._check_usable()

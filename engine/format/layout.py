@@ -87,8 +87,8 @@ DTYPES: Mapping[str, DType] = {
     "bool": DType("BOOL", 1, 1),
 }
 
-# The kind of file for each role.  `grad` shares the optimizer's: inference needs neither.
-FILE_STEMS: Mapping[str, str] = {"model": "model", "buffer": "model", "optimizer": "optimizer", "grad": "optimizer"}
+# The kind of file for each role.  Inference needs the model's alone.
+FILE_STEMS: Mapping[str, str] = {"model": "model", "buffer": "model", "optimizer": "optimizer", "grad": "gradients"}
 ROLES = tuple(FILE_STEMS)
 
 _MODEL_FILE = "model.safetensors"
@@ -268,7 +268,7 @@ def model_index(layout: Layout) -> bytes | None:
 
 def _file_name(spec: TensorSpec) -> str:
     stem = FILE_STEMS[spec.role]
-    return f"{stem}-{spec.optimizer}.safetensors" if spec.optimizer and stem != "model" else f"{stem}.safetensors"
+    return f"{stem}-{spec.optimizer}.safetensors" if spec.optimizer and stem == "optimizer" else f"{stem}.safetensors"
 
 
 def _cut(

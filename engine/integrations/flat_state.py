@@ -5,9 +5,9 @@ returns the arena's memory as a flat tensor of float32.  Tensors of every dtype 
 
     gpu_ar    parameters | buffers, gradients | optimizer state
 
-The space of the gradients is a set of buffers of a module beside the model, stored as `gradients.<parameter>`.
-Autograd puts a gradient elsewhere after `zero_grad()` has dropped the one before; the next save copies it into its
-space (`gather`), and after a restore every gradient is in its space again (`scatter`).
+The space of a gradient is stored as `gradients.<parameter>`, in a file of its own.  Autograd puts a gradient elsewhere
+after `zero_grad()` has dropped the one before; the next save copies it into its space (`gather`), and after a restore
+every gradient is in its space again (`scatter`).
 
 Rules: only the public API of the engine is used.  Called by `pccheck`.
 """
@@ -34,12 +34,36 @@ class _Gradient(NamedTuple):
     space: Tensor
 
 
+class StepCount:
+    """A hook that counts the steps of an optimizer."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def __call__(self, *_: object) -> None:
+        """One more."""
+        self.value += 1
+
+
 class FlatState:
     """What a flat tensor stands for: an arena, and the gradients that have space in it."""
 
-    def __init__(self, arena: engine.Arena, gradients: Sequence[_Gradient] = ()) -> None:
+    def __init__(
+        self, arena: engine.Arena, gradients: Sequence[_Gradient] = (), steps: StepCount | None = None
+    ) -> None:
         self.arena = arena
         self._gradients = gradients
+        self._steps = steps
+
+    @property
+    def training_step(self) -> int | None:
+        """The steps that the first optimizer has taken, those before a restore included; None without an optimizer."""
+        return None if self._steps is None else self._steps.value
+
+    def resume(self, training_step: int) -> None:
+        """A restore has brought the training to this step."""
+        if self._steps is not None:
+            self._steps.value = training_step
 
     def bind(self) -> None:
         """Make every gradient a view of its space; one that is absent becomes zero."""
@@ -89,21 +113,21 @@ def initialize(
     if not isinstance(model, nn.Module):
         raise engine.ArgumentError(f"model is of {type(model)}; it must be a torch.nn.Module")
     gradients = [_Gradient(name, param, torch.zeros_like(param)) for name, param in _with_gradients(model, optimizers)]
-    whole, spaces = nn.Module(), nn.Module()
-    whole.model, whole.gradients = model, spaces
-    for index, gradient in enumerate(gradients):
-        spaces.register_buffer(str(index), gradient.space)
-
-    def stored_name(name: str) -> str:
-        """Without `model.`; a gradient has the name of its parameter, since a buffer's own name has no dot."""
-        prefix, _, rest = name.partition(".")
-        return rest if prefix == "model" else f"gradients.{gradients[int(rest)].name}"
-
     adopted = optimizers[0] if len(optimizers) == 1 else optimizers or None
-    arena = engine.Arena.adopt(whole, adopted, rename=stored_name)
+    arena = engine.Arena.adopt(model, adopted, gradients={gradient.name: gradient.space for gradient in gradients})
     gpu_ar = arena.flat().view(torch.float32)
-    setattr(gpu_ar, _ATTRIBUTE, FlatState(arena, gradients))
+    setattr(gpu_ar, _ATTRIBUTE, FlatState(arena, gradients, _count_steps(optimizers)))
     return gpu_ar, gpu_ar.numel()
+
+
+def _count_steps(optimizers: Sequence[Optimizer]) -> StepCount | None:
+    """Count the steps of the first optimizer; None if there is none, or its class has no hooks."""
+    count = StepCount()
+    try:
+        optimizers[0].register_step_post_hook(count)
+    except (IndexError, AttributeError):  # a class that skips super().__init__()
+        return None
+    return count
 
 
 def set_storage(model: nn.Module, optimizer_list: Sequence[Optimizer], gpu_ar: Tensor) -> None:

@@ -10,7 +10,10 @@
 Theory of operation.  `flat_state` has the training in one arena, and that arena's memory as the flat tensor `gpu_ar`.
 `Chk_monitor` and `PCCheckAdapter` each have one Engine, and save that arena, or any other tensor under the name
 `gpu_ar`.  `LayerwiseCheckpointTrainer` makes the optimizer and the tensor, and runs the steps.  Each save stores its
-`checkpoint_id`, the random generators and the names of absent gradients in `extra`, under the key `pccheck`.
+`checkpoint_id`, the training step, the random generators and the names of absent gradients in `extra`, under the key
+`pccheck`.
+
+PCcheck's `save()` has no step.  Such a save is of the step that the optimizer has reached: its hooks count.
 
 Rules: only the public API of the engine is used.  Messages go to the logger `engine.pccheck`.  Arguments that tune
 PCcheck's own mechanism (threads, batches, buffers, the C library) are taken and not used:
@@ -129,8 +132,21 @@ class _Saver:
         chunk_count: int | None = None,
         chunk_bytes: int | None = None,
     ) -> engine.Save:
-        """Begin a save, which waits only if `max_async` others are in flight."""
-        facts = {"checkpoint_id": checkpoint_id, "absent_gradients": state.gather(), "rng": engine.rng_state()}
+        """Begin a save, which waits only if `max_async` others are in flight.
+
+        Args:
+            step: the training step; None for the number of steps that the optimizer has taken.
+        """
+        training_step = state.training_step if step is None else step
+        if step is None and training_step is not None:
+            checkpoint_id = f"step_{training_step}"
+            step = training_step if training_step > self._last() else None  # saved twice without a step in between
+        facts = {
+            "checkpoint_id": checkpoint_id,
+            "training_step": training_step,
+            "absent_gradients": state.gather(),
+            "rng": engine.rng_state(),
+        }
         content = {_KEY: facts, "extra": extra}
         save = self.open().checkpoint(
             state.arena, step, extra=content, chunk_count=chunk_count, chunk_bytes=chunk_bytes
@@ -138,8 +154,12 @@ class _Saver:
         self._saves = [*(each for each in self._saves if not each.done()), save]
         return save
 
+    def _last(self) -> int:
+        """The last number that a save has."""
+        return max([*self.open().steps(), *(save.step for save in self._saves)], default=-1)
+
     def restore(self, state: FlatState, checkpoint_id: str | None) -> int:
-        """Restore the newest sound checkpoint, or the one of an id; returns its step, or 0 if there is none at all."""
+        """Restore the newest sound checkpoint, or that of an id; returns its training step, or 0 if there is none."""
         step = None
         if checkpoint_id is not None:
             found = find(self.directory, checkpoint_id)
@@ -153,14 +173,17 @@ class _Saver:
         state.scatter(facts.get("absent_gradients", ()))
         if "rng" in facts:
             engine.set_rng_state(facts["rng"])
-        if "checkpoint_id" in facts and facts["checkpoint_id"] is None:
+        training_step = facts.get("training_step", restored.step)
+        if training_step is None:
+            training_step = restored.step
             warnings.warn(
-                f"checkpoint {restored.step} was saved without a training step, so {restored.step} counts saves: pass "
-                "the step, save(training_step)",
+                f"checkpoint {restored.step} was saved without a training step and without an optimizer that counts "
+                f"it, so {restored.step} counts saves: pass the step, save(training_step)",
                 engine.EngineWarning,
                 stacklevel=3,
             )
-        return restored.step
+        state.resume(training_step)
+        return int(training_step)
 
     def is_any(self, in_progress: Callable[[engine.Save], bool]) -> bool:
         """Whether this holds for any save in flight."""
@@ -228,7 +251,8 @@ class Chk_monitor:  # noqa: N801 (PCcheck's name)
         """Begin a checkpoint.  Blocks while `max_async` others are in flight.
 
         Args:
-            training_step: its number, which `restore` returns; None for one more than the last.
+            training_step: its number, which `restore` returns; None for the steps that the (first) optimizer has taken.
+                Where there is no optimizer, saves are counted from 0.
             extra: plain values to store with it, such as `scheduler.state_dict()`.
         """
         name = None if training_step is None else f"step_{training_step}"
@@ -345,9 +369,13 @@ class PCCheckAdapter:
             )
             return None
         count = max(1, int(chunk_count))
-        for index, (start, end) in enumerate(chunk_ranges(total, count)):
+        ranges = chunk_ranges(total, count)
+        _log.log(self._level, "%s: step %d, %d elements in %d chunks", checkpoint_id, training_step, total, len(ranges))
+        for number, (start, end) in enumerate(ranges, 1):
             _log.log(
-                self._level, "%s: chunk %d holds %d:%d (%d elements)", checkpoint_id, index, start, end, end - start
+                self._level,
+                "%s: chunk %d of %d has the elements %d:%d (%d elements)",
+                *(checkpoint_id, number, len(ranges), start, end, end - start),
             )
         return self._saver.save(self._state, training_step, checkpoint_id, extra, chunk_count=count)
 

@@ -242,7 +242,7 @@ def _picked(arena: Arena, manifest: Manifest, selection: Selection) -> Mapping[s
     tied = {name for alias, name in manifest.aliases.items() if not selection.is_all and selection.has_alias(alias)}
     picked = {}
     for record in manifest.segments:
-        by_layer = arena.fenced or record.role != "optimizer"
+        by_layer = arena.fenced or record.role not in ("optimizer", "grad")
         by_name = selection.has_name(record.name) or record.name in tied or selection.has_role(record.role)
         if by_name or (by_layer and selection.has_layer(record.layer)):
             picked[record.name] = record

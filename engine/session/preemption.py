@@ -133,6 +133,12 @@ class Preemption:
                     signal.signal(number, previous)
         self._woken.put(None)
 
+    def __repr__(self) -> str:
+        names = ", ".join(signal.Signals(number).name for number in self._previous)
+        deadline = "" if self._deadline_s is None else f", {self._deadline_s:g} s"
+        arrived = "" if self._signal is None else f", {signal.Signals(self._signal).name} has arrived"
+        return f"Preemption({names or 'no signal'}{deadline}{', closed' if self._over else arrived})"
+
     def before_save(self) -> None:
         """Called by `checkpoint()` first: warn, once, if the save before took longer than the deadline."""
         rate = self._rate()

@@ -321,6 +321,16 @@ class Save(Future[CheckpointInfo]):
         """Called once, as `checkpoint()` returns: it began then, on the clock of time.monotonic_ns()."""
         self._began_ns, self._held_ns = began_ns, time.monotonic_ns() - began_ns
 
+    def __repr__(self) -> str:
+        if self._write is None:
+            return f"{type(self).__name__}(step {self.step}, refused)"
+        if self.done():
+            ended = "committed" if self._failure is None else f"failed: {self._failure!r}"
+            return f"{type(self).__name__}(step {self.step}, {ended})"
+        status = self.status()
+        come = f"{status.staged_bytes} staged and {status.written_bytes} written of {status.nbytes} bytes"
+        return f"{type(self).__name__}(step {self.step}, in flight, {come})"
+
     def __dir__(self) -> list[str]:
         """The names for callers; the others are for the rest of the engine."""
         return sorted(_PUBLIC_NAMES)

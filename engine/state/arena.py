@@ -114,6 +114,7 @@ class Arena(metaclass=_Listed):
         only: Select = None,
         exclude: Select = None,
         rename: Rename | None = None,
+        gradients: Mapping[str, Tensor] | None = None,
         split_untrained: bool = False,
     ) -> Arena:
         """Move a model's and its optimizers' tensors into one buffer; training goes on bit-identically.
@@ -127,6 +128,8 @@ class Arena(metaclass=_Listed):
             exclude: patterns of names or layers that are left out.  These tensors keep their memory.
             rename: maps the name of each of the model's tensors to the name to store it under, which is also that of
                 its optimizer state and its layer: `lambda name: name.removeprefix("backbone.")`.
+            gradients: tensors to hold beside, by the names of parameters whose gradients are kept in them.  They are
+                stored as `gradients.<parameter>`, with the role ``"grad"``, in a file of their own.
             split_untrained: lay the tensors out as `Options.split_untrained` says, so that the first save of an Engine
                 with that option need not move them.
 
@@ -142,7 +145,8 @@ class Arena(metaclass=_Listed):
         choice = Choice(only, exclude)
         if choice.is_trained_only and not optimizers:
             raise ArgumentError("only='trained' needs the optimizer: Arena.adopt(model, optimizer, only='trained')")
-        arena = cls(lambda: gather(model, optimizers, rename, choice), model, optimizers, split_untrained)
+        spaces = _named({} if gradients is None else gradients, "gradients")
+        arena = cls(lambda: gather(model, optimizers, rename, choice, spaces), model, optimizers, split_untrained)
         arena._choice = choice
         arena.warn_of_untrained()
         arena._warn_of_unstored(model)
@@ -156,12 +160,7 @@ class Arena(metaclass=_Listed):
             ArenaError: a tensor cannot be stored.
             ArgumentError: the argument is no mapping from names to tensors.
         """
-        if not isinstance(tensors, Mapping):
-            raise ArgumentError(f"tensors is a {_type_name(tensors)}; it must map names to tensors")
-        named = dict(tensors)
-        for name, tensor in named.items():
-            if not isinstance(name, str) or not isinstance(tensor, Tensor):
-                raise ArgumentError(f"{name!r} is mapped to a {_type_name(tensor)}; map names (str) to tensors")
+        named = _named(tensors, "tensors")
         return cls(lambda: gather_tensors(named), None, {})
 
     @classmethod
@@ -171,7 +170,7 @@ class Arena(metaclass=_Listed):
         Raises:
             ArenaError: a tensor cannot be stored.
         """
-        return cls(lambda: gather(model, {}, None, Choice()), None, {})
+        return cls(lambda: gather(model, {}, None, Choice(), {}), None, {})
 
     @property
     def layout(self) -> Layout:
@@ -695,6 +694,17 @@ class Arena(metaclass=_Listed):
             owned, aliases = self._inventory.owned[name], self.aliases
             stepped = [each for each, param in owned.params.items() if param.grad is not None]
             self._after_any_step({aliases.get(part, part) for each in stepped for part in self._inventory.parts(each)})
+
+
+def _named(tensors: object, argument: str) -> dict[str, Tensor]:
+    """Tensors that the caller names, checked; a copy."""
+    if not isinstance(tensors, Mapping):
+        raise ArgumentError(f"{argument} is a {_type_name(tensors)}; it must map names to tensors")
+    named = dict(tensors)
+    for name, tensor in named.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ArgumentError(f"{name!r} is mapped to a {_type_name(tensor)}; map names (str) to tensors")
+    return named
 
 
 def _point(tensor: Tensor, view: Tensor) -> None:

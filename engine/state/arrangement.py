@@ -67,7 +67,7 @@ def tabulate(inventory: Inventory, adopted: bool, fenced: bool, split_untrained:
     # Wrapped tensors are read with the strides that they have at each save.
     strides = {name: dense_stride(entry.like) for name, entry in entries.items()} if adopted else {}
     trained = inventory.trained
-    roles = {"buffer", "model"} if fenced else {"buffer"}
+    roles = {"buffer", "grad", "model"} if fenced else {"buffer", "grad"}
     unfenced = frozenset(name for name, spec in specs.items() if spec.role in roles and name not in trained)
     return Table(specs, strides, inventory.aliases, unfenced, split_untrained)
 

@@ -124,24 +124,32 @@ class Inventory(NamedTuple):
         return self.wholes[name].parts if name in self.wholes else (name,)
 
 
-def gather(model: nn.Module, optimizers: Mapping[str, Adopted], rename: Rename | None, choice: Choice) -> Inventory:
+def gather(
+    model: nn.Module,
+    optimizers: Mapping[str, Adopted],
+    rename: Rename | None,
+    choice: Choice,
+    gradients: Mapping[str, Tensor],
+) -> Inventory:
     """The inventory of a model and its optimizers, whose missing state is made first.
 
     Args:
         rename: maps the names of the model's tensors.
         choice: which of them are held.
+        gradients: space for gradients, by the name of the parameter.
 
     Raises:
         ArenaError: a tensor cannot be stored; nothing was changed.
     """
-    inventory = _walk(model, optimizers, rename, choice)  # refuses existing tensors before anything is created
+    # Refuses existing tensors before anything is created.
+    inventory = _walk(model, optimizers, rename, choice, gradients)
     inventory.extra_states.encode()  # refuses what no save could store
     created: list[Created] = []
     try:
         for optimizer in optimizers_in(optimizers):
             create_state(optimizer, created)
         if created:
-            inventory = _walk(model, optimizers, rename, choice)
+            inventory = _walk(model, optimizers, rename, choice, gradients)
             # Names that no file can hold must be refused here as well, while what was created can be taken away.
             lay_out([entry.spec for entry in inventory.entries.values()], inventory.aliases)
     except BaseException:
@@ -163,7 +171,13 @@ def gather_tensors(tensors: Mapping[str, Tensor]) -> Inventory:
     return _join(found, ContainerWatch(), {}, Choice(), ExtraStates())
 
 
-def _walk(model: nn.Module, optimizers: Mapping[str, Adopted], rename: Rename | None, choice: Choice) -> Inventory:
+def _walk(
+    model: nn.Module,
+    optimizers: Mapping[str, Adopted],
+    rename: Rename | None,
+    choice: Choice,
+    gradients: Mapping[str, Tensor],
+) -> Inventory:
     watch = ContainerWatch()
     extra_states = ExtraStates()
     found = list(_find_model(model, watch, Names(rename), extra_states))
@@ -179,6 +193,9 @@ def _walk(model: nn.Module, optimizers: Mapping[str, Adopted], rename: Rename | 
         found += [item._replace(optimizer=file) for item in items]
         for wrapper in adopted.wrappers:
             watch.mapping(wrapper.state)
+    for name, space in gradients.items():
+        stored = f"gradients.{name}"
+        found.append(Found(stored, "grad", stored.rpartition(".")[0], space, space))
     return _join(found, watch, owned, choice, extra_states)
 
 

@@ -12,7 +12,7 @@ from engine.options import Options
 from engine.tuning.decide import Measurements, Timing, Trial, describe_options
 from engine.tuning.interval import Interval
 
-_HEADINGS = ("", "staged ms", "durable ms", "GB/s", "time, given = 1")
+_HEADINGS = ("a save of the sample", "staged ms", "durable ms", "GB/s", "time beside the given options")
 
 
 def render(
@@ -27,7 +27,7 @@ def render(
     """Everything, for a terminal."""
     when = "measured by an earlier call" if is_cached else "measured"
     mib = f"{measured.sample_bytes / 2**20:.1f} of {measured.state_bytes / 2**20:.1f} MiB"
-    lines = [title, f"{when} with {mib}, {measured.backend}, in turns with the given options", ""]
+    lines = [title, f"{when} with a sample of {mib}, through {measured.backend}", ""]
     lines += _aligned([_HEADINGS, *_rows(measured, base)])
     lines += ["", *_options(measured, base, found, chunk_counts), "", *_interval(interval)]
     return "\n".join(lines)
@@ -35,22 +35,24 @@ def render(
 
 def _rows(measured: Measurements, base: Options) -> list[Sequence[str]]:
     nbytes = measured.sample_bytes
-    given = f"given: {size(base.block_bytes)} x {base.slot_count}"
+    given = f"given options: {base.slot_count} slots of {size(base.block_bytes)}"
     rows = [_row(given, nbytes, measured.recycled)]
-    rows.append(_row("  into new files", nbytes, Timing(0.0, measured.fresh_seconds)))
-    rows.append(_row("  read and verified", nbytes, Timing(0.0, measured.read_seconds)))
+    rows.append(_row("  into new files, not recycled ones", nbytes, Timing(0.0, measured.fresh_seconds)))
+    rows.append(_row("  a restore: read and verified", nbytes, Timing(0.0, measured.read_seconds)))
     for flight in measured.flights:
-        rows.append(_row(f"  {flight.count} at once", flight.count * nbytes, Timing(0.0, flight.durable_seconds)))
+        rows.append(
+            _row(f"  saves at once: {flight.count}", flight.count * nbytes, Timing(0.0, flight.durable_seconds))
+        )
     return rows + [_trial(trial, nbytes) for trial in (*measured.trials, *filter(None, [measured.final]))]
 
 
 def _trial(trial: Trial, nbytes: int) -> Sequence[str]:
     value = size(trial.value) if trial.name.endswith("_bytes") and isinstance(trial.value, int) else trial.value
-    name = f"all: {value}" if trial.name == "all" else f"{trial.name} {value}"
+    name = f"together: {value}" if trial.name == "all" else f"{trial.name}={value}"
     if trial.timing is None or trial.base is None:
         return name, f"not measured: {trial.cause}"
     ratio = trial.timing.durable_seconds / max(trial.base.durable_seconds, 1e-9)
-    return *_row(name, nbytes, trial.timing), f"{ratio:.2f}, faster in {trial.wins} of {trial.rounds}"
+    return *_row(name, nbytes, trial.timing), f"{ratio:.2f} times, faster in {trial.wins} of {trial.rounds} rounds"
 
 
 def _row(name: str, nbytes: int, timing: Timing) -> Sequence[str]:
@@ -77,7 +79,7 @@ def _options(measured: Measurements, base: Options, found: Options, chunk_counts
     changes = [describe_options(found, base)]
     changes += [f"max_async={found.max_async}"] if found.max_async != base.max_async else []
     changed = ", ".join(filter(None, changes))
-    kept = "as given: nothing was faster by more than 5 % in every round and once more"
+    kept = "as given: nothing else was faster by more than 5 % in every round"
     low, high = chunk_counts
     new = ratio(measured.fresh_seconds, measured.recycled.durable_seconds)
     return [
@@ -95,7 +97,8 @@ def _interval(interval: Interval) -> list[str]:
         f"             takes {duration(interval.cost_seconds)} from a training that keeps every core busy",
         f"interval     every {interval.steps} steps of {duration(interval.step_seconds)}: slower by "
         f"{interval.slowdown * 100:.1f} % (at most {percent:g} %)",
-        f"             by PCcheck's formula {interval.pccheck_steps}, by the cost of a save {interval.cost_steps}",
+        f"             the greater of {interval.pccheck_steps} (PCcheck's formula) and {interval.cost_steps} (the "
+        "cost of a save)",
         f"a failure    costs {duration(interval.loss_seconds)} on average, {duration(interval.restore_seconds)} of it "
         "the restore",
     ]

@@ -97,7 +97,7 @@ def tune(
         directory: of the run, or another directory on its file system; it exists.
         arena: of the training.
         step_seconds: the time of a step of the training without checkpoints.
-        overhead: the bound on the part by which checkpoints may make the training slower.
+        overhead: the bound on the part by which checkpoints may make the training slower: below 1, 0.03 for 3 %.
         mtbf_seconds: the mean time between two failures, for the optimal interval.
         seconds: the time for trying options; the other measurements take about as long, on a slow device longer.
         refresh: measure again, even if there are measurements in the cache.
@@ -114,6 +114,11 @@ def tune(
     base = with_tunables("engine.tune", options, tunables, _KEYWORDS)
     check_arena(arena)
     step_seconds, overhead = _positive("step_seconds", step_seconds), _positive("overhead", overhead)
+    if overhead >= 1:
+        raise ArgumentError(
+            f"overhead is {overhead:g}, which would let checkpoints double the time of the training; it must be a part "
+            "of that time, such as 0.03 for 3 %"
+        )
     seconds = _positive("seconds", seconds)
     mtbf_seconds = None if mtbf_seconds is None else _positive("mtbf_seconds", mtbf_seconds)
     filesystem = Filesystem()

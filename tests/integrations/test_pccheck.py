@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import engine
@@ -193,7 +194,7 @@ def test_a_loop_in_the_style_of_pccheck(tmp_path: Path) -> None:
         monitor.save()
         while monitor.checkpoint_in_progress():
             continue
-        assert monitor.eng.steps()[-1] == number - 1, "the first save without a step has the number 0"
+        assert monitor.eng.steps()[-1] == number, "a save without a step is of the optimizer's step"
     assert not monitor.gpu_copy_in_progress()
     monitor.kill_checkpoint()
     monitor.kill_checkpoint()
@@ -224,6 +225,76 @@ def test_a_monitor_needs_a_tensor_and_one_rank(tmp_path: Path) -> None:
         Chk_monitor(None, 10, 1, 1, True, None)  # type: ignore[arg-type]
     with pytest.raises(engine.UsageError, match="let rank 0 alone save"):
         monitor_of(tmp_path, torch.zeros(10), 10, is_distributed=True, rank=1, world_size=2)
+
+
+def test_a_save_without_a_step_is_of_the_step_that_the_optimizer_has_reached(tmp_path: Path) -> None:
+    """As in PCcheck's loops, which pass none.  The training step goes on after a restore."""
+    for last, start in ((5, 0), (9, 4)):
+        model, optimizer = training()
+        gpu_ar, total_size = initialize(model, [optimizer])
+        set_storage(model, [optimizer], gpu_ar)
+        monitor = monitor_of(tmp_path, gpu_ar, total_size, keep=None)
+        assert monitor.restore() == start
+        for number in range(start, last):
+            train(model, optimizer, number)
+            if number % 2:
+                monitor.save().result()
+        monitor.kill_checkpoint()
+    with engine.open(tmp_path) as run:
+        assert run.steps() == [2, 4, 6, 8]
+    info = find(tmp_path, "step_6")
+    assert info is not None and info.step == 6
+
+
+def test_two_saves_of_one_step_are_two_checkpoints_of_that_training_step(tmp_path: Path) -> None:
+    model, optimizer = training()
+    gpu_ar, total_size = initialize(model, [optimizer])
+    set_storage(model, [optimizer], gpu_ar)
+    monitor = monitor_of(tmp_path, gpu_ar, total_size)
+    train(model, optimizer, 0)
+    train(model, optimizer, 1)
+    assert [monitor.save().step, monitor.save().step] == [2, 3]
+    monitor.eng.wait()
+    assert monitor.restore() == 2
+    train(model, optimizer, 2)
+    assert monitor.save().result().step == 4
+    assert monitor.restore() == 3
+    monitor.kill_checkpoint()
+
+
+def test_a_save_that_nothing_counts_warns_at_the_restore(tmp_path: Path) -> None:
+    monitor = monitor_of(tmp_path, torch.zeros(10), 10)
+    monitor.save()
+    monitor.save()
+    monitor.eng.wait()
+    with pytest.warns(engine.EngineWarning, match=r"1 was saved without .* so 1 counts saves: pass the step"):
+        assert monitor.restore() == 1
+    monitor.save(7)
+    monitor.eng.wait()
+    assert monitor.restore() == 7
+    monitor.kill_checkpoint()
+
+
+def test_gradients_are_in_no_file_that_a_loader_of_models_reads(tmp_path: Path) -> None:
+    model, optimizer = training()
+    gpu_ar, total_size = initialize(model, [optimizer])
+    set_storage(model, [optimizer], gpu_ar)
+    train(model, optimizer, 0)
+    monitor = monitor_of(tmp_path, gpu_ar, total_size)
+    path = Path(monitor.save().result().path)
+    assert load_file(path / "model.safetensors").keys() == model.state_dict().keys()
+    gradients = load_file(path / "gradients.safetensors")
+    assert gradients.keys() == {f"gradients.{name}" for name, _ in model.named_parameters()}
+    assert model.first.weight.grad is not None
+    assert torch.equal(gradients["gradients.first.weight"], model.first.weight.grad)
+    assert monitor.eng.load(select=engine.role("grad")).keys() == gradients.keys()
+    plain, other = training(seed=1)
+    arena = engine.Arena.adopt(plain, other)
+    info = monitor.eng.restore(arena, strict=False)  # as the migration page says
+    assert set(info.unexpected) == gradients.keys()
+    assert torch.equal(plain.first.weight, model.first.weight)
+    monitor.eng.restore(arena, select="first")
+    monitor.kill_checkpoint()
 
 
 @pytest.mark.parametrize("accumulating", [True, False])
@@ -282,10 +353,11 @@ def test_the_worked_example_of_the_note(tmp_path: Path, caplog: pytest.LogCaptur
     trainer.gpu_ar = torch.zeros(125_000_000)
     with caplog.at_level(logging.INFO, "engine.pccheck"):
         save = trainer.save_entire_checkpoint_in_chunks("step_10", 10, 3)
-    assert [message.partition("(")[2] for message in caplog.messages] == [
-        "41666667 elements)",
-        "41666667 elements)",
-        "41666666 elements)",
+    assert caplog.messages == [
+        "step_10: step 10, 125000000 elements in 3 chunks",
+        "step_10: chunk 1 of 3 has the elements 0:41666667 (41666667 elements)",
+        "step_10: chunk 2 of 3 has the elements 41666667:83333334 (41666667 elements)",
+        "step_10: chunk 3 of 3 has the elements 83333334:125000000 (41666666 elements)",
     ]
     assert save is not None
     page, data = 4096, -(-41_666_667 * 4 // 4096) * 4096

@@ -178,3 +178,30 @@ def test_a_silent_owner_is_locked_and_not_in_error(tmp_path: Path, monkeypatch: 
         with pytest.raises(engine.PlatformError, match="does not answer"):
             engine.open(tmp_path).in_flight()
         silent.close()
+
+
+def test_objects_show_what_a_person_asks_of_them(tmp_path: Path) -> None:
+    filesystem = GatedFilesystem()
+    eng = engine.Engine(tmp_path, filesystem=filesystem, max_async=1, **SMALL)
+    assert repr(eng) == f"Engine({str(tmp_path)!r}, {eng.backend}, {eng.guard})"
+    arena = arena_of()
+    save = eng.checkpoint(arena, 3, snapshot="lazy")
+    assert repr(eng) == f"Engine({str(tmp_path)!r}, {eng.backend}, {eng.guard}, steps in flight [3])"
+    until(lambda: save.status().staged_bytes > 0)
+    assert repr(save).startswith("Save(step 3, in flight, ")
+    assert repr(save).endswith(f" staged and 0 written of {NBYTES + 4096} bytes)")
+    assert repr(eng.checkpoint(arena_of(), on_busy="skip")) == "Save(step 4, refused)"
+    filesystem.gate.set()
+    save.result(HANG_S)
+    assert repr(save) == "Save(step 3, committed)"
+    with pytest.raises(OSError, match="mine"), eng.layerwise(arena, 5) as failed:
+        raise OSError("mine")
+    assert isinstance(failed.exception(HANG_S), engine.UsageError)
+    assert repr(failed).startswith("LayerwiseSave(step 5, failed: UsageError('the block of step 5 was left by OSError")
+    preemption = eng.on_preemption("SIGUSR2", deadline_s=90)
+    assert repr(preemption) == "Preemption(SIGUSR2, 90 s)"
+    preemption.close()
+    assert repr(preemption) == "Preemption(SIGUSR2, 90 s, closed)"
+    eng.close()
+    (tmp_path / ".engine").rename(tmp_path / "away")
+    assert repr(eng) == f"Engine({str(tmp_path)!r}, closed)", "nothing is read"

@@ -353,7 +353,7 @@ def test_no_python_function_runs_for_a_tensor() -> None:
     counts = []
     for layer_count in (1, 50):
         model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(layer_count)))
-        inventory = gather(model, adopt_optimizers(torch.optim.Adam(model.parameters())), None, Choice())
+        inventory = gather(model, adopt_optimizers(torch.optim.Adam(model.parameters())), None, Choice(), {})
         tensors = [tensor for entry in inventory.entries.values() for tensor in entry.tensors]
         watch = TensorWatch(tensors, inventory.params.values())
         assert inventory.watch.unchanged() and watch.unchanged()

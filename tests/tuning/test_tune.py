@@ -210,6 +210,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"step_seconds": "1"}, "step_seconds is '1'"),
     ({"overhead": -0.1}, "overhead is -0.1"),
     ({"overhead": float("nan")}, "overhead is nan"),
+    ({"overhead": 3}, "overhead is 3, which would let .* such as 0.03 for 3 %"),
+    ({"overhead": 1.0}, "overhead is 1, "),
     ({"mtbf_seconds": float("inf")}, "mtbf_seconds is inf"),
     ({"seconds": True}, "seconds is True"),
     ({"max_async": 0}, "max_async is 0"),
