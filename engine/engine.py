@@ -32,13 +32,14 @@ from engine.monitor.client import MonitoredStore
 from engine.monitor.listener import Listener
 from engine.monitor.status import await_orphan
 from engine.options import Backend, GuardName, Options, Tunables, check_range, with_tunables
-from engine.session.checkpoint import Checkpointer, FileContent, OnBusy, Request
+from engine.session.checkpoint import Checkpointer
 from engine.session.failures import Failures, OnError
 from engine.session.gate import seconds
 from engine.session.in_flight import InFlight
 from engine.session.layerwise import Layerwise, LayerwiseSave
 from engine.session.preemption import SIGNALS, Preemption, Signals
 from engine.session.reading import Lent, Reading
+from engine.session.request import FileContent, OnBusy, Request
 from engine.session.save import Save, SaveStatus
 from engine.session.snapshot import Snapshot, Snapshots
 from engine.session.status import answer

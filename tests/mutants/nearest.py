@@ -110,6 +110,7 @@ NEAREST: dict[str, tuple[str, ...]] = {
         "tests/session/test_parts.py",
     ),
     "engine/session/reading": ("tests/session/test_arguments.py", "tests/session/test_facts.py"),
+    "engine/session/request": ("tests/session/test_arguments.py", "tests/session/test_facts.py"),
     "engine/session/restore": (
         "tests/session/test_select.py",
         "tests/session/test_matching.py",

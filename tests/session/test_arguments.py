@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import engine
-from engine.session.checkpoint import NAME_CHARS_MAX
+from engine.session.request import NAME_CHARS_MAX
 from engine.state.select import Selection
 from engine.store.retention import decode_rule, encode_rule
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import engine
-from engine.session.checkpoint import FILES_BYTES_MAX
+from engine.session.request import FILES_BYTES_MAX
 from engine.store.filesystem import Filesystem
 
 SMALL: dict[str, Any] = {"staging_bytes": 1 << 20, "block_bytes": 64 << 10}
