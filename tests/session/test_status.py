@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -205,3 +206,24 @@ def test_objects_show_what_a_person_asks_of_them(tmp_path: Path) -> None:
     eng.close()
     (tmp_path / ".engine").rename(tmp_path / "away")
     assert repr(eng) == f"Engine({str(tmp_path)!r}, closed)", "nothing is read"
+
+
+def test_questions_are_answered_again_when_descriptors_are_free_again(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with engine.Engine(tmp_path):
+        channel = status._connect(str(tmp_path))
+        assert channel is not None
+        waiting = socket.socket(socket.AF_UNIX)
+        highest = max(map(int, os.listdir("/proc/self/fd")))
+        spare = [os.dup(0) for _ in range(highest + 20 - len(os.listdir("/proc/self/fd")))]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(spare) + 1, hard))
+        try:
+            waiting.connect(str(tmp_path / ".engine" / "monitor.sock"))  # and cannot be accepted
+            time.sleep(0.2)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for each in spare:
+                os.close(each)
+            waiting.close()
+            channel.close()
+        assert engine.open(tmp_path).in_flight() == ()
