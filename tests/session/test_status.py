@@ -227,3 +227,12 @@ def test_questions_are_answered_again_when_descriptors_are_free_again(tmp_path: 
             waiting.close()
             channel.close()
         assert engine.open(tmp_path).in_flight() == ()
+
+
+def test_the_socket_of_a_run_that_was_put_in_the_place_stays(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    first = engine.Engine(root)
+    root.rename(tmp_path / "away")
+    with engine.Engine(root):
+        first.close()
+        assert (root / ".engine" / "monitor.sock").exists() and engine.open(root).in_flight() == ()
