@@ -22,7 +22,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from engine.monitor.forks import no_fork
+from engine.monitor.forks import UnforkedSocket, listed, no_fork
 from engine.monitor.protocol import AskStatus, Channel, ChannelEnded, Status
 from engine.store.directory import PRIVATE_NAME
 
@@ -54,8 +54,7 @@ class Listener:
         """Begin to answer.  Does nothing where no socket or thread can be made."""
         try:
             with no_fork():  # a child between both lines would keep its copy
-                listening = socket.socket(socket.AF_UNIX)
-                _listening.add(listening)
+                listening = listed(UnforkedSocket(socket.AF_UNIX))
         except OSError:
             return
         try:
@@ -130,17 +129,6 @@ class Listener:
                 if not isinstance(message, AskStatus):
                     return
                 channel.send(self._status())
-
-
-_listening: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-
-
-def _close_all_in_child() -> None:
-    for each in tuple(_listening):
-        each.close()
-
-
-os.register_at_fork(after_in_child=_close_all_in_child)
 
 
 @contextmanager
