@@ -139,7 +139,7 @@ class Engine(Reading):
             self._preemption: Preemption | None = None
             # Closes an Engine that is collected, or still open at exit.  In a forked child it does nothing.
             self._closer = weakref.finalize(self, _shut_down, self._in_flight, self._workers, self._store, listener)
-            if isinstance(self._store, Store):  # else the monitor answers
+            if not isinstance(self._store, MonitoredStore):  # there the monitor answers
                 listener.open()
         except BaseException:  # Ctrl-C too
             self._workers.close()

@@ -39,6 +39,9 @@ _CLOSED = (errno.EBADF, errno.EINVAL)
 
 _RETRY_S = 0.05
 
+# A thread that was woken from accept(2) ends at once.
+_CLOSE_S = 1.0
+
 
 class Listener:
     """Answers those that ask for the status, on threads of its own: in a `with` block, or from `open` to `close`."""
@@ -47,6 +50,7 @@ class Listener:
         self._root = root
         self._status = status
         self._socket: socket.socket | None = None
+        self._thread: threading.Thread | None = None
         self._own: os.stat_result | None = None  # of the name
         self._channels: weakref.WeakSet[Channel] = weakref.WeakSet()
 
@@ -66,7 +70,8 @@ class Listener:
                 self._own = os.stat(path)
             listening.listen(_BACKLOG)
             self._socket = listening
-            threading.Thread(target=self._accept, args=(listening,), daemon=True).start()
+            self._thread = threading.Thread(target=self._accept, args=(listening,), daemon=True)
+            self._thread.start()
         except (OSError, RuntimeError):
             self.close()
             listening.close()
@@ -85,6 +90,8 @@ class Listener:
         listening.close()
         for channel in tuple(self._channels):
             channel.shut_down()
+        if self._thread is not None and self._thread.ident is not None:
+            self._thread.join(_CLOSE_S)  # in accept(2) it keeps the file system busy, and umount(8) would fail
         self._socket = None
 
     def __enter__(self) -> Listener:

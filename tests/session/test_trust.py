@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -306,10 +307,10 @@ def test_close_after_an_interrupted_close_waits_for_the_save(
     wait = Gate.wait
     interrupts = iter([True])
 
-    def interrupted(self: Gate, timeout: float | None = None) -> bool:
+    def interrupted(self: Gate, timeout: float | None = None, look: Callable[[], object] = lambda: None) -> bool:
         if next(interrupts, False):
             raise KeyboardInterrupt
-        return wait(self, timeout)
+        return wait(self, timeout, look)
 
     monkeypatch.setattr(Gate, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):

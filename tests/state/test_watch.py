@@ -5,6 +5,7 @@ Containers are compared with a model: `unchanged()` answers as a comparison of t
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections import OrderedDict, UserDict, defaultdict
 from collections.abc import Callable
@@ -339,6 +340,7 @@ def test_an_interrupt_during_a_look_at_tensors_is_raised(interrupt: type[BaseExc
 def frame_count(call: Callable[[], object]) -> int:
     """How many Python functions a call runs."""
     frames = []
+    gc.collect()  # or finalizers of earlier tests could run in the call
     before = sys.getprofile()
     sys.setprofile(lambda frame, event, argument: frames.append(frame) if event == "call" else None)
     try:

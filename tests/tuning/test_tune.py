@@ -59,7 +59,15 @@ def test_a_host_is_measured_once_and_nothing_is_left(tmp_path: Path) -> None:
     assert {trial.name for trial in measured.trials} == {"block_bytes", "staging_bytes", "staging_threads", "backend"}
     assert all(trial.timing is not None or trial.cause for trial in measured.trials)
     assert [flight.count for flight in measured.flights] == [1, 2, 3, 4]
-    for words in ("into new files", "read and verified", "4 at once", "backend threads", "PCcheck", "Daly", "every "):
+    for words in (
+        "into new files",
+        "read and verified",
+        "saves at once: 4",
+        "backend=threads",
+        "PCcheck",
+        "Daly",
+        "every ",
+    ):
         assert words in str(found)
 
     again = engine.tune(tmp_path, arena=arena, mtbf_seconds=3600, **QUICK)
