@@ -7,20 +7,26 @@ first hook of a pass also has autograd call `_Stepper.finish` at the end of it.
 
 A pass that raises calls no `finish`.  The next one is known by a parameter that arrives a second time.
 
+Reentrant activation checkpointing runs a backward pass inside the pass, for each of its segments.  Such a pass ends
+before the others have added to the gradients, and the segments after it would be computed with parameters that were
+stepped already.  A hook in one refuses it.
+
 Rules: one backward pass is one step.  No layer may need a parameter after its gradient is complete; autograd never
 does, because each use of a parameter adds to its gradient.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.autograd import Variable
+from torch.autograd.function import BackwardCFunction
 from torch.optim import Optimizer
 
-from engine.errors import ArgumentError
+from engine.errors import ArgumentError, UsageError
 
 
 class _Stepper:
@@ -35,6 +41,11 @@ class _Stepper:
 
     def arrive(self, param: Tensor) -> None:
         """The gradient of a parameter is complete."""
+        if _is_nested():
+            raise UsageError(
+                "step_in_backward() would step in a backward pass inside the backward pass, before the gradients are "
+                "complete: call torch.utils.checkpoint.checkpoint with use_reentrant=False"
+            )
         if self._left is None or id(param) not in self._left:
             self._left = set(map(id, self.params))
             engine: Any = Variable._execution_engine
@@ -49,6 +60,16 @@ class _Stepper:
             self._left = None
             self._optimizer.step()
             self._optimizer.zero_grad()
+
+
+def _is_nested() -> bool:
+    """Whether a backward function written in Python has called the backward pass that calls this."""
+    frame = sys._getframe(1)
+    while (back := frame.f_back) is not None:
+        frame = back
+        if frame.f_code is BackwardCFunction.apply.__code__:
+            return True
+    return False
 
 
 class StepsInBackward:
@@ -77,7 +98,8 @@ def step_in_backward(optimizer: Optimizer | Sequence[Optimizer] | Mapping[str, O
             loss.backward()                 # steps and hands over layer after layer
 
     The gradients are freed after each step.  An optimizer of which some parameters get no gradient steps at the end of
-    `backward()`.  Every backward pass is a step, so gradients cannot be accumulated over several passes.
+    `backward()`.  Every backward pass is a step, so gradients cannot be accumulated over several passes.  Activation
+    checkpointing works with ``use_reentrant=False``; a reentrant one raises `UsageError` in `backward()`.
 
     Args:
         optimizer: as for `Arena.adopt`: one, a sequence or a dict.  Parameters that are added later, or are frozen now,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from disk import same
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import engine
 
@@ -104,6 +105,32 @@ def test_layers_are_handed_over_in_backward(tmp_path: Path) -> None:
             loaded = eng.load(step)
             assert all(same(loaded[name], tensor) for name, tensor in arena.state_dict().items())
     assert remaining == [["0"]] * 2, "the other layers were handed over inside backward"
+
+
+def checkpointed(model: nn.Module, use_reentrant: bool) -> Tensor:
+    """The loss of two segments that share their parameters, with activation checkpointing."""
+    hidden = torch.ones(2, WIDTH, requires_grad=True)  # a reentrant segment needs an input with a gradient
+    for _ in range(2):
+        hidden = checkpoint(model, hidden, use_reentrant=use_reentrant)
+    return hidden.square().mean()
+
+
+def test_activation_checkpointing_changes_no_weight(one_thread: None) -> None:
+    (plain, _), (model, _) = training(), training()
+    after = torch.optim.SGD(plain.parameters(), lr=0.1)
+    checkpointed(plain, use_reentrant=False).backward()
+    after.step()
+    engine.step_in_backward(torch.optim.SGD(model.parameters(), lr=0.1))
+    checkpointed(model, use_reentrant=False).backward()
+    assert all(same(a.detach(), b.detach()) for a, b in zip(plain.parameters(), model.parameters(), strict=True))
+
+
+def test_a_backward_pass_inside_the_pass_steps_nothing() -> None:
+    (plain, _), (model, _) = training(), training()
+    engine.step_in_backward(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(engine.UsageError, match="use_reentrant=False"):
+        checkpointed(model, use_reentrant=True).backward()
+    assert all(same(a.detach(), b.detach()) for a, b in zip(plain.parameters(), model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("given", [nn.Linear(1, 1), [3], {"a": None}])
