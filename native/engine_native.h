@@ -129,17 +129,16 @@ typedef struct eng_guard eng_guard;
 typedef struct {
     /* Set by the caller before eng_submit. */
     uint32_t direction;
-    uint32_t
-        checked; /* hash every source before ENG_URGENT, and fail if a block that is staged has another hash; not with
-                       * a guard */
+    /* Hash every source before ENG_URGENT, and fail if a block that is staged has another hash.  Not with a guard. */
+    uint32_t checked;
     uint32_t source_count;
     uint32_t extent_count;
     uint32_t block_count;
     uint32_t urgent_count; /* ENG_URGENT is reached when this many blocks, the first of `order`, are staged */
     uint32_t file_count;
-    uint32_t
-        withheld_count; /* of a write without urgent blocks: those that may not begin, at the end of `order`, which are
-                              * all at first, or none; eng_release lowers it */
+    /* Of a write without urgent blocks: the blocks at the end of `order` that may not begin.  All are withheld at first,
+     * or none; eng_release lowers the number. */
+    uint32_t withheld_count;
     const eng_source *sources;
     const eng_extent *extents;
     const eng_block *blocks;
@@ -200,8 +199,7 @@ typedef struct {
     int32_t memory_fd; /* a memfd of ENG_SHARED_HEADER_BYTES and the slots, sealed against shrinking */
     int32_t post_fd; /* an eventfd that does not block: the trainer wakes the monitor */
     int32_t wake_fd; /* the same the other way round */
-    int32_t
-        peer_fd; /* one end of a stream socket: the trainer's, whose other end only the monitor has, or the monitor's */
+    int32_t peer_fd; /* this process's end of a stream socket, whose other end only the other process has */
 } eng_shared;
 
 typedef struct {

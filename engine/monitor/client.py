@@ -162,8 +162,7 @@ class _RemoteCommits:
     def __init__(self, monitor: Monitor, directory: MonitoredDirectory) -> None:
         self._monitor = monitor
         self._directory = directory
-        self._channels: dict[int, Channel] = {}  # by step in flight
-        self._ids: dict[int, str] = {}  # the same
+        self._saves: dict[int, tuple[Channel, str]] = {}  # by step in flight: its channel, and its checkpoint's id
 
     def memory(self, block_count: int) -> JobMemory | None:
         """A board that the monitor will map, too."""
@@ -177,8 +176,8 @@ class _RemoteCommits:
     def begin(self, record: SaveRecord, direct: bool, memory: JobMemory | None) -> Attachment:
         """Have the monitor make the files; see `Commits.begin`."""
         assert isinstance(memory, _SharedBoard)
-        self._ids[record.step] = record.checkpoint_id
-        channel = self._channels[record.step] = self._monitor.open_request()
+        channel = self._monitor.open_request()
+        self._saves[record.step] = channel, record.checkpoint_id
         with self._monitor.living():
             channel.send(_begin(record, direct), [memory.descriptor.number])
             memory.descriptor.close()
@@ -189,28 +188,29 @@ class _RemoteCommits:
 
     def amend(self, record: SaveRecord) -> None:
         """Have the monitor replace the record of a save; see `Commits.amend`."""
-        channel = self._channels[record.step]
+        channel, _ = self._saves[record.step]
         with self._monitor.living():
             channel.send(_begin(record, direct=False))
             channel.expect(Done)
 
     def commit(self, step: int, checksums: Sequence[bytes], await_turn: Callable[[], None]) -> CheckpointInfo:
         """Have the monitor seal and publish; it has the checksums."""
-        channel = self._channels[step]
+        channel, checkpoint_id = self._saves[step]
         with self._monitor.living():
             channel.send(Seal())
             channel.expect(Done)
             await_turn()
-            info = self._publish(channel, step)
-        self._channels.pop(step).close()
+            info = self._publish(channel, step, checkpoint_id)
+        self._saves.pop(step)
+        channel.close()
         return info
 
-    def _publish(self, channel: Channel, step: int) -> CheckpointInfo:
+    def _publish(self, channel: Channel, step: int, checkpoint_id: str) -> CheckpointInfo:
         try:
             channel.send(Publish())
             published = channel.expect(Published)
         except ChannelEnded:
-            info = self._directory.committed(step, self._ids[step])
+            info = self._directory.committed(step, checkpoint_id)
             if info is None:
                 raise
             return info
@@ -218,9 +218,9 @@ class _RemoteCommits:
 
     def discard(self, step: int, error: BaseException) -> None:
         """Have the monitor delete what is left; nothing to do if it has failed there, or has ended."""
-        channel = self._channels.pop(step, None)
-        if channel is None:
+        if step not in self._saves:
             return
+        channel, _ = self._saves.pop(step)
         with channel, suppress(ChannelEnded):
             channel.send(Discard(isinstance(error, TornSnapshot)))
             channel.expect(Done)

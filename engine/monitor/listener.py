@@ -70,8 +70,9 @@ class Listener:
                 self._own = os.stat(path)
             listening.listen(_BACKLOG)
             self._socket = listening
-            self._thread = threading.Thread(target=self._accept, args=(listening,), daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._accept, args=(listening,), daemon=True)
+            thread.start()
+            self._thread = thread
         except (OSError, RuntimeError):
             self.close()
             listening.close()
@@ -90,7 +91,7 @@ class Listener:
         listening.close()
         for channel in tuple(self._channels):
             channel.shut_down()
-        if self._thread is not None and self._thread.ident is not None:
+        if self._thread is not None:
             self._thread.join(_CLOSE_S)  # in accept(2) it keeps the file system busy, and umount(8) would fail
         self._socket = None
 

@@ -18,6 +18,7 @@ Rules: a refusal names the tensor and leaves everything as it was.  No tensor is
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from operator import attrgetter, itemgetter, methodcaller
 from typing import NamedTuple
 
@@ -141,15 +142,15 @@ def gather(
     Raises:
         ArenaError: a tensor cannot be stored; nothing was changed.
     """
-    # Refuses existing tensors before anything is created.
-    inventory = _walk(model, optimizers, rename, choice, gradients)
+    walk = partial(_walk, model, optimizers, rename, choice, gradients)
+    inventory = walk()  # refuses existing tensors before anything is created
     inventory.extra_states.encode()  # refuses what no save could store
     created: list[Created] = []
     try:
         for optimizer in optimizers_in(optimizers):
             create_state(optimizer, created)
         if created:
-            inventory = _walk(model, optimizers, rename, choice, gradients)
+            inventory = walk()
             # Names that no file can hold must be refused here as well, while what was created can be taken away.
             lay_out([entry.spec for entry in inventory.entries.values()], inventory.aliases)
     except BaseException:

@@ -104,7 +104,7 @@ def test_a_thread_that_is_interrupted_while_it_makes_a_channel_holds_up_no_other
 
 
 def test_a_child_can_have_a_monitor_of_its_own(tmp_path: Path) -> None:
-    """The lock is a new one there, whoever held it at the fork."""
+    """The child has a new lock, although another thread held the old one at the fork."""
     inside, leave = threading.Event(), threading.Event()
 
     def hold() -> None:

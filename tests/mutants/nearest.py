@@ -89,16 +89,6 @@ NEAREST: dict[str, tuple[str, ...]] = {
         "tests/session/test_failures.py",
     ),
     "engine/session/failures": ("tests/session/test_failures.py",),
-    "engine/session/gate": (
-        "tests/session/test_arguments.py",
-        "tests/session/test_facts.py",
-        "tests/session/test_failures.py",
-    ),
-    "engine/session/in_flight": (
-        "tests/session/test_arguments.py",
-        "tests/session/test_facts.py",
-        "tests/session/test_failures.py",
-    ),
     "engine/session/layerwise": (
         "tests/session/test_layerwise.py",
         "tests/session/test_layerwise_tears.py",
